@@ -1,0 +1,20 @@
+# Flags that every target of the project gets through structkv_options.
+add_library(structkv_options INTERFACE)
+target_include_directories(structkv_options INTERFACE ${PROJECT_SOURCE_DIR})
+target_compile_options(structkv_options INTERFACE
+  -Wall -Wextra -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual -Wno-missing-field-initializers)
+option(STRUCTKV_WERROR "Treat warnings as errors" ON)
+if(STRUCTKV_WERROR)
+  target_compile_options(structkv_options INTERFACE -Werror)
+endif()
+
+if(STRUCTKV_SANITIZE)
+  add_compile_options(-fsanitize=${STRUCTKV_SANITIZE} -fno-omit-frame-pointer
+    -fno-sanitize-recover=all)
+  add_link_options(-fsanitize=${STRUCTKV_SANITIZE})
+endif()
+
+find_program(CCACHE ccache)
+if(CCACHE)
+  set(CMAKE_CXX_COMPILER_LAUNCHER ${CCACHE})
+endif()

@@ -1,0 +1,162 @@
+// The seam between the engine and what computes: every backend implements the same few operations
+// on tensors.
+//
+// Contract, for every operation
+//   * Shapes are given beside the pointers, strides count elements, memory is the host's.
+//   * Outputs never overlap inputs unless the comment says so.
+//   * Calls are synchronous and thread-safe: concurrent calls on distinct outputs are allowed.
+//   * Parallel work goes through the caller's `ParallelFor`. Results do not depend on how it runs:
+//   a backend
+//     fixes its own tile boundaries and combines partial sums in tile order.
+//   * Ties go to the lower position. NaN and Inf in the statistics are an error that names the
+//   token; they
+//     are never a silent choice.
+//   * Errors: INVALID_ARGUMENT for values, INTERNAL for a fault of the backend. On an error the
+//   outputs are
+//     unspecified.
+//
+// tests/kernels/conformance holds every backend to this, against `reference`.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+#include "kernels/tensor.h"
+
+namespace structkv {
+
+// Runs task(0) .. task(count - 1), in any order and on any threads, and returns when all are done.
+using ParallelFor = absl::FunctionRef<void(int64_t count, absl::FunctionRef<void(int64_t)> task)>;
+
+// Runs the tasks one after the other on the calling thread.
+inline void SerialFor(int64_t count, absl::FunctionRef<void(int64_t)> task) {
+  for (int64_t i = 0; i < count; ++i) task(i);
+}
+
+// Smoothing along the tokens.
+enum class Pooling : uint8_t { kNone, kAvg, kMax };
+
+// What a backend can compute. Head sizes: multiples of `dim_step` in [min_dim, max_dim], and
+// `extra_dims`.
+struct BackendCapabilities {
+  std::vector<DType> dtypes;
+  std::vector<Layout> layouts;
+  int64_t min_dim = 32;
+  int64_t max_dim = 256;
+  int64_t dim_step = 8;
+  std::vector<int64_t> extra_dims = {512, 576};
+  int64_t max_window = 64;
+
+  bool SupportsDim(int64_t dim) const {
+    if (dim >= min_dim && dim <= max_dim && dim % dim_step == 0) return true;
+    for (int64_t extra : extra_dims) {
+      if (dim == extra) return true;
+    }
+    return false;
+  }
+};
+
+// Inputs of local saliency (docs/method.md, section 1).
+struct SaliencyParams {
+  // [query_heads, window, key_dim]; query_heads is a multiple of the keys' heads. Row r of the
+  // window is the query of token `keys.tokens - window + r`; it attends to keys 0 .. that token.
+  TensorView queries;
+  // [kv_heads, tokens, key_dim], same dtype as the queries.
+  TensorView keys;
+  // [query_heads, window], natural log-sum-exp of each row's scaled scores; nullptr: computed.
+  const float* lse = nullptr;
+  // Factor of the scores; 0: 1 / sqrt(key_dim).
+  float scale = 0.0F;
+};
+
+// A value in the statistics that is not finite (or negative, where it came from the worker).
+struct BadStatistic {
+  int64_t head = 0;   // KV head
+  int64_t token = 0;  // lowest such token over all heads
+  float value = 0.0F;
+};
+
+// Sums over a saliency vector S from which the layer's metrics follow (docs/method.md, section 3).
+// All sums are accumulated in double precision.
+struct SaliencySums {
+  double total = 0;        // sum S
+  double sum_s_log_s = 0;  // sum S ln S, 0 ln 0 = 0
+  double sum_squares = 0;  // sum S^2
+  double top_mass = 0;     // sum of the `top_count` largest S
+};
+
+// Inputs of a selection.
+struct SelectParams {
+  // [tokens], finite.
+  const float* scores = nullptr;
+  int64_t tokens = 0;
+  // The last `window` tokens are always kept, whatever their scores.
+  int64_t window = 0;
+  // Tokens to keep in all, window <= keep <= tokens: the window and the best keep - window of the
+  // others.
+  int64_t keep = 0;
+};
+
+// Implementations: reference (scalar double precision, the oracle), cpu (SIMD).
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  // Registry name, for instance "cpu".
+  virtual std::string_view name() const = 0;
+  // What computes, for people, for instance "AVX-512 BF16".
+  virtual std::string device() const = 0;
+  virtual const BackendCapabilities& capabilities() const = 0;
+
+  // Bytes of scratch memory that one Saliency call takes at most; counted in a prompt's
+  // reservation.
+  virtual int64_t SaliencyScratchBytes(const SaliencyParams& params) const = 0;
+
+  // Writes out[g, j] = (1 / window) * sum over the window's rows t and the query heads h of group g
+  // of a[h, t, j], the softmax attention over keys 0 .. t. `out` is [kv_heads, tokens], float32,
+  // not null. Where a score is not finite the call returns INVALID_ARGUMENT and, if `bad` is not
+  // null, fills it.
+  virtual absl::Status Saliency(const SaliencyParams& params, float* out, BadStatistic* bad,
+                                ParallelFor parallel) const = 0;
+
+  // Writes out[j] = sum over heads, in head order, of per_head[h, j]. `per_head` is [heads,
+  // tokens].
+  virtual void SumHeads(const float* per_head, int64_t heads, int64_t tokens, float* out,
+                        ParallelFor parallel) const = 0;
+
+  // Finds the lowest token at which any head's value is NaN, infinite or negative (of several heads
+  // the lowest). `values` is [heads, tokens].
+  virtual std::optional<BadStatistic> FindBad(const float* values, int64_t heads, int64_t tokens,
+                                              ParallelFor parallel) const = 0;
+
+  // Smooths `in` into `out`, both [tokens], over an odd `kernel` centred on each token. The mean
+  // divides by `kernel` everywhere and takes places beyond the edges as zero; the maximum leaves
+  // them out.
+  virtual void Pool(const float* in, int64_t tokens, Pooling pooling, int64_t kernel,
+                    float* out) const = 0;
+
+  // Sums over scores[0 .. tokens) for the layer's metrics, values finite and not negative.
+  virtual SaliencySums Sums(const float* scores, int64_t tokens, int64_t top_count,
+                            ParallelFor parallel) const = 0;
+
+  // centrality[j] = decay * centrality[j] + saliency[j], in place, both [tokens].
+  virtual void Accumulate(float decay, const float* saliency, float* centrality, int64_t tokens,
+                          ParallelFor parallel) const = 0;
+
+  // Writes the kept positions, ascending, to `positions` ([keep], not null).
+  virtual void Select(const SelectParams& params, int32_t* positions) const = 0;
+
+  // Copies the rows at `positions` of every head. `positions` is [kept] for all heads alike or
+  // [heads, kept]; `per_head` says which. `destination` has the source's heads, dim and dtype and
+  // `kept` tokens. Positions must lie in the source.
+  virtual void Gather(const TensorView& source, const int32_t* positions, bool per_head,
+                      const MutableTensorView& destination, ParallelFor parallel) const = 0;
+};
+
+}  // namespace structkv

@@ -1,0 +1,82 @@
+// Hand-written codec of the one hot message, `TensorPieces`, inside `CompressRequest` and
+// `CompressResponse`: tensor bytes go between gRPC's slices and the caller's memory without a copy
+// through a protobuf `bytes` field. Everything else on the stream is ordinary protobuf. What this
+// writes any protobuf library reads, and the reverse.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <variant>
+#include <vector>
+
+#include "absl/container/inlined_vector.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "grpcpp/support/byte_buffer.h"
+#include "structkv/v1/compression.pb.h"
+
+namespace structkv::wire {
+
+// One `TensorPiece`. `data` is a list of runs, in order, that point into received slices or into
+// the sender's memory.
+struct Piece {
+  uint32_t layer = 0;
+  int tensor = 0;  // v1::Tensor, or an unknown number
+  uint64_t offset_bytes = 0;
+  std::optional<uint64_t> xxh3_64;
+  absl::InlinedVector<absl::Span<const std::byte>, 4> data;
+
+  uint64_t size_bytes() const;
+};
+
+// A received message: the slices, which keep the memory alive, and what they say.
+struct Pieces {
+  std::vector<grpc::Slice> slices;
+  std::vector<Piece> pieces;
+};
+
+// A decoded `CompressRequest`: its `pieces`, or any of the other alternatives as a protobuf
+// message.
+using Request = std::variant<v1::CompressRequest, Pieces>;
+// INVALID_ARGUMENT for bytes that are no such message. Never reads past the slices; unknown fields
+// are skipped.
+absl::StatusOr<Request> DecodeRequest(const grpc::ByteBuffer& buffer);
+
+// A decoded `CompressResponse`: for `layer` and `pivot` the message without its pieces, and the
+// pieces beside it.
+struct Response {
+  v1::CompressResponse message;
+  Pieces pieces;
+};
+absl::StatusOr<Response> DecodeResponse(const grpc::ByteBuffer& buffer);
+
+// Keeps the memory behind a piece alive until the transport has sent it.
+using Keepalive = std::shared_ptr<const void>;
+
+// A piece to send, of memory that `owner` keeps alive. One contiguous run.
+struct OutgoingPiece {
+  uint32_t layer = 0;
+  v1::Tensor tensor = v1::TENSOR_UNSPECIFIED;
+  uint64_t offset_bytes = 0;
+  std::optional<uint64_t> xxh3_64;
+  absl::Span<const std::byte> data;
+  Keepalive owner;
+};
+
+// Bytes that a piece takes in a message beside its data, at most.
+inline constexpr size_t kPieceOverheadBytes = 64;
+
+// `CompressRequest{pieces}`. The data are not copied, except small ones (cheaper than a slice of
+// their own).
+grpc::ByteBuffer EncodeRequest(absl::Span<const OutgoingPiece> pieces);
+// `message` (its `layer` or `pivot` set, without pieces) with the pieces added.
+grpc::ByteBuffer EncodeResponse(const v1::CompressResponse& message,
+                                absl::Span<const OutgoingPiece> pieces);
+// Any other message.
+grpc::ByteBuffer Encode(const google::protobuf::MessageLite& message);
+
+// XXH3 (64 bit, seed 0) over the runs.
+uint64_t Checksum(absl::Span<const absl::Span<const std::byte>> data);
+
+}  // namespace structkv::wire

@@ -1,0 +1,69 @@
+// Page-aligned host buffers that are reused: the first touch of fresh pages costs more than a copy.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "absl/types/span.h"
+
+namespace structkv::engine {
+
+class BufferPool;
+
+// Owns a run of bytes and gives it back when destroyed. Move-only; an empty buffer has data() ==
+// nullptr.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(Buffer&& other) noexcept { *this = std::move(other); }
+  Buffer& operator=(Buffer&& other) noexcept;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { Reset(); }
+
+  // Refers to memory that outlives the buffer and is not freed by it.
+  static Buffer Borrowed(void* data, size_t size);
+
+  std::byte* data() const { return data_; }
+  size_t size() const { return size_; }
+  bool empty() const { return size_ == 0; }
+  template <typename T>
+  T* as() const {
+    return reinterpret_cast<T*>(data_);
+  }
+  absl::Span<std::byte> span() const { return {data_, size_}; }
+  void Reset();
+
+ private:
+  friend class BufferPool;
+  struct Core;
+  std::shared_ptr<Core> core_;  // null for borrowed memory
+  std::byte* data_ = nullptr;
+  size_t size_ = 0;
+  size_t capacity_ = 0;
+};
+
+// Thread-safe. Buffers may outlive the pool.
+class BufferPool {
+ public:
+  // Keeps at most `idle_limit_bytes` of returned memory for reuse; the rest goes back to the
+  // system.
+  explicit BufferPool(size_t idle_limit_bytes);
+
+  // At least `size` bytes, page-aligned, contents unspecified. Does not fail short of the process's
+  // end: the caller reserves from a budget first.
+  Buffer Acquire(size_t size);
+
+  size_t in_use_bytes() const;
+  size_t idle_bytes() const;
+
+ private:
+  std::shared_ptr<Buffer::Core> core_;
+};
+
+}  // namespace structkv::engine

@@ -1,0 +1,75 @@
+// One prompt's compression, from tensors to compacted tensors. Runs without a server: a program, a
+// test or the command line can embed it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "service/engine/buffer_pool.h"
+#include "service/engine/prompt_spec.h"
+#include "service/method/layer_metrics.h"
+#include "service/method/pivot_detector.h"
+
+namespace structkv::engine {
+
+// One layer's tensors, dense, in the spec's layout; each of the size that PromptSpec::InputBytes
+// says, empty where that is 0.
+struct LayerInput {
+  int64_t layer = 0;
+  Buffer keys;            // [kv_heads, N, key_dim] or the other layout
+  Buffer values;          // [kv_heads, N, value_dim] or the other layout
+  Buffer window_queries;  // [query_heads, window_rows, key_dim]
+  Buffer window_lse;      // [query_heads, window_rows] float32
+  Buffer saliency;        // [N] or [kv_heads, N] float32
+};
+
+// One layer's answer.
+struct LayerOutput {
+  int64_t layer = 0;
+  int64_t kept_tokens = 0;
+  std::optional<method::LayerMetrics> metrics;  // methods with statistics
+  std::vector<int32_t> positions;               // [kept] or [kv_heads, kept]
+  Buffer keys;                                  // kept rows, spec's layout; empty for a plan
+  Buffer values;                                // likewise
+  Buffer saliency;                              // on request: [N] or [kv_heads, N] float32
+};
+
+// The pivot and the skeleton.
+struct PivotResult {
+  method::PivotDecision decision;
+  std::vector<int32_t> skeleton;  // ascending
+  std::vector<float> centrality;  // on request: [N]
+};
+
+// Not thread-safe: one call at a time. Layers may come in any order, each once; the answers are the
+// same.
+class Prompt {
+ public:
+  // `spec` was validated; `backend` and `pool` outlive the prompt.
+  Prompt(PromptSpec spec, const Backend* backend, BufferPool* pool);
+  ~Prompt();
+
+  const PromptSpec& spec() const;
+
+  // Scores, selects and gathers one layer, and consumes its buffers (Full passes them through
+  // uncopied). INVALID_ARGUMENT names layer and token where the statistics hold NaN, Inf, a
+  // negative value or nothing but zeros; the prompt is then of no further use.
+  absl::StatusOr<LayerOutput> CompressLayer(LayerInput input, ParallelFor parallel);
+
+  // The pivot, once, as soon as it is known: after the call that made it so. nullopt otherwise.
+  std::optional<PivotResult> TakePivot();
+
+  // Whether every layer was answered.
+  bool done() const;
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace structkv::engine

@@ -1,0 +1,87 @@
+// Everything about a prompt that is known before its first byte arrives, and the sizes that follow.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "kernels/backend.h"
+#include "kernels/tensor.h"
+#include "service/method/method_spec.h"
+
+namespace structkv::engine {
+
+struct ModelGeometry {
+  int64_t layers = 0;
+  int64_t query_heads = 0;
+  int64_t kv_heads = 0;
+  int64_t key_dim = 0;
+  int64_t value_dim = 0;
+
+  int64_t group() const { return query_heads / kv_heads; }
+};
+
+// What the worker sends for scoring.
+enum class Statistic : uint8_t { kNone, kWindowQueries, kSaliency, kSaliencyPerKvHead };
+
+// Tensors that a worker sends for a layer.
+enum class InputTensor : uint8_t { kKeys, kValues, kWindowQueries, kWindowLse, kSaliency };
+inline constexpr int kInputTensors = 5;
+
+// Proto-style lower-case name: "keys", "values", "window_queries", "window_lse", "saliency".
+std::string_view InputTensorName(InputTensor tensor);
+
+// What a deployment allows. One prompt beyond a limit is refused.
+struct PromptLimits {
+  int64_t max_prompt_tokens = 1 << 20;
+  int64_t max_layers = 512;
+  int64_t max_heads = 1024;
+  int64_t max_window = 64;
+};
+
+struct PromptSpec {
+  ModelGeometry geometry;
+  int64_t prompt_tokens = 0;
+  DType dtype = DType::kBF16;
+  Layout layout = Layout::kHeadTokenDim;
+  Statistic statistic = Statistic::kWindowQueries;
+  bool window_lse = false;
+  method::MethodSpec method;
+  bool plan_only = false;  // positions alone
+  bool return_saliency = false;
+  bool return_centrality = false;
+  std::string model_id;
+
+  // Rows of the observation window: min(w, N); 0 for methods without one.
+  int64_t window_rows() const;
+  // Tokens that each layer keeps in every KV head.
+  int64_t kept_tokens(int64_t layer) const;
+  // Tokens in the skeleton; 0 where the method has none.
+  int64_t skeleton_tokens() const;
+  bool per_kv_head() const;
+  // Bytes of an input tensor of one layer; 0: not part of this prompt.
+  int64_t InputBytes(InputTensor tensor) const;
+  std::vector<InputTensor> RequiredTensors() const;
+};
+
+// INVALID_ARGUMENT, naming the field as the proto does, the value and the limit, where the spec is
+// out of range, inconsistent or beyond the backend.
+absl::Status ValidateSpec(const PromptSpec& spec, const PromptLimits& limits,
+                          const BackendCapabilities& capabilities);
+
+// Bytes that a prompt takes while it is compressed. None overflows for a valid spec.
+struct MemoryPlan {
+  int64_t layer_input_bytes = 0;   // the tensors of one layer as they arrive
+  int64_t layer_output_bytes = 0;  // one layer's result
+  int64_t state_bytes = 0;         // kept from layer to layer, until the end
+  int64_t scratch_bytes = 0;       // while a layer is computed
+};
+MemoryPlan PlanMemory(const PromptSpec& spec, const Backend& backend);
+
+// 32 hexadecimal digits (XXH3-128) over method, parameters, geometry and model: the identity of a
+// compacted cache.
+std::string Fingerprint(const PromptSpec& spec);
+
+}  // namespace structkv::engine

@@ -1,0 +1,45 @@
+// A fixed pool of compute threads that several prompts share fairly.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/functional/any_invocable.h"
+#include "kernels/backend.h"
+
+namespace structkv::engine {
+
+// Thread-safe.
+class Scheduler {
+ public:
+  // A layer's computation. It may call the ParallelFor that it is given; the pool's threads then
+  // share its tasks with those of other lanes, in turn.
+  using Job = absl::AnyInvocable<void(ParallelFor)>;
+
+  // The jobs of one prompt, run one after the other in the order of posting.
+  class Lane;
+
+  // threads >= 1.
+  explicit Scheduler(int threads);
+  // Runs what was posted, then joins the threads.
+  ~Scheduler();
+  Scheduler(const Scheduler&) = delete;
+  Scheduler& operator=(const Scheduler&) = delete;
+
+  std::shared_ptr<Lane> NewLane();
+
+  // Queues a job and returns at once. `small` (well under a millisecond): the job may run in
+  // between the tasks of a larger one, and its own ParallelFor is then serial, so a short prompt
+  // does not wait for long ones. Lanes take turns.
+  void Post(const std::shared_ptr<Lane>& lane, bool small, Job job);
+
+  int threads() const;
+  // Jobs that wait.
+  int64_t queue_depth() const;
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace structkv::engine

@@ -1,0 +1,64 @@
+// What a prompt's compression is asked to do: the method and its parameters, independent of the
+// wire.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string_view>
+
+#include "kernels/backend.h"
+
+namespace structkv::method {
+
+enum class Method : uint8_t { kStructKv, kSnapKv, kStreamingLlm, kFull };
+
+// Lower-case name, as in the proto's `Method.kind`: "structkv", "snapkv", "streaming_llm", "full".
+std::string_view MethodName(Method method);
+
+enum class Granularity : uint8_t { kPerLayer, kPerKvHead };
+
+// How the observation window counts in a budget (docs/method.md, section 4).
+enum class BudgetKind : uint8_t { kIncludesWindow, kWindowOnTop };
+
+struct Budget {
+  double ratio = 0.10;  // share of the prompt's tokens, (0, 1]
+  BudgetKind kind = BudgetKind::kIncludesWindow;
+};
+
+enum class PivotMode : uint8_t { kExact, kFixed };
+
+// Dynamic pivot detection (docs/method.md, section 3).
+struct PivotSpec {
+  PivotMode mode = PivotMode::kExact;
+  int64_t fixed_layer = 0;      // kFixed alone, 0 .. layers - 1
+  double sparsity_ratio = 0.1;  // f: share of the tokens whose mass is the sparsity, (0, 1]
+  double entropy_weight = 0.2;  // weights of the normalised gradients; >= 0, not all 0
+  double sparsity_weight = 0.3;
+  double variance_weight = 0.5;
+  double search_begin = 0.25;  // the transition layer lies in [ceil(begin L), floor(end L)]
+  double search_end = 0.75;
+};
+
+// A method with every parameter in force. Parameters that a method does not have are ignored.
+struct MethodSpec {
+  Method method = Method::kStructKv;
+  Budget kv_budget;
+  int64_t window = 8;  // observation window w, tokens; 0 for methods without statistics
+  Granularity granularity = Granularity::kPerLayer;
+  Pooling pooling = Pooling::kNone;
+  int64_t pooling_kernel = 5;  // odd
+  int64_t sink_tokens = 4;     // StreamingLLM
+  double decay = 0.9;          // lambda of the centrality, [0, 1]
+  Budget skeleton_budget = {.ratio = 0.20};
+  PivotSpec pivot;
+
+  // The method's published defaults (docs/method.md, section 5).
+  static MethodSpec Defaults(Method method);
+
+  // Whether the method scores tokens, so that statistics must come with every layer.
+  bool needs_statistics() const { return method == Method::kStructKv || method == Method::kSnapKv; }
+  // Whether the method has centrality, pivot and skeleton.
+  bool has_skeleton() const { return method == Method::kStructKv; }
+};
+
+}  // namespace structkv::method

@@ -1,0 +1,162 @@
+// One prompt in the service: assembles its layers from pieces, has them compressed, verifies the
+// commit, and holds its memory until the end. Knows neither gRPC nor protobuf.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/container/inlined_vector.h"
+#include "absl/functional/any_invocable.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "service/engine/buffer_pool.h"
+#include "service/engine/prompt.h"
+#include "service/engine/prompt_spec.h"
+#include "service/engine/scheduler.h"
+#include "service/session/memory_budget.h"
+
+namespace structkv::session {
+
+// What a prompt asks for beyond its spec.
+struct SessionRequest {
+  engine::PromptSpec spec;
+  int64_t layers_in_flight = 2;  // 1 .. layers
+  std::string idempotency_key;   // may be empty
+  int64_t max_message_bytes =
+      0;  // longest message that may have to be parked; counted in the reservation
+};
+
+// One piece of a received message. The data lie in the message.
+struct InputPiece {
+  int64_t layer = 0;
+  engine::InputTensor tensor = engine::InputTensor::kKeys;
+  int64_t offset_bytes = 0;
+  std::optional<uint64_t> xxh3_64;
+  absl::InlinedVector<absl::Span<const std::byte>, 4> data;
+};
+
+// A received message: its pieces, and what keeps their bytes alive.
+struct InputMessage {
+  std::vector<InputPiece> pieces;
+  std::shared_ptr<const void> owner;
+};
+
+struct SessionSummary {
+  int64_t layers = 0;
+  int64_t input_bytes = 0;
+  int64_t queue_micros = 0;
+  int64_t compute_micros = 0;
+  int64_t session_micros = 0;
+};
+
+// A session's answers. Called one at a time, never under a lock of the session, from any thread,
+// also from within a call to the session. After `finished` or `failed`, which is called once at
+// most and not after Cancel(), none is called.
+struct SessionCallbacks {
+  // The session wants the next message. Called once after Open, and once per message when that was
+  // taken in; held back while a message waits for a free layer buffer or while too many results are
+  // unsent.
+  absl::AnyInvocable<void()> ready;
+  // A layer's answer, in order of completion.
+  absl::AnyInvocable<void(engine::LayerOutput)> layer;
+  // The pivot, between layers.
+  absl::AnyInvocable<void(engine::PivotResult)> pivot;
+  // The commit was verified and everything was answered.
+  absl::AnyInvocable<void(SessionSummary)> finished;
+  // The session failed; its memory is on its way back.
+  absl::AnyInvocable<void(absl::Status)> failed;
+};
+
+class SessionManager;
+
+// Thread-safe.
+class Session : public std::enable_shared_from_this<Session> {
+ public:
+  ~Session();
+  const std::string& id() const;
+  const engine::PromptSpec& spec() const;
+  int64_t reserved_bytes() const;
+  int64_t layers_in_flight() const;
+
+  // Sets the callbacks and calls `ready` for the first message.
+  void Start(SessionCallbacks callbacks);
+
+  // Takes a message in: copies its bytes to their places and queues layers that are complete. One
+  // message at a time, after `ready`. A fault is reported by `failed`:
+  //   OUT_OF_RANGE      a layer past the end
+  //   INVALID_ARGUMENT  a tensor that this prompt does not have; bytes outside of it; an overlap; a
+  //   layer ahead
+  //                     of the window of layers in flight; empty data; anything after the commit
+  //   ALREADY_EXISTS    a piece again with other bytes (the same again is ignored)
+  //   DATA_LOSS         a checksum that does not match
+  void Append(InputMessage message);
+
+  // The client's commit. INVALID_ARGUMENT by `failed` where layers or bytes disagree with what
+  // came, naming what is missing. `finished` follows once everything is answered.
+  void Commit(int64_t layers, int64_t input_bytes);
+
+  // The client will send no more. INVALID_ARGUMENT by `failed` where no commit came.
+  void EndOfInput();
+
+  // Results of that many bytes left for the client; see `ready`.
+  void OutputSent(int64_t bytes);
+
+  // Drops everything. Memory is free when this returns, or as soon as a layer that is being
+  // computed ends.
+  void Cancel();
+
+ private:
+  friend class SessionManager;
+  class Impl;
+  explicit Session(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+struct SessionManagerOptions {
+  engine::PromptLimits limits;
+  int64_t memory_budget_bytes = int64_t{8} << 30;
+  int64_t max_sessions = 256;
+  int64_t idle_buffer_bytes = int64_t{1} << 30;  // returned memory kept for reuse
+  int threads = 0;                               // 0: one per core
+};
+
+// All sessions of a server. Thread-safe; outlives its sessions.
+class SessionManager {
+ public:
+  SessionManager(SessionManagerOptions options, std::unique_ptr<Backend> backend);
+  ~SessionManager();
+
+  // Validates, reserves memory and registers. A running session with the same non-empty idempotency
+  // key fails as ABORTED first.
+  //   INVALID_ARGUMENT    the spec, or more memory than the whole budget
+  //   RESOURCE_EXHAUSTED  the budget or the session limit is taken
+  //   UNAVAILABLE         draining
+  absl::StatusOr<std::shared_ptr<Session>> Open(SessionRequest request);
+
+  // Refuses new sessions from now on.
+  void StartDraining();
+  bool draining() const;
+  // Waits until no session is left; false at the deadline.
+  bool WaitUntilEmpty(absl::Duration limit);
+  // Fails every running session with `status`.
+  void FailAll(const absl::Status& status);
+
+  int64_t active_sessions() const;
+  const MemoryBudget& budget() const;
+  const engine::BufferPool& buffers() const;
+  const Backend& backend() const;
+  const SessionManagerOptions& options() const;
+  int threads() const;
+
+ private:
+  friend class Session;
+  class Impl;
+  std::shared_ptr<Impl> impl_;
+};
+
+}  // namespace structkv::session
