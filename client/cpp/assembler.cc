@@ -1,0 +1,293 @@
+#include "client/cpp/assembler.h"
+
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "structkv/sizes.h"
+
+namespace structkv::client::internal {
+namespace {
+
+template <typename... Args>
+absl::Status Broken(const Args&... args) {
+  return absl::DataLossError(absl::StrCat("the server broke the protocol: ", args...));
+}
+
+template <typename... Args>
+absl::Status Disagrees(const char* field, const Args&... args) {
+  return absl::DataLossError(
+      absl::StrCat("the server's summary disagrees: Summary.", field, " is ", args...));
+}
+
+template <typename T>
+std::vector<T> Values(const Bytes& bytes) {
+  const absl::Span<const T> values = bytes.as<T>();
+  return {values.begin(), values.end()};
+}
+
+}  // namespace
+
+Assembler::Assembler(v1::Open open, ResultAllocator allocate, BytesPool* pool)
+    : open_(std::move(open)), allocate_(std::move(allocate)), pool_(pool) {}
+
+absl::StatusOr<std::optional<Event>> Assembler::Add(wire::Response response) {
+  v1::CompressResponse& message = response.message;
+  if (summary_.has_value()) return Broken("a message came after the summary");
+  if (!opened_.has_value() && message.message_case() != v1::CompressResponse::kOpened) {
+    return Broken("the first message is not `opened`");
+  }
+  if (layer_.has_value() && message.message_case() != v1::CompressResponse::kLayer) {
+    return Broken("layer ", layer_->result.layer, " was interrupted");
+  }
+  if (pivot_.has_value() && message.message_case() != v1::CompressResponse::kPivot) {
+    return Broken("the pivot was interrupted");
+  }
+  switch (message.message_case()) {
+    case v1::CompressResponse::kOpened: {
+      absl::Status status = AddOpened(std::move(*message.mutable_opened()));
+      if (!status.ok()) return status;
+      return std::nullopt;
+    }
+    case v1::CompressResponse::kLayer:
+      return AddLayer(message.layer(), response.pieces);
+    case v1::CompressResponse::kPivot:
+      return AddPivot(message.pivot(), response.pieces);
+    case v1::CompressResponse::kSummary:
+      summary_ = std::move(*message.mutable_summary());
+      return std::nullopt;
+    default:
+      // A later version's message; nothing that this client asked for depends on it.
+      return std::nullopt;
+  }
+}
+
+absl::Status Assembler::AddOpened(v1::Opened opened) {
+  if (opened_.has_value()) return Broken("`opened` came twice");
+  const uint32_t layers = open_.geometry().layer_count();
+  if (static_cast<uint32_t>(opened.kept_tokens_size()) != layers) {
+    return Broken("Opened.kept_tokens has ", opened.kept_tokens_size(), " entries for ", layers,
+                  " layers");
+  }
+  for (uint32_t kept : opened.kept_tokens()) {
+    if (kept > open_.prompt_tokens()) {
+      return Broken("Opened.kept_tokens is ", kept, " of ", open_.prompt_tokens(), " tokens");
+    }
+  }
+  if (opened.skeleton_tokens() > open_.prompt_tokens()) {
+    return Broken("Opened.skeleton_tokens is ", opened.skeleton_tokens(), " of ",
+                  open_.prompt_tokens(), " tokens");
+  }
+  opened_ = std::move(opened);
+  return absl::OkStatus();
+}
+
+Assembler::Growing Assembler::Expect(uint32_t layer, v1::Tensor tensor) {
+  Growing growing;
+  growing.expected = OutputTensorBytes(open_, *opened_, layer, tensor);
+  if (growing.expected == 0) return growing;
+  growing.bytes =
+      allocate_ ? allocate_(layer, tensor, growing.expected) : pool_->Acquire(growing.expected);
+  return growing;
+}
+
+absl::Status Assembler::Append(const wire::Piece& piece, Growing* tensor, const char* name) {
+  const uint64_t size = piece.size_bytes();
+  if (piece.offset_bytes != tensor->received || size > tensor->expected - tensor->received) {
+    return Broken(name, ": a piece at ", piece.offset_bytes, " of ", size, " bytes came where ",
+                  tensor->received, " of ", tensor->expected, " bytes were received");
+  }
+  if (tensor->bytes.size() < tensor->expected) {
+    return absl::ResourceExhaustedError(absl::StrCat("SessionOptions.allocate gave ",
+                                                     tensor->bytes.size(), " bytes for ", name,
+                                                     "; ", tensor->expected, " are needed"));
+  }
+  if (piece.xxh3_64.has_value() && *piece.xxh3_64 != wire::Checksum(piece.data)) {
+    return absl::DataLossError(absl::StrCat(name, ": checksum mismatch at ", piece.offset_bytes));
+  }
+  std::byte* out = tensor->bytes.data() + tensor->received;
+  for (absl::Span<const std::byte> run : piece.data) {
+    if (run.empty()) continue;
+    std::memcpy(out, run.data(), run.size());
+    out += run.size();
+  }
+  tensor->received += size;
+  received_bytes_ += size;
+  return absl::OkStatus();
+}
+
+Assembler::MaybeEvent Assembler::AddLayer(const v1::LayerResult& message,
+                                          const wire::Pieces& pieces) {
+  const uint32_t layer = message.layer();
+  if (layer >= open_.geometry().layer_count()) {
+    return Broken("LayerResult.layer is ", layer, " of ", open_.geometry().layer_count());
+  }
+  if (!layer_.has_value()) {
+    if (!answered_.insert(layer).second) return Broken("layer ", layer, " was answered twice");
+    PendingLayer& pending = layer_.emplace();
+    pending.result.layer = layer;
+    pending.result.kept_tokens = message.kept_tokens();
+    if (message.has_metrics()) pending.result.metrics = message.metrics();
+    pending.positions = Expect(layer, v1::TENSOR_POSITIONS);
+    pending.keys = Expect(layer, v1::TENSOR_KEYS);
+    pending.values = Expect(layer, v1::TENSOR_VALUES);
+    pending.saliency = Expect(layer, v1::TENSOR_SALIENCY);
+    const uint32_t kept = opened_->kept_tokens(static_cast<int>(layer));
+    if (message.kept_tokens() != kept) {
+      return Broken("layer ", layer, " keeps ", message.kept_tokens(), " tokens, Opened said ",
+                    kept);
+    }
+  } else if (layer_->result.layer != layer) {
+    return Broken("layer ", layer_->result.layer, " was interrupted by layer ", layer);
+  }
+  for (const wire::Piece& piece : pieces.pieces) {
+    if (piece.layer != layer) {
+      return Broken("a piece of layer ", piece.layer, " came with layer ", layer);
+    }
+    absl::Status status;
+    switch (piece.tensor) {
+      case v1::TENSOR_POSITIONS:
+        status = Append(piece, &layer_->positions, "positions");
+        break;
+      case v1::TENSOR_KEYS:
+        status = Append(piece, &layer_->keys, "keys");
+        break;
+      case v1::TENSOR_VALUES:
+        status = Append(piece, &layer_->values, "values");
+        break;
+      case v1::TENSOR_SALIENCY:
+        status = Append(piece, &layer_->saliency, "saliency");
+        break;
+      default:
+        status = Broken("a layer's result holds tensor ", piece.tensor);
+    }
+    if (!status.ok()) return status;
+  }
+  if (!message.complete()) return std::nullopt;
+  absl::StatusOr<LayerResult> result = TakeLayer();
+  if (!result.ok()) return result.status();
+  return *std::move(result);
+}
+
+absl::StatusOr<LayerResult> Assembler::TakeLayer() {
+  const struct {
+    const char* name;
+    Growing* tensor;
+    Bytes* out;
+  } tensors[] = {
+      {"positions", &layer_->positions, &layer_->result.positions},
+      {"keys", &layer_->keys, &layer_->result.keys},
+      {"values", &layer_->values, &layer_->result.values},
+      {"saliency", &layer_->saliency, &layer_->result.saliency},
+  };
+  for (const auto& [name, tensor, out] : tensors) {
+    if (tensor->received != tensor->expected) {
+      return Broken("layer ", layer_->result.layer, " ended with ", tensor->received, " of ",
+                    tensor->expected, " bytes of ", name);
+    }
+    *out = std::move(tensor->bytes);
+  }
+  for (int32_t position : layer_->result.position_values()) {
+    if (position < 0 || static_cast<uint32_t>(position) >= open_.prompt_tokens()) {
+      return Broken("layer ", layer_->result.layer, " keeps position ", position, " of ",
+                    open_.prompt_tokens(), " tokens");
+    }
+  }
+  LayerResult result = std::move(layer_->result);
+  layer_.reset();
+  return result;
+}
+
+Assembler::MaybeEvent Assembler::AddPivot(const v1::PivotDecision& message,
+                                          const wire::Pieces& pieces) {
+  if (pivot_done_) return Broken("the pivot came twice");
+  if (!pivot_.has_value()) {
+    if (message.pivot_layer() >= open_.geometry().layer_count()) {
+      return Broken("PivotDecision.pivot_layer is ", message.pivot_layer(), " of ",
+                    open_.geometry().layer_count());
+    }
+    PendingPivot& pending = pivot_.emplace();
+    pending.result.pivot_layer = message.pivot_layer();
+    if (message.has_transition_layer())
+      pending.result.transition_layer = message.transition_layer();
+    pending.result.mode = message.mode();
+    pending.result.layers.assign(message.layers().begin(), message.layers().end());
+    pending.skeleton.expected = sizeof(int32_t) * uint64_t{opened_->skeleton_tokens()};
+    pending.skeleton.bytes = pool_->Acquire(pending.skeleton.expected);
+    if (open_.return_centrality()) {
+      pending.centrality.expected = sizeof(float) * uint64_t{open_.prompt_tokens()};
+      pending.centrality.bytes = pool_->Acquire(pending.centrality.expected);
+    }
+  }
+  for (const wire::Piece& piece : pieces.pieces) {
+    absl::Status status;
+    if (piece.tensor == v1::TENSOR_SKELETON_POSITIONS) {
+      status = Append(piece, &pivot_->skeleton, "skeleton positions");
+    } else if (piece.tensor == v1::TENSOR_CENTRALITY) {
+      status = Append(piece, &pivot_->centrality, "centrality");
+    } else {
+      status = Broken("a pivot decision holds tensor ", piece.tensor);
+    }
+    if (!status.ok()) return status;
+  }
+  if (!message.complete()) return std::nullopt;
+  absl::StatusOr<PivotResult> result = TakePivot();
+  if (!result.ok()) return result.status();
+  return *std::move(result);
+}
+
+absl::StatusOr<PivotResult> Assembler::TakePivot() {
+  const struct {
+    const char* name;
+    const Growing* tensor;
+  } tensors[] = {{"skeleton positions", &pivot_->skeleton}, {"centrality", &pivot_->centrality}};
+  for (const auto& [name, tensor] : tensors) {
+    if (tensor->received != tensor->expected) {
+      return Broken("the pivot ended with ", tensor->received, " of ", tensor->expected,
+                    " bytes of ", name);
+    }
+  }
+  PivotResult result = std::move(pivot_->result);
+  result.skeleton = Values<int32_t>(pivot_->skeleton.bytes);
+  result.centrality = Values<float>(pivot_->centrality.bytes);
+  pivot_.reset();
+  pivot_done_ = true;
+  return result;
+}
+
+absl::StatusOr<v1::Summary> Assembler::Finish(uint64_t sent_bytes) const {
+  if (!summary_.has_value()) {
+    return Broken("the stream ended without a summary");
+  }
+  const uint32_t layers = open_.geometry().layer_count();
+  if (summary_->layer_count() != layers) {
+    return Disagrees("layer_count", summary_->layer_count(), " of ", layers);
+  }
+  if (answered_.size() != layers) {
+    return Broken("a summary came after ", answered_.size(), " of ", layers, " layers");
+  }
+  if (opened_->method().has_structkv() && !pivot_done_) {
+    return Broken("a summary came without a pivot");
+  }
+  if (summary_->input_bytes() != sent_bytes) {
+    return Disagrees("input_bytes", summary_->input_bytes(), ", sent were ", sent_bytes);
+  }
+  if (summary_->output_bytes() != received_bytes_) {
+    return Disagrees("output_bytes", summary_->output_bytes(), ", received were ", received_bytes_);
+  }
+  if (summary_->logical_length() != open_.prompt_tokens()) {
+    return Disagrees("logical_length", summary_->logical_length(), ", the prompt has ",
+                     open_.prompt_tokens(), " tokens");
+  }
+  if (layers > 0 && summary_->kv_length() != opened_->kept_tokens(0)) {
+    return Disagrees("kv_length", summary_->kv_length(), ", Opened.kept_tokens says ",
+                     opened_->kept_tokens(0));
+  }
+  if (summary_->fingerprint() != opened_->fingerprint()) {
+    return Disagrees("fingerprint", summary_->fingerprint(), ", Opened said ",
+                     opened_->fingerprint());
+  }
+  return *summary_;
+}
+
+}  // namespace structkv::client::internal

@@ -1,0 +1,75 @@
+// Turns the server's messages into events, and holds them to the protocol.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <set>
+#include <variant>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "client/cpp/bytes_pool.h"
+#include "structkv/options.h"
+#include "structkv/result.h"
+#include "structkv/v1/compression.pb.h"
+#include "structkv/v1/piece_codec.h"
+
+namespace structkv::client::internal {
+
+// Not thread-safe. Every error is DATA_LOSS and says what the server did wrong.
+class Assembler {
+ public:
+  // Results are allocated by `allocate`, or from `pool` where that is null.
+  Assembler(v1::Open open, ResultAllocator allocate, BytesPool* pool);
+
+  // Takes one message in. An event, where that message completes one; the summary is kept back for
+  // Finish().
+  absl::StatusOr<std::optional<Event>> Add(wire::Response response);
+
+  // The stream ended with OK. The summary, where everything agrees with it.
+  absl::StatusOr<v1::Summary> Finish(uint64_t sent_bytes) const;
+
+  bool has_opened() const { return opened_.has_value(); }
+  const v1::Opened& opened() const { return *opened_; }
+
+ private:
+  using MaybeEvent = absl::StatusOr<std::optional<Event>>;
+  // A tensor that arrives in ascending pieces.
+  struct Growing {
+    Bytes bytes;
+    uint64_t expected = 0;
+    uint64_t received = 0;
+  };
+
+  absl::Status AddOpened(v1::Opened opened);
+  MaybeEvent AddLayer(const v1::LayerResult& message, const wire::Pieces& pieces);
+  MaybeEvent AddPivot(const v1::PivotDecision& message, const wire::Pieces& pieces);
+  absl::Status Append(const wire::Piece& piece, Growing* tensor, const char* name);
+  Growing Expect(uint32_t layer, v1::Tensor tensor);
+  absl::StatusOr<LayerResult> TakeLayer();
+  absl::StatusOr<PivotResult> TakePivot();
+
+  const v1::Open open_;
+  const ResultAllocator allocate_;
+  BytesPool* const pool_;
+
+  std::optional<v1::Opened> opened_;
+  std::optional<v1::Summary> summary_;
+  std::set<uint32_t> answered_;
+  uint64_t received_bytes_ = 0;
+
+  // The layer or pivot whose messages are arriving.
+  struct PendingLayer {
+    LayerResult result;
+    Growing positions, keys, values, saliency;
+  };
+  struct PendingPivot {
+    PivotResult result;
+    Growing skeleton, centrality;
+  };
+  std::optional<PendingLayer> layer_;
+  std::optional<PendingPivot> pivot_;
+  bool pivot_done_ = false;
+};
+
+}  // namespace structkv::client::internal

@@ -1,0 +1,89 @@
+#include "structkv/compress.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <utility>
+#include <variant>
+
+#include "absl/time/clock.h"
+
+namespace structkv::client {
+namespace {
+
+// Sends all layers and the commit.
+absl::Status SendAll(CompressSession& session, LayerSource source) {
+  const uint32_t layers = session.open().geometry().layer_count();
+  for (uint32_t layer = 0; layer < layers; ++layer) {
+    absl::StatusOr<LayerTensors> tensors = source(layer);
+    if (!tensors.ok()) return tensors.status();
+    absl::Status status = session.SendLayer(layer, *tensors);
+    if (!status.ok()) return status;
+  }
+  return session.Commit();
+}
+
+}  // namespace
+
+absl::StatusOr<v1::Summary> StreamPrompt(Client& client, const v1::Open& open, LayerSource source,
+                                         const SessionOptions& options) {
+  if (!options.on_event) {
+    return absl::InvalidArgumentError("StreamPrompt: SessionOptions.on_event is not set");
+  }
+  const absl::Time deadline = absl::Now() + options.timeout;
+  auto answered = std::make_shared<std::atomic<bool>>(false);
+  SessionOptions attempt_options = options;
+  attempt_options.on_event = [answered, on_event = options.on_event](Event event) {
+    answered->store(true);
+    on_event(std::move(event));
+  };
+  v1::Open request = open;
+  absl::Duration delay = options.retry.initial_backoff;
+  for (int attempt = 1;; ++attempt) {
+    attempt_options.timeout = deadline - absl::Now();
+    absl::StatusOr<std::unique_ptr<CompressSession>> session =
+        client.OpenPrompt(request, attempt_options);
+    if (!session.ok()) return session.status();
+    request.set_idempotency_key((*session)->open().idempotency_key());
+    absl::Status status = SendAll(**session, source);
+    if (status.ok()) {
+      absl::StatusOr<v1::Summary> summary = (*session)->Wait();
+      if (summary.ok()) return summary;
+      status = summary.status();
+    }
+    // An admitted prompt is tried again only where the server went away before its first result.
+    const bool again = status.code() == absl::StatusCode::kUnavailable && !answered->load() &&
+                       attempt < options.retry.max_attempts && absl::Now() + delay < deadline;
+    if (!again) return status;
+    session->reset();
+    absl::SleepFor(delay);
+    delay = std::min(options.retry.max_backoff, delay * options.retry.multiplier);
+  }
+}
+
+absl::StatusOr<Compressed> CompressPrompt(Client& client, const v1::Open& open, LayerSource source,
+                                          const SessionOptions& options) {
+  Compressed compressed;
+  SessionOptions collecting = options;
+  collecting.on_opened = [&compressed, &options](const v1::Opened& opened) {
+    compressed.opened = opened;
+    if (options.on_opened) options.on_opened(opened);
+  };
+  collecting.on_event = [&compressed, &options](Event event) {
+    if (options.on_event) options.on_event(event);
+    if (auto* layer = std::get_if<LayerResult>(&event)) {
+      compressed.layers.push_back(std::move(*layer));
+    } else if (auto* pivot = std::get_if<PivotResult>(&event)) {
+      compressed.pivot = std::move(*pivot);
+    } else {
+      compressed.summary = std::get<v1::Summary>(std::move(event));
+    }
+  };
+  absl::StatusOr<v1::Summary> summary = StreamPrompt(client, open, source, collecting);
+  if (!summary.ok()) return summary.status();
+  std::sort(compressed.layers.begin(), compressed.layers.end(),
+            [](const LayerResult& a, const LayerResult& b) { return a.layer < b.layer; });
+  return compressed;
+}
+
+}  // namespace structkv::client

@@ -1,0 +1,61 @@
+// Client of the StructKV compression service.
+//
+//   auto client = structkv::client::Client::Connect("localhost:7411");
+//   auto session = (*client)->OpenPrompt(open);
+//   for (layer ...) (*session)->SendLayer(layer, tensors);
+//   (*session)->Commit();
+//   auto compressed = (*session)->Collect();
+//
+// compress.h has the same in one call. Programs that move many gigabytes should keep glibc's malloc
+// from giving pages back, which makes streams up to 2.9 times faster; it is a property of the whole
+// process, so it is theirs to set:
+//   mallopt(M_MMAP_THRESHOLD, 1 << 30); mallopt(M_TRIM_THRESHOLD, 1 << 30);
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "grpcpp/channel.h"
+#include "structkv/options.h"
+#include "structkv/session.h"
+#include "structkv/v1/compression.pb.h"
+
+namespace structkv::client {
+
+namespace internal {
+class BytesPool;
+}  // namespace internal
+
+// Thread-safe. Sessions may outlive the client. One client is one connection; for more throughput
+// from several threads, give each its own.
+class Client {
+ public:
+  // `target` is a gRPC name: "host:port", "unix:/path", "dns:///name:port". Connects with the first
+  // call. INVALID_ARGUMENT where `target` is empty.
+  static absl::StatusOr<std::unique_ptr<Client>> Connect(const std::string& target,
+                                                         ClientOptions options = {});
+  // Uses a channel that exists. It must not compress messages, and must accept messages of
+  // `Open.max_response_message_bytes`.
+  explicit Client(std::shared_ptr<grpc::Channel> channel, const ClientOptions& options = {});
+  ~Client();
+  Client(const Client&) = delete;
+  Client& operator=(const Client&) = delete;
+
+  // What the server can do.
+  absl::StatusOr<v1::GetCapabilitiesResponse> GetCapabilities(
+      absl::Duration timeout = absl::Seconds(10));
+
+  // Opens a stream, sends `open` and waits until the server has admitted it, trying again as
+  // `options.retry` says. An empty idempotency key is filled in, so that an attempt takes the place
+  // of the one before.
+  absl::StatusOr<std::unique_ptr<CompressSession>> OpenPrompt(const v1::Open& open,
+                                                              const SessionOptions& options = {});
+
+ private:
+  std::shared_ptr<grpc::Channel> channel_;
+  std::shared_ptr<internal::BytesPool> pool_;
+};
+
+}  // namespace structkv::client

@@ -1,0 +1,30 @@
+// A whole prompt in one call.
+#pragma once
+
+#include <cstdint>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "structkv/client.h"
+#include "structkv/options.h"
+#include "structkv/result.h"
+#include "structkv/session.h"
+#include "structkv/v1/compression.pb.h"
+
+namespace structkv::client {
+
+// Gives a layer's tensors, asked for in ascending order. Where an attempt fails before its first
+// result, the next one asks from layer 0 again.
+using LayerSource = absl::FunctionRef<absl::StatusOr<LayerTensors>(uint32_t layer)>;
+
+// Compresses a prompt and collects its results. Fails with the source's status where that fails.
+absl::StatusOr<Compressed> CompressPrompt(Client& client, const v1::Open& open, LayerSource source,
+                                          const SessionOptions& options = {});
+
+// The same, with the results handed to `options.on_event` as they arrive; returns the summary.
+// INVALID_ARGUMENT where `on_event` is not set.
+absl::StatusOr<v1::Summary> StreamPrompt(Client& client, const v1::Open& open, LayerSource source,
+                                         const SessionOptions& options);
+
+}  // namespace structkv::client

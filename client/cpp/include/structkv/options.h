@@ -1,0 +1,73 @@
+// Options of the client and of its sessions. Every field has a default that works.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "grpcpp/security/credentials.h"
+#include "structkv/bytes.h"
+#include "structkv/result.h"
+
+namespace structkv::client {
+
+// When a prompt is tried again. Tried again are UNAVAILABLE, and RESOURCE_EXHAUSTED where the
+// server says when (`grpc-retry-pushback-ms`); nothing once the first result has arrived.
+struct RetryPolicy {
+  // Attempts in all; 1: never again.
+  int max_attempts = 4;
+  // Wait before the second attempt; each further one waits `multiplier` times longer, at most
+  // `max_backoff`, with up to a fifth of jitter. A server's pushback takes its place.
+  absl::Duration initial_backoff = absl::Milliseconds(100);
+  absl::Duration max_backoff = absl::Seconds(5);
+  double multiplier = 2.0;
+};
+
+struct ClientOptions {
+  // Null: an unencrypted channel.
+  std::shared_ptr<grpc::ChannelCredentials> credentials;
+  // Memory of dropped results that is kept for the next ones: the first touch of fresh pages costs
+  // more than a copy.
+  size_t idle_buffer_bytes = size_t{256} << 20;
+  // How often an idle connection is probed; infinite: never. A server refuses probes that come more
+  // often than it allows.
+  absl::Duration keepalive_interval = absl::InfiniteDuration();
+  // Goes before gRPC's own user agent.
+  std::string user_agent = "structkv-client";
+};
+
+// Gives the memory for one tensor of a layer's result: `size` bytes that stay valid as long as the
+// `Bytes` do. Called on a library thread.
+using ResultAllocator = std::function<Bytes(uint32_t layer, v1::Tensor tensor, size_t size)>;
+
+struct SessionOptions {
+  // From the first attempt to the last answer. Infinite: the server's own cap alone.
+  absl::Duration timeout = absl::InfiniteDuration();
+  // Tensor bytes per message, cut to the server's limit.
+  size_t chunk_bytes = size_t{2} << 20;
+  // Tensor bytes that may wait to be sent before Send() blocks; one message always may.
+  size_t max_in_flight_bytes = size_t{16} << 20;
+  // Result bytes that may wait to be read before the library stops reading the stream. 0: no bound.
+  // With a bound, read results on another thread than the one that sends: a stream that is read too
+  // late stalls, and the server ends it as ABORTED.
+  size_t max_buffered_result_bytes = 0;
+  // Send an XXH3 checksum with every piece.
+  bool checksums = false;
+  RetryPolicy retry;
+  // Sent as gRPC metadata with every attempt.
+  std::vector<std::pair<std::string, std::string>> metadata;
+  // Where results go; null: memory from the client's pool.
+  ResultAllocator allocate;
+  // Called when an attempt was admitted, on the thread that opens, before anything is sent.
+  std::function<void(const v1::Opened&)> on_opened;
+  // Takes the events as they arrive, one at a time, on a library thread, in place of NextEvent().
+  // The stream is not read further while it runs. It must not destroy the session.
+  std::function<void(Event)> on_event;
+};
+
+}  // namespace structkv::client

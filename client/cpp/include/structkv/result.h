@@ -1,0 +1,58 @@
+// What a compression gives back.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <variant>
+#include <vector>
+
+#include "absl/types/span.h"
+#include "structkv/bytes.h"
+#include "structkv/v1/compression.pb.h"
+
+namespace structkv::client {
+
+// One layer's answer.
+struct LayerResult {
+  uint32_t layer = 0;
+  // Tokens kept in each KV head.
+  uint32_t kept_tokens = 0;
+  // Where the method has statistics.
+  std::optional<v1::LayerMetrics> metrics;
+  // [kept_tokens] or, selected per KV head, [kv_heads, kept_tokens]; int32, ascending in each row.
+  Bytes positions;
+  // [kv_heads, kept_tokens, dim] or the layout of `Open`, of its dtype; empty for a plan.
+  Bytes keys;
+  Bytes values;
+  // [N] or [kv_heads, N] float32, on request.
+  Bytes saliency;
+
+  absl::Span<const int32_t> position_values() const { return positions.as<int32_t>(); }
+};
+
+// The pivot layer and the skeleton.
+struct PivotResult {
+  uint32_t pivot_layer = 0;
+  std::optional<uint32_t> transition_layer;
+  v1::PivotMode mode = v1::PIVOT_MODE_UNSPECIFIED;
+  // Metrics and scores of every layer that the decision saw, in layer order.
+  std::vector<v1::LayerMetrics> layers;
+  // Ascending.
+  std::vector<int32_t> skeleton;
+  // [N], on request.
+  std::vector<float> centrality;
+};
+
+// One step of a session. The summary comes last, after it was checked against what was sent and
+// received.
+using Event = std::variant<LayerResult, PivotResult, v1::Summary>;
+
+// A whole compressed prompt.
+struct Compressed {
+  v1::Opened opened;
+  std::vector<LayerResult> layers;  // in layer order
+  std::optional<PivotResult> pivot;
+  v1::Summary summary;
+};
+
+}  // namespace structkv::client

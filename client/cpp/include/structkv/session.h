@@ -1,0 +1,84 @@
+// One prompt's stream.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "structkv/options.h"
+#include "structkv/result.h"
+#include "structkv/v1/compression.pb.h"
+
+namespace structkv::client {
+
+namespace internal {
+class SessionCore;
+}  // namespace internal
+
+// One layer's tensors, each whole; empty where the prompt has no such tensor.
+struct LayerTensors {
+  absl::Span<const std::byte> keys;
+  absl::Span<const std::byte> values;
+  absl::Span<const std::byte> window_queries;
+  absl::Span<const std::byte> window_lse;
+  absl::Span<const std::byte> saliency;
+  // Keeps all of them alive; released when the transport is done with them. Null: they are copied.
+  std::shared_ptr<const void> owner;
+};
+
+// A session that the server has admitted. Made by Client::OpenPrompt.
+//
+// Errors: every call on a failed session returns the status of its stream, which is the server's
+// code and text where the server ended it. What a server sends against the protocol is DATA_LOSS.
+//
+// Threads: one thread may send (Send, SendLayer, Commit) while another reads (NextEvent, Collect,
+// Wait); Cancel may be called from any. The library reads the stream all the while, so a single
+// thread that sends everything first and reads afterwards does not deadlock.
+class CompressSession {
+ public:
+  // Cancels the stream if it still runs, and waits until the library has let go of it.
+  ~CompressSession();
+  CompressSession(const CompressSession&) = delete;
+  CompressSession& operator=(const CompressSession&) = delete;
+
+  // What was asked for, with the idempotency key in force.
+  const v1::Open& open() const;
+  // What the server answered.
+  const v1::Opened& opened() const;
+
+  // Sends bytes of a tensor, cut into messages. Blocks while too many bytes wait to be sent. The
+  // data are copied; with an `owner`, which keeps them alive until the transport has let go of
+  // them, they are not.
+  absl::Status Send(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
+                    uint64_t offset_bytes = 0, std::shared_ptr<const void> owner = nullptr);
+
+  // Sends all tensors of a layer, small ones together in one message.
+  absl::Status SendLayer(uint32_t layer, const LayerTensors& tensors);
+
+  // Ends the prompt: says how many layers and bytes were sent. FAILED_PRECONDITION where that was
+  // done before.
+  absl::Status Commit();
+
+  // Waits for the next event. After the summary: OUT_OF_RANGE. FAILED_PRECONDITION where
+  // `SessionOptions.on_event` takes the events.
+  absl::StatusOr<Event> NextEvent();
+
+  // Reads all that is left and puts it in order.
+  absl::StatusOr<Compressed> Collect();
+
+  // Waits for the end of the stream. Events that were not read stay to be read.
+  absl::StatusOr<v1::Summary> Wait();
+
+  // Ends the stream as CANCELLED.
+  void Cancel();
+
+ private:
+  friend class Client;
+  explicit CompressSession(std::shared_ptr<internal::SessionCore> core);
+  std::shared_ptr<internal::SessionCore> core_;
+};
+
+}  // namespace structkv::client

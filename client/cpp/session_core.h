@@ -1,0 +1,118 @@
+// The stream behind a session: writes that are queued within a bound, reads that never wait for
+// writes, and one end.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "client/cpp/assembler.h"
+#include "client/cpp/bytes_pool.h"
+#include "client/cpp/sent_ranges.h"
+#include "grpcpp/channel.h"
+#include "grpcpp/client_context.h"
+#include "grpcpp/support/byte_buffer.h"
+#include "grpcpp/support/client_callback.h"
+#include "structkv/options.h"
+#include "structkv/result.h"
+
+namespace structkv::client::internal {
+
+// Thread-safe. Keeps itself alive until gRPC is done with it.
+//
+// gRPC's completion callbacks may run on the thread that starts an operation, and starting one may
+// release a caller's buffers: no operation is started under the mutex. A hold keeps the call alive
+// while another thread than gRPC's may start one.
+class SessionCore final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>,
+                          public std::enable_shared_from_this<SessionCore> {
+ public:
+  SessionCore(v1::Open open, SessionOptions options, std::shared_ptr<BytesPool> pool);
+
+  // Starts the stream and sends `open`. Called once.
+  void Start(std::shared_ptr<grpc::Channel> channel, absl::Time deadline);
+
+  // Waits until the server has answered; the stream's status where it ended before that.
+  absl::Status WaitOpened();
+
+  // Queues a message with `bytes` of tensor data; blocks while too many wait. `last`: half-closes
+  // after it.
+  absl::Status Write(grpc::ByteBuffer message, size_t bytes, bool last);
+  // FAILED_PRECONDITION after a commit.
+  absl::Status CheckSending() const;
+  absl::Status Commit();
+  void NoteSent(uint32_t layer, int tensor, uint64_t begin, uint64_t end);
+
+  absl::StatusOr<Event> NextEvent();
+  absl::StatusOr<v1::Summary> Wait();
+  void Cancel();
+  // Cancels, and waits until no callback can run any more.
+  void Close();
+
+  const v1::Open& open() const { return open_; }
+  const SessionOptions& options() const { return options_; }
+  // After WaitOpened() has returned OK.
+  const v1::Opened& opened() const { return opened_; }
+  // After the end: when the server said to try again; negative: not at all.
+  std::optional<int64_t> retry_pushback_millis() const;
+
+ private:
+  struct Outgoing {
+    grpc::ByteBuffer message;
+    size_t bytes = 0;
+    bool last = false;
+  };
+
+  void OnReadDone(bool ok) override;
+  void OnWriteDone(bool ok) override;
+  void OnDone(const grpc::Status& status) override;
+
+  void StartFront(Outgoing* front);
+  // Hands an event on. False: the reader is behind, stop reading.
+  bool Deliver(Event event);
+  void Fail(absl::Status status);
+  // Ends an operation that another thread than gRPC's has started.
+  void DoneStarting();
+  bool HoldIsOver() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Status FinalStatus() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  const v1::Open open_;
+  const SessionOptions options_;
+  const std::shared_ptr<BytesPool> pool_;
+  std::shared_ptr<SessionCore> self_;  // until OnDone
+  std::shared_ptr<grpc::Channel> channel_;
+  grpc::ClientContext context_;
+  grpc::ByteBuffer incoming_;
+  Assembler assembler_;  // used by gRPC's callbacks alone, which do not overlap
+  v1::Opened opened_;
+
+  mutable absl::Mutex mutex_;
+  absl::CondVar changed_;
+  std::deque<Outgoing> queue_ ABSL_GUARDED_BY(mutex_);  // the front one is being written
+  size_t in_flight_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool writing_ ABSL_GUARDED_BY(mutex_) = false;
+  bool committed_ ABSL_GUARDED_BY(mutex_) = false;
+  int starting_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool closed_ ABSL_GUARDED_BY(mutex_) = false;  // no operation is started any more
+  bool hold_released_ ABSL_GUARDED_BY(mutex_) = false;
+  bool opened_set_ ABSL_GUARDED_BY(mutex_) = false;
+  bool paused_ ABSL_GUARDED_BY(mutex_) = false;
+  std::deque<Event> events_ ABSL_GUARDED_BY(mutex_);
+  size_t buffered_ ABSL_GUARDED_BY(mutex_) = 0;
+  SentRanges sent_ ABSL_GUARDED_BY(mutex_);
+  absl::Status local_error_ ABSL_GUARDED_BY(mutex_);
+  bool done_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Status status_ ABSL_GUARDED_BY(mutex_);
+  std::optional<v1::Summary> summary_ ABSL_GUARDED_BY(mutex_);
+  bool summary_taken_ ABSL_GUARDED_BY(mutex_) = false;
+  std::optional<int64_t> pushback_millis_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace structkv::client::internal

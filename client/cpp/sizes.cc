@@ -1,0 +1,95 @@
+#include "structkv/sizes.h"
+
+#include <cstdint>
+
+namespace structkv::client {
+namespace {
+
+uint64_t Heads(const v1::Open& open, const v1::Opened& opened) {
+  const bool per_head = EffectiveGranularity(opened.method()) == v1::GRANULARITY_PER_KV_HEAD;
+  return per_head ? open.geometry().kv_head_count() : 1;
+}
+
+uint64_t ValueDim(const v1::ModelGeometry& geometry) {
+  return geometry.value_dim() == 0 ? geometry.key_dim() : geometry.value_dim();
+}
+
+}  // namespace
+
+uint64_t ElementBytes(v1::DType dtype) {
+  switch (dtype) {
+    case v1::DTYPE_F32:
+      return 4;
+    case v1::DTYPE_F16:
+    case v1::DTYPE_BF16:
+      return 2;
+    default:
+      return 0;
+  }
+}
+
+v1::Granularity EffectiveGranularity(const v1::Method& method) {
+  switch (method.kind_case()) {
+    case v1::Method::kStructkv:
+      return method.structkv().granularity() == v1::GRANULARITY_PER_KV_HEAD
+                 ? v1::GRANULARITY_PER_KV_HEAD
+                 : v1::GRANULARITY_PER_LAYER;
+    case v1::Method::kSnapkv:
+      return method.snapkv().granularity() == v1::GRANULARITY_PER_LAYER
+                 ? v1::GRANULARITY_PER_LAYER
+                 : v1::GRANULARITY_PER_KV_HEAD;
+    default:
+      return v1::GRANULARITY_PER_LAYER;
+  }
+}
+
+uint64_t InputTensorBytes(const v1::Open& open, const v1::Opened& opened, v1::Tensor tensor) {
+  bool required = false;
+  for (int t : opened.required_tensors()) required |= t == tensor;
+  if (!required) return 0;
+  const v1::ModelGeometry& geometry = open.geometry();
+  const uint64_t tokens = open.prompt_tokens();
+  const uint64_t element = ElementBytes(open.dtype());
+  switch (tensor) {
+    case v1::TENSOR_KEYS:
+      return element * geometry.kv_head_count() * tokens * geometry.key_dim();
+    case v1::TENSOR_VALUES:
+      return element * geometry.kv_head_count() * tokens * ValueDim(geometry);
+    case v1::TENSOR_WINDOW_QUERIES:
+      return element * geometry.query_head_count() * opened.window_tokens() * geometry.key_dim();
+    case v1::TENSOR_WINDOW_LSE:
+      return sizeof(float) * uint64_t{geometry.query_head_count()} * opened.window_tokens();
+    case v1::TENSOR_SALIENCY:
+      return sizeof(float) * tokens *
+             (opened.statistic() == v1::STATISTIC_SALIENCY_PER_KV_HEAD ? geometry.kv_head_count()
+                                                                       : 1);
+    default:
+      return 0;
+  }
+}
+
+uint64_t OutputTensorBytes(const v1::Open& open, const v1::Opened& opened, uint32_t layer,
+                           v1::Tensor tensor) {
+  if (layer >= static_cast<uint32_t>(opened.kept_tokens_size())) return 0;
+  const v1::ModelGeometry& geometry = open.geometry();
+  const uint64_t kept = opened.kept_tokens(static_cast<int>(layer));
+  const uint64_t row = ElementBytes(open.dtype()) * geometry.kv_head_count() * kept;
+  const bool plan = open.output() == v1::OUTPUT_PLAN;
+  switch (tensor) {
+    case v1::TENSOR_POSITIONS:
+      return sizeof(int32_t) * Heads(open, opened) * kept;
+    case v1::TENSOR_KEYS:
+      return plan ? 0 : row * geometry.key_dim();
+    case v1::TENSOR_VALUES:
+      return plan ? 0 : row * ValueDim(geometry);
+    case v1::TENSOR_SALIENCY: {
+      const bool scored = opened.statistic() != v1::STATISTIC_NONE;
+      if (!open.return_saliency() || !scored) return 0;
+      return sizeof(float) * Heads(open, opened) * open.prompt_tokens();
+    }
+    default:
+      return 0;
+  }
+}
+
+}  // namespace structkv::client
