@@ -1,0 +1,50 @@
+#include "kernels/reference/element.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace structkv::reference {
+namespace {
+
+template <typename T>
+T Load(const std::byte* row, int64_t index) {
+  T value;
+  std::memcpy(&value, row + index * static_cast<int64_t>(sizeof(T)), sizeof(T));
+  return value;
+}
+
+double FromHalf(uint16_t bits) {
+  const double sign = (bits & 0x8000) != 0 ? -1.0 : 1.0;
+  const int exponent = (bits >> 10) & 0x1F;
+  const int fraction = bits & 0x3FF;
+  if (exponent == 31) {
+    return fraction == 0 ? sign * std::numeric_limits<double>::infinity()
+                         : std::numeric_limits<double>::quiet_NaN();
+  }
+  if (exponent == 0) return sign * std::ldexp(fraction, -24);
+  return sign * std::ldexp(fraction + 1024, exponent - 25);
+}
+
+double FromBfloat(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+}  // namespace
+
+double Element(const std::byte* row, DType dtype, int64_t index) {
+  switch (dtype) {
+    case DType::kF32:
+      return Load<float>(row, index);
+    case DType::kF16:
+      return FromHalf(Load<uint16_t>(row, index));
+    case DType::kBF16:
+      return FromBfloat(Load<uint16_t>(row, index));
+  }
+  return std::numeric_limits<double>::quiet_NaN();
+}
+
+}  // namespace structkv::reference

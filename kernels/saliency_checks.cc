@@ -1,0 +1,94 @@
+#include "kernels/saliency_checks.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+
+namespace structkv {
+namespace {
+
+template <typename T>
+bool Contains(const std::vector<T>& values, T value) {
+  return std::find(values.begin(), values.end(), value) != values.end();
+}
+
+absl::Status RowError(const SaliencyParams& params, const char* what, int64_t query_head,
+                      int64_t row, float value, BadStatistic* bad) {
+  const int64_t group = params.queries.heads / params.keys.heads;
+  const int64_t token = params.keys.tokens - params.queries.tokens + row;
+  if (bad != nullptr) *bad = {query_head / group, token, value};
+  return absl::InvalidArgumentError(
+      absl::StrFormat("%s: query head %d, window row %d (token %d) is %f, must be finite", what,
+                      query_head, row, token, value));
+}
+
+}  // namespace
+
+absl::Status CheckSaliencyParams(const SaliencyParams& params,
+                                 const BackendCapabilities& capabilities) {
+  const TensorView& q = params.queries;
+  const TensorView& k = params.keys;
+  if (k.heads < 1 || k.tokens < 1 || k.data == nullptr) {
+    return absl::InvalidArgumentError(absl::StrCat("keys: shape [", k.heads, ", ", k.tokens, ", ",
+                                                   k.dim, "], every size must be at least 1"));
+  }
+  if (!capabilities.SupportsDim(k.dim)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("key_dim: ", k.dim, ", must be a multiple of ", capabilities.dim_step, " in [",
+                     capabilities.min_dim, ", ", capabilities.max_dim, "] or ",
+                     capabilities.extra_dims.empty() ? 0 : capabilities.extra_dims.front(), " or ",
+                     capabilities.extra_dims.empty() ? 0 : capabilities.extra_dims.back()));
+  }
+  if (q.dim != k.dim) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("queries: dim ", q.dim, ", must be the keys' ", k.dim));
+  }
+  if (q.dtype != k.dtype) {
+    return absl::InvalidArgumentError(absl::StrFormat("queries: dtype %s, must be the keys' %s",
+                                                      std::string(DTypeName(q.dtype)),
+                                                      std::string(DTypeName(k.dtype))));
+  }
+  if (!Contains(capabilities.dtypes, k.dtype)) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("dtype: %s is not supported", std::string(DTypeName(k.dtype))));
+  }
+  if (q.heads < 1 || q.heads % k.heads != 0 || q.data == nullptr) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("query_heads: ", q.heads, ", must be a multiple of kv_heads, ", k.heads));
+  }
+  const int64_t limit = std::min(capabilities.max_window, k.tokens);
+  if (q.tokens < 1 || q.tokens > limit) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("window: ", q.tokens, ", must be in [1, ", limit, "]"));
+  }
+  if (!std::isfinite(params.scale)) {
+    return absl::InvalidArgumentError(absl::StrCat("scale: ", params.scale, ", must be finite"));
+  }
+  return absl::OkStatus();
+}
+
+double SaliencyScale(const SaliencyParams& params) {
+  if (params.scale != 0.0F) return params.scale;
+  return 1.0 / std::sqrt(static_cast<double>(params.keys.dim));
+}
+
+absl::Status BadQueryError(const SaliencyParams& params, int64_t query_head, int64_t row,
+                           float value, BadStatistic* bad) {
+  return RowError(params, "queries", query_head, row, value, bad);
+}
+
+absl::Status BadLseError(const SaliencyParams& params, int64_t query_head, int64_t row, float value,
+                         BadStatistic* bad) {
+  return RowError(params, "lse", query_head, row, value, bad);
+}
+
+absl::Status BadScoreError(const BadStatistic& found, BadStatistic* bad) {
+  if (bad != nullptr) *bad = found;
+  return absl::InvalidArgumentError(
+      absl::StrFormat("saliency: kv head %d, token %d: score is %f, must be finite", found.head,
+                      found.token, found.value));
+}
+
+}  // namespace structkv
