@@ -30,8 +30,16 @@ struct PivotDecision {
 std::vector<std::optional<double>> TransitionScores(absl::Span<const LayerMetrics> metrics,
                                                     const PivotSpec& spec);
 
+// The layers that can become the pivot, first <= last, known before any data arrive.
+struct PivotRange {
+  int64_t first = 0;
+  int64_t last = 0;
+};
+PivotRange PossiblePivots(int64_t layers, const PivotSpec& spec);
+
 // EXACT: `metrics` holds all layers. The search range is cut at L - 2, so that the pivot is a
-// layer; where it is empty (L < 3) the pivot is the last layer: nothing is cut.
+// layer; where it is empty (L < 3, or shares that span no layer) the pivot is the last layer:
+// nothing is cut. Ties go to the lowest layer.
 PivotDecision DecideExact(absl::Span<const LayerMetrics> metrics, const PivotSpec& spec);
 
 // FIXED: `metrics` holds layers 0 .. fixed_layer at least; all given are reported.

@@ -1,0 +1,154 @@
+#include "service/engine/buffer_pool.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <list>
+#include <utility>
+
+namespace structkv::engine {
+namespace {
+
+// Below this a transparent huge page cannot back anything.
+constexpr size_t kHugePageBytes = size_t{2} << 20;
+
+size_t PageBytes() {
+  static const auto bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return bytes;
+}
+
+size_t RoundUpToPages(size_t size) {
+  const size_t page = PageBytes();
+  return (size + page - 1) / page * page;
+}
+
+std::byte* MapPages(size_t size) {
+  void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) {
+    std::fprintf(stderr, "structkv: mapping %zu bytes for a buffer failed\n", size);
+    std::abort();
+  }
+  // Advice alone: without huge pages the memory is slower to touch first, and as good afterwards.
+  if (size >= kHugePageBytes) madvise(data, size, MADV_HUGEPAGE);
+  return static_cast<std::byte*>(data);
+}
+
+}  // namespace
+
+// What buffers and their pool share; lives until the last of them is gone.
+struct Buffer::Core {
+  struct Run {
+    std::byte* data = nullptr;
+    size_t size = 0;
+  };
+  using Runs = std::list<Run>;
+
+  explicit Core(size_t idle_limit) : idle_limit_bytes(idle_limit) {}
+  ~Core() { Unmap(idle); }
+
+  static void Unmap(const Runs& runs) {
+    for (const Run& run : runs) munmap(run.data, run.size);
+  }
+
+  // A run of `size` bytes (whole pages) or slightly more.
+  Run Take(size_t size) {
+    {
+      const std::lock_guard lock(mutex);
+      auto fit = by_size.lower_bound(size);
+      // Past this a buffer would hold much more memory than its user has reserved.
+      const size_t largest = size + std::max(size / 8, 2 * PageBytes());
+      if (fit != by_size.end() && fit->first <= largest) {
+        const Run run = *fit->second;
+        idle.erase(fit->second);
+        by_size.erase(fit);
+        idle_bytes -= run.size;
+        in_use_bytes += run.size;
+        return run;
+      }
+      in_use_bytes += size;
+    }
+    return {MapPages(size), size};
+  }
+
+  void Return(Run run) {
+    Runs dropped;
+    {
+      const std::lock_guard lock(mutex);
+      in_use_bytes -= run.size;
+      idle.push_back(run);
+      by_size.emplace(run.size, std::prev(idle.end()));
+      idle_bytes += run.size;
+      // The run that nobody wanted for the longest time goes first.
+      while (idle_bytes > idle_limit_bytes) {
+        auto oldest = idle.begin();
+        auto [entry, end] = by_size.equal_range(oldest->size);
+        while (entry != end && entry->second != oldest) ++entry;
+        by_size.erase(entry);
+        idle_bytes -= oldest->size;
+        dropped.splice(dropped.end(), idle, oldest);
+      }
+    }
+    Unmap(dropped);
+  }
+
+  const size_t idle_limit_bytes;
+  mutable std::mutex mutex;
+  Runs idle;  // oldest return first
+  std::multimap<size_t, Runs::iterator> by_size;
+  size_t idle_bytes = 0;
+  size_t in_use_bytes = 0;
+};
+
+Buffer& Buffer::operator=(Buffer&& other) noexcept {
+  if (this == &other) return *this;
+  Reset();
+  core_ = std::move(other.core_);
+  data_ = std::exchange(other.data_, nullptr);
+  size_ = std::exchange(other.size_, 0);
+  capacity_ = std::exchange(other.capacity_, 0);
+  return *this;
+}
+
+Buffer Buffer::Borrowed(void* data, size_t size) {
+  Buffer buffer;
+  buffer.data_ = static_cast<std::byte*>(data);
+  buffer.size_ = size;
+  return buffer;
+}
+
+void Buffer::Reset() {
+  if (core_ != nullptr) core_->Return({data_, capacity_});
+  core_.reset();
+  data_ = nullptr;
+  size_ = 0;
+  capacity_ = 0;
+}
+
+BufferPool::BufferPool(size_t idle_limit_bytes)
+    : core_(std::make_shared<Buffer::Core>(idle_limit_bytes)) {}
+
+Buffer BufferPool::Acquire(size_t size) {
+  Buffer buffer;
+  if (size == 0) return buffer;
+  const Buffer::Core::Run run = core_->Take(RoundUpToPages(size));
+  buffer.core_ = core_;
+  buffer.data_ = run.data;
+  buffer.size_ = size;
+  buffer.capacity_ = run.size;
+  return buffer;
+}
+
+size_t BufferPool::in_use_bytes() const {
+  const std::lock_guard lock(core_->mutex);
+  return core_->in_use_bytes;
+}
+
+size_t BufferPool::idle_bytes() const {
+  const std::lock_guard lock(core_->mutex);
+  return core_->idle_bytes;
+}
+
+}  // namespace structkv::engine

@@ -1,0 +1,84 @@
+#include <xxhash.h>
+
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/string_view.h"
+#include "service/engine/prompt_spec.h"
+
+namespace structkv::engine {
+namespace {
+
+absl::string_view View(std::string_view text) { return {text.data(), text.size()}; }
+
+absl::string_view PoolingName(Pooling pooling) {
+  switch (pooling) {
+    case Pooling::kNone:
+      return "none";
+    case Pooling::kAvg:
+      return "avg";
+    case Pooling::kMax:
+      return "max";
+  }
+  return "?";
+}
+
+void AddBudget(absl::string_view name, const method::Budget& budget, std::string& text) {
+  absl::StrAppendFormat(
+      &text, "%s=%.17g %s\n", name, budget.ratio,
+      budget.kind == method::BudgetKind::kIncludesWindow ? "includes_window" : "window_on_top");
+}
+
+void AddScoring(const method::MethodSpec& spec, std::string& text) {
+  absl::StrAppendFormat(
+      &text, "window=%d\ngranularity=%s\npooling=%s", spec.window,
+      spec.granularity == method::Granularity::kPerLayer ? "per_layer" : "per_kv_head",
+      PoolingName(spec.pooling));
+  if (spec.pooling != Pooling::kNone) absl::StrAppend(&text, " ", spec.pooling_kernel);
+  absl::StrAppend(&text, "\n");
+}
+
+void AddPivot(const method::PivotSpec& pivot, std::string& text) {
+  if (pivot.mode == method::PivotMode::kFixed) {
+    absl::StrAppendFormat(&text, "pivot=fixed %d\n", pivot.fixed_layer);
+  } else {
+    absl::StrAppendFormat(&text, "pivot=exact %.17g %.17g\n", pivot.search_begin, pivot.search_end);
+  }
+  absl::StrAppendFormat(&text, "transition=%.17g %.17g %.17g %.17g\n", pivot.sparsity_ratio,
+                        pivot.entropy_weight, pivot.sparsity_weight, pivot.variance_weight);
+}
+
+// One line a parameter, only those that the method has, so that an ignored one changes nothing.
+std::string CanonicalText(const PromptSpec& spec) {
+  const method::MethodSpec& method = spec.method;
+  const ModelGeometry& geometry = spec.geometry;
+  std::string text = absl::StrFormat(
+      "structkv compacted cache 1\ngeometry=%d %d %d %d %d\ndtype=%s\nlayout=%s\nmethod=%s\n",
+      geometry.layers, geometry.query_heads, geometry.kv_heads, geometry.key_dim,
+      geometry.value_dim, View(DTypeName(spec.dtype)), View(LayoutName(spec.layout)),
+      View(method::MethodName(method.method)));
+  if (method.method != method::Method::kFull) AddBudget("kv_budget", method.kv_budget, text);
+  if (method.needs_statistics()) AddScoring(method, text);
+  if (method.method == method::Method::kStreamingLlm) {
+    absl::StrAppendFormat(&text, "sinks=%d\n", method.sink_tokens);
+  }
+  if (method.has_skeleton()) {
+    absl::StrAppendFormat(&text, "decay=%.17g\n", method.decay);
+    AddBudget("skeleton_budget", method.skeleton_budget, text);
+    AddPivot(method.pivot, text);
+  }
+  // Last, because it may hold anything.
+  absl::StrAppend(&text, "model=", spec.model_id);
+  return text;
+}
+
+}  // namespace
+
+std::string Fingerprint(const PromptSpec& spec) {
+  const std::string text = CanonicalText(spec);
+  const XXH128_hash_t hash = XXH3_128bits(text.data(), text.size());
+  return absl::StrFormat("%016x%016x", hash.high64, hash.low64);
+}
+
+}  // namespace structkv::engine

@@ -1,0 +1,72 @@
+#include "service/engine/prompt_spec.h"
+#include "service/method/centrality.h"
+#include "service/method/pivot_detector.h"
+#include "service/method/selection_policy.h"
+
+namespace structkv::engine {
+namespace {
+
+constexpr int64_t kFloat = sizeof(float);
+constexpr int64_t kPosition = sizeof(int32_t);
+
+int64_t InputOfOneLayer(const PromptSpec& spec) {
+  int64_t bytes = 0;
+  for (const InputTensor tensor : spec.RequiredTensors()) bytes += spec.InputBytes(tensor);
+  return bytes;
+}
+
+int64_t OutputOfOneLayer(const PromptSpec& spec) {
+  const ModelGeometry& geometry = spec.geometry;
+  const int64_t kept = spec.kept_tokens(0);
+  const int64_t sets = spec.per_kv_head() ? geometry.kv_heads : 1;
+  int64_t bytes = sets * kept * kPosition;
+  if (!spec.plan_only) {
+    bytes += geometry.kv_heads * kept * (geometry.key_dim + geometry.value_dim) *
+             static_cast<int64_t>(DTypeSize(spec.dtype));
+  }
+  if (spec.return_saliency) bytes += sets * spec.prompt_tokens * kFloat;
+  return bytes;
+}
+
+int64_t State(const PromptSpec& spec) {
+  const int64_t per_layer = spec.method.needs_statistics()
+                                ? static_cast<int64_t>(sizeof(method::LayerScore))
+                                : int64_t{1};
+  int64_t bytes = spec.geometry.layers * per_layer;
+  if (spec.method.has_skeleton()) {
+    const auto range = method::PossiblePivots(spec.geometry.layers, spec.method.pivot);
+    bytes += method::Centrality::MaxVectors(range.last) * spec.prompt_tokens * kFloat;
+    bytes += spec.skeleton_tokens() * kPosition;
+  }
+  return bytes;
+}
+
+int64_t Scratch(const PromptSpec& spec, const Backend& backend) {
+  if (!spec.method.needs_statistics()) return 0;
+  const ModelGeometry& geometry = spec.geometry;
+  const int64_t tokens = spec.prompt_tokens;
+  int64_t bytes = tokens * kFloat;  // the sum over KV heads
+  if (spec.statistic == Statistic::kWindowQueries) {
+    SaliencyParams params;
+    params.queries = TensorView::Dense(nullptr, spec.dtype, Layout::kHeadTokenDim,
+                                       geometry.query_heads, spec.window_rows(), geometry.key_dim);
+    params.keys = TensorView::Dense(nullptr, spec.dtype, spec.layout, geometry.kv_heads, tokens,
+                                    geometry.key_dim);
+    bytes += geometry.kv_heads * tokens * kFloat;
+    bytes += backend.SaliencyScratchBytes(params);
+  }
+  const int64_t sets = spec.per_kv_head() ? geometry.kv_heads : 1;
+  bytes += method::MakeSelectionPolicy(spec.method)->ScratchFloats(tokens, sets) * kFloat;
+  return bytes;
+}
+
+}  // namespace
+
+MemoryPlan PlanMemory(const PromptSpec& spec, const Backend& backend) {
+  return {.layer_input_bytes = InputOfOneLayer(spec),
+          .layer_output_bytes = OutputOfOneLayer(spec),
+          .state_bytes = State(spec),
+          .scratch_bytes = Scratch(spec, backend)};
+}
+
+}  // namespace structkv::engine

@@ -1,0 +1,72 @@
+#include "service/engine/prompt_spec.h"
+
+#include <cstddef>
+
+#include "service/method/budget.h"
+
+namespace structkv::engine {
+
+std::string_view InputTensorName(InputTensor tensor) {
+  switch (tensor) {
+    case InputTensor::kKeys:
+      return "keys";
+    case InputTensor::kValues:
+      return "values";
+    case InputTensor::kWindowQueries:
+      return "window_queries";
+    case InputTensor::kWindowLse:
+      return "window_lse";
+    case InputTensor::kSaliency:
+      return "saliency";
+  }
+  return "?";
+}
+
+int64_t PromptSpec::window_rows() const { return method::WindowRows(method, prompt_tokens); }
+
+int64_t PromptSpec::kept_tokens(int64_t /*layer*/) const {
+  return method::KeptTokens(method, prompt_tokens);
+}
+
+int64_t PromptSpec::skeleton_tokens() const {
+  return method::SkeletonTokens(method, prompt_tokens);
+}
+
+bool PromptSpec::per_kv_head() const {
+  return method.needs_statistics() && method.granularity == method::Granularity::kPerKvHead;
+}
+
+int64_t PromptSpec::InputBytes(InputTensor tensor) const {
+  const auto element = static_cast<int64_t>(DTypeSize(dtype));
+  constexpr int64_t kFloat = sizeof(float);
+  const bool queries = statistic == Statistic::kWindowQueries;
+  switch (tensor) {
+    case InputTensor::kKeys:
+      return plan_only && !queries ? 0
+                                   : geometry.kv_heads * prompt_tokens * geometry.key_dim * element;
+    case InputTensor::kValues:
+      return plan_only ? 0 : geometry.kv_heads * prompt_tokens * geometry.value_dim * element;
+    case InputTensor::kWindowQueries:
+      return queries ? geometry.query_heads * window_rows() * geometry.key_dim * element : 0;
+    case InputTensor::kWindowLse:
+      return queries && window_lse ? geometry.query_heads * window_rows() * kFloat : 0;
+    case InputTensor::kSaliency:
+      if (statistic == Statistic::kSaliency) return prompt_tokens * kFloat;
+      if (statistic == Statistic::kSaliencyPerKvHead) {
+        return geometry.kv_heads * prompt_tokens * kFloat;
+      }
+      return 0;
+  }
+  return 0;
+}
+
+std::vector<InputTensor> PromptSpec::RequiredTensors() const {
+  std::vector<InputTensor> tensors;
+  for (int i = 0; i < kInputTensors; ++i) {
+    const auto tensor = static_cast<InputTensor>(i);
+    if (InputBytes(tensor) > 0) tensors.push_back(tensor);
+  }
+  return tensors;
+}
+
+}  // namespace structkv::engine

@@ -1,0 +1,259 @@
+#include "service/engine/scheduler.h"
+
+#include <condition_variable>
+#include <deque>
+#include <list>
+#include <mutex>
+#include <optional>
+#include <utility>
+#include <vector>
+
+// Asio 1.74 uses std::exchange without including <utility>, which is above.
+#include "boost/asio/post.hpp"
+#include "boost/asio/thread_pool.hpp"
+
+namespace structkv::engine {
+namespace {
+
+// The tasks of one ParallelFor call. Lives on its caller's stack; guarded by the scheduler's mutex.
+struct TaskSet {
+  int64_t count = 0;
+  absl::FunctionRef<void(int64_t)> task;
+  int64_t next = 0;  // first task that nobody has taken
+  int64_t done = 0;
+  std::condition_variable* finished = nullptr;  // set while the caller sleeps
+};
+
+// Tasks of any ParallelFor that this thread is in the middle of.
+thread_local int tasks_on_this_thread = 0;
+
+}  // namespace
+
+// Guarded by the scheduler's mutex.
+class Scheduler::Lane {
+ public:
+  struct Waiting {
+    bool small = false;
+    Job job;
+  };
+  std::deque<Waiting> jobs;
+  std::vector<TaskSet*> sets;  // with tasks that nobody has taken; a nested call's comes last
+  bool job_runs = false;
+  bool in_turn = false;  // waits in one of the two queues of turns
+  uint64_t ticket = 0;   // order of turns over both queues
+};
+
+// Two queues of lanes say whose turn is next. `light_`: lanes that offer a task or a small job,
+// which any thread may run, also one that waits within a large job. `large_`: lanes whose next job
+// is large; only a thread that is in the middle of nothing may start one, so jobs never pile up on
+// a stack. A lane that has had its turn goes to the end.
+//
+// A pool thread sleeps in Asio until work is posted for it, then runs units until there are none. A
+// thread that waits within a large job for its last tasks sleeps on a condition variable of its
+// own.
+class Scheduler::Impl {
+ public:
+  explicit Impl(int threads) : threads_(threads), pool_(static_cast<size_t>(threads)) {}
+  ~Impl() { pool_.join(); }
+
+  void Post(const std::shared_ptr<Lane>& lane, bool small, Job job) {
+    const std::lock_guard lock(mutex_);
+    lane->jobs.push_back({small, std::move(job)});
+    ++queue_depth_;
+    if (Enqueue(lane)) Wake(1, lane->jobs.front().small);
+  }
+
+  int threads() const { return threads_; }
+
+  int64_t queue_depth() const {
+    const std::lock_guard lock(mutex_);
+    return queue_depth_;
+  }
+
+ private:
+  using Lock = std::unique_lock<std::mutex>;
+
+  // Something to run: a task of a set, or a job.
+  struct Unit {
+    std::shared_ptr<Lane> lane;
+    TaskSet* set = nullptr;
+    int64_t index = 0;
+    Lane::Waiting job;  // where `set` is null
+  };
+
+  // A thread that sleeps within a ParallelFor.
+  struct Sleeper {
+    std::condition_variable wake;
+    bool listed = false;
+  };
+
+  // Gives the lane its next place in the order of turns. False where it has one, or has nothing to
+  // offer.
+  bool Enqueue(const std::shared_ptr<Lane>& lane) {
+    const bool has_tasks = !lane->sets.empty();
+    const bool has_job = !lane->job_runs && !lane->jobs.empty();
+    if (lane->in_turn || (!has_tasks && !has_job)) return false;
+    lane->in_turn = true;
+    lane->ticket = next_ticket_++;
+    (has_tasks || lane->jobs.front().small ? light_ : large_).push_back(lane);
+    return true;
+  }
+
+  // Sees to it that up to `count` threads look for work soon: idle ones first, then those that
+  // sleep within a large job, where the work is light.
+  void Wake(int64_t count, bool light) {
+    for (; count > 0 && awake_ < threads_; --count) {
+      ++awake_;
+      boost::asio::post(pool_, [this] { RunUnits(); });
+    }
+    for (; light && count > 0 && !sleepers_.empty(); --count) {
+      Sleeper* sleeper = sleepers_.front();
+      sleepers_.pop_front();
+      sleeper->listed = false;
+      sleeper->wake.notify_one();
+    }
+  }
+
+  // Takes the unit whose turn it is.
+  std::optional<Unit> Next(bool light_only) {
+    while (true) {
+      std::deque<std::shared_ptr<Lane>>* turns = &light_;
+      if (!light_only && !large_.empty() &&
+          (light_.empty() || large_.front()->ticket < light_.front()->ticket)) {
+        turns = &large_;
+      }
+      if (turns->empty()) return std::nullopt;
+      Unit unit;
+      unit.lane = std::move(turns->front());
+      turns->pop_front();
+      Lane& lane = *unit.lane;
+      lane.in_turn = false;
+      if (!lane.sets.empty()) {
+        unit.set = lane.sets.back();
+        unit.index = Claim(lane, *unit.set);
+        Enqueue(unit.lane);
+        return unit;
+      }
+      // Its caller may have taken the last tasks itself, out of turn; look afresh at what it
+      // offers.
+      if (lane.job_runs || lane.jobs.empty()) continue;
+      if (turns == &light_ && !lane.jobs.front().small) {
+        Enqueue(unit.lane);
+        continue;
+      }
+      unit.job = std::move(lane.jobs.front());
+      lane.jobs.pop_front();
+      lane.job_runs = true;
+      --queue_depth_;
+      return unit;
+    }
+  }
+
+  // Takes a task of a set that has one left.
+  static int64_t Claim(Lane& lane, TaskSet& set) {
+    const int64_t index = set.next++;
+    if (set.next == set.count) std::erase(lane.sets, &set);
+    return index;
+  }
+
+  void RunTask(Lock& lock, TaskSet& set, int64_t index) {
+    lock.unlock();
+    ++tasks_on_this_thread;
+    set.task(index);
+    --tasks_on_this_thread;
+    lock.lock();
+    if (++set.done == set.count && set.finished != nullptr) set.finished->notify_one();
+  }
+
+  // `nested`: within a ParallelFor.
+  void Run(Lock& lock, Unit unit, bool nested) {
+    if (unit.set != nullptr) {
+      RunTask(lock, *unit.set, unit.index);
+      return;
+    }
+    lock.unlock();
+    if (unit.job.small) {
+      unit.job.job(SerialFor);
+    } else {
+      unit.job.job([this, &unit](int64_t count, absl::FunctionRef<void(int64_t)> task) {
+        Parallel(unit.lane, count, task);
+      });
+    }
+    unit.job.job = nullptr;  // what it holds may be large, or may post; not under the lock
+    lock.lock();
+    unit.lane->job_runs = false;
+    const bool offered = Enqueue(unit.lane);
+    // This thread looks for work next, but where it is nested it cannot start a large job.
+    if (offered && nested && !unit.lane->jobs.front().small) Wake(1, /*light=*/false);
+  }
+
+  // Body of a pool thread that has work.
+  void RunUnits() {
+    Lock lock(mutex_);
+    while (std::optional<Unit> unit = Next(/*light_only=*/false)) {
+      Run(lock, *std::move(unit), /*nested=*/false);
+    }
+    --awake_;
+  }
+
+  void Parallel(const std::shared_ptr<Lane>& lane, int64_t count,
+                absl::FunctionRef<void(int64_t)> task) {
+    if (count <= 1) return SerialFor(count, task);
+    Sleeper sleeper;
+    TaskSet set{.count = count, .task = task};
+    Lock lock(mutex_);
+    lane->sets.push_back(&set);
+    Enqueue(lane);
+    Wake(count - 1, /*light=*/true);
+    // Within a task only the call's own tasks are taken, so that stacks stay shallow.
+    if (tasks_on_this_thread > 0) {
+      while (set.next < set.count) RunTask(lock, set, Claim(*lane, set));
+    }
+    while (set.done < set.count) {
+      std::optional<Unit> unit;
+      if (tasks_on_this_thread == 0) unit = Next(/*light_only=*/true);
+      if (unit.has_value()) {
+        Run(lock, *std::move(unit), /*nested=*/true);
+        continue;
+      }
+      if (tasks_on_this_thread == 0) {
+        sleepers_.push_back(&sleeper);
+        sleeper.listed = true;
+      }
+      set.finished = &sleeper.wake;
+      sleeper.wake.wait(lock, [&] {
+        return set.done == set.count || (tasks_on_this_thread == 0 && !sleeper.listed);
+      });
+      set.finished = nullptr;
+      if (sleeper.listed) sleepers_.remove(&sleeper);
+      sleeper.listed = false;
+    }
+    // This thread may have been woken for work that it now leaves behind.
+    if (!light_.empty()) Wake(1, /*light=*/true);
+  }
+
+  const int threads_;
+  mutable std::mutex mutex_;
+  std::deque<std::shared_ptr<Lane>> light_;
+  std::deque<std::shared_ptr<Lane>> large_;
+  std::list<Sleeper*> sleepers_;
+  uint64_t next_ticket_ = 0;
+  int awake_ = 0;  // pool threads that run, or were told to
+  int64_t queue_depth_ = 0;
+  boost::asio::thread_pool pool_;  // last: its threads use all of the above
+};
+
+Scheduler::Scheduler(int threads) : impl_(std::make_unique<Impl>(threads)) {}
+Scheduler::~Scheduler() = default;
+
+std::shared_ptr<Scheduler::Lane> Scheduler::NewLane() { return std::make_shared<Lane>(); }
+
+void Scheduler::Post(const std::shared_ptr<Lane>& lane, bool small, Job job) {
+  impl_->Post(lane, small, std::move(job));
+}
+
+int Scheduler::threads() const { return impl_->threads(); }
+
+int64_t Scheduler::queue_depth() const { return impl_->queue_depth(); }
+
+}  // namespace structkv::engine

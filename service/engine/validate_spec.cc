@@ -1,0 +1,232 @@
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <initializer_list>
+#include <limits>
+#include <string>
+
+#include "absl/numeric/int128.h"
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/string_view.h"
+#include "service/engine/prompt_spec.h"
+
+namespace structkv::engine {
+namespace {
+
+using method::BudgetKind;
+using method::Granularity;
+using method::Method;
+using method::MethodSpec;
+using method::PivotMode;
+using method::PivotSpec;
+
+constexpr size_t kMaxModelIdBytes = 256;
+constexpr int64_t kMaxPoolingKernel = 63;
+// Positions are int32.
+constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
+// A prompt's tensors, all layers together, stay far from what int64 holds.
+constexpr int64_t kMaxPromptBytes = int64_t{1} << 56;
+
+absl::string_view View(std::string_view text) { return {text.data(), text.size()}; }
+
+template <typename... Args>
+absl::Status Invalid(absl::string_view field, const Args&... text) {
+  return absl::InvalidArgumentError(absl::StrCat(field, ": ", text...));
+}
+
+absl::Status CheckRange(absl::string_view field, int64_t value, int64_t least, int64_t most) {
+  if (value >= least && value <= most) return absl::OkStatus();
+  return Invalid(field, value, " is out of range [", least, ", ", most, "]");
+}
+
+absl::Status CheckShare(absl::string_view field, double value) {
+  if (value >= 0 && value <= 1) return absl::OkStatus();
+  return Invalid(field, value, " is out of range [0, 1]");
+}
+
+absl::Status CheckPositiveShare(absl::string_view field, double value) {
+  if (value > 0 && value <= 1) return absl::OkStatus();
+  return Invalid(field, value, " is out of range (0, 1]");
+}
+
+absl::Status CheckWeight(absl::string_view field, double value) {
+  if (value >= 0 && std::isfinite(value)) return absl::OkStatus();
+  return Invalid(field, value, " is not a finite number of 0 or more");
+}
+
+// Gives the first error.
+absl::Status First(std::initializer_list<absl::Status> checks) {
+  for (const absl::Status& check : checks) {
+    if (!check.ok()) return check;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckDim(absl::string_view field, int64_t dim,
+                      const BackendCapabilities& capabilities) {
+  if (capabilities.SupportsDim(dim)) return absl::OkStatus();
+  return Invalid(field, dim, " is not supported; allowed are multiples of ", capabilities.dim_step,
+                 " in [", capabilities.min_dim, ", ", capabilities.max_dim, "]",
+                 capabilities.extra_dims.empty() ? "" : " and ",
+                 absl::StrJoin(capabilities.extra_dims, ", "));
+}
+
+absl::Status CheckGeometry(const ModelGeometry& geometry, const PromptLimits& limits,
+                           const BackendCapabilities& capabilities) {
+  absl::Status ranges = First({
+      CheckRange("open.geometry.layer_count", geometry.layers, 1, limits.max_layers),
+      CheckRange("open.geometry.query_head_count", geometry.query_heads, 1, limits.max_heads),
+      CheckRange("open.geometry.kv_head_count", geometry.kv_heads, 1, limits.max_heads),
+      CheckDim("open.geometry.key_dim", geometry.key_dim, capabilities),
+      CheckDim("open.geometry.value_dim", geometry.value_dim, capabilities),
+  });
+  if (!ranges.ok()) return ranges;
+  if (geometry.query_heads % geometry.kv_heads != 0) {
+    return Invalid("open.geometry.query_head_count", geometry.query_heads,
+                   " is not a multiple of kv_head_count, ", geometry.kv_heads);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckPivot(const PivotSpec& pivot, int64_t layers) {
+  absl::Status ranges = First({
+      CheckPositiveShare("open.method.structkv.pivot.sparsity_ratio", pivot.sparsity_ratio),
+      CheckWeight("open.method.structkv.pivot.entropy_weight", pivot.entropy_weight),
+      CheckWeight("open.method.structkv.pivot.sparsity_weight", pivot.sparsity_weight),
+      CheckWeight("open.method.structkv.pivot.variance_weight", pivot.variance_weight),
+      CheckShare("open.method.structkv.pivot.search_begin", pivot.search_begin),
+      CheckShare("open.method.structkv.pivot.search_end", pivot.search_end),
+  });
+  if (!ranges.ok()) return ranges;
+  if (pivot.mode == PivotMode::kFixed) {
+    absl::Status fixed =
+        CheckRange("open.method.structkv.pivot.fixed_layer", pivot.fixed_layer, 0, layers - 1);
+    if (!fixed.ok()) return fixed;
+  }
+  if (pivot.entropy_weight == 0 && pivot.sparsity_weight == 0 && pivot.variance_weight == 0) {
+    return Invalid("open.method.structkv.pivot.entropy_weight",
+                   "0, and so are sparsity_weight and variance_weight; one must be above 0");
+  }
+  if (pivot.search_begin > pivot.search_end) {
+    return Invalid("open.method.structkv.pivot.search_begin", pivot.search_begin,
+                   " is above search_end, ", pivot.search_end);
+  }
+  return absl::OkStatus();
+}
+
+// Parameters that every scoring method has.
+absl::Status CheckScoring(const std::string& prefix, const MethodSpec& method,
+                          const PromptLimits& limits, const BackendCapabilities& capabilities) {
+  const int64_t max_window = std::min(limits.max_window, capabilities.max_window);
+  absl::Status window = CheckRange(prefix + ".window_tokens", method.window, 1, max_window);
+  if (!window.ok()) return window;
+  if (method.pooling == Pooling::kNone) return absl::OkStatus();
+  absl::Status kernel =
+      CheckRange(prefix + ".pooling_kernel", method.pooling_kernel, 1, kMaxPoolingKernel);
+  if (!kernel.ok()) return kernel;
+  if (method.pooling_kernel % 2 == 0) {
+    return Invalid(prefix + ".pooling_kernel", method.pooling_kernel, " is not odd");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckMethod(const PromptSpec& spec, const PromptLimits& limits,
+                         const BackendCapabilities& capabilities) {
+  const MethodSpec& method = spec.method;
+  const std::string prefix = absl::StrCat("open.method.", View(method::MethodName(method.method)));
+  if (method.method == Method::kFull) return absl::OkStatus();
+  absl::Status budget = CheckPositiveShare(prefix + ".kv_budget.ratio", method.kv_budget.ratio);
+  if (!budget.ok()) return budget;
+
+  if (method.method == Method::kStreamingLlm) {
+    if (method.kv_budget.kind != BudgetKind::kIncludesWindow) {
+      return Invalid(prefix + ".kv_budget.kind",
+                     "WINDOW_ON_TOP is not allowed: the method has no observation window");
+    }
+    return CheckRange(prefix + ".sink_tokens", method.sink_tokens, 0, limits.max_prompt_tokens);
+  }
+
+  absl::Status scoring = CheckScoring(prefix, method, limits, capabilities);
+  if (!scoring.ok() || !method.has_skeleton()) return scoring;
+  return First({
+      CheckShare(prefix + ".decay", method.decay),
+      CheckPositiveShare(prefix + ".skeleton_budget.ratio", method.skeleton_budget.ratio),
+      CheckPivot(method.pivot, spec.geometry.layers),
+  });
+}
+
+absl::Status CheckStatistic(const PromptSpec& spec) {
+  const absl::string_view method = View(method::MethodName(spec.method.method));
+  const bool needed = spec.method.needs_statistics();
+  if (needed && spec.statistic == Statistic::kNone) {
+    return Invalid("open.statistic", "NONE, but method ", method,
+                   " needs WINDOW_QUERIES, SALIENCY or SALIENCY_PER_KV_HEAD");
+  }
+  if (!needed && spec.statistic != Statistic::kNone) {
+    return Invalid("open.statistic", "method ", method, " needs none; it must be NONE or unset");
+  }
+  // One vector for several heads cannot tell them apart.
+  if (spec.statistic == Statistic::kSaliency && spec.per_kv_head() && spec.geometry.kv_heads > 1) {
+    return Invalid("open.statistic", "SALIENCY has one value per token, but selection per KV head ",
+                   "over ", spec.geometry.kv_heads, " heads needs SALIENCY_PER_KV_HEAD");
+  }
+  if (spec.window_lse && spec.statistic != Statistic::kWindowQueries) {
+    return Invalid("open.window_lse", "true is allowed with the statistic WINDOW_QUERIES alone");
+  }
+  if (spec.return_saliency && !needed) {
+    return Invalid("open.return_saliency", "true, but method ", method, " has no saliency");
+  }
+  if (spec.return_centrality && !spec.method.has_skeleton()) {
+    return Invalid("open.return_centrality", "true, but method ", method, " has no centrality");
+  }
+  return absl::OkStatus();
+}
+
+// The factors are in range each; their product need not be.
+absl::Status CheckSize(const PromptSpec& spec) {
+  const ModelGeometry& geometry = spec.geometry;
+  const absl::uint128 vectors = absl::uint128(geometry.kv_heads) * spec.prompt_tokens;
+  const absl::uint128 element = DTypeSize(spec.dtype);
+  absl::uint128 layer = vectors * (geometry.key_dim + geometry.value_dim) * element;
+  layer += vectors * (2 * sizeof(float) + sizeof(int32_t));
+  layer += absl::uint128(geometry.query_heads) * spec.window_rows() *
+           (geometry.key_dim * element + sizeof(float));
+  const absl::uint128 limit = kMaxPromptBytes;
+  if (layer <= limit && layer * geometry.layers <= limit) return absl::OkStatus();
+  return Invalid("open.geometry", geometry.layers, " layers of ", geometry.kv_heads,
+                 " KV heads and ", spec.prompt_tokens, " tokens exceed ", kMaxPromptBytes,
+                 " bytes");
+}
+
+}  // namespace
+
+absl::Status ValidateSpec(const PromptSpec& spec, const PromptLimits& limits,
+                          const BackendCapabilities& capabilities) {
+  absl::Status geometry = CheckGeometry(spec.geometry, limits, capabilities);
+  if (!geometry.ok()) return geometry;
+  absl::Status tokens = CheckRange("open.prompt_tokens", spec.prompt_tokens, 1,
+                                   std::min(limits.max_prompt_tokens, kMaxTokens));
+  if (!tokens.ok()) return tokens;
+  if (std::find(capabilities.dtypes.begin(), capabilities.dtypes.end(), spec.dtype) ==
+      capabilities.dtypes.end()) {
+    return Invalid("open.dtype", View(DTypeName(spec.dtype)), " is not supported by this backend");
+  }
+  if (std::find(capabilities.layouts.begin(), capabilities.layouts.end(), spec.layout) ==
+      capabilities.layouts.end()) {
+    return Invalid("open.layout", View(LayoutName(spec.layout)),
+                   " is not supported by this backend");
+  }
+  absl::Status method = CheckMethod(spec, limits, capabilities);
+  if (!method.ok()) return method;
+  absl::Status statistic = CheckStatistic(spec);
+  if (!statistic.ok()) return statistic;
+  if (spec.model_id.size() > kMaxModelIdBytes) {
+    return Invalid("open.model_id", spec.model_id.size(), " bytes; at most ", kMaxModelIdBytes,
+                   " are allowed");
+  }
+  return CheckSize(spec);
+}
+
+}  // namespace structkv::engine

@@ -1,0 +1,49 @@
+// The seam between methods: which tokens of a layer stay.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/types/span.h"
+#include "kernels/backend.h"
+#include "service/method/method_spec.h"
+
+namespace structkv::method {
+
+// What a policy looks at.
+enum class PolicyInput : uint8_t {
+  kNothing,    // positions follow from the prompt's length
+  kSaliency,   // one score per token, summed over the KV heads
+  kPerKvHead,  // one score per token and KV head
+};
+
+// A layer as a policy sees it.
+struct SelectionInput {
+  int64_t tokens = 0;
+  // Score vectors: 1, or the KV heads for kPerKvHead.
+  int64_t heads = 1;
+  // [heads, tokens], finite and not negative; may be null for kNothing.
+  const float* scores = nullptr;
+};
+
+// One per method. Immutable and thread-safe.
+class SelectionPolicy {
+ public:
+  virtual ~SelectionPolicy() = default;
+
+  virtual PolicyInput input() const = 0;
+
+  // Scratch that Select needs, in floats.
+  virtual int64_t ScratchFloats(int64_t tokens, int64_t heads) const = 0;
+
+  // Writes the kept positions of each score vector, [heads, KeptTokens(spec, tokens)], ascending in
+  // each row; counts are exact. Ties go to the lower position. `scratch` has ScratchFloats
+  // elements.
+  virtual void Select(const SelectionInput& input, const Backend& backend, ParallelFor parallel,
+                      absl::Span<float> scratch, absl::Span<int32_t> positions) const = 0;
+};
+
+// The policy of `spec.method`. `spec` was validated.
+std::unique_ptr<SelectionPolicy> MakeSelectionPolicy(const MethodSpec& spec);
+
+}  // namespace structkv::method
