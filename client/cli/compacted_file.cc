@@ -1,0 +1,141 @@
+#include "client/cli/compacted_file.h"
+
+#include <cmath>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "client/cli/capture.h"
+#include "client/cli/method_flags.h"
+#include "structkv/sizes.h"
+
+namespace structkv::cli {
+namespace {
+
+std::string Name(uint32_t layer, const char* suffix) {
+  return absl::StrCat("layer.", layer, ".", suffix);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<CompactedFile>> CompactedFile::Create(
+    const std::string& path, const v1::Open& open, const v1::Opened& opened,
+    std::map<std::string, std::string> metadata) {
+  std::unique_ptr<CompactedFile> file(new CompactedFile());
+  const v1::ModelGeometry& geometry = open.geometry();
+  const uint32_t layers = geometry.layer_count();
+  const int64_t heads = geometry.kv_head_count();
+  const int64_t tokens = open.prompt_tokens();
+  const bool per_head =
+      client::EffectiveGranularity(opened.method()) == v1::GRANULARITY_PER_KV_HEAD;
+  file->has_metrics_ = opened.statistic() != v1::STATISTIC_NONE;
+  file->has_pivot_ = opened.method().has_structkv();
+  file->return_saliency_ = open.return_saliency() && file->has_metrics_;
+  file->return_centrality_ = open.return_centrality() && file->has_pivot_;
+  file->plan_ = open.output() == v1::OUTPUT_PLAN;
+
+  // Tensors of four-byte elements come first, so that every tensor is aligned.
+  std::vector<TensorDeclaration> tensors;
+  if (file->has_metrics_) {
+    for (const char* name : {"metrics.entropy", "metrics.sparsity", "metrics.variance"}) {
+      tensors.push_back({name, "F32", {layers}});
+    }
+  }
+  if (file->has_pivot_) {
+    tensors.push_back({"metrics.transition", "F32", {layers}});
+    tensors.push_back({"skeleton.positions", "I32", {opened.skeleton_tokens()}});
+  }
+  if (file->return_centrality_) tensors.push_back({"centrality", "F32", {tokens}});
+  for (uint32_t layer = 0; layer < layers; ++layer) {
+    const int64_t kept = opened.kept_tokens(static_cast<int>(layer));
+    std::vector<int64_t> positions = {kept};
+    std::vector<int64_t> saliency = {tokens};
+    if (per_head) {
+      positions.insert(positions.begin(), heads);
+      saliency.insert(saliency.begin(), heads);
+    }
+    tensors.push_back({Name(layer, "positions"), "I32", positions});
+    if (file->return_saliency_) tensors.push_back({Name(layer, "saliency"), "F32", saliency});
+  }
+  const std::string dtype(SafetensorsName(open.dtype()));
+  for (uint32_t layer = 0; layer < layers && !file->plan_; ++layer) {
+    const int64_t kept = opened.kept_tokens(static_cast<int>(layer));
+    const int64_t value_dim = geometry.value_dim() == 0 ? geometry.key_dim() : geometry.value_dim();
+    const auto shape = [&](int64_t dim) -> std::vector<int64_t> {
+      if (open.layout() == v1::LAYOUT_HEAD_TOKEN_DIM) return {heads, kept, dim};
+      return {kept, heads, dim};
+    };
+    tensors.push_back({Name(layer, "k"), dtype, shape(geometry.key_dim())});
+    tensors.push_back({Name(layer, "v"), dtype, shape(value_dim)});
+  }
+
+  for (auto& [key, value] : MethodMetadata(opened.method())) metadata[key] = value;
+  metadata["structkv_version"] = STRUCTKV_VERSION;
+  metadata["fingerprint"] = opened.fingerprint();
+  file->metadata_ = std::move(metadata);
+  size_t reserve = 1024;  // what Finish() adds
+  for (const auto& [key, value] : file->metadata_) {
+    reserve += 6 * (key.size() + value.size()) + 8;  // escaped at worst
+  }
+  absl::StatusOr<std::unique_ptr<SafetensorsWriter>> writer =
+      SafetensorsWriter::Create(path, std::move(tensors), reserve);
+  if (!writer.ok()) return writer.status();
+  file->writer_ = *std::move(writer);
+  for (auto* metric : {&file->entropy_, &file->sparsity_, &file->variance_, &file->transition_}) {
+    metric->assign(layers, NAN);
+  }
+  return file;
+}
+
+absl::Status CompactedFile::Add(const client::LayerResult& layer) {
+  absl::Status status = writer_->Write(Name(layer.layer, "positions"), layer.positions.span());
+  if (!plan_) {
+    status.Update(writer_->Write(Name(layer.layer, "k"), layer.keys.span()));
+    status.Update(writer_->Write(Name(layer.layer, "v"), layer.values.span()));
+  }
+  if (return_saliency_) {
+    status.Update(writer_->Write(Name(layer.layer, "saliency"), layer.saliency.span()));
+  }
+  if (layer.metrics.has_value() && layer.layer < entropy_.size()) {
+    entropy_[layer.layer] = static_cast<float>(layer.metrics->entropy());
+    sparsity_[layer.layer] = static_cast<float>(layer.metrics->sparsity());
+    variance_[layer.layer] = static_cast<float>(layer.metrics->variance());
+  }
+  return status;
+}
+
+absl::Status CompactedFile::Add(const client::PivotResult& pivot) {
+  metadata_["pivot_layer"] = absl::StrCat(pivot.pivot_layer);
+  if (pivot.transition_layer.has_value()) {
+    metadata_["transition_layer"] = absl::StrCat(*pivot.transition_layer);
+  }
+  for (const v1::LayerMetrics& layer : pivot.layers) {
+    if (layer.has_transition() && layer.layer() < transition_.size()) {
+      transition_[layer.layer()] = static_cast<float>(layer.transition());
+    }
+  }
+  absl::Status status =
+      writer_->WriteValues("skeleton.positions", absl::MakeConstSpan(pivot.skeleton));
+  if (return_centrality_) {
+    status.Update(writer_->WriteValues("centrality", absl::MakeConstSpan(pivot.centrality)));
+  }
+  return status;
+}
+
+absl::Status CompactedFile::Finish(const v1::Summary& summary) {
+  absl::Status status;
+  const auto metric = [&](const char* name, const std::vector<float>& values) {
+    status.Update(writer_->WriteValues(name, absl::MakeConstSpan(values)));
+  };
+  if (has_metrics_) {
+    metric("metrics.entropy", entropy_);
+    metric("metrics.sparsity", sparsity_);
+    metric("metrics.variance", variance_);
+  }
+  if (has_pivot_) metric("metrics.transition", transition_);
+  if (!status.ok()) return status;
+  metadata_["logical_length"] = absl::StrCat(summary.logical_length());
+  metadata_["kv_length"] = absl::StrCat(summary.kv_length());
+  return writer_->Finish(metadata_);
+}
+
+}  // namespace structkv::cli

@@ -1,0 +1,48 @@
+// A compacted cache as a safetensors file, written layer by layer.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "client/cli/safetensors_writer.h"
+#include "structkv/result.h"
+#include "structkv/v1/compression.pb.h"
+
+namespace structkv::cli {
+
+// Takes the events of one prompt. Tensors: `layer.{i}.k`, `.v`, `.positions`, on request
+// `.saliency`; `metrics.entropy`, `.sparsity`, `.variance` where the method has statistics;
+// `metrics.transition` (NaN for layer 0), `skeleton.positions` and on request `centrality` where it
+// has a pivot. A plan has no keys and values. Not thread-safe.
+class CompactedFile {
+ public:
+  // `metadata` is the input's; the rest is added to it. Keys: `method`, `method.*` for every
+  // parameter in force, `pivot_layer`, `transition_layer`, `logical_length`, `kv_length`,
+  // `fingerprint`, `structkv_version`.
+  static absl::StatusOr<std::unique_ptr<CompactedFile>> Create(
+      const std::string& path, const v1::Open& open, const v1::Opened& opened,
+      std::map<std::string, std::string> metadata);
+
+  absl::Status Add(const client::LayerResult& layer);
+  absl::Status Add(const client::PivotResult& pivot);
+  // Gives the file its name.
+  absl::Status Finish(const v1::Summary& summary);
+
+ private:
+  CompactedFile() = default;
+
+  std::unique_ptr<SafetensorsWriter> writer_;
+  std::map<std::string, std::string> metadata_;
+  bool has_metrics_ = false;
+  bool has_pivot_ = false;
+  bool return_saliency_ = false;
+  bool return_centrality_ = false;
+  bool plan_ = false;
+  std::vector<float> entropy_, sparsity_, variance_, transition_;
+};
+
+}  // namespace structkv::cli

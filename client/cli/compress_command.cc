@@ -1,0 +1,186 @@
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <variant>
+
+#include "absl/status/status.h"
+#include "absl/time/clock.h"
+#include "client/cli/capture.h"
+#include "client/cli/commands.h"
+#include "client/cli/compacted_file.h"
+#include "client/cli/compressor.h"
+#include "client/cli/method_flags.h"
+#include "client/cli/text.h"
+#include "nlohmann/json.hpp"
+
+namespace structkv::cli {
+namespace {
+
+struct CompressFlags {
+  std::string input;
+  std::string output;
+  MethodFlags method;
+  ConnectionFlags connection;
+  bool plan = false;
+  bool saliency = false;
+  bool centrality = false;
+  bool checksums = false;
+  bool json = false;
+};
+
+// What is told about a prompt that was compressed.
+struct Outcome {
+  v1::Opened opened;
+  std::optional<client::PivotResult> pivot;
+  v1::Summary summary;
+  absl::Duration elapsed;
+};
+
+absl::StatusOr<v1::Open> MakeOpen(const CompressFlags& flags, const Capture& capture) {
+  absl::StatusOr<v1::Method> method = BuildMethod(flags.method);
+  if (!method.ok()) return method.status();
+  v1::Open open = capture.MakeOpen();
+  *open.mutable_method() = *std::move(method);
+  if (open.method().has_structkv() || open.method().has_snapkv()) {
+    if (capture.statistic() == v1::STATISTIC_NONE) {
+      return absl::InvalidArgumentError(capture.path() +
+                                        ": the capture has neither q_window nor saliency, which "
+                                        "the method needs");
+    }
+    open.set_statistic(capture.statistic());
+    open.set_window_lse(capture.has_lse());
+  }
+  open.set_output(flags.plan ? v1::OUTPUT_PLAN : v1::OUTPUT_COMPACT);
+  open.set_return_saliency(flags.saliency);
+  open.set_return_centrality(flags.centrality);
+  return open;
+}
+
+void PrintOutcome(const CompressFlags& flags, const Capture& capture, const Outcome& outcome) {
+  const v1::Summary& summary = outcome.summary;
+  const v1::ModelGeometry& g = capture.geometry();
+  const uint64_t before = capture.kv_bytes();
+  const uint64_t after = before / summary.logical_length() * summary.kv_length();
+  std::printf("input     %s: %s layers, %s query and %s KV heads of %s, %s tokens, %s\n",
+              std::filesystem::path(flags.input).filename().c_str(),
+              CountText(g.layer_count()).c_str(), CountText(g.query_head_count()).c_str(),
+              CountText(g.kv_head_count()).c_str(), CountText(g.key_dim()).c_str(),
+              CountText(capture.prompt_tokens()).c_str(), capture.dtype_name().c_str());
+  std::printf("method    %s, %s of %s tokens kept in each layer\n",
+              MethodKind(outcome.opened.method()).c_str(), CountText(summary.kv_length()).c_str(),
+              CountText(summary.logical_length()).c_str());
+  std::printf("KV cache  %s -> %s (%s)%s\n", BytesText(before).c_str(), BytesText(after).c_str(),
+              PercentText(static_cast<double>(after) / static_cast<double>(before)).c_str(),
+              flags.plan ? ", positions only" : "");
+  if (outcome.pivot.has_value()) {
+    std::printf("pivot     layer %u of %u, skeleton of %s tokens\n", outcome.pivot->pivot_layer,
+                g.layer_count(), CountText(outcome.pivot->skeleton.size()).c_str());
+  }
+  std::printf("time      %s, of which the %s backend computed %s\n",
+              DurationText(outcome.elapsed).c_str(), summary.backend().c_str(),
+              DurationText(absl::Microseconds(summary.timing().compute_micros())).c_str());
+  std::printf("output    %s, fingerprint %s\n", flags.output.c_str(),
+              summary.fingerprint().c_str());
+}
+
+void PrintJson(const CompressFlags& flags, const Capture& capture, const Outcome& outcome) {
+  const v1::Summary& summary = outcome.summary;
+  nlohmann::ordered_json json;
+  json["input"] = flags.input;
+  json["output"] = flags.output;
+  for (const auto& [key, value] : MethodMetadata(outcome.opened.method())) json[key] = value;
+  json["kv_bytes_before"] = capture.kv_bytes();
+  json["kv_bytes_after"] = capture.kv_bytes() / summary.logical_length() * summary.kv_length();
+  json["logical_length"] = summary.logical_length();
+  json["kv_length"] = summary.kv_length();
+  json["input_bytes"] = summary.input_bytes();
+  json["output_bytes"] = summary.output_bytes();
+  if (outcome.pivot.has_value()) {
+    json["pivot_layer"] = outcome.pivot->pivot_layer;
+    if (outcome.pivot->transition_layer.has_value()) {
+      json["transition_layer"] = *outcome.pivot->transition_layer;
+    }
+    json["skeleton_tokens"] = outcome.pivot->skeleton.size();
+  }
+  json["fingerprint"] = summary.fingerprint();
+  json["backend"] = summary.backend();
+  json["seconds"] = absl::ToDoubleSeconds(outcome.elapsed);
+  json["compute_micros"] = summary.timing().compute_micros();
+  json["queue_micros"] = summary.timing().queue_micros();
+  std::printf("%s\n", json.dump(2).c_str());
+}
+
+absl::Status RunCompress(const CompressFlags& flags) {
+  absl::StatusOr<Capture> capture = Capture::Open(flags.input);
+  if (!capture.ok()) return capture.status();
+  absl::StatusOr<v1::Open> open = MakeOpen(flags, *capture);
+  if (!open.ok()) return open.status();
+  absl::StatusOr<std::unique_ptr<Compressor>> compressor = MakeCompressor(flags.connection);
+  if (!compressor.ok()) return compressor.status();
+
+  Outcome outcome;
+  std::unique_ptr<CompactedFile> file;
+  absl::Status written;
+  Progress progress("compressing");
+  uint32_t answered = 0;
+  client::SessionOptions options = MakeSessionOptions(flags.connection);
+  options.checksums = flags.checksums;
+  options.on_opened = [&](const v1::Opened& opened) {
+    outcome.opened = opened;
+    file.reset();  // of an attempt before
+    absl::StatusOr<std::unique_ptr<CompactedFile>> created =
+        CompactedFile::Create(flags.output, *open, opened, capture->metadata());
+    written = created.status();
+    if (created.ok()) file = *std::move(created);
+  };
+  options.on_event = [&](const client::Event& event) {
+    if (!written.ok()) return;
+    if (const auto* layer = std::get_if<client::LayerResult>(&event)) {
+      written = file->Add(*layer);
+      progress.Update(++answered, capture->geometry().layer_count(), "layers");
+    } else if (const auto* pivot = std::get_if<client::PivotResult>(&event)) {
+      written = file->Add(*pivot);
+      outcome.pivot = *pivot;
+    }
+  };
+  const auto source = [&](uint32_t layer) -> absl::StatusOr<client::LayerTensors> {
+    if (file == nullptr) return written;
+    return capture->Layer(layer, outcome.opened);
+  };
+  const absl::Time start = absl::Now();
+  absl::StatusOr<v1::Summary> summary = (*compressor)->Run(*open, source, options);
+  progress.Clear();
+  if (!summary.ok()) return summary.status();
+  if (!written.ok()) return written;
+  outcome.elapsed = absl::Now() - start;
+  outcome.summary = *std::move(summary);
+  absl::Status status = file->Finish(outcome.summary);
+  if (!status.ok()) return status;
+  if (flags.json) {
+    PrintJson(flags, *capture, outcome);
+  } else {
+    PrintOutcome(flags, *capture, outcome);
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+Command AddCompress(CLI::App* app) {
+  auto flags = std::make_shared<CompressFlags>();
+  CLI::App* sub = app->add_subcommand("compress", "Compress a captured prefill into a file");
+  sub->add_option("input", flags->input, "Captured prefill (safetensors)")->required();
+  sub->add_option("--out,-o", flags->output, "Compacted cache to write (safetensors)")->required();
+  AddMethodFlags(sub, &flags->method);
+  AddConnectionFlags(sub, &flags->connection);
+  sub->add_flag("--plan", flags->plan, "Positions only, no keys and values");
+  sub->add_flag("--saliency", flags->saliency, "Also write each layer's saliency");
+  sub->add_flag("--centrality", flags->centrality, "Also write the centrality at the pivot");
+  sub->add_flag("--checksums", flags->checksums, "Send a checksum with every piece");
+  sub->add_flag("--json", flags->json, "Print JSON");
+  return {sub, [flags] { return RunCompress(*flags); }};
+}
+
+}  // namespace structkv::cli

@@ -1,0 +1,107 @@
+#include "client/cli/compressor.h"
+
+#include <algorithm>
+#include <utility>
+#include <variant>
+
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "client/cli/in_process.h"
+#include "structkv/client.h"
+
+namespace structkv::cli {
+namespace {
+
+class RemoteCompressor final : public Compressor {
+ public:
+  RemoteCompressor(std::string server, std::unique_ptr<client::Client> client)
+      : server_(std::move(server)), client_(std::move(client)) {}
+
+  absl::StatusOr<v1::Summary> Run(const v1::Open& open, client::LayerSource source,
+                                  const client::SessionOptions& options) override {
+    return Named(client::StreamPrompt(*client_, open, source, options));
+  }
+
+  absl::StatusOr<v1::GetCapabilitiesResponse> GetCapabilities() override {
+    return Named(client_->GetCapabilities());
+  }
+
+  std::string description() const override { return absl::StrCat("server ", server_); }
+
+ private:
+  // A server that cannot be reached is named.
+  template <typename T>
+  absl::StatusOr<T> Named(absl::StatusOr<T> result) const {
+    if (result.ok() || result.status().code() != absl::StatusCode::kUnavailable) return result;
+    return absl::UnavailableError(absl::StrCat(server_, ": ", result.status().message()));
+  }
+
+  const std::string server_;
+  const std::unique_ptr<client::Client> client_;
+};
+
+}  // namespace
+
+absl::StatusOr<client::Compressed> Compressor::Collect(const v1::Open& open,
+                                                       client::LayerSource source,
+                                                       client::SessionOptions options) {
+  client::Compressed compressed;
+  options.on_opened = [&compressed, next = std::move(options.on_opened)](const v1::Opened& opened) {
+    compressed.opened = opened;
+    if (next) next(opened);
+  };
+  options.on_event = [&compressed](client::Event event) {
+    if (auto* layer = std::get_if<client::LayerResult>(&event)) {
+      compressed.layers.push_back(std::move(*layer));
+    } else if (auto* pivot = std::get_if<client::PivotResult>(&event)) {
+      compressed.pivot = std::move(*pivot);
+    }
+  };
+  absl::StatusOr<v1::Summary> summary = Run(open, source, options);
+  if (!summary.ok()) return summary.status();
+  compressed.summary = *std::move(summary);
+  std::sort(compressed.layers.begin(), compressed.layers.end(),
+            [](const auto& a, const auto& b) { return a.layer < b.layer; });
+  return compressed;
+}
+
+void AddConnectionFlags(CLI::App* app, ConnectionFlags* flags) {
+  constexpr char kGroup[] = "Where";
+  CLI::Option* server =
+      app->add_option("--server", flags->server, "Address of the server: host:port or unix:/path")
+          ->capture_default_str()
+          ->group(kGroup);
+  CLI::Option* in_process =
+      app->add_flag("--in-process", flags->in_process, "Compress in this process, without a server")
+          ->excludes(server)
+          ->group(kGroup);
+  app->add_option("--backend", flags->backend, "With --in-process: auto, cpu or reference")
+      ->needs(in_process)
+      ->capture_default_str()
+      ->group(kGroup);
+  app->add_option("--threads", flags->threads,
+                  "With --in-process: compute threads; 0: one per core")
+      ->check(CLI::Range(0, 1024))
+      ->needs(in_process)
+      ->capture_default_str()
+      ->group(kGroup);
+  app->add_option("--timeout", flags->timeout_seconds, "Seconds for one prompt; 0: none")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str()
+      ->group(kGroup);
+}
+
+client::SessionOptions MakeSessionOptions(const ConnectionFlags& flags) {
+  client::SessionOptions options;
+  if (flags.timeout_seconds > 0) options.timeout = absl::Seconds(flags.timeout_seconds);
+  return options;
+}
+
+absl::StatusOr<std::unique_ptr<Compressor>> MakeCompressor(const ConnectionFlags& flags) {
+  if (flags.in_process) return MakeInProcessCompressor(flags.backend, flags.threads);
+  absl::StatusOr<std::unique_ptr<client::Client>> client = client::Client::Connect(flags.server);
+  if (!client.ok()) return client.status();
+  return std::make_unique<RemoteCompressor>(flags.server, *std::move(client));
+}
+
+}  // namespace structkv::cli

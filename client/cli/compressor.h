@@ -1,0 +1,52 @@
+// Where the commands' prompts are compressed: by a server, or in this process.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "CLI/CLI.hpp"
+#include "absl/status/statusor.h"
+#include "structkv/compress.h"
+#include "structkv/options.h"
+#include "structkv/result.h"
+#include "structkv/v1/compression.pb.h"
+
+namespace structkv::cli {
+
+// Thread-safe.
+class Compressor {
+ public:
+  virtual ~Compressor() = default;
+
+  // Compresses a prompt; like client::StreamPrompt. `options.on_opened` is called before the source
+  // is asked for its first layer, `options.on_event` once per event, from any thread.
+  virtual absl::StatusOr<v1::Summary> Run(const v1::Open& open, client::LayerSource source,
+                                          const client::SessionOptions& options) = 0;
+
+  virtual absl::StatusOr<v1::GetCapabilitiesResponse> GetCapabilities() = 0;
+
+  // Where it runs, for people.
+  virtual std::string description() const = 0;
+
+  // Runs a prompt and collects its results.
+  absl::StatusOr<client::Compressed> Collect(const v1::Open& open, client::LayerSource source,
+                                             client::SessionOptions options);
+};
+
+struct ConnectionFlags {
+  std::string server = "127.0.0.1:7411";
+  bool in_process = false;
+  std::string backend = "auto";
+  int threads = 0;
+  double timeout_seconds = 0;
+};
+
+void AddConnectionFlags(CLI::App* app, ConnectionFlags* flags);
+
+// The timeout of the flags, on top of the defaults.
+client::SessionOptions MakeSessionOptions(const ConnectionFlags& flags);
+
+// Connects, or sets up this process. Every call makes a connection of its own.
+absl::StatusOr<std::unique_ptr<Compressor>> MakeCompressor(const ConnectionFlags& flags);
+
+}  // namespace structkv::cli

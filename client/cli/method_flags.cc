@@ -1,0 +1,259 @@
+#include "client/cli/method_flags.h"
+
+#include <charconv>
+#include <utility>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "google/protobuf/descriptor.h"
+#include "google/protobuf/message.h"
+
+namespace structkv::cli {
+namespace {
+
+constexpr char kPivotGroup[] = "Pivot (structkv)";
+constexpr char kMethodGroup[] = "Method";
+
+v1::BudgetKind ParseBudgetKind(const std::string& text) {
+  return text == "window-on-top" ? v1::BUDGET_KIND_WINDOW_ON_TOP : v1::BUDGET_KIND_INCLUDES_WINDOW;
+}
+
+v1::Granularity ParseGranularity(const std::string& text) {
+  return text == "per-kv-head" ? v1::GRANULARITY_PER_KV_HEAD : v1::GRANULARITY_PER_LAYER;
+}
+
+v1::Pooling ParsePooling(const std::string& text) {
+  if (text == "avg") return v1::POOLING_AVG;
+  return text == "max" ? v1::POOLING_MAX : v1::POOLING_NONE;
+}
+
+// The flags that were given and no method parameter has taken.
+class Remaining {
+ public:
+  template <typename T>
+  void Add(const char* flag, const std::optional<T>& value) {
+    if (value.has_value()) given_.emplace(flag, true);
+  }
+  template <typename T, typename Set>
+  void Take(const char* flag, const std::optional<T>& value, Set set) {
+    if (!value.has_value()) return;
+    set(*value);
+    given_.erase(flag);
+  }
+  absl::Status Check(const std::string& method) const {
+    if (given_.empty()) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat(given_.begin()->first, " is no parameter of the method ", method));
+  }
+
+ private:
+  std::map<std::string, bool> given_;
+};
+
+// Parameters that StructKV and SnapKV share.
+template <typename Kind>
+void TakeScoring(const MethodFlags& flags, Remaining* rest, Kind* kind) {
+  rest->Take("--kv-budget", flags.kv_budget,
+             [&](double v) { kind->mutable_kv_budget()->set_ratio(v); });
+  rest->Take("--budget-kind", flags.budget_kind, [&](const std::string& v) {
+    kind->mutable_kv_budget()->set_kind(ParseBudgetKind(v));
+  });
+  rest->Take("--window", flags.window, [&](uint32_t v) { kind->set_window_tokens(v); });
+  rest->Take("--granularity", flags.granularity,
+             [&](const std::string& v) { kind->set_granularity(ParseGranularity(v)); });
+  rest->Take("--pooling", flags.pooling,
+             [&](const std::string& v) { kind->set_pooling(ParsePooling(v)); });
+  rest->Take("--pooling-kernel", flags.pooling_kernel,
+             [&](uint32_t v) { kind->set_pooling_kernel(v); });
+}
+
+void TakeStructKv(const MethodFlags& flags, Remaining* rest, v1::StructKvMethod* kind) {
+  TakeScoring(flags, rest, kind);
+  rest->Take("--decay", flags.decay, [&](double v) { kind->set_decay(v); });
+  rest->Take("--skeleton-budget", flags.skeleton_budget,
+             [&](double v) { kind->mutable_skeleton_budget()->set_ratio(v); });
+  rest->Take("--skeleton-budget-kind", flags.skeleton_budget_kind, [&](const std::string& v) {
+    kind->mutable_skeleton_budget()->set_kind(ParseBudgetKind(v));
+  });
+  rest->Take("--pivot", flags.pivot, [&](const std::string& v) {
+    kind->mutable_pivot()->set_mode(v == "fixed" ? v1::PIVOT_MODE_FIXED : v1::PIVOT_MODE_EXACT);
+  });
+  rest->Take("--pivot-layer", flags.pivot_layer,
+             [&](uint32_t v) { kind->mutable_pivot()->set_fixed_layer(v); });
+  rest->Take("--sparsity-ratio", flags.sparsity_ratio,
+             [&](double v) { kind->mutable_pivot()->set_sparsity_ratio(v); });
+  rest->Take("--pivot-weights", flags.pivot_weights, [&](const std::vector<double>& v) {
+    kind->mutable_pivot()->set_entropy_weight(v[0]);
+    kind->mutable_pivot()->set_sparsity_weight(v[1]);
+    kind->mutable_pivot()->set_variance_weight(v[2]);
+  });
+  rest->Take("--pivot-search", flags.pivot_search, [&](const std::vector<double>& v) {
+    kind->mutable_pivot()->set_search_begin(v[0]);
+    kind->mutable_pivot()->set_search_end(v[1]);
+  });
+}
+
+// "GRANULARITY_PER_LAYER" of enum Granularity -> "per_layer".
+std::string EnumText(const google::protobuf::EnumValueDescriptor& value) {
+  std::string prefix;
+  for (char c : value.type()->name()) {
+    if (absl::ascii_isupper(c) && !prefix.empty()) prefix.push_back('_');
+    prefix.push_back(absl::ascii_toupper(c));
+  }
+  prefix.push_back('_');
+  return absl::AsciiStrToLower(absl::StripPrefix(value.name(), prefix));
+}
+
+void Flatten(const google::protobuf::Message& message, const std::string& prefix,
+             std::map<std::string, std::string>* out) {
+  using google::protobuf::FieldDescriptor;
+  const google::protobuf::Reflection& reflection = *message.GetReflection();
+  std::vector<const FieldDescriptor*> fields;
+  reflection.ListFields(message, &fields);
+  for (const FieldDescriptor* field : fields) {
+    const std::string name = absl::StrCat(prefix, ".", field->name());
+    switch (field->cpp_type()) {
+      case FieldDescriptor::CPPTYPE_MESSAGE:
+        Flatten(reflection.GetMessage(message, field), name, out);
+        break;
+      case FieldDescriptor::CPPTYPE_ENUM:
+        (*out)[name] = EnumText(*reflection.GetEnum(message, field));
+        break;
+      case FieldDescriptor::CPPTYPE_DOUBLE:
+        (*out)[name] = NumberText(reflection.GetDouble(message, field));
+        break;
+      case FieldDescriptor::CPPTYPE_UINT32:
+        (*out)[name] = absl::StrCat(reflection.GetUInt32(message, field));
+        break;
+      default:
+        break;  // no method has another type
+    }
+  }
+}
+
+}  // namespace
+
+const std::vector<std::string>& MethodNames() {
+  static const auto& names =
+      *new std::vector<std::string>{"structkv", "snapkv", "streaming_llm", "full"};
+  return names;
+}
+
+void AddMethodFlags(CLI::App* app, MethodFlags* f) {
+  const CLI::IsMember kinds({"includes-window", "window-on-top"});
+  app->add_option("--method", f->method, "structkv, snapkv, streaming_llm or full")
+      ->check(CLI::IsMember(MethodNames()))
+      ->capture_default_str()
+      ->group(kMethodGroup);
+  app->add_option("--kv-budget", f->kv_budget, "Share of the tokens that each layer keeps (0.10)")
+      ->group(kMethodGroup);
+  app->add_option("--budget-kind", f->budget_kind,
+                  "Whether the window counts: includes-window (default) or window-on-top")
+      ->check(kinds)
+      ->group(kMethodGroup);
+  app->add_option("--window", f->window, "Observation window in tokens (structkv 8, snapkv 32)")
+      ->group(kMethodGroup);
+  app->add_option("--granularity", f->granularity,
+                  "per-layer (structkv's default) or per-kv-head (snapkv's)")
+      ->check(CLI::IsMember({"per-layer", "per-kv-head"}))
+      ->group(kMethodGroup);
+  app->add_option("--pooling", f->pooling,
+                  "Smoothing before selection: none (structkv's default), avg (snapkv's) or max")
+      ->check(CLI::IsMember({"none", "avg", "max"}))
+      ->group(kMethodGroup);
+  app->add_option("--pooling-kernel", f->pooling_kernel, "Odd number of tokens (5)")
+      ->group(kMethodGroup);
+  app->add_option("--sinks", f->sinks, "First tokens that streaming_llm keeps (4)")
+      ->group(kMethodGroup);
+  app->add_option("--decay", f->decay, "Decay of the centrality per layer (0.9)")
+      ->group(kPivotGroup);
+  app->add_option("--skeleton-budget", f->skeleton_budget,
+                  "Share of the tokens in the skeleton (0.20)")
+      ->group(kPivotGroup);
+  app->add_option("--skeleton-budget-kind", f->skeleton_budget_kind, "As --budget-kind")
+      ->check(kinds)
+      ->group(kPivotGroup);
+  app->add_option("--pivot", f->pivot, "exact (default) or fixed")
+      ->check(CLI::IsMember({"exact", "fixed"}))
+      ->group(kPivotGroup);
+  app->add_option("--pivot-layer", f->pivot_layer, "The pivot layer for --pivot fixed")
+      ->group(kPivotGroup);
+  app->add_option("--sparsity-ratio", f->sparsity_ratio,
+                  "Share of the tokens whose mass is the sparsity (0.1)")
+      ->group(kPivotGroup);
+  app->add_option("--pivot-weights", f->pivot_weights,
+                  "Weights of entropy, sparsity and variance (0.2 0.3 0.5)")
+      ->expected(3)
+      ->group(kPivotGroup);
+  app->add_option("--pivot-search", f->pivot_search,
+                  "Where the transition is looked for, as shares of the depth (0.25 0.75)")
+      ->expected(2)
+      ->group(kPivotGroup);
+}
+
+absl::StatusOr<v1::Method> BuildMethod(const MethodFlags& flags) {
+  Remaining rest;
+  rest.Add("--kv-budget", flags.kv_budget);
+  rest.Add("--budget-kind", flags.budget_kind);
+  rest.Add("--window", flags.window);
+  rest.Add("--granularity", flags.granularity);
+  rest.Add("--pooling", flags.pooling);
+  rest.Add("--pooling-kernel", flags.pooling_kernel);
+  rest.Add("--sinks", flags.sinks);
+  rest.Add("--decay", flags.decay);
+  rest.Add("--skeleton-budget", flags.skeleton_budget);
+  rest.Add("--skeleton-budget-kind", flags.skeleton_budget_kind);
+  rest.Add("--pivot", flags.pivot);
+  rest.Add("--pivot-layer", flags.pivot_layer);
+  rest.Add("--sparsity-ratio", flags.sparsity_ratio);
+  rest.Add("--pivot-weights", flags.pivot_weights);
+  rest.Add("--pivot-search", flags.pivot_search);
+
+  v1::Method method;
+  if (flags.method == "structkv") {
+    TakeStructKv(flags, &rest, method.mutable_structkv());
+  } else if (flags.method == "snapkv") {
+    TakeScoring(flags, &rest, method.mutable_snapkv());
+  } else if (flags.method == "streaming_llm") {
+    v1::StreamingLlmMethod* kind = method.mutable_streaming_llm();
+    rest.Take("--kv-budget", flags.kv_budget,
+              [&](double v) { kind->mutable_kv_budget()->set_ratio(v); });
+    rest.Take("--sinks", flags.sinks, [&](uint32_t v) { kind->set_sink_tokens(v); });
+  } else if (flags.method == "full") {
+    method.mutable_full();
+  } else {
+    return absl::InvalidArgumentError(absl::StrCat("--method ", flags.method, " is unknown"));
+  }
+  absl::Status status = rest.Check(flags.method);
+  if (!status.ok()) return status;
+  return method;
+}
+
+std::string MethodKind(const v1::Method& method) {
+  const google::protobuf::OneofDescriptor* kind = v1::Method::descriptor()->FindOneofByName("kind");
+  const google::protobuf::FieldDescriptor* field =
+      method.GetReflection()->GetOneofFieldDescriptor(method, kind);
+  return field == nullptr ? "" : field->name();
+}
+
+std::map<std::string, std::string> MethodMetadata(const v1::Method& method) {
+  std::map<std::string, std::string> out;
+  out["method"] = MethodKind(method);
+  std::map<std::string, std::string> parameters;
+  Flatten(method, "method", &parameters);
+  // "method.structkv.decay" -> "method.decay"
+  const std::string prefix = absl::StrCat("method.", MethodKind(method), ".");
+  for (const auto& [name, value] : parameters) {
+    out[absl::StrCat("method.", absl::StripPrefix(name, prefix))] = value;
+  }
+  return out;
+}
+
+std::string NumberText(double value) {
+  char text[32];
+  const auto end = std::to_chars(std::begin(text), std::end(text), value);
+  return {text, end.ptr};
+}
+
+}  // namespace structkv::cli

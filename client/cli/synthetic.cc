@@ -1,0 +1,137 @@
+#include "client/cli/synthetic.h"
+
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "structkv/sizes.h"
+
+namespace structkv::cli {
+namespace {
+
+struct Known {
+  const char* name;
+  uint32_t layers, query_heads, kv_heads, key_dim, value_dim;
+};
+constexpr Known kKnown[] = {
+    {"tiny-llama", 12, 6, 2, 32, 32},      {"llama-3.2-1b", 16, 32, 8, 64, 64},
+    {"llama-3.1-8b", 32, 32, 8, 128, 128}, {"llama-3.1-70b", 80, 64, 8, 128, 128},
+    {"ministral-8b", 36, 32, 8, 128, 128}, {"mistral-nemo-12b", 40, 32, 8, 128, 128},
+    {"qwen2.5-7b", 28, 28, 4, 128, 128},   {"qwen2.5-14b", 48, 40, 8, 128, 128},
+    {"qwen2.5-32b", 64, 40, 8, 128, 128},  {"deepseek-v3", 61, 128, 1, 576, 512},
+};
+
+// xorshift64*: cheap, and good enough for tensors that nobody reads.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 2 + 0x9E3779B97F4A7C15U) {}
+  // Uniform in [-1, 1).
+  float Next() {
+    state_ ^= state_ >> 12;
+    state_ ^= state_ << 25;
+    state_ ^= state_ >> 27;
+    const uint64_t bits = state_ * 0x2545F4914F6CDD1DU;
+    return static_cast<float>(static_cast<int32_t>(bits >> 32)) * 0x1p-31F;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+// Of a value of magnitude 2^-14 to 2^16, or zero for less.
+uint16_t ToHalf(float value) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, &value, sizeof bits);
+  const int exponent = static_cast<int>(bits >> 23 & 0xFF) - 127 + 15;
+  const uint32_t sign = bits >> 16 & 0x8000;
+  if (exponent <= 0) return static_cast<uint16_t>(sign);
+  return static_cast<uint16_t>(sign | static_cast<uint32_t>(exponent) << 10 | (bits >> 13 & 0x3FF));
+}
+
+void Fill(std::byte* out, uint64_t bytes, v1::DType dtype, float scale, Random* random) {
+  const uint64_t step = client::ElementBytes(dtype);
+  for (uint64_t at = 0; at < bytes; at += step) {
+    const float value = random->Next() * scale;
+    if (dtype == v1::DTYPE_F32) {
+      std::memcpy(out + at, &value, sizeof value);
+      continue;
+    }
+    uint16_t half = 0;
+    if (dtype == v1::DTYPE_F16) {
+      half = ToHalf(value);
+    } else {
+      uint32_t bits = 0;
+      std::memcpy(&bits, &value, sizeof bits);
+      half = static_cast<uint16_t>(bits >> 16);
+    }
+    std::memcpy(out + at, &half, sizeof half);
+  }
+}
+
+}  // namespace
+
+std::vector<std::string> GeometryNames() {
+  std::vector<std::string> names;
+  for (const Known& known : kKnown) names.emplace_back(known.name);
+  return names;
+}
+
+absl::StatusOr<v1::ModelGeometry> GeometryByName(const std::string& name) {
+  for (const Known& known : kKnown) {
+    if (name != known.name) continue;
+    v1::ModelGeometry geometry;
+    geometry.set_layer_count(known.layers);
+    geometry.set_query_head_count(known.query_heads);
+    geometry.set_kv_head_count(known.kv_heads);
+    geometry.set_key_dim(known.key_dim);
+    geometry.set_value_dim(known.value_dim);
+    return geometry;
+  }
+  return absl::NotFoundError(absl::StrCat("geometry '", name, "' is unknown; known are ",
+                                          absl::StrJoin(GeometryNames(), ", ")));
+}
+
+SyntheticPrompt::SyntheticPrompt(const v1::Open& open, const v1::Opened& opened, uint64_t seed)
+    : keys_bytes_(client::InputTensorBytes(open, opened, v1::TENSOR_KEYS)),
+      values_bytes_(client::InputTensorBytes(open, opened, v1::TENSOR_VALUES)),
+      queries_bytes_(client::InputTensorBytes(open, opened, v1::TENSOR_WINDOW_QUERIES)),
+      saliency_bytes_(client::InputTensorBytes(open, opened, v1::TENSOR_SALIENCY)) {
+  const uint32_t layers = open.geometry().layer_count();
+  total_bytes_ = keys_bytes_ + values_bytes_ + saliency_bytes_ + layers * queries_bytes_;
+  data_.reset(new std::byte[total_bytes_]);
+  Random random(seed);
+  std::byte* at = data_.get();
+  Fill(at, keys_bytes_, open.dtype(), 1.0F, &random);
+  at += keys_bytes_;
+  Fill(at, values_bytes_, open.dtype(), 1.0F, &random);
+  at += values_bytes_;
+  for (uint64_t i = 0; i < saliency_bytes_; i += sizeof(float)) {
+    const float value = 0.5F + 0.5F * random.Next();
+    std::memcpy(at + i, &value, sizeof value);
+  }
+  at += saliency_bytes_;
+  for (uint32_t layer = 0; layer < layers; ++layer, at += queries_bytes_) {
+    // Deeper layers attend more sharply, so that their metrics differ.
+    const float depth = static_cast<float>(layer + 1) / static_cast<float>(layers);
+    Fill(at, queries_bytes_, open.dtype(), 1.0F + 3.0F * depth, &random);
+  }
+}
+
+client::LayerTensors SyntheticPrompt::Layer(uint32_t layer) const {
+  const std::byte* at = data_.get();
+  client::LayerTensors tensors;
+  tensors.keys = {at, keys_bytes_};
+  at += keys_bytes_;
+  tensors.values = {at, values_bytes_};
+  at += values_bytes_;
+  tensors.saliency = {at, saliency_bytes_};
+  at += saliency_bytes_;
+  tensors.window_queries = {at + layer * queries_bytes_, queries_bytes_};
+  tensors.owner = data_;
+  return tensors;
+}
+
+uint64_t SyntheticPrompt::resident_bytes() const { return total_bytes_; }
+
+}  // namespace structkv::cli

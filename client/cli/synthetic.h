@@ -1,0 +1,40 @@
+// Synthetic prompts of any geometry.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "structkv/session.h"
+#include "structkv/v1/compression.pb.h"
+
+namespace structkv::cli {
+
+// Attention geometry of a known model, for instance "llama-3.1-8b". NOT_FOUND lists the names.
+absl::StatusOr<v1::ModelGeometry> GeometryByName(const std::string& name);
+std::vector<std::string> GeometryNames();
+
+// Tensors with random elements, made once and given out for every layer and prompt, so that a
+// prompt of any size takes the memory of one layer: keys, values and saliency are one layer's,
+// window queries differ from layer to layer. The window's log-sum-exp is not made. Immutable.
+class SyntheticPrompt {
+ public:
+  SyntheticPrompt(const v1::Open& open, const v1::Opened& opened, uint64_t seed);
+
+  client::LayerTensors Layer(uint32_t layer) const;
+  // Memory that the tensors take.
+  uint64_t resident_bytes() const;
+
+ private:
+  uint64_t keys_bytes_;
+  uint64_t values_bytes_;
+  uint64_t queries_bytes_;  // of one layer
+  uint64_t saliency_bytes_;
+  uint64_t total_bytes_;
+  std::shared_ptr<std::byte[]> data_;  // keys, values, saliency, then each layer's queries
+};
+
+}  // namespace structkv::cli
