@@ -1,0 +1,80 @@
+#include "tests/testing/numbers.h"
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+namespace structkv::testkit {
+namespace {
+
+uint16_t ToHalf(float value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  if (std::isnan(value)) return sign | 0x7e00;
+  if (std::isinf(value)) return sign | 0x7c00;
+  if (value == 0) return sign;
+  int exponent = 0;
+  const float fraction = std::frexp(std::fabs(value), &exponent);  // [0.5, 1)
+  const auto mantissa = static_cast<uint16_t>(std::lround((fraction * 2 - 1) * 1024));
+  return static_cast<uint16_t>(sign | ((exponent - 1 + 15) << 10 | mantissa));
+}
+
+double FromHalf(uint16_t bits) {
+  const double sign = (bits & 0x8000) != 0 ? -1 : 1;
+  const int exponent = bits >> 10 & 31;
+  const int mantissa = bits & 1023;
+  if (exponent == 31) return mantissa != 0 ? NAN : sign * INFINITY;
+  if (exponent == 0) return sign * std::ldexp(mantissa, -24);
+  return sign * std::ldexp(1024 + mantissa, exponent - 25);
+}
+
+// The element's bytes, little-endian; `size` gets their count.
+uint32_t ToBits(v1::DType dtype, float value) {
+  switch (dtype) {
+    case v1::DTYPE_F16:
+      return ToHalf(value);
+    case v1::DTYPE_BF16:
+      return std::bit_cast<uint32_t>(value) >> 16;
+    default:
+      return std::bit_cast<uint32_t>(value);
+  }
+}
+
+}  // namespace
+
+uint64_t Random::Next() {
+  uint64_t z = (state_ += 0x9e3779b97f4a7c15);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+  return z ^ (z >> 31);
+}
+
+int64_t Random::Between(int64_t low, int64_t high) {
+  return low + static_cast<int64_t>(Next() % static_cast<uint64_t>(high - low + 1));
+}
+
+size_t ElementBytes(v1::DType dtype) { return dtype == v1::DTYPE_F32 ? 4 : 2; }
+
+void AppendElement(v1::DType dtype, float value, std::string* out) {
+  const uint32_t bits = ToBits(dtype, value);
+  out->append(reinterpret_cast<const char*>(&bits), ElementBytes(dtype));
+}
+
+double ElementAt(v1::DType dtype, const std::string& data, size_t index) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, data.data() + index * ElementBytes(dtype), ElementBytes(dtype));
+  switch (dtype) {
+    case v1::DTYPE_F16:
+      return FromHalf(static_cast<uint16_t>(bits));
+    case v1::DTYPE_BF16:
+      return std::bit_cast<float>(bits << 16);
+    default:
+      return std::bit_cast<float>(bits);
+  }
+}
+
+void SetElement(v1::DType dtype, float value, size_t index, std::string* data) {
+  const uint32_t bits = ToBits(dtype, value);
+  std::memcpy(data->data() + index * ElementBytes(dtype), &bits, ElementBytes(dtype));
+}
+
+}  // namespace structkv::testkit

@@ -1,0 +1,203 @@
+#include "tests/testing/oracle.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace structkv::testkit {
+namespace {
+
+// Scaled scores of one query head's window row: [row's last key + 1].
+std::vector<double> RowScores(const PromptData& data, uint32_t layer, uint32_t head, uint32_t row) {
+  const v1::ModelGeometry& geometry = data.open().geometry();
+  const v1::DType dtype = data.open().dtype();
+  const uint64_t tokens = data.open().prompt_tokens();
+  const uint64_t dim = geometry.key_dim();
+  const uint64_t heads = geometry.kv_head_count();
+  const uint64_t kv_head = head / (geometry.query_head_count() / heads);
+  const uint64_t window = data.effective().window;
+  const std::string& keys = data.tensor(layer, v1::TENSOR_KEYS);
+  const std::string& queries = data.tensor(layer, v1::TENSOR_WINDOW_QUERIES);
+  std::vector<double> query(dim);
+  for (uint64_t i = 0; i < dim; ++i) {
+    query[i] = ElementAt(dtype, queries, (head * window + row) * dim + i);
+  }
+  std::vector<double> scores(tokens - window + row + 1);
+  for (uint64_t token = 0; token < scores.size(); ++token) {
+    const uint64_t start = data.open().layout() == v1::LAYOUT_HEAD_TOKEN_DIM
+                               ? (kv_head * tokens + token) * dim
+                               : (token * heads + kv_head) * dim;
+    double dot = 0;
+    for (uint64_t i = 0; i < dim; ++i) dot += query[i] * ElementAt(dtype, keys, start + i);
+    scores[token] = dot / std::sqrt(static_cast<double>(dim));
+  }
+  return scores;
+}
+
+double LogSumExp(const std::vector<double>& scores) {
+  const double top = *std::max_element(scores.begin(), scores.end());
+  double sum = 0;
+  for (double score : scores) sum += std::exp(score - top);
+  return top + std::log(sum);
+}
+
+std::vector<std::vector<double>> Attention(const PromptData& data, uint32_t layer) {
+  const v1::ModelGeometry& geometry = data.open().geometry();
+  const uint32_t group = geometry.query_head_count() / geometry.kv_head_count();
+  const uint32_t window = data.effective().window;
+  std::vector<std::vector<double>> out(geometry.kv_head_count(),
+                                       std::vector<double>(data.open().prompt_tokens()));
+  for (uint32_t head = 0; head < geometry.query_head_count(); ++head) {
+    for (uint32_t row = 0; row < window; ++row) {
+      const std::vector<double> scores = RowScores(data, layer, head, row);
+      const double lse = LogSumExp(scores);
+      for (size_t j = 0; j < scores.size(); ++j) {
+        out[head / group][j] += std::exp(scores[j] - lse) / window;
+      }
+    }
+  }
+  return out;
+}
+
+std::vector<std::vector<double>> Given(const PromptData& data, uint32_t layer) {
+  const std::string& bytes = data.tensor(layer, v1::TENSOR_SALIENCY);
+  const size_t tokens = data.open().prompt_tokens();
+  std::vector<std::vector<double>> out(bytes.size() / 4 / tokens, std::vector<double>(tokens));
+  for (size_t i = 0; i < out.size() * tokens; ++i) {
+    out[i / tokens][i % tokens] = ElementAt(v1::DTYPE_F32, bytes, i);
+  }
+  return out;
+}
+
+// Of the tokens before the window.
+std::vector<double> Pooled(const std::vector<double>& in, const Effective& effective) {
+  const auto tokens = static_cast<int64_t>(in.size()) - effective.window;
+  const int64_t half = effective.kernel / 2;
+  std::vector<double> out(in.begin(), in.begin() + tokens);
+  if (effective.pooling == v1::POOLING_NONE) return out;
+  for (int64_t j = 0; j < tokens; ++j) {
+    double sum = 0;
+    double top = 0;
+    for (int64_t k = std::max<int64_t>(0, j - half); k <= std::min(tokens - 1, j + half); ++k) {
+      sum += in[k];
+      top = std::max(top, in[k]);
+    }
+    out[j] = effective.pooling == v1::POOLING_AVG ? sum / effective.kernel : top;
+  }
+  return out;
+}
+
+void SetMetrics(double sparsity_ratio, OracleLayer* layer) {
+  const std::vector<double>& s = layer->saliency;
+  const auto tokens = static_cast<double>(s.size());
+  const double total = std::accumulate(s.begin(), s.end(), 0.0);
+  std::vector<double> p = s;
+  for (double& value : p) value /= total;
+  for (double value : p) {
+    if (value > 0) layer->entropy -= value * std::log(value);
+    layer->variance += (tokens * value - 1) * (tokens * value - 1) / tokens;
+  }
+  std::sort(p.begin(), p.end(), std::greater<>());
+  const auto top = static_cast<ptrdiff_t>(std::ceil(sparsity_ratio * tokens - 1e-9));
+  layer->sparsity = std::accumulate(p.begin(), p.begin() + top, 0.0);
+}
+
+// The gradient of x at each layer, over its largest magnitude.
+std::vector<double> Gradient(const std::vector<double>& x) {
+  std::vector<double> d(x.size());
+  double top = 0;
+  for (size_t l = 1; l < x.size(); ++l) {
+    d[l] = x[l] - x[l - 1];
+    top = std::max(top, std::fabs(d[l]));
+  }
+  for (double& value : d) value = top > 0 ? value / top : 0;
+  return d;
+}
+
+OraclePivot FindPivot(const PromptData& data, const std::vector<OracleLayer>& layers) {
+  const v1::StructKvMethod& method = data.open().method().structkv();
+  const v1::Pivot& pivot = method.pivot();
+  const auto count = static_cast<int64_t>(layers.size());
+  std::vector<double> entropy;
+  std::vector<double> sparsity;
+  std::vector<double> variance;
+  for (const OracleLayer& layer : layers) {
+    entropy.push_back(-layer.entropy);
+    sparsity.push_back(layer.sparsity);
+    variance.push_back(layer.variance);
+  }
+  entropy = Gradient(entropy);
+  sparsity = Gradient(sparsity);
+  variance = Gradient(variance);
+  OraclePivot result;
+  result.transition.resize(count);
+  for (int64_t l = 1; l < count; ++l) {
+    result.transition[l] =
+        (pivot.has_entropy_weight() ? pivot.entropy_weight() : 0.2) * entropy[l] +
+        (pivot.has_sparsity_weight() ? pivot.sparsity_weight() : 0.3) * sparsity[l] +
+        (pivot.has_variance_weight() ? pivot.variance_weight() : 0.5) * variance[l];
+  }
+  if (pivot.mode() == v1::PIVOT_MODE_FIXED) {
+    result.pivot_layer = pivot.fixed_layer();
+  } else {
+    const double begin = pivot.has_search_begin() ? pivot.search_begin() : 0.25;
+    const double end = pivot.has_search_end() ? pivot.search_end() : 0.75;
+    const auto first =
+        std::max<int64_t>(1, static_cast<int64_t>(std::ceil(begin * static_cast<double>(count))));
+    const auto last =
+        std::min(count - 2, static_cast<int64_t>(std::floor(end * static_cast<double>(count))));
+    result.pivot_layer = static_cast<uint32_t>(count - 1);
+    for (int64_t l = first; l <= last; ++l) {
+      if (!result.transition_layer ||
+          result.transition[l] > result.transition[*result.transition_layer]) {
+        result.transition_layer = static_cast<uint32_t>(l);
+        result.pivot_layer = static_cast<uint32_t>(l + 1);
+      }
+    }
+  }
+  const double decay = method.has_decay() ? method.decay() : 0.9;
+  result.centrality.assign(data.open().prompt_tokens(), 0);
+  for (uint32_t l = 0; l <= result.pivot_layer; ++l) {
+    for (size_t j = 0; j < result.centrality.size(); ++j) {
+      result.centrality[j] = decay * result.centrality[j] + layers[l].saliency[j];
+    }
+  }
+  return result;
+}
+
+}  // namespace
+
+std::vector<float> WindowLse(const PromptData& data, uint32_t layer) {
+  std::vector<float> out;
+  for (uint32_t head = 0; head < data.open().geometry().query_head_count(); ++head) {
+    for (uint32_t row = 0; row < data.effective().window; ++row) {
+      out.push_back(static_cast<float>(LogSumExp(RowScores(data, layer, head, row))));
+    }
+  }
+  return out;
+}
+
+Oracle::Oracle(const PromptData& data) {
+  const Effective& effective = data.effective();
+  if (effective.statistic == v1::STATISTIC_NONE) return;
+  const v1::Pivot& parameters = data.open().method().structkv().pivot();
+  for (uint32_t l = 0; l < data.layers(); ++l) {
+    OracleLayer layer;
+    layer.per_head =
+        effective.statistic == v1::STATISTIC_WINDOW_QUERIES ? Attention(data, l) : Given(data, l);
+    layer.saliency.assign(data.open().prompt_tokens(), 0);
+    for (const auto& head : layer.per_head) {
+      for (size_t j = 0; j < head.size(); ++j) layer.saliency[j] += head[j];
+    }
+    if (effective.per_head) {
+      for (const auto& head : layer.per_head) layer.ranked.push_back(Pooled(head, effective));
+    } else {
+      layer.ranked.push_back(Pooled(layer.saliency, effective));
+    }
+    SetMetrics(parameters.has_sparsity_ratio() ? parameters.sparsity_ratio() : 0.1, &layer);
+    layers.push_back(std::move(layer));
+  }
+  if (effective.structkv) pivot = FindPivot(data, layers);
+}
+
+}  // namespace structkv::testkit

@@ -1,0 +1,200 @@
+#include "tests/testing/prompt_data.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "tests/testing/oracle.h"
+
+namespace structkv::testkit {
+namespace {
+
+uint32_t Kept(const v1::Budget& budget, double default_ratio, uint32_t window, uint32_t tokens) {
+  const double ratio = budget.has_ratio() ? budget.ratio() : default_ratio;
+  const auto share = static_cast<uint32_t>(std::ceil(ratio * tokens - 1e-9));
+  if (budget.kind() == v1::BUDGET_KIND_WINDOW_ON_TOP) return std::min(tokens, share + window);
+  return std::clamp(share, window, tokens);
+}
+
+}  // namespace
+
+v1::Open SmallOpen(uint32_t tokens) {
+  v1::Open open;
+  v1::ModelGeometry* geometry = open.mutable_geometry();
+  geometry->set_layer_count(4);
+  geometry->set_query_head_count(4);
+  geometry->set_kv_head_count(2);
+  geometry->set_key_dim(32);
+  open.set_prompt_tokens(tokens);
+  open.set_dtype(v1::DTYPE_BF16);
+  open.set_layout(v1::LAYOUT_HEAD_TOKEN_DIM);
+  open.set_model_id("synthetic");
+  return open;
+}
+
+Effective::Effective(const v1::Open& open) {
+  const v1::Method& method = open.method();
+  const uint32_t tokens = open.prompt_tokens();
+  plan = open.output() == v1::OUTPUT_PLAN;
+  value_dim =
+      open.geometry().value_dim() != 0 ? open.geometry().value_dim() : open.geometry().key_dim();
+  snapkv = method.has_snapkv();
+  streaming = method.has_streaming_llm();
+  full = method.has_full();
+  structkv = !snapkv && !streaming && !full;
+  if (structkv) {
+    const v1::StructKvMethod& m = method.structkv();
+    window = std::min(m.has_window_tokens() ? m.window_tokens() : 8, tokens);
+    kept = Kept(m.kv_budget(), 0.10, window, tokens);
+    skeleton = Kept(m.skeleton_budget(), 0.20, window, tokens);
+    per_head = m.granularity() == v1::GRANULARITY_PER_KV_HEAD;
+    if (m.pooling() != v1::POOLING_UNSPECIFIED) pooling = m.pooling();
+    if (m.has_pooling_kernel()) kernel = m.pooling_kernel();
+  } else if (snapkv) {
+    const v1::SnapKvMethod& m = method.snapkv();
+    window = std::min(m.has_window_tokens() ? m.window_tokens() : 32, tokens);
+    kept = Kept(m.kv_budget(), 0.10, window, tokens);
+    per_head = m.granularity() != v1::GRANULARITY_PER_LAYER;
+    pooling = m.pooling() != v1::POOLING_UNSPECIFIED ? m.pooling() : v1::POOLING_AVG;
+    if (m.has_pooling_kernel()) kernel = m.pooling_kernel();
+  } else if (streaming) {
+    const v1::StreamingLlmMethod& m = method.streaming_llm();
+    sinks = std::min(m.has_sink_tokens() ? m.sink_tokens() : 4, tokens);
+    kept = Kept(m.kv_budget(), 0.10, sinks, tokens);
+  } else {
+    kept = tokens;
+  }
+  if (structkv || snapkv) {
+    statistic = open.statistic() != v1::STATISTIC_UNSPECIFIED ? open.statistic()
+                                                              : v1::STATISTIC_WINDOW_QUERIES;
+  }
+  const bool queries = statistic == v1::STATISTIC_WINDOW_QUERIES;
+  if (!plan || queries) tensors.push_back(v1::TENSOR_KEYS);
+  if (!plan) tensors.push_back(v1::TENSOR_VALUES);
+  if (queries) tensors.push_back(v1::TENSOR_WINDOW_QUERIES);
+  if (queries && open.window_lse()) tensors.push_back(v1::TENSOR_WINDOW_LSE);
+  if (statistic == v1::STATISTIC_SALIENCY || statistic == v1::STATISTIC_SALIENCY_PER_KV_HEAD) {
+    tensors.push_back(v1::TENSOR_SALIENCY);
+  }
+}
+
+PromptData::PromptData(const v1::Open& open, uint64_t seed) : open_(open), effective_(open) {
+  tensors_.assign(layers(), std::vector<std::string>(v1::Tensor_MAX + 1));
+  for (uint32_t layer = 0; layer < layers(); ++layer) {
+    Random random(seed * 1000003 + layer);
+    FillLayer(layer, &random);
+  }
+}
+
+void PromptData::FillLayer(uint32_t layer, Random* random) {
+  const v1::ModelGeometry& geometry = open_.geometry();
+  const uint64_t tokens = open_.prompt_tokens();
+  auto fill = [&](v1::Tensor tensor, uint64_t elements, int64_t span) {
+    std::string& out = tensors_[layer][tensor];
+    out.reserve(elements * ElementBytes(open_.dtype()));
+    for (uint64_t i = 0; i < elements; ++i) {
+      AppendElement(open_.dtype(), static_cast<float>(random->Between(-span, span)) / 64, &out);
+    }
+  };
+  for (v1::Tensor tensor : effective_.tensors) {
+    switch (tensor) {
+      case v1::TENSOR_KEYS:
+        fill(tensor, geometry.kv_head_count() * tokens * geometry.key_dim(), 128);
+        break;
+      case v1::TENSOR_VALUES:
+        fill(tensor, geometry.kv_head_count() * tokens * effective_.value_dim, 128);
+        break;
+      case v1::TENSOR_WINDOW_QUERIES:
+        fill(tensor, uint64_t{geometry.query_head_count()} * effective_.window * geometry.key_dim(),
+             32 * (1 + (layer * 3 + 1) % 4));
+        break;
+      case v1::TENSOR_WINDOW_LSE: {
+        for (const float lse : WindowLse(*this, layer)) {
+          AppendElement(v1::DTYPE_F32, lse, &tensors_[layer][tensor]);
+        }
+        break;
+      }
+      default: {  // saliency: many distinct values, some ties, a few heavy tokens
+        const uint64_t rows =
+            effective_.statistic == v1::STATISTIC_SALIENCY ? 1 : geometry.kv_head_count();
+        for (uint64_t i = 0; i < rows * tokens; ++i) {
+          const int64_t heavy = random->Chance(3) ? 64 * (1 + layer % 3) : 1;
+          AppendElement(v1::DTYPE_F32, static_cast<float>(random->Between(0, 255) * heavy) / 1024,
+                        &tensors_[layer][tensor]);
+        }
+        break;
+      }
+    }
+  }
+}
+
+const std::string& PromptData::tensor(uint32_t layer, v1::Tensor tensor) const {
+  return tensors_[layer][tensor];
+}
+
+std::string* PromptData::mutable_tensor(uint32_t layer, v1::Tensor tensor) {
+  return &tensors_[layer][tensor];
+}
+
+uint64_t PromptData::total_bytes() const {
+  uint64_t bytes = 0;
+  for (const auto& layer : tensors_) {
+    for (const std::string& tensor : layer) bytes += tensor.size();
+  }
+  return bytes;
+}
+
+v1::TensorPiece MakePiece(const PromptData& data, uint32_t layer, v1::Tensor tensor,
+                          uint64_t offset, uint64_t size) {
+  v1::TensorPiece piece;
+  piece.set_layer(layer);
+  piece.set_tensor(tensor);
+  piece.set_offset_bytes(offset);
+  piece.set_data(data.tensor(layer, tensor).substr(offset, size));
+  return piece;
+}
+
+v1::TensorPiece MakePiece(const PromptData& data, uint32_t layer, v1::Tensor tensor) {
+  return MakePiece(data, layer, tensor, 0, data.tensor(layer, tensor).size());
+}
+
+v1::CompressRequest OpenMessage(const v1::Open& open) {
+  v1::CompressRequest request;
+  *request.mutable_open() = open;
+  return request;
+}
+
+v1::CompressRequest PieceMessage(v1::TensorPiece piece) {
+  v1::CompressRequest request;
+  *request.mutable_pieces()->add_pieces() = std::move(piece);
+  return request;
+}
+
+v1::CompressRequest LayerMessage(const PromptData& data, uint32_t layer) {
+  v1::CompressRequest request;
+  for (v1::Tensor tensor : data.effective().tensors) {
+    *request.mutable_pieces()->add_pieces() = MakePiece(data, layer, tensor);
+  }
+  return request;
+}
+
+v1::CompressRequest CommitMessage(uint32_t layers, uint64_t bytes) {
+  v1::CompressRequest request;
+  request.mutable_commit()->set_layer_count(layers);
+  request.mutable_commit()->set_input_bytes(bytes);
+  return request;
+}
+
+v1::CompressRequest CommitMessage(const PromptData& data) {
+  return CommitMessage(data.layers(), data.total_bytes());
+}
+
+std::vector<v1::CompressRequest> AllMessages(const PromptData& data) {
+  std::vector<v1::CompressRequest> messages = {OpenMessage(data.open())};
+  for (uint32_t layer = 0; layer < data.layers(); ++layer) {
+    messages.push_back(LayerMessage(data, layer));
+  }
+  messages.push_back(CommitMessage(data));
+  return messages;
+}
+
+}  // namespace structkv::testkit

@@ -1,0 +1,80 @@
+// Synthetic prompts: what a worker would send for an `Open`, from a seed.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "structkv/v1/compression.pb.h"
+#include "tests/testing/numbers.h"
+
+namespace structkv::testkit {
+
+// A small model in bf16, [kv_head, token, dim], StructKV with its defaults. 4 layers, 4 query and 2
+// KV heads of 32.
+v1::Open SmallOpen(uint32_t tokens = 200);
+
+// What docs and proto promise for an `Open` where a field is unset. Written down here again, so
+// that the server's own defaults are what is tested.
+struct Effective {
+  explicit Effective(const v1::Open& open);
+
+  bool structkv = false;
+  bool snapkv = false;
+  bool streaming = false;
+  bool full = false;
+  v1::Statistic statistic = v1::STATISTIC_NONE;
+  bool plan = false;
+  bool per_head = false;
+  uint32_t window = 0;  // min(w, N)
+  uint32_t kept = 0;
+  uint32_t skeleton = 0;
+  uint32_t sinks = 0;
+  v1::Pooling pooling = v1::POOLING_NONE;
+  uint32_t kernel = 5;
+  uint32_t value_dim = 0;
+  // Tensors that every layer needs, in the order of their numbers.
+  std::vector<v1::Tensor> tensors;
+};
+
+// Every tensor of every layer. Elements are multiples of 1/64 that each dtype holds exactly; the
+// statistics differ from layer to layer.
+class PromptData {
+ public:
+  PromptData(const v1::Open& open, uint64_t seed);
+
+  const v1::Open& open() const { return open_; }
+  const Effective& effective() const { return effective_; }
+  uint32_t layers() const { return open_.geometry().layer_count(); }
+  // Empty where the prompt does not have the tensor.
+  const std::string& tensor(uint32_t layer, v1::Tensor tensor) const;
+  std::string* mutable_tensor(uint32_t layer, v1::Tensor tensor);
+  // Bytes of all tensors.
+  uint64_t total_bytes() const;
+
+ private:
+  void FillLayer(uint32_t layer, Random* random);
+
+  v1::Open open_;
+  Effective effective_;
+  std::vector<std::vector<std::string>> tensors_;  // by layer and v1::Tensor
+};
+
+// A piece of a tensor, by copy.
+v1::TensorPiece MakePiece(const PromptData& data, uint32_t layer, v1::Tensor tensor,
+                          uint64_t offset, uint64_t size);
+// A whole tensor in one piece.
+v1::TensorPiece MakePiece(const PromptData& data, uint32_t layer, v1::Tensor tensor);
+
+// Messages.
+v1::CompressRequest OpenMessage(const v1::Open& open);
+v1::CompressRequest PieceMessage(v1::TensorPiece piece);
+v1::CompressRequest LayerMessage(const PromptData& data, uint32_t layer);
+v1::CompressRequest CommitMessage(uint32_t layers, uint64_t bytes);
+v1::CompressRequest CommitMessage(const PromptData& data);
+
+// Every message of the prompt: open, a message per layer, commit.
+std::vector<v1::CompressRequest> AllMessages(const PromptData& data);
+
+}  // namespace structkv::testkit
