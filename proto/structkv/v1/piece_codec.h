@@ -4,7 +4,9 @@
 // writes any protobuf library reads, and the reverse.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <variant>
 #include <vector>
@@ -30,8 +32,17 @@ struct Piece {
   uint64_t size_bytes() const;
 };
 
-// A received message: the slices, which keep the memory alive, and what they say.
+// Pieces that a received message may have: each takes more memory than its bytes where it is
+// nearly empty, so their number is limited too.
+inline constexpr size_t kMaxPiecesPerMessage = 16384;
+
+// A received message: the slices, which keep the memory alive, and what they say. Move-only: small
+// slices hold their bytes within themselves, so a copy's pieces would point into the original.
 struct Pieces {
+  Pieces() = default;
+  Pieces(Pieces&&) = default;
+  Pieces& operator=(Pieces&&) = default;
+
   std::vector<grpc::Slice> slices;
   std::vector<Piece> pieces;
 };
@@ -39,8 +50,10 @@ struct Pieces {
 // A decoded `CompressRequest`: its `pieces`, or any of the other alternatives as a protobuf
 // message.
 using Request = std::variant<v1::CompressRequest, Pieces>;
-// INVALID_ARGUMENT for bytes that are no such message. Never reads past the slices; unknown fields
-// are skipped.
+// INVALID_ARGUMENT, naming the byte, for bytes that are no such message, that hold a group, or that
+// hold more than kMaxPiecesPerMessage pieces. Never reads past the slices; unknown fields are
+// skipped. Where several members of the oneof are set the last one wins, as protobuf has it, and
+// the others are skipped unread.
 absl::StatusOr<Request> DecodeRequest(const grpc::ByteBuffer& buffer);
 
 // A decoded `CompressResponse`: for `layer` and `pivot` the message without its pieces, and the
@@ -54,7 +67,8 @@ absl::StatusOr<Response> DecodeResponse(const grpc::ByteBuffer& buffer);
 // Keeps the memory behind a piece alive until the transport has sent it.
 using Keepalive = std::shared_ptr<const void>;
 
-// A piece to send, of memory that `owner` keeps alive. One contiguous run.
+// A piece to send, of memory that `owner` keeps alive. One contiguous run. Without an owner the
+// data are copied.
 struct OutgoingPiece {
   uint32_t layer = 0;
   v1::Tensor tensor = v1::TENSOR_UNSPECIFIED;
