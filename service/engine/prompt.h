@@ -56,9 +56,16 @@ class Prompt {
 
   const PromptSpec& spec() const;
 
-  // Scores, selects and gathers one layer, and consumes its buffers (Full passes them through
-  // uncopied). INVALID_ARGUMENT names layer and token where the statistics hold NaN, Inf, a
-  // negative value or nothing but zeros; the prompt is then of no further use.
+  // Scores, selects and gathers one layer, and consumes its buffers (where every token is kept, as
+  // with Full, keys and values pass through uncopied).
+  //   INVALID_ARGUMENT     layer, token and KV head are named where the statistics hold NaN, Inf or
+  //   a
+  //                        negative value, the layer where they are all zero or too large to sum
+  //                        up; the prompt is then of no further use. Also a tensor of the wrong
+  //                        size.
+  //   OUT_OF_RANGE         there is no such layer
+  //   ALREADY_EXISTS       the layer was answered
+  //   FAILED_PRECONDITION  an earlier layer's statistics were bad
   absl::StatusOr<LayerOutput> CompressLayer(LayerInput input, ParallelFor parallel);
 
   // The pivot, once, as soon as it is known: after the call that made it so. nullopt otherwise.

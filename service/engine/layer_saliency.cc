@@ -1,0 +1,98 @@
+#include "service/engine/layer_saliency.h"
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "service/method/budget.h"
+
+namespace structkv::engine {
+namespace {
+
+absl::Status BadValue(int64_t layer, const BadStatistic& bad) {
+  // The sign of a NaN means nothing.
+  const float value = std::isnan(bad.value) ? std::abs(bad.value) : bad.value;
+  return absl::InvalidArgumentError(absl::StrFormat(
+      "layer %d: saliency of token %d (KV head %d) is %g", layer, bad.token, bad.head, value));
+}
+
+absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, const LayerInput& input,
+                            float* out, ParallelFor parallel) {
+  const ModelGeometry& geometry = spec.geometry;
+  SaliencyParams params;
+  params.queries = TensorView::Dense(input.window_queries.data(), spec.dtype, Layout::kHeadTokenDim,
+                                     geometry.query_heads, spec.window_rows(), geometry.key_dim);
+  params.keys = TensorView::Dense(input.keys.data(), spec.dtype, spec.layout, geometry.kv_heads,
+                                  spec.prompt_tokens, geometry.key_dim);
+  params.lse = input.window_lse.as<const float>();
+  constexpr int64_t kNoHead = -1;
+  BadStatistic bad{.head = kNoHead};
+  const absl::Status status = backend.Saliency(params, out, &bad, parallel);
+  if (status.ok()) return status;
+  if (absl::IsInvalidArgument(status) && bad.head != kNoHead) return BadValue(input.layer, bad);
+  return absl::Status(status.code(), absl::StrCat("layer ", input.layer, ": ", status.message()));
+}
+
+// The worker's own values: everything is checked.
+absl::Status CheckGiven(int64_t layer, const Buffer& values, int64_t heads, int64_t tokens,
+                        const Backend& backend, ParallelFor parallel) {
+  const std::optional<BadStatistic> bad =
+      backend.FindBad(values.as<const float>(), heads, tokens, parallel);
+  return bad.has_value() ? BadValue(layer, *bad) : absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<LayerSaliency> ComputeLayerSaliency(const PromptSpec& spec, const Backend& backend,
+                                                   BufferPool& pool, LayerInput& input,
+                                                   ParallelFor parallel) {
+  const int64_t tokens = spec.prompt_tokens;
+  const int64_t kv_heads = spec.geometry.kv_heads;
+  LayerSaliency saliency;
+  absl::Status status;
+  switch (spec.statistic) {
+    case Statistic::kWindowQueries:
+      saliency.per_head = pool.Acquire(kv_heads * tokens * sizeof(float));
+      status = ComputePerHead(spec, backend, input, saliency.per_head.as<float>(), parallel);
+      break;
+    case Statistic::kSaliencyPerKvHead:
+      saliency.per_head = std::move(input.saliency);
+      status = CheckGiven(input.layer, saliency.per_head, kv_heads, tokens, backend, parallel);
+      break;
+    case Statistic::kSaliency:
+      saliency.sum = std::move(input.saliency);
+      status = CheckGiven(input.layer, saliency.sum, 1, tokens, backend, parallel);
+      break;
+    case Statistic::kNone:
+      status = absl::InternalError("a method with statistics was given none");
+      break;
+  }
+  if (!status.ok()) return status;
+
+  if (saliency.sum.empty() && kv_heads > 1) {
+    saliency.sum = pool.Acquire(tokens * sizeof(float));
+    backend.SumHeads(saliency.per_head.as<const float>(), kv_heads, tokens,
+                     saliency.sum.as<float>(), parallel);
+  }
+  const int64_t top_count =
+      std::max<int64_t>(1, method::ShareOfTokens(spec.method.pivot.sparsity_ratio, tokens));
+  const SaliencySums sums = backend.Sums(saliency.sum_scores(), tokens, top_count, parallel);
+  if (sums.total == 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("layer ", input.layer, ": saliency is zero for every token"));
+  }
+  // Written so that NaN and infinity fail as well.
+  if (!(sums.total <= kMaxSaliencyTotal)) {
+    return absl::InvalidArgumentError(absl::StrCat("layer ", input.layer, ": saliency sums to ",
+                                                   sums.total, "; at most ", kMaxSaliencyTotal,
+                                                   " is allowed"));
+  }
+  saliency.metrics = method::MetricsFromSums(sums, tokens);
+  return saliency;
+}
+
+}  // namespace structkv::engine

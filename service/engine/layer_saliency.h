@@ -1,0 +1,34 @@
+// The first step of a layer: its saliency, computed or taken from the worker, checked, and summed.
+#pragma once
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "service/engine/buffer_pool.h"
+#include "service/engine/prompt.h"
+#include "service/engine/prompt_spec.h"
+#include "service/method/layer_metrics.h"
+
+namespace structkv::engine {
+
+// A layer's saliency. Finite, not negative, not all zero.
+struct LayerSaliency {
+  Buffer per_head;  // [kv_heads, N] float32; empty where the worker gave the sum alone
+  Buffer sum;       // [N] float32; empty where there is one KV head, whose vector is the sum
+  method::LayerMetrics metrics;
+
+  const float* sum_scores() const { return (sum.empty() ? per_head : sum).as<const float>(); }
+  const float* head_scores() const { return (per_head.empty() ? sum : per_head).as<const float>(); }
+};
+
+// Computes the saliency of `input` from its window queries and keys, or takes over its saliency
+// buffer. INVALID_ARGUMENT names layer, token and KV head where a value is NaN, infinite or
+// negative; it names the layer where all are zero or their sum is beyond kMaxSaliencyTotal.
+absl::StatusOr<LayerSaliency> ComputeLayerSaliency(const PromptSpec& spec, const Backend& backend,
+                                                   BufferPool& pool, LayerInput& input,
+                                                   ParallelFor parallel);
+
+// Computed saliency sums to the number of query heads. A worker's may have any scale, up to where
+// sums over layers stay far from overflow in float32.
+inline constexpr double kMaxSaliencyTotal = 1e30;
+
+}  // namespace structkv::engine
