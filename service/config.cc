@@ -1,0 +1,220 @@
+#include "service/config.h"
+
+#include <cstdlib>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <set>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "CLI/CLI.hpp"
+#include "service/rpc/version.h"
+#include "service/units.h"
+#include "service/yaml_config.h"
+
+namespace structkv {
+namespace {
+
+constexpr int64_t kKiB = int64_t{1} << 10;
+constexpr int64_t kMiB = int64_t{1} << 20;
+constexpr int64_t kGiB = int64_t{1} << 30;
+constexpr int64_t kTiB = int64_t{1} << 40;
+constexpr int64_t kDayMillis = int64_t{24} * 3600 * 1000;
+
+// "--memory-budget" -> "STRUCTKV_MEMORY_BUDGET".
+std::string EnvironmentName(const std::string& name) {
+  std::string result = "STRUCTKV_";
+  for (char c : name) result += c == '-' ? '_' : static_cast<char>(std::toupper(c));
+  return result;
+}
+
+using Parser = std::optional<int64_t> (*)(std::string_view);
+using Formatter = std::string (*)(int64_t);
+
+// Turns a value with a unit into a plain number within a range.
+CLI::Validator Unit(Parser parse, Formatter format, const std::string& kind, int64_t min,
+                    int64_t max) {
+  const std::string range = format(min) + " to " + format(max);
+  return {[=](std::string& text) -> std::string {
+            const std::optional<int64_t> value = parse(text);
+            if (!value.has_value()) return "'" + text + "' is no " + kind;
+            if (*value < min || *value > max) return text + " is out of range; allowed: " + range;
+            text = std::to_string(*value);
+            return {};
+          },
+          range, ""};
+}
+
+// The schema: options are added to an app, each with its name for the environment.
+class Schema {
+ public:
+  explicit Schema(CLI::App* app) : app_(app) {}
+
+  CLI::Option* Named(CLI::Option* option, const std::string& name, const char* group) {
+    names_.push_back(name);
+    return option->envname(EnvironmentName(name))->group(group);
+  }
+
+  template <typename T>
+  CLI::Option* Add(const char* group, const std::string& name, T* value, const std::string& help) {
+    CLI::Option* option = app_->add_option("--" + name, *value, help)->capture_default_str();
+    return Named(option, name, group);
+  }
+
+  template <typename T>
+  void Number(const char* group, const std::string& name, T* value, int64_t min, int64_t max,
+              const std::string& help) {
+    Add(group, name, value, help)
+        ->check(CLI::Range(static_cast<T>(min), static_cast<T>(max)))
+        ->option_text("N");
+  }
+
+  void Bytes(const char* group, const std::string& name, int64_t* value, int64_t min, int64_t max,
+             const std::string& help) {
+    Add(group, name, value, help)
+        ->transform(Unit(ParseBytes, FormatBytes, "size; write for instance 512MiB", min, max))
+        ->default_str(FormatBytes(*value))
+        ->option_text("SIZE");
+  }
+
+  // The duration is set by Finish.
+  void Millis(const char* group, const std::string& name, absl::Duration* value, int64_t min,
+              int64_t max, const std::string& help) {
+    auto millis = std::make_shared<int64_t>(absl::ToInt64Milliseconds(*value));
+    Add(group, name, millis.get(), help)
+        ->transform(Unit(ParseMillis, FormatMillis, "duration; write for instance 30s", min, max))
+        ->default_str(FormatMillis(*millis))
+        ->option_text("DURATION");
+    finish_.push_back([millis, value] { *value = absl::Milliseconds(*millis); });
+  }
+
+  void Finish() const {
+    for (const auto& step : finish_) step();
+  }
+
+  const std::vector<std::string>& names() const { return names_; }
+
+ private:
+  CLI::App* const app_;
+  std::vector<std::string> names_;
+  std::vector<std::function<void()>> finish_;
+};
+
+void AddNetwork(Schema* schema, Config* config) {
+  constexpr char kGroup[] = "Network";
+  ServerOptions& server = config->server;
+  schema
+      ->Add(kGroup, "listen", &server.listen,
+            "Address to listen on: host:port (port 0: any free one) or unix:/path; may be repeated")
+      ->delimiter(',')
+      ->option_text("ADDRESS ...");
+  schema->Bytes(kGroup, "max-message", &server.streams.max_message_bytes, rpc::kMinMessageBytes,
+                kGiB, "Longest message in either direction");
+  schema->Number(kGroup, "max-streams-per-connection", &server.max_streams_per_connection, 1,
+                 1 << 20, "Streams at once on one connection");
+  schema->Millis(kGroup, "handshake-limit", &server.handshake_limit, 100, kDayMillis,
+                 "A connection without a finished handshake is closed after this");
+  schema->Millis(kGroup, "keepalive-interval", &server.keepalive_interval, 1000, kDayMillis,
+                 "A silent connection is asked for a sign of life this often");
+  schema->Millis(kGroup, "keepalive-timeout", &server.keepalive_timeout, 100, kDayMillis,
+                 "and is closed without an answer in this time");
+}
+
+void AddCompute(Schema* schema, Config* config) {
+  constexpr char kGroup[] = "Computing and memory";
+  session::SessionManagerOptions& sessions = config->server.sessions;
+  schema->Add(kGroup, "backend", &config->server.backend, "What computes: auto, cpu or reference")
+      ->option_text("NAME");
+  schema->Number(kGroup, "threads", &sessions.threads, 0, 1024, "Compute threads; 0: one per core");
+  schema->Bytes(kGroup, "memory-budget", &sessions.memory_budget_bytes, kMiB, 64 * kTiB,
+                "Memory for all prompts together; a prompt that does not fit is refused at open");
+  schema->Bytes(kGroup, "idle-buffers", &sessions.idle_buffer_bytes, 0, 64 * kTiB,
+                "Memory kept for reuse while no prompt needs it");
+}
+
+void AddLimits(Schema* schema, Config* config) {
+  constexpr char kGroup[] = "Limits";
+  session::SessionManagerOptions& sessions = config->server.sessions;
+  rpc::StreamLimits& streams = config->server.streams;
+  schema->Number(kGroup, "max-sessions", &sessions.max_sessions, 1, 1 << 20, "Prompts at once");
+  schema->Number(kGroup, "max-prompt-tokens", &sessions.limits.max_prompt_tokens, 1, 1 << 24,
+                 "Longest prompt");
+  schema->Number(kGroup, "max-layers", &sessions.limits.max_layers, 1, 1024,
+                 "Layers of a model, at most");
+  schema->Number(kGroup, "max-heads", &sessions.limits.max_heads, 1, 1 << 16,
+                 "Query heads of a model, at most");
+  schema->Number(kGroup, "max-window", &sessions.limits.max_window, 1, 64,
+                 "Longest observation window in tokens");
+  schema->Millis(kGroup, "stall-limit", &streams.stall, 1, kDayMillis,
+                 "A caller that takes no results for this long is cut off (ABORTED)");
+  schema->Millis(kGroup, "silence-limit", &streams.silence, 1, kDayMillis,
+                 "A caller that sends nothing for this long is cut off (DEADLINE_EXCEEDED)");
+  schema->Millis(kGroup, "session-limit", &streams.session, 1, 7 * kDayMillis,
+                 "Longest a stream may last (DEADLINE_EXCEEDED)");
+  schema->Millis(kGroup, "retry-pushback", &streams.retry_pushback, 0, kDayMillis,
+                 "When a caller that found no room is told to try again");
+  schema->Millis(kGroup, "drain-limit", &config->drain_limit, 0, 7 * kDayMillis,
+                 "How long running streams may take after SIGTERM");
+}
+
+void AddLog(Schema* schema, Config* config) {
+  constexpr char kGroup[] = "Log (standard error)";
+  schema->Add(kGroup, "log-format", &config->log_format, "text or json")
+      ->transform(CLI::CheckedTransformer(std::vector<std::pair<std::string, rpc::LogFormat>>{
+          {"text", rpc::LogFormat::kText}, {"json", rpc::LogFormat::kJson}}))
+      ->default_str("text")
+      ->option_text("text|json");
+  schema->Add(kGroup, "log-sessions", &config->log_sessions, "One line at the end of a stream")
+      ->option_text("BOOL");
+}
+
+// The options that the environment sets.
+std::set<std::string> FromEnvironment(const std::vector<std::string>& names) {
+  std::set<std::string> found;
+  for (const std::string& name : names) {
+    const char* value =
+        std::getenv(EnvironmentName(name).c_str());  // NOLINT(concurrency-mt-unsafe)
+    if (value != nullptr && *value != '\0') found.insert(name);
+  }
+  return found;
+}
+
+}  // namespace
+
+std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
+  Config config;
+  CLI::App app(
+      "StructKV server: compresses KV caches. Options come from flags, then from the "
+      "environment (STRUCTKV_MEMORY_BUDGET for --memory-budget), then from the file.",
+      "structkv-server");
+  app.set_version_flag("--version", std::string("structkv-server ") + rpc::kVersion);
+  app.set_config("--config", "", "YAML file with options by name, for instance `threads: 8`")
+      ->envname("STRUCTKV_CONFIG")
+      ->option_text("FILE");
+  app.add_flag("--check-config", config.check_only, "Validate the options and exit");
+  Schema schema(&app);
+  AddNetwork(&schema, &config);
+  AddCompute(&schema, &config);
+  AddLimits(&schema, &config);
+  AddLog(&schema, &config);
+  app.config_formatter(
+      std::make_shared<YamlConfig>(schema.names(), FromEnvironment(schema.names())));
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    std::ostringstream out;
+    std::ostringstream errors;
+    if (error.get_exit_code() == 0) {
+      app.exit(error, out, errors);
+      return EarlyExit{0, out.str()};
+    }
+    return EarlyExit{2, std::string("structkv-server: ") + error.what() + "\n"};
+  }
+  schema.Finish();
+  return config;
+}
+
+}  // namespace structkv

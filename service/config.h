@@ -1,0 +1,36 @@
+// The server's options, from flags, the environment (STRUCTKV_*) and a YAML file, in this order of
+// precedence. One schema for all three: `--memory-budget 8GiB`, STRUCTKV_MEMORY_BUDGET=8GiB and
+// `memory-budget: 8GiB` mean the same.
+#pragma once
+
+#include <string>
+#include <variant>
+
+#include "absl/time/time.h"
+#include "service/rpc/log.h"
+#include "service/server.h"
+
+namespace structkv {
+
+struct Config {
+  ServerOptions server;  // all but `log`
+  // How long running streams may take after SIGTERM.
+  absl::Duration drain_limit = absl::Seconds(30);
+  rpc::LogFormat log_format = rpc::LogFormat::kText;
+  bool log_sessions = true;
+  // Validate the options and exit.
+  bool check_only = false;
+};
+
+// What to do in place of serving: print `text`, to standard output where `exit_code` is 0, and
+// exit.
+struct EarlyExit {
+  int exit_code = 0;
+  std::string text;
+};
+
+// Every option is checked against its range here; a fault exits with a line that names the option,
+// the value and what is allowed.
+std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv);
+
+}  // namespace structkv

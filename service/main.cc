@@ -1,0 +1,94 @@
+// structkv-server: options, start, signals, drain.
+#include <malloc.h>
+#include <pthread.h>
+#include <signal.h>
+
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <utility>
+#include <variant>
+
+#include "absl/strings/str_join.h"
+#include "grpc/grpc.h"
+#include "grpc/support/log.h"
+#include "service/config.h"
+#include "service/rpc/log.h"
+#include "service/rpc/version.h"
+#include "service/server.h"
+
+namespace structkv {
+namespace {
+
+// Keeps freed memory in the process: messages are megabytes long, and fresh pages for each cost
+// more than everything else about them.
+void TuneMalloc() {
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // glibc's maximum
+  mallopt(M_TRIM_THRESHOLD, 512 << 20);
+}
+
+// SIGTERM and SIGINT wait to be fetched, in this thread and all that it starts.
+sigset_t BlockSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  return signals;
+}
+
+int Serve(Config config) {
+  auto log = std::make_shared<rpc::Log>(config.log_format);
+  if (config.log_sessions) config.server.log = log;
+  const sigset_t signals = BlockSignals();
+  // gRPC's own lines about an address would come on top of ours.
+  gpr_set_log_verbosity(static_cast<gpr_log_severity>(GPR_LOG_SEVERITY_ERROR + 1));
+  absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(std::move(config.server));
+  if (!server.ok()) {
+    std::fprintf(stderr, "structkv-server: %s\n", std::string(server.status().message()).c_str());
+    return 1;
+  }
+  session::SessionManager& sessions = (*server)->sessions();
+  const std::string addresses = absl::StrJoin((*server)->addresses(), ",");
+  log->Write("ready", {{"listen", addresses},
+                       {"version", rpc::kVersion},
+                       {"backend", sessions.backend().name()},
+                       {"device", sessions.backend().device()},
+                       {"threads", sessions.threads()},
+                       {"memory_budget_bytes", sessions.budget().limit_bytes()}});
+
+  int signal = 0;
+  sigwait(&signals, &signal);
+  // A second signal ends the process as it would any other.
+  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
+  log->Write("draining", {{"signal", signal == SIGTERM ? "SIGTERM" : "SIGINT"},
+                          {"streams", (*server)->active_streams()},
+                          {"limit_ms", absl::ToInt64Milliseconds(config.drain_limit)}});
+  const bool finished = (*server)->Drain(config.drain_limit);
+  log->Write("stopped",
+             {{"streams_cut", finished ? "none" : "some"}, {"log_lines_dropped", log->dropped()}});
+  return 0;
+}
+
+int Main(int argc, const char* const* argv) {
+  std::variant<Config, EarlyExit> parsed = ParseConfig(argc, argv);
+  if (const auto* early = std::get_if<EarlyExit>(&parsed)) {
+    std::fputs(early->text.c_str(), early->exit_code == 0 ? stdout : stderr);
+    return early->exit_code;
+  }
+  auto& config = std::get<Config>(parsed);
+  if (config.check_only) {
+    std::puts("structkv-server: the options are valid");
+    return 0;
+  }
+  return Serve(std::move(config));
+}
+
+}  // namespace
+}  // namespace structkv
+
+int main(int argc, char** argv) {
+  structkv::TuneMalloc();
+  grpc_init();  // once more than gRPC does itself: its last shutdown could hang at exit
+  return structkv::Main(argc, argv);
+}

@@ -1,0 +1,80 @@
+#include "service/rpc/capabilities.h"
+
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/backend_registry.h"
+#include "service/rpc/version.h"
+
+namespace structkv::rpc {
+namespace {
+
+v1::DType EncodeDType(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return v1::DTYPE_F32;
+    case DType::kF16:
+      return v1::DTYPE_F16;
+    case DType::kBF16:
+      return v1::DTYPE_BF16;
+  }
+  return v1::DTYPE_UNSPECIFIED;
+}
+
+void AddBackends(const session::SessionManager& sessions, v1::GetCapabilitiesResponse* response) {
+  const Backend& used = sessions.backend();
+  v1::BackendInfo* first = response->add_backends();
+  first->set_name(std::string(used.name()));
+  first->add_devices(used.device());
+  first->add_devices(absl::StrCat(sessions.threads(), " threads"));
+  for (std::string_view name : BackendNames()) {
+    if (name != used.name()) response->add_backends()->set_name(std::string(name));
+  }
+}
+
+}  // namespace
+
+v1::GetCapabilitiesResponse MakeCapabilities(const session::SessionManager& sessions,
+                                             int64_t max_message_bytes) {
+  v1::GetCapabilitiesResponse response;
+  response.set_version(kVersion);
+  AddBackends(sessions, &response);
+  const BackendCapabilities& backend = sessions.backend().capabilities();
+  for (DType dtype : backend.dtypes) response.add_dtypes(EncodeDType(dtype));
+  for (Layout layout : backend.layouts) {
+    response.add_layouts(layout == Layout::kHeadTokenDim ? v1::LAYOUT_HEAD_TOKEN_DIM
+                                                         : v1::LAYOUT_TOKEN_HEAD_DIM);
+  }
+  const google::protobuf::OneofDescriptor* kinds =
+      v1::Method::descriptor()->FindOneofByName("kind");
+  for (int i = 0; i < kinds->field_count(); ++i) response.add_methods(kinds->field(i)->name());
+  for (v1::Statistic statistic : {v1::STATISTIC_NONE, v1::STATISTIC_WINDOW_QUERIES,
+                                  v1::STATISTIC_SALIENCY, v1::STATISTIC_SALIENCY_PER_KV_HEAD}) {
+    response.add_statistics(statistic);
+  }
+  response.add_pivot_modes(v1::PIVOT_MODE_EXACT);
+  response.add_pivot_modes(v1::PIVOT_MODE_FIXED);
+  response.add_transports("inline");
+
+  v1::DimRange* dims = response.mutable_key_dims();
+  dims->set_min(static_cast<uint32_t>(backend.min_dim));
+  dims->set_max(static_cast<uint32_t>(backend.max_dim));
+  dims->set_step(static_cast<uint32_t>(backend.dim_step));
+  for (int64_t extra : backend.extra_dims) dims->add_extra(static_cast<uint32_t>(extra));
+
+  const session::SessionManagerOptions& options = sessions.options();
+  v1::Limits* limits = response.mutable_limits();
+  limits->set_max_prompt_tokens(static_cast<uint32_t>(options.limits.max_prompt_tokens));
+  limits->set_max_layers(static_cast<uint32_t>(options.limits.max_layers));
+  limits->set_max_heads(static_cast<uint32_t>(options.limits.max_heads));
+  limits->set_max_window_tokens(static_cast<uint32_t>(options.limits.max_window));
+  limits->set_max_message_bytes(static_cast<uint64_t>(max_message_bytes));
+  limits->set_max_sessions(static_cast<uint32_t>(options.max_sessions));
+  const int64_t budget = sessions.budget().limit_bytes();
+  limits->set_memory_budget_bytes(static_cast<uint64_t>(budget));
+  limits->set_memory_available_bytes(
+      static_cast<uint64_t>(budget - sessions.budget().reserved_bytes()));
+  return response;
+}
+
+}  // namespace structkv::rpc

@@ -1,0 +1,244 @@
+#include "service/rpc/method_codec.h"
+
+#include <utility>
+
+#include "absl/status/status.h"
+#include "service/rpc/open_decoder.h"
+
+namespace structkv::rpc {
+namespace {
+
+absl::Status Invalid(absl::string_view kind, absl::string_view field, absl::string_view value,
+                     absl::string_view allowed) {
+  return absl::InvalidArgumentError(
+      absl::StrCat("open.method.", kind, ".", field, " is ", value, "; ", allowed));
+}
+
+absl::Status DecodeBudget(const v1::Budget& budget, absl::string_view kind, absl::string_view field,
+                          method::Budget* spec) {
+  if (budget.has_ratio()) spec->ratio = budget.ratio();
+  switch (budget.kind()) {
+    case v1::BUDGET_KIND_UNSPECIFIED:
+      return absl::OkStatus();
+    case v1::BUDGET_KIND_INCLUDES_WINDOW:
+      spec->kind = method::BudgetKind::kIncludesWindow;
+      return absl::OkStatus();
+    case v1::BUDGET_KIND_WINDOW_ON_TOP:
+      spec->kind = method::BudgetKind::kWindowOnTop;
+      return absl::OkStatus();
+    default:
+      return Invalid(kind, absl::StrCat(field, ".kind"), EnumText(budget.kind()),
+                     "allowed: BUDGET_KIND_INCLUDES_WINDOW, BUDGET_KIND_WINDOW_ON_TOP");
+  }
+}
+
+absl::Status DecodeGranularity(v1::Granularity granularity, absl::string_view kind,
+                               method::MethodSpec* spec) {
+  switch (granularity) {
+    case v1::GRANULARITY_UNSPECIFIED:
+      return absl::OkStatus();
+    case v1::GRANULARITY_PER_LAYER:
+      spec->granularity = method::Granularity::kPerLayer;
+      return absl::OkStatus();
+    case v1::GRANULARITY_PER_KV_HEAD:
+      spec->granularity = method::Granularity::kPerKvHead;
+      return absl::OkStatus();
+    default:
+      return Invalid(kind, "granularity", EnumText(granularity),
+                     "allowed: GRANULARITY_PER_LAYER, GRANULARITY_PER_KV_HEAD");
+  }
+}
+
+absl::Status DecodePooling(v1::Pooling pooling, absl::string_view kind, method::MethodSpec* spec) {
+  switch (pooling) {
+    case v1::POOLING_UNSPECIFIED:
+      return absl::OkStatus();
+    case v1::POOLING_NONE:
+      spec->pooling = Pooling::kNone;
+      return absl::OkStatus();
+    case v1::POOLING_AVG:
+      spec->pooling = Pooling::kAvg;
+      return absl::OkStatus();
+    case v1::POOLING_MAX:
+      spec->pooling = Pooling::kMax;
+      return absl::OkStatus();
+    default:
+      return Invalid(kind, "pooling", EnumText(pooling),
+                     "allowed: POOLING_NONE, POOLING_AVG, POOLING_MAX");
+  }
+}
+
+// The parameters that StructKV and SnapKV share.
+template <typename Kind>
+absl::Status DecodeScoring(const Kind& method, absl::string_view kind, method::MethodSpec* spec) {
+  absl::Status status = DecodeBudget(method.kv_budget(), kind, "kv_budget", &spec->kv_budget);
+  if (status.ok()) status = DecodeGranularity(method.granularity(), kind, spec);
+  if (status.ok()) status = DecodePooling(method.pooling(), kind, spec);
+  if (!status.ok()) return status;
+  if (method.has_window_tokens()) {
+    spec->window = method.window_tokens();
+    if (spec->window == 0) return Invalid(kind, "window_tokens", "0", "at least 1 is allowed");
+  }
+  if (method.has_pooling_kernel()) {
+    if (spec->pooling == Pooling::kNone) {
+      return Invalid(kind, "pooling_kernel", absl::StrCat(method.pooling_kernel()),
+                     "it is allowed only with a pooling");
+    }
+    spec->pooling_kernel = method.pooling_kernel();
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DecodePivot(const v1::Pivot& pivot, int64_t layers, method::PivotSpec* spec) {
+  switch (pivot.mode()) {
+    case v1::PIVOT_MODE_UNSPECIFIED:
+    case v1::PIVOT_MODE_EXACT:
+      spec->mode = method::PivotMode::kExact;
+      break;
+    case v1::PIVOT_MODE_FIXED:
+      spec->mode = method::PivotMode::kFixed;
+      break;
+    default:
+      return Invalid("structkv", "pivot.mode", EnumText(pivot.mode()),
+                     "allowed: PIVOT_MODE_EXACT, PIVOT_MODE_FIXED");
+  }
+  const bool fixed = spec->mode == method::PivotMode::kFixed;
+  if (fixed != pivot.has_fixed_layer()) {
+    return Invalid("structkv", "pivot.fixed_layer",
+                   pivot.has_fixed_layer() ? absl::StrCat(pivot.fixed_layer()) : "not set",
+                   fixed ? "PIVOT_MODE_FIXED needs it" : "only PIVOT_MODE_FIXED takes it");
+  }
+  if (fixed) spec->fixed_layer = pivot.fixed_layer();
+  if (fixed && spec->fixed_layer >= layers) {
+    return Invalid("structkv", "pivot.fixed_layer", absl::StrCat(spec->fixed_layer),
+                   absl::StrCat("0 to ", layers - 1, " are allowed"));
+  }
+  if (pivot.has_sparsity_ratio()) spec->sparsity_ratio = pivot.sparsity_ratio();
+  if (pivot.has_entropy_weight()) spec->entropy_weight = pivot.entropy_weight();
+  if (pivot.has_sparsity_weight()) spec->sparsity_weight = pivot.sparsity_weight();
+  if (pivot.has_variance_weight()) spec->variance_weight = pivot.variance_weight();
+  if (pivot.has_search_begin()) spec->search_begin = pivot.search_begin();
+  if (pivot.has_search_end()) spec->search_end = pivot.search_end();
+  return absl::OkStatus();
+}
+
+absl::StatusOr<method::MethodSpec> DecodeStructKv(const v1::StructKvMethod& method,
+                                                  int64_t layers) {
+  method::MethodSpec spec = method::MethodSpec::Defaults(method::Method::kStructKv);
+  absl::Status status = DecodeScoring(method, "structkv", &spec);
+  if (status.ok()) {
+    status = DecodeBudget(method.skeleton_budget(), "structkv", "skeleton_budget",
+                          &spec.skeleton_budget);
+  }
+  if (status.ok()) status = DecodePivot(method.pivot(), layers, &spec.pivot);
+  if (!status.ok()) return status;
+  if (method.has_decay()) spec.decay = method.decay();
+  return spec;
+}
+
+absl::StatusOr<method::MethodSpec> DecodeSnapKv(const v1::SnapKvMethod& method) {
+  method::MethodSpec spec = method::MethodSpec::Defaults(method::Method::kSnapKv);
+  if (absl::Status status = DecodeScoring(method, "snapkv", &spec); !status.ok()) return status;
+  return spec;
+}
+
+absl::StatusOr<method::MethodSpec> DecodeStreamingLlm(const v1::StreamingLlmMethod& method) {
+  method::MethodSpec spec = method::MethodSpec::Defaults(method::Method::kStreamingLlm);
+  absl::Status status =
+      DecodeBudget(method.kv_budget(), "streaming_llm", "kv_budget", &spec.kv_budget);
+  if (!status.ok()) return status;
+  if (spec.kv_budget.kind != method::BudgetKind::kIncludesWindow) {
+    return Invalid("streaming_llm", "kv_budget.kind", EnumText(method.kv_budget().kind()),
+                   "allowed: BUDGET_KIND_INCLUDES_WINDOW, or unset");
+  }
+  if (method.has_sink_tokens()) spec.sink_tokens = method.sink_tokens();
+  return spec;
+}
+
+v1::Budget EncodeBudget(const method::Budget& budget) {
+  v1::Budget encoded;
+  encoded.set_ratio(budget.ratio);
+  encoded.set_kind(budget.kind == method::BudgetKind::kWindowOnTop
+                       ? v1::BUDGET_KIND_WINDOW_ON_TOP
+                       : v1::BUDGET_KIND_INCLUDES_WINDOW);
+  return encoded;
+}
+
+v1::Pooling EncodePooling(Pooling pooling) {
+  switch (pooling) {
+    case Pooling::kNone:
+      return v1::POOLING_NONE;
+    case Pooling::kAvg:
+      return v1::POOLING_AVG;
+    case Pooling::kMax:
+      return v1::POOLING_MAX;
+  }
+  return v1::POOLING_UNSPECIFIED;
+}
+
+template <typename Kind>
+void EncodeScoring(const method::MethodSpec& spec, Kind* method) {
+  *method->mutable_kv_budget() = EncodeBudget(spec.kv_budget);
+  method->set_window_tokens(static_cast<uint32_t>(spec.window));
+  method->set_granularity(spec.granularity == method::Granularity::kPerKvHead
+                              ? v1::GRANULARITY_PER_KV_HEAD
+                              : v1::GRANULARITY_PER_LAYER);
+  method->set_pooling(EncodePooling(spec.pooling));
+  if (spec.pooling != Pooling::kNone) {
+    method->set_pooling_kernel(static_cast<uint32_t>(spec.pooling_kernel));
+  }
+}
+
+void EncodePivotSpec(const method::PivotSpec& spec, v1::Pivot* pivot) {
+  const bool fixed = spec.mode == method::PivotMode::kFixed;
+  pivot->set_mode(fixed ? v1::PIVOT_MODE_FIXED : v1::PIVOT_MODE_EXACT);
+  if (fixed) pivot->set_fixed_layer(static_cast<uint32_t>(spec.fixed_layer));
+  pivot->set_sparsity_ratio(spec.sparsity_ratio);
+  pivot->set_entropy_weight(spec.entropy_weight);
+  pivot->set_sparsity_weight(spec.sparsity_weight);
+  pivot->set_variance_weight(spec.variance_weight);
+  pivot->set_search_begin(spec.search_begin);
+  pivot->set_search_end(spec.search_end);
+}
+
+}  // namespace
+
+absl::StatusOr<method::MethodSpec> DecodeMethod(const v1::Method& method, int64_t layers) {
+  switch (method.kind_case()) {
+    case v1::Method::kSnapkv:
+      return DecodeSnapKv(method.snapkv());
+    case v1::Method::kStreamingLlm:
+      return DecodeStreamingLlm(method.streaming_llm());
+    case v1::Method::kFull:
+      return method::MethodSpec::Defaults(method::Method::kFull);
+    case v1::Method::kStructkv:
+    case v1::Method::KIND_NOT_SET:
+      break;
+  }
+  return DecodeStructKv(method.structkv(), layers);
+}
+
+v1::Method EncodeMethod(const method::MethodSpec& spec) {
+  v1::Method method;
+  switch (spec.method) {
+    case method::Method::kStructKv:
+      EncodeScoring(spec, method.mutable_structkv());
+      method.mutable_structkv()->set_decay(spec.decay);
+      *method.mutable_structkv()->mutable_skeleton_budget() = EncodeBudget(spec.skeleton_budget);
+      EncodePivotSpec(spec.pivot, method.mutable_structkv()->mutable_pivot());
+      break;
+    case method::Method::kSnapKv:
+      EncodeScoring(spec, method.mutable_snapkv());
+      break;
+    case method::Method::kStreamingLlm:
+      *method.mutable_streaming_llm()->mutable_kv_budget() = EncodeBudget(spec.kv_budget);
+      method.mutable_streaming_llm()->set_sink_tokens(static_cast<uint32_t>(spec.sink_tokens));
+      break;
+    case method::Method::kFull:
+      method.mutable_full();
+      break;
+  }
+  return method;
+}
+
+}  // namespace structkv::rpc

@@ -1,0 +1,245 @@
+#include "service/rpc/open_decoder.h"
+
+#include <algorithm>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "service/rpc/method_codec.h"
+
+namespace structkv::rpc {
+namespace {
+
+absl::Status Invalid(absl::string_view field, absl::string_view value, absl::string_view allowed) {
+  return absl::InvalidArgumentError(absl::StrCat("open.", field, " is ", value, "; ", allowed));
+}
+
+absl::StatusOr<DType> DecodeDType(v1::DType dtype) {
+  switch (dtype) {
+    case v1::DTYPE_F32:
+      return DType::kF32;
+    case v1::DTYPE_F16:
+      return DType::kF16;
+    case v1::DTYPE_BF16:
+      return DType::kBF16;
+    default:
+      return Invalid("dtype", EnumText(dtype), "allowed: DTYPE_F32, DTYPE_F16, DTYPE_BF16");
+  }
+}
+
+absl::StatusOr<Layout> DecodeLayout(v1::Layout layout) {
+  switch (layout) {
+    case v1::LAYOUT_HEAD_TOKEN_DIM:
+      return Layout::kHeadTokenDim;
+    case v1::LAYOUT_TOKEN_HEAD_DIM:
+      return Layout::kTokenHeadDim;
+    default:
+      return Invalid("layout", EnumText(layout),
+                     "allowed: LAYOUT_HEAD_TOKEN_DIM, LAYOUT_TOKEN_HEAD_DIM");
+  }
+}
+
+absl::StatusOr<engine::Statistic> DecodeStatistic(v1::Statistic statistic,
+                                                  const method::MethodSpec& method) {
+  const bool needed = method.needs_statistics();
+  engine::Statistic decoded = engine::Statistic::kNone;
+  switch (statistic) {
+    case v1::STATISTIC_UNSPECIFIED:
+      return needed ? engine::Statistic::kWindowQueries : engine::Statistic::kNone;
+    case v1::STATISTIC_NONE:
+      break;
+    case v1::STATISTIC_WINDOW_QUERIES:
+      decoded = engine::Statistic::kWindowQueries;
+      break;
+    case v1::STATISTIC_SALIENCY:
+      decoded = engine::Statistic::kSaliency;
+      break;
+    case v1::STATISTIC_SALIENCY_PER_KV_HEAD:
+      decoded = engine::Statistic::kSaliencyPerKvHead;
+      break;
+    default:
+      return Invalid("statistic", EnumText(statistic),
+                     "allowed: STATISTIC_NONE, STATISTIC_WINDOW_QUERIES, STATISTIC_SALIENCY, "
+                     "STATISTIC_SALIENCY_PER_KV_HEAD");
+  }
+  if ((decoded != engine::Statistic::kNone) != needed) {
+    return Invalid("statistic", EnumText(statistic),
+                   absl::StrCat("the method ", std::string(method::MethodName(method.method)),
+                                needed ? " needs statistics" : " takes none"));
+  }
+  return decoded;
+}
+
+v1::Statistic EncodeStatistic(engine::Statistic statistic) {
+  switch (statistic) {
+    case engine::Statistic::kNone:
+      return v1::STATISTIC_NONE;
+    case engine::Statistic::kWindowQueries:
+      return v1::STATISTIC_WINDOW_QUERIES;
+    case engine::Statistic::kSaliency:
+      return v1::STATISTIC_SALIENCY;
+    case engine::Statistic::kSaliencyPerKvHead:
+      return v1::STATISTIC_SALIENCY_PER_KV_HEAD;
+  }
+  return v1::STATISTIC_UNSPECIFIED;
+}
+
+engine::ModelGeometry DecodeGeometry(const v1::ModelGeometry& geometry) {
+  return {.layers = geometry.layer_count(),
+          .query_heads = geometry.query_head_count(),
+          .kv_heads = geometry.kv_head_count(),
+          .key_dim = geometry.key_dim(),
+          .value_dim = geometry.value_dim() == 0 ? geometry.key_dim() : geometry.value_dim()};
+}
+
+// What the wire limits beside the spec.
+absl::Status DecodeRest(const v1::Open& open, int64_t max_message_bytes, OpenRequest* request) {
+  if (open.idempotency_key().size() > kMaxIdempotencyKeyBytes) {
+    return Invalid("idempotency_key", absl::StrCat(open.idempotency_key().size(), " bytes long"),
+                   absl::StrCat("at most ", kMaxIdempotencyKeyBytes, " are allowed"));
+  }
+  if (open.model_id().size() > kMaxModelIdBytes) {
+    return Invalid("model_id", absl::StrCat(open.model_id().size(), " bytes long"),
+                   absl::StrCat("at most ", kMaxModelIdBytes, " are allowed"));
+  }
+  const int64_t layers = request->spec.geometry.layers;
+  if (open.layers_in_flight() > layers) {
+    return Invalid("layers_in_flight", absl::StrCat(open.layers_in_flight()),
+                   absl::StrCat("1 to layer_count (", layers, ") are allowed"));
+  }
+  request->layers_in_flight =
+      open.layers_in_flight() == 0 ? std::min<int64_t>(2, layers) : open.layers_in_flight();
+  request->idempotency_key = open.idempotency_key();
+
+  const int64_t longest = open.max_response_message_bytes();
+  request->max_response_message_bytes =
+      longest == 0 ? std::min(kDefaultMessageBytes, max_message_bytes) : longest;
+  if (longest != 0 && (longest < kMinMessageBytes || longest > max_message_bytes)) {
+    return Invalid("max_response_message_bytes", absl::StrCat(longest),
+                   absl::StrCat(kMinMessageBytes, " to ", max_message_bytes, " are allowed"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<OpenRequest> DecodeOpen(const v1::Open& open, int64_t max_message_bytes) {
+  OpenRequest request;
+  engine::PromptSpec& spec = request.spec;
+  if (!open.has_geometry()) return Invalid("geometry", "not set", "it is required");
+  spec.geometry = DecodeGeometry(open.geometry());
+  if (spec.geometry.layers == 0) {
+    return Invalid("geometry.layer_count", "0", "at least 1 is allowed");
+  }
+  spec.prompt_tokens = open.prompt_tokens();
+  spec.model_id = open.model_id();
+
+  absl::StatusOr<DType> dtype = DecodeDType(open.dtype());
+  if (!dtype.ok()) return dtype.status();
+  spec.dtype = *dtype;
+  absl::StatusOr<Layout> layout = DecodeLayout(open.layout());
+  if (!layout.ok()) return layout.status();
+  spec.layout = *layout;
+
+  absl::StatusOr<method::MethodSpec> method = DecodeMethod(open.method(), spec.geometry.layers);
+  if (!method.ok()) return method.status();
+  spec.method = *method;
+  absl::StatusOr<engine::Statistic> statistic = DecodeStatistic(open.statistic(), spec.method);
+  if (!statistic.ok()) return statistic.status();
+  spec.statistic = *statistic;
+  if (open.window_lse() && spec.statistic != engine::Statistic::kWindowQueries) {
+    return Invalid("window_lse", "true", "it needs the statistic STATISTIC_WINDOW_QUERIES");
+  }
+  spec.window_lse = open.window_lse();
+
+  switch (open.output()) {
+    case v1::OUTPUT_UNSPECIFIED:
+    case v1::OUTPUT_COMPACT:
+      break;
+    case v1::OUTPUT_PLAN:
+      spec.plan_only = true;
+      break;
+    default:
+      return Invalid("output", EnumText(open.output()), "allowed: OUTPUT_COMPACT, OUTPUT_PLAN");
+  }
+  spec.return_saliency = open.return_saliency() && spec.method.needs_statistics();
+  spec.return_centrality = open.return_centrality() && spec.method.has_skeleton();
+  if (absl::Status rest = DecodeRest(open, max_message_bytes, &request); !rest.ok()) return rest;
+  return request;
+}
+
+v1::Opened EncodeOpened(const engine::PromptSpec& spec) {
+  v1::Opened opened;
+  *opened.mutable_method() = EncodeMethod(spec.method);
+  opened.mutable_kept_tokens()->Reserve(static_cast<int>(spec.geometry.layers));
+  for (int64_t layer = 0; layer < spec.geometry.layers; ++layer) {
+    opened.add_kept_tokens(static_cast<uint32_t>(spec.kept_tokens(layer)));
+  }
+  opened.set_skeleton_tokens(static_cast<uint32_t>(spec.skeleton_tokens()));
+  for (engine::InputTensor tensor : spec.RequiredTensors()) {
+    opened.add_required_tensors(EncodeTensor(tensor));
+  }
+  opened.set_window_tokens(static_cast<uint32_t>(spec.window_rows()));
+  opened.set_statistic(EncodeStatistic(spec.statistic));
+  opened.set_fingerprint(engine::Fingerprint(spec));
+  return opened;
+}
+
+v1::LayerMetrics EncodeMetrics(int64_t layer, const method::LayerMetrics& metrics) {
+  v1::LayerMetrics encoded;
+  encoded.set_layer(static_cast<uint32_t>(layer));
+  encoded.set_entropy(metrics.entropy);
+  encoded.set_sparsity(metrics.sparsity);
+  encoded.set_variance(metrics.variance);
+  return encoded;
+}
+
+v1::PivotDecision EncodePivot(const method::PivotDecision& decision) {
+  v1::PivotDecision encoded;
+  encoded.set_pivot_layer(static_cast<uint32_t>(decision.pivot_layer));
+  if (decision.transition_layer.has_value()) {
+    encoded.set_transition_layer(static_cast<uint32_t>(*decision.transition_layer));
+  }
+  encoded.set_mode(decision.mode == method::PivotMode::kFixed ? v1::PIVOT_MODE_FIXED
+                                                              : v1::PIVOT_MODE_EXACT);
+  for (const method::LayerScore& score : decision.layers) {
+    v1::LayerMetrics* layer = encoded.add_layers();
+    *layer = EncodeMetrics(score.layer, score.metrics);
+    if (score.transition.has_value()) layer->set_transition(*score.transition);
+  }
+  return encoded;
+}
+
+v1::Tensor EncodeTensor(engine::InputTensor tensor) {
+  switch (tensor) {
+    case engine::InputTensor::kKeys:
+      return v1::TENSOR_KEYS;
+    case engine::InputTensor::kValues:
+      return v1::TENSOR_VALUES;
+    case engine::InputTensor::kWindowQueries:
+      return v1::TENSOR_WINDOW_QUERIES;
+    case engine::InputTensor::kWindowLse:
+      return v1::TENSOR_WINDOW_LSE;
+    case engine::InputTensor::kSaliency:
+      return v1::TENSOR_SALIENCY;
+  }
+  return v1::TENSOR_UNSPECIFIED;
+}
+
+std::optional<engine::InputTensor> DecodeTensor(int tensor) {
+  switch (tensor) {
+    case v1::TENSOR_KEYS:
+      return engine::InputTensor::kKeys;
+    case v1::TENSOR_VALUES:
+      return engine::InputTensor::kValues;
+    case v1::TENSOR_WINDOW_QUERIES:
+      return engine::InputTensor::kWindowQueries;
+    case v1::TENSOR_WINDOW_LSE:
+      return engine::InputTensor::kWindowLse;
+    case v1::TENSOR_SALIENCY:
+      return engine::InputTensor::kSaliency;
+    default:
+      return std::nullopt;
+  }
+}
+
+}  // namespace structkv::rpc

@@ -1,0 +1,145 @@
+#include "service/rpc/response_builder.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <utility>
+
+#include "absl/types/span.h"
+#include "service/rpc/open_decoder.h"
+#include "structkv/v1/compression.pb.h"
+#include "structkv/v1/piece_codec.h"
+
+namespace structkv::rpc {
+namespace {
+
+// Pieces are cut at multiples of this, so that a piece holds whole elements.
+constexpr int64_t kCutBytes = 64;
+
+// One whole tensor on its way out.
+struct OutgoingTensor {
+  v1::Tensor tensor;
+  absl::Span<const std::byte> data;
+  wire::Keepalive owner;
+};
+
+OutgoingTensor FromBuffer(v1::Tensor tensor, engine::Buffer buffer) {
+  auto owner = std::make_shared<engine::Buffer>(std::move(buffer));
+  const absl::Span<const std::byte> data = owner->span();
+  return {tensor, data, std::move(owner)};
+}
+
+template <typename T>
+OutgoingTensor FromVector(v1::Tensor tensor, std::vector<T> values) {
+  auto owner = std::make_shared<std::vector<T>>(std::move(values));
+  const absl::Span<const std::byte> data(reinterpret_cast<const std::byte*>(owner->data()),
+                                         owner->size() * sizeof(T));
+  return {tensor, data, std::move(owner)};
+}
+
+// Fills messages to the limit, one after the other. `Start` resets the header for the next message,
+// `Last` marks the last one.
+class Cutter {
+ public:
+  Cutter(uint32_t layer, int64_t max_message_bytes, std::vector<OutgoingMessage>* messages)
+      : layer_(layer), max_(max_message_bytes), messages_(messages) {}
+
+  template <typename Start, typename Last>
+  void Cut(absl::Span<const OutgoingTensor> tensors, v1::CompressResponse* header, Start start,
+           Last last) {
+    Room(*header);
+    for (const OutgoingTensor& tensor : tensors) {
+      int64_t offset = 0;
+      const auto size = static_cast<int64_t>(tensor.data.size());
+      while (offset < size) {
+        const int64_t fits = std::min(size - offset, free_ - kPiece);
+        // Either all of the rest, or whole cuts of it.
+        const int64_t take = fits == size - offset ? fits : fits / kCutBytes * kCutBytes;
+        if (take <= 0) {
+          Flush(*header);
+          start(header);
+          Room(*header);
+          continue;
+        }
+        pieces_.push_back(
+            {.layer = layer_,
+             .tensor = tensor.tensor,
+             .offset_bytes = static_cast<uint64_t>(offset),
+             .data = tensor.data.subspan(static_cast<size_t>(offset), static_cast<size_t>(take)),
+             .owner = tensor.owner});
+        offset += take;
+        free_ -= take + kPiece;
+      }
+    }
+    last(header);
+    Flush(*header);
+  }
+
+ private:
+  static constexpr auto kPiece = static_cast<int64_t>(wire::kPieceOverheadBytes);
+  // The outer field's key and length, and the flag of the last message.
+  static constexpr int64_t kHeaderSlack = 32;
+
+  void Room(const v1::CompressResponse& header) {
+    free_ = max_ - kHeaderSlack - static_cast<int64_t>(header.ByteSizeLong());
+  }
+
+  void Flush(const v1::CompressResponse& header) {
+    OutgoingMessage message;
+    for (const wire::OutgoingPiece& piece : pieces_) {
+      message.tensor_bytes += static_cast<int64_t>(piece.data.size());
+    }
+    message.bytes = wire::EncodeResponse(header, pieces_);
+    messages_->push_back(std::move(message));
+    pieces_.clear();
+  }
+
+  const uint32_t layer_;
+  const int64_t max_;
+  std::vector<OutgoingMessage>* const messages_;
+  std::vector<wire::OutgoingPiece> pieces_;
+  int64_t free_ = 0;
+};
+
+}  // namespace
+
+std::vector<OutgoingMessage> BuildLayer(engine::LayerOutput output, int64_t max_message_bytes) {
+  const auto layer = static_cast<uint32_t>(output.layer);
+  v1::CompressResponse header;
+  header.mutable_layer()->set_layer(layer);
+  header.mutable_layer()->set_kept_tokens(static_cast<uint32_t>(output.kept_tokens));
+  if (output.metrics.has_value()) {
+    *header.mutable_layer()->mutable_metrics() = EncodeMetrics(output.layer, *output.metrics);
+  }
+  const OutgoingTensor tensors[] = {
+      FromVector(v1::TENSOR_POSITIONS, std::move(output.positions)),
+      FromBuffer(v1::TENSOR_KEYS, std::move(output.keys)),
+      FromBuffer(v1::TENSOR_VALUES, std::move(output.values)),
+      FromBuffer(v1::TENSOR_SALIENCY, std::move(output.saliency)),
+  };
+  std::vector<OutgoingMessage> messages;
+  Cutter(layer, max_message_bytes, &messages)
+      .Cut(
+          tensors, &header,
+          [](v1::CompressResponse* next) { next->mutable_layer()->clear_metrics(); },
+          [](v1::CompressResponse* next) { next->mutable_layer()->set_complete(true); });
+  return messages;
+}
+
+std::vector<OutgoingMessage> BuildPivot(engine::PivotResult result, int64_t max_message_bytes) {
+  v1::CompressResponse header;
+  *header.mutable_pivot() = EncodePivot(result.decision);
+  const OutgoingTensor tensors[] = {
+      FromVector(v1::TENSOR_SKELETON_POSITIONS, std::move(result.skeleton)),
+      FromVector(v1::TENSOR_CENTRALITY, std::move(result.centrality)),
+  };
+  std::vector<OutgoingMessage> messages;
+  Cutter(header.pivot().pivot_layer(), max_message_bytes, &messages)
+      .Cut(
+          tensors, &header,
+          [](v1::CompressResponse* next) { next->mutable_pivot()->clear_layers(); },
+          [](v1::CompressResponse* next) { next->mutable_pivot()->set_complete(true); });
+  return messages;
+}
+
+}  // namespace structkv::rpc

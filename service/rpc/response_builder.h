@@ -1,0 +1,24 @@
+// Cuts answers into messages no longer than the caller accepts, without copying their tensors.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "grpcpp/support/byte_buffer.h"
+#include "service/engine/prompt.h"
+
+namespace structkv::rpc {
+
+// An encoded `CompressResponse`. Its memory is referred to by `bytes` alone.
+struct OutgoingMessage {
+  grpc::ByteBuffer bytes;
+  // Bytes of tensor data in it.
+  int64_t tensor_bytes = 0;
+};
+
+// `max_message_bytes`: kMinMessageBytes or more; no message is longer. What fits goes into one
+// message.
+std::vector<OutgoingMessage> BuildLayer(engine::LayerOutput output, int64_t max_message_bytes);
+std::vector<OutgoingMessage> BuildPivot(engine::PivotResult result, int64_t max_message_bytes);
+
+}  // namespace structkv::rpc

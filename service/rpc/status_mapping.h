@@ -1,0 +1,24 @@
+// The one place where absl::Status becomes gRPC's, and back.
+#pragma once
+
+#include <cstddef>
+
+#include "absl/status/status.h"
+#include "grpcpp/support/status.h"
+
+namespace structkv::rpc {
+
+// Trailing metadata that tells a client when to try again, in milliseconds (gRPC's own name).
+inline constexpr char kRetryPushbackKey[] = "grpc-retry-pushback-ms";
+
+// Texts beyond this are cut: they travel in HTTP/2 trailers, whose size is limited.
+inline constexpr size_t kMaxErrorTextBytes = 2048;
+
+// Codes are the same numbers on both sides.
+grpc::Status ToGrpc(const absl::Status& status);
+absl::Status FromGrpc(const grpc::Status& status);
+
+// "INVALID_ARGUMENT".
+const char* CodeName(grpc::StatusCode code);
+
+}  // namespace structkv::rpc

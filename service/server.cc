@@ -1,0 +1,193 @@
+#include "service/server.h"
+
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
+#include "grpc/grpc.h"
+#include "grpcpp/ext/proto_server_reflection_plugin.h"
+#include "grpcpp/health_check_service_interface.h"
+#include "grpcpp/security/server_credentials.h"
+#include "grpcpp/server.h"
+#include "grpcpp/server_builder.h"
+#include "kernels/backend_registry.h"
+#include "service/rpc/compression_service.h"
+#include "service/rpc/stream_set.h"
+
+namespace structkv {
+namespace {
+
+constexpr char kServiceName[] = "structkv.v1.Compression";
+constexpr int kMaxMetadataBytes = 16 << 10;
+// How long streams may take to notice a shutdown before gRPC cuts them off.
+constexpr absl::Duration kShutdownLimit = absl::Seconds(1);
+
+int Millis(absl::Duration duration) {
+  return static_cast<int>(
+      std::min<int64_t>(absl::ToInt64Milliseconds(duration), std::numeric_limits<int>::max()));
+}
+
+// Often enough to be exact to about an eighth of the shortest limit.
+absl::Duration TickFor(const rpc::StreamLimits& limits) {
+  const absl::Duration shortest = std::min({limits.stall, limits.silence, limits.session});
+  return std::clamp(shortest / 8, absl::Milliseconds(5), absl::Milliseconds(500));
+}
+
+absl::Status CheckOptions(const ServerOptions& options) {
+  if (options.listen.empty()) {
+    return absl::InvalidArgumentError("listen has 0 addresses; at least 1 is needed");
+  }
+  if (options.streams.max_message_bytes < rpc::kMinMessageBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("max_message_bytes is ",
+                                                   options.streams.max_message_bytes, "; at least ",
+                                                   rpc::kMinMessageBytes));
+  }
+  for (const auto& [name, limit] : {std::pair("stall limit", options.streams.stall),
+                                    std::pair("silence limit", options.streams.silence),
+                                    std::pair("session limit", options.streams.session)}) {
+    if (limit <= absl::ZeroDuration()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("the ", name, " is ", absl::FormatDuration(limit), "; it must be above 0"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+void SetLimits(const ServerOptions& options, grpc::ServerBuilder* builder) {
+  builder->SetMaxReceiveMessageSize(static_cast<int>(options.streams.max_message_bytes));
+  builder->SetMaxSendMessageSize(-1);
+  // Identity alone: a compressed message is refused before it can grow.
+  builder->AddChannelArgument(GRPC_COMPRESSION_CHANNEL_ENABLED_ALGORITHMS_BITSET, 1);
+  builder->AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, options.max_streams_per_connection);
+  builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kMaxMetadataBytes);
+  builder->AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS,
+                              Millis(options.handshake_limit));
+  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, Millis(options.keepalive_interval));
+  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, Millis(options.keepalive_timeout));
+  // Clients may ask too, but not more often than this.
+  builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5000);
+  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  // Reflection alone uses the synchronous API's threads.
+  builder->SetSyncServerOption(grpc::ServerBuilder::SyncServerOption::NUM_CQS, 1);
+  builder->SetSyncServerOption(grpc::ServerBuilder::SyncServerOption::MIN_POLLERS, 1);
+  builder->SetSyncServerOption(grpc::ServerBuilder::SyncServerOption::MAX_POLLERS, 2);
+}
+
+// "host:0" with the port that was chosen.
+std::string BoundAddress(const std::string& address, int port) {
+  if (absl::StartsWith(address, "unix")) return address;
+  const size_t colon = address.rfind(':');
+  return absl::StrCat(address.substr(0, colon), ":", port);
+}
+
+}  // namespace
+
+class Server::Impl {
+ public:
+  Impl(ServerOptions options, std::unique_ptr<Backend> backend)
+      : options_(std::move(options)),
+        sessions_(options_.sessions, std::move(backend)),
+        streams_(TickFor(options_.streams)),
+        service_({.limits = options_.streams,
+                  .sessions = &sessions_,
+                  .streams = &streams_,
+                  .log = options_.log.get()}) {}
+
+  ~Impl() { Shutdown(); }
+
+  absl::Status Listen() {
+    grpc::EnableDefaultHealthCheckService(true);
+    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+    grpc::ServerBuilder builder;
+    SetLimits(options_, &builder);
+    std::vector<int> ports(options_.listen.size(), 0);
+    for (size_t i = 0; i < ports.size(); ++i) {
+      builder.AddListeningPort(options_.listen[i], grpc::InsecureServerCredentials(), &ports[i]);
+    }
+    builder.RegisterService(&service_);
+    server_ = builder.BuildAndStart();
+    for (size_t i = 0; i < ports.size(); ++i) {
+      if (server_ != nullptr && ports[i] > 0) continue;
+      if (ports[i] > 0) continue;
+      return absl::UnavailableError(absl::StrCat(
+          "cannot listen on ", options_.listen[i],
+          ": the address is taken, not of this machine, not permitted or not an address"));
+    }
+    if (server_ == nullptr) return absl::InternalError("gRPC did not start");
+    for (size_t i = 0; i < ports.size(); ++i) {
+      addresses_.push_back(BoundAddress(options_.listen[i], ports[i]));
+      if (port_ == 0 && !absl::StartsWith(options_.listen[i], "unix")) port_ = ports[i];
+    }
+    server_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
+    return absl::OkStatus();
+  }
+
+  bool Drain(absl::Duration limit) {
+    const absl::Time end = absl::Now() + limit;
+    server_->GetHealthCheckService()->SetServingStatus(false);
+    sessions_.StartDraining();
+    const bool finished = streams_.WaitUntilEmpty(end - absl::Now());
+    Shutdown();
+    return finished;
+  }
+
+  void Shutdown() {
+    {
+      absl::MutexLock lock(&mutex_);
+      if (shut_down_ || server_ == nullptr) return;
+      shut_down_ = true;
+    }
+    sessions_.StartDraining();
+    streams_.EndAll(absl::UnavailableError("the server is shutting down"));
+    server_->Shutdown(absl::ToChronoTime(absl::Now() + kShutdownLimit));
+    streams_.WaitUntilEmpty(absl::InfiniteDuration());
+    server_->Wait();
+  }
+
+  const ServerOptions options_;
+  session::SessionManager sessions_;
+  rpc::StreamSet streams_;
+  rpc::CompressionService service_;
+  std::unique_ptr<grpc::Server> server_;
+  std::vector<std::string> addresses_;
+  int port_ = 0;
+  absl::Mutex mutex_;
+  bool shut_down_ ABSL_GUARDED_BY(mutex_) = false;
+};
+
+Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Server::~Server() = default;
+
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options) {
+  absl::StatusOr<std::unique_ptr<Backend>> backend = CreateBackend(options.backend);
+  if (!backend.ok()) return backend.status();
+  return Start(std::move(options), *std::move(backend));
+}
+
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options,
+                                                      std::unique_ptr<Backend> backend) {
+  if (absl::Status status = CheckOptions(options); !status.ok()) return status;
+  auto impl = std::make_unique<Impl>(std::move(options), std::move(backend));
+  if (absl::Status status = impl->Listen(); !status.ok()) return status;
+  return std::unique_ptr<Server>(new Server(std::move(impl)));
+}
+
+const std::vector<std::string>& Server::addresses() const { return impl_->addresses_; }
+int Server::port() const { return impl_->port_; }
+session::SessionManager& Server::sessions() { return impl_->sessions_; }
+int64_t Server::active_streams() const { return impl_->streams_.size(); }
+
+std::shared_ptr<grpc::Channel> Server::InProcessChannel(const grpc::ChannelArguments& arguments) {
+  return impl_->server_->InProcessChannel(arguments);
+}
+
+bool Server::Drain(absl::Duration limit) { return impl_->Drain(limit); }
+void Server::Shutdown() { impl_->Shutdown(); }
+
+}  // namespace structkv

@@ -1,0 +1,77 @@
+// A StructKV server: sessions behind gRPC, with the standard health and reflection services.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "grpcpp/channel.h"
+#include "grpcpp/support/channel_arguments.h"
+#include "kernels/backend.h"
+#include "service/rpc/compress_reactor.h"
+#include "service/rpc/log.h"
+#include "service/session/session.h"
+
+namespace structkv {
+
+struct ServerOptions {
+  // Addresses to listen on: "host:port" (port 0: any free one), "unix:/path". At least one.
+  std::vector<std::string> listen = {"127.0.0.1:7411"};
+  // As in the backend registry; "auto": the best of this machine.
+  std::string backend = "auto";
+  session::SessionManagerOptions sessions;
+  rpc::StreamLimits streams;
+  // Streams at once on one connection; more wait at the client.
+  int max_streams_per_connection = 256;
+  // A connection that has not finished its handshake by then is closed.
+  absl::Duration handshake_limit = absl::Seconds(10);
+  // A silent connection is asked whether it lives this often, and closed without an answer in time:
+  // how a client whose network went away is noticed.
+  absl::Duration keepalive_interval = absl::Seconds(20);
+  absl::Duration keepalive_timeout = absl::Seconds(10);
+  // One line a session; null: no log.
+  std::shared_ptr<rpc::Log> log;
+};
+
+// Thread-safe.
+class Server {
+ public:
+  // Starts to serve. INVALID_ARGUMENT for options out of range, NOT_FOUND for an unknown backend,
+  // UNAVAILABLE where an address cannot be listened on.
+  static absl::StatusOr<std::unique_ptr<Server>> Start(ServerOptions options);
+  // The same with a given backend, whatever `options.backend` says.
+  static absl::StatusOr<std::unique_ptr<Server>> Start(ServerOptions options,
+                                                       std::unique_ptr<Backend> backend);
+
+  // Shuts down at once, if nobody did.
+  ~Server();
+
+  // The addresses, with the port that was chosen.
+  const std::vector<std::string>& addresses() const;
+  // The port of the first TCP address; 0 where there is none.
+  int port() const;
+  session::SessionManager& sessions();
+  // `Compress` streams that are not over.
+  int64_t active_streams() const;
+  // A channel to this server that uses no socket.
+  std::shared_ptr<grpc::Channel> InProcessChannel(const grpc::ChannelArguments& arguments);
+
+  // Health says NOT_SERVING first, new streams are UNAVAILABLE, and those that run may finish
+  // within `limit`; what is left then fails as UNAVAILABLE. Ends with a shutdown. True where
+  // everything finished in time. Once.
+  bool Drain(absl::Duration limit);
+
+  // Fails what runs as UNAVAILABLE and stops serving. Once; later calls do nothing.
+  void Shutdown();
+
+ private:
+  class Impl;
+  explicit Server(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace structkv
