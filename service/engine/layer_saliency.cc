@@ -33,7 +33,11 @@ absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, cons
   BadStatistic bad{.head = kNoHead};
   const absl::Status status = backend.Saliency(params, out, &bad, parallel);
   if (status.ok()) return status;
-  if (absl::IsInvalidArgument(status) && bad.head != kNoHead) return BadValue(input.layer, bad);
+  if (absl::IsInvalidArgument(status) && bad.head != kNoHead) {
+    // The backend knows whether a query, a log-sum-exp or a score was at fault.
+    return absl::InvalidArgumentError(
+        absl::StrCat(BadValue(input.layer, bad).message(), " (", status.message(), ")"));
+  }
   return absl::Status(status.code(), absl::StrCat("layer ", input.layer, ": ", status.message()));
 }
 
