@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <latch>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -12,7 +13,6 @@
 #include <utility>
 #include <vector>
 
-#include "absl/synchronization/blocking_counter.h"
 #include "absl/synchronization/notification.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -157,7 +157,7 @@ class SchedulerOrderTest : public ::testing::Test {
  protected:
   // Keeps the thread busy until Release.
   void Hold() {
-    scheduler_->Post(scheduler_->NewLane(), kLarge, [this](ParallelFor) {
+    scheduler_.Post(scheduler_.NewLane(), kLarge, [this](ParallelFor) {
       held_.Notify();
       release_.WaitForNotification();
     });
@@ -166,34 +166,35 @@ class SchedulerOrderTest : public ::testing::Test {
   // Runs everything and gives what was recorded.
   std::vector<std::string> Finish() {
     if (!release_.HasBeenNotified()) release_.Notify();
-    scheduler_.reset();
+    owned_.reset();
     return record_.events();
   }
   void Post(const std::shared_ptr<Scheduler::Lane>& lane, bool small, const std::string& name) {
-    scheduler_->Post(lane, small, [this, name](ParallelFor) { record_.Add(name); });
+    scheduler_.Post(lane, small, [this, name](ParallelFor) { record_.Add(name); });
   }
 
   Record record_;
   absl::Notification held_;
   absl::Notification release_;
-  std::unique_ptr<Scheduler> scheduler_ = std::make_unique<Scheduler>(1);
+  std::unique_ptr<Scheduler> owned_ = std::make_unique<Scheduler>(1);
+  Scheduler& scheduler_ = *owned_;  // jobs post while the owner waits in the destructor
 };
 
 TEST_F(SchedulerOrderTest, LanesTakeTurns) {
   Hold();
-  const auto a = scheduler_->NewLane();
-  const auto b = scheduler_->NewLane();
-  const auto c = scheduler_->NewLane();
+  const auto a = scheduler_.NewLane();
+  const auto b = scheduler_.NewLane();
+  const auto c = scheduler_.NewLane();
   for (const char* name : {"a1", "a2", "a3", "a4"}) Post(a, kLarge, name);
   for (const char* name : {"b1", "b2"}) Post(b, kSmall, name);
   Post(c, kLarge, "c1");
-  EXPECT_EQ(scheduler_->queue_depth(), 7);
+  EXPECT_EQ(scheduler_.queue_depth(), 7);
   EXPECT_THAT(Finish(), ElementsAre("a1", "b1", "c1", "a2", "b2", "a3", "a4"));
 }
 
 TEST_F(SchedulerOrderTest, ASmallJobRunsAmidALargeOne) {
-  const auto other = scheduler_->NewLane();
-  scheduler_->Post(scheduler_->NewLane(), kLarge, [&](ParallelFor parallel) {
+  const auto other = scheduler_.NewLane();
+  scheduler_.Post(scheduler_.NewLane(), kLarge, [&](ParallelFor parallel) {
     parallel(5, [&](int64_t i) {
       record_.Add("task");
       if (i == 0) Post(other, kSmall, "small");
@@ -206,8 +207,8 @@ TEST_F(SchedulerOrderTest, ASmallJobRunsAmidALargeOne) {
 }
 
 TEST_F(SchedulerOrderTest, ALargeJobNeverRunsWithinAnother) {
-  const auto other = scheduler_->NewLane();
-  scheduler_->Post(scheduler_->NewLane(), kLarge, [&](ParallelFor parallel) {
+  const auto other = scheduler_.NewLane();
+  scheduler_.Post(scheduler_.NewLane(), kLarge, [&](ParallelFor parallel) {
     parallel(3, [&](int64_t i) {
       if (i == 0) Post(other, kLarge, "large");
       record_.Add("task");
@@ -219,8 +220,8 @@ TEST_F(SchedulerOrderTest, ALargeJobNeverRunsWithinAnother) {
 
 // The second job of the other lane is large: a thread within a large job may take the first alone.
 TEST_F(SchedulerOrderTest, ALargeJobBehindASmallOneWaitsAsWell) {
-  const auto other = scheduler_->NewLane();
-  scheduler_->Post(scheduler_->NewLane(), kLarge, [&](ParallelFor parallel) {
+  const auto other = scheduler_.NewLane();
+  scheduler_.Post(scheduler_.NewLane(), kLarge, [&](ParallelFor parallel) {
     parallel(4, [&](int64_t i) {
       if (i == 0) {
         Post(other, kSmall, "small");
@@ -235,9 +236,9 @@ TEST_F(SchedulerOrderTest, ALargeJobBehindASmallOneWaitsAsWell) {
 
 // A lane whose tasks were taken out of turn, by a nested call, still offers its next job properly.
 TEST_F(SchedulerOrderTest, TheJobAfterOneWithNestedTasks) {
-  const auto lane = scheduler_->NewLane();
-  const auto other = scheduler_->NewLane();
-  scheduler_->Post(lane, kLarge, [&](ParallelFor parallel) {
+  const auto lane = scheduler_.NewLane();
+  const auto other = scheduler_.NewLane();
+  scheduler_.Post(lane, kLarge, [&](ParallelFor parallel) {
     parallel(2, [&](int64_t i) {
       if (i == 0) {
         Post(lane, kLarge, "next");
@@ -253,16 +254,16 @@ TEST_F(SchedulerOrderTest, TheJobAfterOneWithNestedTasks) {
 }
 
 TEST_F(SchedulerOrderTest, TheDepthCountsJobsThatWait) {
-  EXPECT_EQ(scheduler_->queue_depth(), 0);
+  EXPECT_EQ(scheduler_.queue_depth(), 0);
   Hold();
-  EXPECT_EQ(scheduler_->queue_depth(), 0);  // the one that runs does not wait
-  const auto lane = scheduler_->NewLane();
+  EXPECT_EQ(scheduler_.queue_depth(), 0);  // the one that runs does not wait
+  const auto lane = scheduler_.NewLane();
   for (int i = 0; i < 3; ++i) Post(lane, kLarge, "job");
-  EXPECT_EQ(scheduler_->queue_depth(), 3);
+  EXPECT_EQ(scheduler_.queue_depth(), 3);
   absl::Notification last;
   int64_t depth = -1;
-  scheduler_->Post(lane, kSmall, [&](ParallelFor) {
-    depth = scheduler_->queue_depth();
+  scheduler_.Post(lane, kSmall, [&](ParallelFor) {
+    depth = scheduler_.queue_depth();
     last.Notify();
   });
   release_.Notify();
@@ -271,47 +272,41 @@ TEST_F(SchedulerOrderTest, TheDepthCountsJobsThatWait) {
 }
 
 TEST_F(SchedulerOrderTest, WhatAJobHoldsIsFreedBeforeTheNextOneRuns) {
-  const auto lane = scheduler_->NewLane();
+  const auto lane = scheduler_.NewLane();
   Hold();
   auto held = std::make_shared<int>(1);
-  scheduler_->Post(lane, kLarge, [held](ParallelFor) { EXPECT_EQ(*held, 1); });
+  scheduler_.Post(lane, kLarge, [held](ParallelFor) { EXPECT_EQ(*held, 1); });
   const std::weak_ptr<int> seen = held;
   held.reset();
   bool freed = false;
-  scheduler_->Post(lane, kLarge, [&](ParallelFor) { freed = seen.expired(); });
+  scheduler_.Post(lane, kLarge, [&](ParallelFor) { freed = seen.expired(); });
   Finish();
   EXPECT_TRUE(freed);
 }
 
 TEST(SchedulerTest, ThreadsShareTheTasksOfOneJob) {
-  Scheduler scheduler(4);
   // Each task waits for the three others: four threads, or no end.
-  absl::BlockingCounter together(4);
+  std::latch together(4);
+  Scheduler scheduler(4);
   scheduler.Post(scheduler.NewLane(), kLarge, [&](ParallelFor parallel) {
-    parallel(4, [&](int64_t) {
-      together.DecrementCount();
-      together.Wait();
-    });
+    parallel(4, [&](int64_t) { together.arrive_and_wait(); });
   });
 }
 
 TEST(SchedulerTest, JobsOfDifferentLanesRunAtOnce) {
+  std::latch together(2);
   Scheduler scheduler(2);
-  absl::BlockingCounter together(2);
   for (int i = 0; i < 2; ++i) {
-    scheduler.Post(scheduler.NewLane(), kLarge, [&](ParallelFor) {
-      together.DecrementCount();
-      together.Wait();
-    });
+    scheduler.Post(scheduler.NewLane(), kLarge, [&](ParallelFor) { together.arrive_and_wait(); });
   }
 }
 
 // Both threads are within large jobs that cannot end before a small job has run.
 TEST(SchedulerTest, AThreadThatWaitsWithinALargeJobTakesASmallOne) {
   for (int round = 0; round < 50; ++round) {
-    Scheduler scheduler(2);
     absl::Notification blocked;
     absl::Notification small_ran;
+    Scheduler scheduler(2);
     scheduler.Post(scheduler.NewLane(), kLarge, [&](ParallelFor parallel) {
       parallel(2, [&](int64_t i) {
         if (i == 1) return;
@@ -325,10 +320,10 @@ TEST(SchedulerTest, AThreadThatWaitsWithinALargeJobTakesASmallOne) {
 }
 
 TEST(SchedulerTest, ASmallJobsParallelForIsSerial) {
-  Scheduler scheduler(4);
   std::vector<int64_t> order;
   std::vector<bool> same_thread;
   absl::Notification done;
+  Scheduler scheduler(4);
   scheduler.Post(scheduler.NewLane(), kSmall, [&](ParallelFor parallel) {
     const auto self = std::this_thread::get_id();
     parallel(5, [&](int64_t i) {
@@ -349,14 +344,13 @@ TEST(SchedulerTest, TasksOfTwoLargeJobsAlternate) {
   std::mutex mutex;
   int64_t started[2] = {0, 0};
   int64_t largest_lead = 0;
-  absl::BlockingCounter both_begun(2);
+  std::latch both_begun(2);
   absl::Notification other_started;
   {
     Scheduler scheduler(2);
     for (int job = 0; job < 2; ++job) {
       scheduler.Post(scheduler.NewLane(), kLarge, [&, job](ParallelFor parallel) {
-        both_begun.DecrementCount();
-        both_begun.Wait();
+        both_begun.arrive_and_wait();
         parallel(kTasks, [&, job](int64_t i) {
           // The first job's first task holds one thread until the other job's tasks run too.
           if (i == 0 && job == 1) other_started.Notify();
