@@ -27,8 +27,8 @@ struct SessionRequest {
   engine::PromptSpec spec;
   int64_t layers_in_flight = 2;  // 1 .. layers
   std::string idempotency_key;   // may be empty
-  int64_t max_message_bytes =
-      0;  // longest message that may have to be parked; counted in the reservation
+  // Longest message that may have to be parked; counted in the reservation.
+  int64_t max_message_bytes = 0;
 };
 
 // One piece of a received message. The data lie in the message.
@@ -58,9 +58,9 @@ struct SessionSummary {
 // also from within a call to the session. After `finished` or `failed`, which is called once at
 // most and not after Cancel(), none is called.
 struct SessionCallbacks {
-  // The session wants the next message. Called once after Open, and once per message when that was
+  // The session wants the next message. Called once after Start, and once per message when that was
   // taken in; held back while a message waits for a free layer buffer or while too many results are
-  // unsent.
+  // unsent. Not called after Commit().
   absl::AnyInvocable<void()> ready;
   // A layer's answer, in order of completion.
   absl::AnyInvocable<void(engine::LayerOutput)> layer;
@@ -72,9 +72,13 @@ struct SessionCallbacks {
   absl::AnyInvocable<void(absl::Status)> failed;
 };
 
+// Bytes of a result's tensors, which OutputSent() expects back.
+int64_t OutputBytes(const engine::LayerOutput& output);
+int64_t OutputBytes(const engine::PivotResult& result);
+
 class SessionManager;
 
-// Thread-safe.
+// Thread-safe. Dropping the last share cancels it.
 class Session : public std::enable_shared_from_this<Session> {
  public:
   ~Session();
@@ -90,8 +94,8 @@ class Session : public std::enable_shared_from_this<Session> {
   // message at a time, after `ready`. A fault is reported by `failed`:
   //   OUT_OF_RANGE      a layer past the end
   //   INVALID_ARGUMENT  a tensor that this prompt does not have; bytes outside of it; an overlap; a
-  //   layer ahead
-  //                     of the window of layers in flight; empty data; anything after the commit
+  //                     layer ahead of the window of layers in flight; empty data; too many pieces
+  //                     (PieceMap::MaxPieces); anything after the commit
   //   ALREADY_EXISTS    a piece again with other bytes (the same again is ignored)
   //   DATA_LOSS         a checksum that does not match
   void Append(InputMessage message);
@@ -103,11 +107,12 @@ class Session : public std::enable_shared_from_this<Session> {
   // The client will send no more. INVALID_ARGUMENT by `failed` where no commit came.
   void EndOfInput();
 
-  // Results of that many bytes left for the client; see `ready`.
+  // Results of that many bytes left for the client; see `ready`. All of OutputBytes() are to be
+  // reported in the end: the session keeps its reservation, and counts as active, until then.
   void OutputSent(int64_t bytes);
 
   // Drops everything. Memory is free when this returns, or as soon as a layer that is being
-  // computed ends.
+  // computed, a call on another thread or the calling callback ends.
   void Cancel();
 
  private:
@@ -132,7 +137,8 @@ class SessionManager {
   ~SessionManager();
 
   // Validates, reserves memory and registers. A running session with the same non-empty idempotency
-  // key fails as ABORTED first.
+  // key fails as ABORTED first, and its memory comes back: that waits for a layer that is being
+  // computed, 2 seconds at most. Not to be called from a callback of that session.
   //   INVALID_ARGUMENT    the spec, or more memory than the whole budget
   //   RESOURCE_EXHAUSTED  the budget or the session limit is taken
   //   UNAVAILABLE         draining

@@ -1,0 +1,86 @@
+// Puts the pieces of a prompt together to layers.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "service/engine/buffer_pool.h"
+#include "service/engine/prompt.h"
+#include "service/engine/prompt_spec.h"
+#include "service/session/piece_map.h"
+#include "service/session/session.h"
+
+namespace structkv::session {
+
+// Holds the buffers of at most `layers_in_flight` layers, each from its first piece until
+// LayerDone(). What came is remembered for all layers until the end, so that a piece that is sent
+// again is known whenever it comes. Not thread-safe.
+class LayerAssembler {
+ public:
+  // `spec` and `pool` outlive the object. 1 <= layers_in_flight <= layers.
+  LayerAssembler(const engine::PromptSpec* spec, engine::BufferPool* pool,
+                 int64_t layers_in_flight);
+
+  enum class Taken : uint8_t {
+    kYes,       // copied, or known already
+    kNoBuffer,  // nothing was done: come again after a LayerDone()
+    kStopped,   // `stop` was set in the middle; the layer is of no further use
+  };
+
+  // Copies one piece to its place. The errors are those of Session::Append; after one the object is
+  // of no further use.
+  absl::StatusOr<Taken> Take(const InputPiece& piece, const std::atomic<bool>& stop);
+
+  // The next layer that is complete, in order of completion.
+  std::optional<engine::LayerInput> PopComplete();
+  bool has_complete() const { return !complete_.empty(); }
+
+  // The buffers of a layer that was popped are free.
+  void LayerDone() { --buffers_used_; }
+
+  // INVALID_ARGUMENT, naming what is missing, where the client's commit is not what came.
+  absl::Status CheckCommit(int64_t layers, int64_t input_bytes);
+
+  // Bytes that came, each counted once.
+  int64_t received_bytes() const { return received_bytes_; }
+  // Layers of which all tensors came.
+  int64_t received_layers() const { return received_layers_; }
+
+  // Memory that the records may take.
+  static int64_t RecordBytes(const engine::PromptSpec& spec);
+
+ private:
+  struct Layer {
+    std::array<PieceMap, engine::kInputTensors> tensors;
+    int missing = 0;  // tensors that are not complete
+  };
+
+  std::string Name(const InputPiece& piece) const;
+  absl::Status CheckWindow(const InputPiece& piece) const;
+  // The layer's buffers, or null where none is free.
+  engine::LayerInput* Buffers(int64_t layer);
+  engine::Buffer& BufferOf(engine::LayerInput& input, engine::InputTensor tensor) const;
+  void Complete(int64_t layer);
+
+  const engine::PromptSpec& spec_;
+  engine::BufferPool* pool_;
+  const int64_t layers_in_flight_;
+  std::array<int64_t, engine::kInputTensors> tensor_bytes_{};
+  std::vector<Layer> layers_;
+  int64_t lowest_unfinished_ = 0;  // layer; all below it were fully received
+  int64_t buffers_used_ = 0;       // layers that hold buffers
+  std::map<int64_t, engine::LayerInput> partial_;
+  std::deque<engine::LayerInput> complete_;
+  int64_t received_bytes_ = 0;
+  int64_t received_layers_ = 0;
+};
+
+}  // namespace structkv::session

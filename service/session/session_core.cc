@@ -1,0 +1,314 @@
+#include "service/session/session_core.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+namespace structkv::session {
+namespace {
+
+int64_t Micros(std::chrono::steady_clock::duration time) {
+  return std::chrono::duration_cast<std::chrono::microseconds>(time).count();
+}
+
+template <typename T>
+int64_t Bytes(const std::vector<T>& values) {
+  return static_cast<int64_t>(values.size() * sizeof(T));
+}
+
+}  // namespace
+
+int64_t OutputBytes(const engine::LayerOutput& output) {
+  return Bytes(output.positions) +
+         static_cast<int64_t>(output.keys.size() + output.values.size() + output.saliency.size());
+}
+
+int64_t OutputBytes(const engine::PivotResult& result) {
+  return Bytes(result.skeleton) + Bytes(result.centrality);
+}
+
+SessionCore::SessionCore(std::string id, const SessionRequest& request, const SessionPlan& plan,
+                         Reservation reservation, const SessionHost& host)
+    : id_(std::move(id)),
+      spec_(request.spec),
+      plan_(plan),
+      layers_in_flight_(request.layers_in_flight),
+      host_(host),
+      lane_(host.scheduler->NewLane()),
+      reservation_(std::move(reservation)) {
+  assembler_.emplace(&spec_, host_.buffers, layers_in_flight_);
+  prompt_.emplace(spec_, host_.backend, host_.buffers);
+}
+
+SessionCore::~SessionCore() {
+  Drop();
+  prompt_.reset();
+  reservation_.Release();
+  host_.registry->Remove(id_);
+}
+
+void SessionCore::Enqueue(absl::AnyInvocable<void()> event) {
+  const std::shared_ptr<SessionCore> self = shared_from_this();
+  queue_.Run(std::move(event));
+}
+
+// Events. Each may find the session ended by one before it.
+
+void SessionCore::Start(SessionCallbacks callbacks) {
+  Enqueue([this, callbacks = std::move(callbacks)]() mutable {
+    if (cancelled_.load()) return;
+    callbacks_ = std::move(callbacks);
+    if (failed_before_start_.has_value()) {
+      auto failed = std::move(callbacks_.failed);
+      callbacks_ = {};
+      if (failed) failed(*std::move(failed_before_start_));
+      return;
+    }
+    state_ = State::kRunning;
+    started_ = Clock::now();
+    StartLayer();
+    AskForMessage();
+  });
+}
+
+void SessionCore::Append(InputMessage message) {
+  Enqueue([this, message = std::move(message)]() mutable {
+    if (ended()) return;
+    if (state_ == State::kCommitted) {
+      DoFail(absl::InvalidArgumentError("a message came after `commit`"));
+      return;
+    }
+    if (!asked_) {
+      DoFail(absl::InternalError("a message was handed to a session that did not ask for one"));
+      return;
+    }
+    asked_ = false;
+    if (message.pieces.empty()) {
+      DoFail(absl::InvalidArgumentError("pieces: there is none in the message"));
+      return;
+    }
+    TakeMessage({std::move(message), 0});
+  });
+}
+
+void SessionCore::Commit(int64_t layers, int64_t input_bytes) {
+  Enqueue([this, layers, input_bytes] {
+    if (ended()) return;
+    if (state_ == State::kIdle) {
+      DoFail(absl::InternalError("a commit was handed to a session that was not started"));
+      return;
+    }
+    if (state_ == State::kCommitted) {
+      DoFail(absl::InvalidArgumentError("`commit` came twice"));
+      return;
+    }
+    absl::Status status = assembler_->CheckCommit(layers, input_bytes);
+    if (!status.ok()) {
+      DoFail(status);
+      return;
+    }
+    state_ = State::kCommitted;
+    summary_.input_bytes = input_bytes;
+    GoOn();
+  });
+}
+
+void SessionCore::EndOfInput() {
+  Enqueue([this] {
+    if (ended() || state_ == State::kCommitted) return;
+    DoFail(absl::InvalidArgumentError(absl::StrCat(
+        "the stream ended before `commit`; ", assembler_->received_layers(), " of ",
+        spec_.geometry.layers, " layers and ", assembler_->received_bytes(), " bytes came")));
+  });
+}
+
+void SessionCore::OutputSent(int64_t bytes) {
+  Enqueue([this, bytes] {
+    unsent_bytes_ -= std::min(bytes, unsent_bytes_);
+    if (ended()) {
+      ReleaseIfFree();
+    } else {
+      GoOn();
+    }
+  });
+}
+
+void SessionCore::Fail(absl::Status status) {
+  Enqueue([this, status = std::move(status)] {
+    if (!ended()) DoFail(status);
+  });
+}
+
+void SessionCore::Cancel() {
+  cancelled_.store(true);
+  stopped_.store(true);
+  Enqueue([this] {
+    if (!ended()) {
+      state_ = State::kFailed;
+      Drop();
+      host_.registry->ForgetKey(id_);
+    }
+    callbacks_ = {};
+    unsent_bytes_ = 0;
+    ReleaseIfFree();
+  });
+}
+
+// Input
+
+void SessionCore::TakeMessage(Parked parked) {
+  std::vector<InputPiece>& pieces = parked.message.pieces;
+  for (; parked.next < pieces.size(); ++parked.next) {
+    const absl::StatusOr<LayerAssembler::Taken> taken =
+        assembler_->Take(pieces[parked.next], stopped_);
+    if (!taken.ok()) {
+      parked.message = {};
+      DoFail(taken.status());
+      return;
+    }
+    if (*taken == LayerAssembler::Taken::kStopped) return;
+    // A layer that this piece completed is computed while the next ones are copied.
+    StartLayer();
+    if (*taken == LayerAssembler::Taken::kNoBuffer) {
+      parked_ = std::move(parked);
+      return;
+    }
+  }
+  parked.message = {};  // its memory goes before the next message comes
+  AskForMessage();
+}
+
+void SessionCore::AskForMessage() {
+  owes_ready_ = true;
+  if (output_full() || state_ != State::kRunning) return;
+  owes_ready_ = false;
+  asked_ = true;
+  if (callbacks_.ready && !cancelled_.load()) callbacks_.ready();
+}
+
+// Layers
+
+void SessionCore::StartLayer() {
+  if (layer_runs_ || output_full() || !assembler_->has_complete()) return;
+  {
+    const std::lock_guard lock(next_mutex_);
+    next_ = assembler_->PopComplete();
+  }
+  layer_runs_ = true;
+  host_.scheduler->Post(lane_, plan_.small,
+                        [self = shared_from_this(), posted = Clock::now()](ParallelFor parallel) {
+                          self->ComputeLayer(posted, parallel);
+                        });
+}
+
+void SessionCore::ComputeLayer(Clock::time_point posted, ParallelFor parallel) {
+  std::optional<engine::LayerInput> input;
+  {
+    const std::lock_guard lock(next_mutex_);
+    input.swap(next_);
+  }
+  if (!input.has_value()) return;  // the session ended
+  const Clock::time_point begin = Clock::now();
+  Answer answer = {.output = prompt_->CompressLayer(*std::move(input), parallel)};
+  input.reset();
+  if (answer.output.ok()) answer.pivot = prompt_->TakePivot();
+  answer.queued = begin - posted;
+  answer.computed = Clock::now() - begin;
+  Enqueue([this, answer = std::move(answer)]() mutable { OnAnswer(std::move(answer)); });
+}
+
+void SessionCore::OnAnswer(Answer answer) {
+  layer_runs_ = false;
+  if (ended()) {
+    answer = {.output = absl::CancelledError()};  // its buffers go before the reservation
+    ReleaseIfFree();
+    return;
+  }
+  if (!answer.output.ok()) {
+    DoFail(answer.output.status());
+    return;
+  }
+  assembler_->LayerDone();
+  ++summary_.layers;
+  queued_ += answer.queued;
+  computed_ += answer.computed;
+  unsent_bytes_ += OutputBytes(*answer.output);
+  if (answer.pivot.has_value()) unsent_bytes_ += OutputBytes(*answer.pivot);
+  StartLayer();  // the next layer is computed while this one is handed out
+  if (callbacks_.layer && !cancelled_.load()) callbacks_.layer(*std::move(answer.output));
+  if (answer.pivot.has_value() && callbacks_.pivot && !cancelled_.load()) {
+    callbacks_.pivot(*std::move(answer.pivot));
+  }
+  GoOn();
+}
+
+// Does what has become possible.
+void SessionCore::GoOn() {
+  StartLayer();
+  if (parked_.has_value()) {
+    Parked parked = *std::move(parked_);
+    parked_.reset();
+    TakeMessage(std::move(parked));
+  } else if (owes_ready_) {
+    AskForMessage();
+  }
+  if (state_ == State::kCommitted && summary_.layers == spec_.geometry.layers) Finish();
+}
+
+// The end
+
+void SessionCore::Finish() {
+  state_ = State::kFinished;
+  stopped_.store(true);
+  Drop();
+  host_.registry->ForgetKey(id_);
+  summary_.queue_micros = Micros(queued_);
+  summary_.compute_micros = Micros(computed_);
+  summary_.session_micros = Micros(Clock::now() - started_);
+  auto finished = std::move(callbacks_.finished);
+  callbacks_ = {};
+  ReleaseIfFree();
+  if (finished && !cancelled_.load()) finished(summary_);
+}
+
+void SessionCore::DoFail(const absl::Status& status) {
+  const bool started = state_ != State::kIdle;
+  state_ = State::kFailed;
+  stopped_.store(true);
+  Drop();
+  host_.registry->ForgetKey(id_);
+  auto failed = std::move(callbacks_.failed);
+  callbacks_ = {};
+  unsent_bytes_ = 0;
+  ReleaseIfFree();
+  if (!started) {
+    failed_before_start_ = status;
+  } else if (failed && !cancelled_.load()) {
+    failed(status);
+  }
+}
+
+// Frees all memory but a running layer's.
+void SessionCore::Drop() {
+  parked_.reset();
+  assembler_.reset();
+  std::optional<engine::LayerInput> waiting;
+  {
+    const std::lock_guard lock(next_mutex_);
+    waiting.swap(next_);
+  }
+  if (waiting.has_value()) layer_runs_ = false;  // its turn will find nothing to do
+}
+
+// After the end, gives the reservation back once the memory is free: no layer runs, and after a
+// success all results were sent.
+void SessionCore::ReleaseIfFree() {
+  if (layer_runs_) return;
+  prompt_.reset();
+  if (unsent_bytes_ > 0) return;
+  reservation_.Release();
+  host_.registry->Remove(id_);
+}
+
+}  // namespace structkv::session

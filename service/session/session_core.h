@@ -1,0 +1,127 @@
+// The state of one session, shared by its handle, its running layer and the registry.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "service/engine/prompt.h"
+#include "service/engine/scheduler.h"
+#include "service/session/layer_assembler.h"
+#include "service/session/memory_budget.h"
+#include "service/session/serial_queue.h"
+#include "service/session/session.h"
+#include "service/session/session_plan.h"
+#include "service/session/session_registry.h"
+
+namespace structkv::session {
+
+// What a session uses of its server; outlives its layers' computation.
+struct SessionHost {
+  const Backend* backend = nullptr;
+  engine::BufferPool* buffers = nullptr;
+  engine::Scheduler* scheduler = nullptr;
+  std::shared_ptr<SessionRegistry> registry;
+};
+
+// Thread-safe; see Session. Every event (a call, a layer that is done) is a task of a serial queue:
+// state is touched, and callbacks are called, by those tasks alone, so neither needs a lock. Calls
+// from within a callback come after it.
+class SessionCore : public std::enable_shared_from_this<SessionCore> {
+ public:
+  SessionCore(std::string id, const SessionRequest& request, const SessionPlan& plan,
+              Reservation reservation, const SessionHost& host);
+  ~SessionCore();
+
+  const std::string& id() const { return id_; }
+  const engine::PromptSpec& spec() const { return spec_; }
+  int64_t reserved_bytes() const { return plan_.reserved_bytes; }
+  int64_t layers_in_flight() const { return layers_in_flight_; }
+
+  // As those of Session.
+  void Start(SessionCallbacks callbacks);
+  void Append(InputMessage message);
+  void Commit(int64_t layers, int64_t input_bytes);
+  void EndOfInput();
+  void OutputSent(int64_t bytes);
+  void Cancel();
+
+  // Ends the session by `failed`.
+  void Fail(absl::Status status);
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  enum class State : uint8_t { kIdle, kRunning, kCommitted, kFinished, kFailed };
+  struct Parked {
+    InputMessage message;
+    size_t next = 0;  // piece
+  };
+  // What a layer's computation left.
+  struct Answer {
+    absl::StatusOr<engine::LayerOutput> output;
+    std::optional<engine::PivotResult> pivot;
+    Clock::duration queued{};
+    Clock::duration computed{};
+  };
+
+  void Enqueue(absl::AnyInvocable<void()> event);
+
+  // On the serial queue:
+  bool ended() const { return state_ == State::kFinished || state_ == State::kFailed; }
+  bool output_full() const {
+    return unsent_bytes_ + plan_.layer_output_bytes > plan_.output_limit_bytes;
+  }
+  void TakeMessage(Parked parked);
+  void AskForMessage();
+  void StartLayer();
+  void OnAnswer(Answer answer);
+  void GoOn();
+  void Finish();
+  void DoFail(const absl::Status& status);
+  void Drop();
+  void ReleaseIfFree();
+
+  // On a thread of the scheduler.
+  void ComputeLayer(Clock::time_point posted, ParallelFor parallel);
+
+  const std::string id_;
+  const engine::PromptSpec spec_;
+  const SessionPlan plan_;
+  const int64_t layers_in_flight_;
+  const SessionHost host_;
+  const std::shared_ptr<engine::Scheduler::Lane> lane_;
+  std::atomic<bool> stopped_{false};  // ended: whoever works for the session may give up
+  std::atomic<bool> cancelled_{false};
+
+  SerialQueue queue_;
+  // Touched on the serial queue alone.
+  State state_ = State::kIdle;
+  SessionCallbacks callbacks_;
+  std::optional<absl::Status> failed_before_start_;
+  std::optional<LayerAssembler> assembler_;
+  std::optional<Parked> parked_;
+  bool asked_ = false;        // `ready` was called, and no message came since
+  bool owes_ready_ = false;   // a message was taken in, and `ready` not called yet
+  bool layer_runs_ = false;   // a layer is with the scheduler
+  int64_t unsent_bytes_ = 0;  // of results
+  Reservation reservation_;
+  SessionSummary summary_;
+  Clock::duration queued_{};
+  Clock::duration computed_{};
+  Clock::time_point started_;
+
+  // Used by the running layer; dropped once none runs.
+  std::optional<engine::Prompt> prompt_;
+
+  // The layer that waits for a thread. Taken back where the session ends first.
+  std::mutex next_mutex_;
+  std::optional<engine::LayerInput> next_;
+};
+
+}  // namespace structkv::session

@@ -1,0 +1,135 @@
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cstdint>
+#include <random>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "service/session/session.h"
+#include "service/session/session_core.h"
+#include "service/session/session_impl.h"
+#include "service/session/session_plan.h"
+#include "service/session/session_registry.h"
+
+namespace structkv::session {
+namespace {
+
+// How long an opening waits for the memory of the session that it replaces: long enough for a large
+// layer that is being computed.
+constexpr absl::Duration kReplaceLimit = absl::Seconds(2);
+
+// 128 random bits, so that an id cannot be guessed.
+std::string NewId() {
+  std::random_device random;
+  std::array<uint32_t, 4> words;
+  for (uint32_t& word : words) word = random();
+  return absl::StrFormat("%08x%08x%08x%08x", words[0], words[1], words[2], words[3]);
+}
+
+int Threads(int wanted) {
+  if (wanted > 0) return wanted;
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+}  // namespace
+
+class SessionManager::Impl {
+ public:
+  Impl(SessionManagerOptions options_in, std::unique_ptr<Backend> backend_in)
+      : options(std::move(options_in)),
+        backend(std::move(backend_in)),
+        budget(options.memory_budget_bytes),
+        buffers(static_cast<size_t>(std::max<int64_t>(options.idle_buffer_bytes, 0))),
+        scheduler(Threads(options.threads)) {}
+
+  // Ends the session that holds `key`, if there is one, and waits for its memory.
+  void Replace(const std::string& key, absl::Duration limit) {
+    const std::shared_ptr<SessionCore> old = registry->FindKey(key);
+    if (old == nullptr) return;
+    old->Fail(
+        absl::AbortedError("a new stream with the same idempotency_key took this one's place"));
+    registry->WaitRemoved(old->id(), limit);
+    registry->ForgetKey(old->id());
+  }
+
+  const SessionManagerOptions options;
+  const std::unique_ptr<Backend> backend;
+  MemoryBudget budget;
+  engine::BufferPool buffers;
+  const std::shared_ptr<SessionRegistry> registry = std::make_shared<SessionRegistry>();
+  engine::Scheduler scheduler;  // last: its threads use all of the above
+};
+
+SessionManager::SessionManager(SessionManagerOptions options, std::unique_ptr<Backend> backend)
+    : impl_(std::make_shared<Impl>(std::move(options), std::move(backend))) {}
+
+SessionManager::~SessionManager() {
+  StartDraining();
+  FailAll(absl::UnavailableError("the server is gone"));
+}
+
+absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(SessionRequest request) {
+  const absl::Status draining = absl::UnavailableError("the server is draining");
+  if (this->draining()) return draining;
+  const SessionManagerOptions& options = impl_->options;
+  absl::Status valid =
+      engine::ValidateSpec(request.spec, options.limits, impl_->backend->capabilities());
+  if (!valid.ok()) return valid;
+  const absl::StatusOr<SessionPlan> plan = PlanSession(request, *impl_->backend);
+  if (!plan.ok()) return plan.status();
+  // A prompt that can never fit must not end the one that it would replace.
+  if (plan->reserved_bytes > options.memory_budget_bytes) {
+    return impl_->budget.Reserve(plan->reserved_bytes).status();
+  }
+  const auto begin = std::chrono::steady_clock::now();
+  while (true) {
+    const absl::Duration waited = absl::FromChrono(std::chrono::steady_clock::now() - begin);
+    if (!request.idempotency_key.empty()) {
+      impl_->Replace(request.idempotency_key, kReplaceLimit - waited);
+    }
+    absl::StatusOr<Reservation> reservation = impl_->budget.Reserve(plan->reserved_bytes);
+    if (!reservation.ok()) return reservation.status();
+    const SessionHost host = {.backend = impl_->backend.get(),
+                              .buffers = &impl_->buffers,
+                              .scheduler = &impl_->scheduler,
+                              .registry = impl_->registry};
+    auto core =
+        std::make_shared<SessionCore>(NewId(), request, *plan, *std::move(reservation), host);
+    switch (impl_->registry->Add(core->id(), request.idempotency_key, core, options.max_sessions)) {
+      case SessionRegistry::Added::kYes: {
+        auto handle = std::make_unique<Session::Impl>();
+        handle->core = std::move(core);
+        return std::shared_ptr<Session>(new Session(std::move(handle)));
+      }
+      case SessionRegistry::Added::kFull:
+        return absl::ResourceExhaustedError(
+            absl::StrCat("max_sessions is ", options.max_sessions, ", and as many sessions run"));
+      case SessionRegistry::Added::kDraining:
+        return draining;
+      case SessionRegistry::Added::kKeyTaken:
+        break;  // another opening with this key was quicker: replace that one
+    }
+  }
+}
+
+void SessionManager::StartDraining() { impl_->registry->StartDraining(); }
+bool SessionManager::draining() const { return impl_->registry->draining(); }
+bool SessionManager::WaitUntilEmpty(absl::Duration limit) {
+  return impl_->registry->WaitEmpty(limit);
+}
+
+void SessionManager::FailAll(const absl::Status& status) {
+  for (const std::shared_ptr<SessionCore>& core : impl_->registry->All()) core->Fail(status);
+}
+
+int64_t SessionManager::active_sessions() const { return impl_->registry->size(); }
+const MemoryBudget& SessionManager::budget() const { return impl_->budget; }
+const engine::BufferPool& SessionManager::buffers() const { return impl_->buffers; }
+const Backend& SessionManager::backend() const { return *impl_->backend; }
+const SessionManagerOptions& SessionManager::options() const { return impl_->options; }
+int SessionManager::threads() const { return impl_->scheduler.threads(); }
+
+}  // namespace structkv::session

@@ -1,0 +1,69 @@
+#include "service/session/session_plan.h"
+
+#include <limits>
+
+#include "absl/numeric/int128.h"
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "service/session/layer_assembler.h"
+
+namespace structkv::session {
+namespace {
+
+constexpr size_t kMaxKeyBytes = 128;
+// Layers whose results may wait to be sent; one is on its way while the next one is computed.
+constexpr int64_t kUnsentLayers = 2;
+
+int64_t PivotBytes(const engine::PromptSpec& spec) {
+  int64_t bytes = spec.skeleton_tokens() * static_cast<int64_t>(sizeof(int32_t));
+  if (spec.return_centrality) bytes += spec.prompt_tokens * static_cast<int64_t>(sizeof(float));
+  return bytes;
+}
+
+// A rough estimate from low rates of one core: 20 multiply-adds a nanosecond, 5 bytes a nanosecond.
+bool IsSmall(const engine::PromptSpec& spec, const engine::MemoryPlan& memory) {
+  constexpr double kSmallNanos = 300e3;
+  const double dots = static_cast<double>(spec.geometry.query_heads) *
+                      static_cast<double>(spec.window_rows()) *
+                      static_cast<double>(spec.prompt_tokens);
+  const double multiplies = spec.statistic == engine::Statistic::kWindowQueries
+                                ? dots * static_cast<double>(spec.geometry.key_dim)
+                                : 0.0;
+  const auto bytes = static_cast<double>(memory.layer_input_bytes + memory.layer_output_bytes);
+  return multiplies / 20 + bytes / 5 < kSmallNanos;
+}
+
+}  // namespace
+
+absl::StatusOr<SessionPlan> PlanSession(const SessionRequest& request, const Backend& backend) {
+  const engine::PromptSpec& spec = request.spec;
+  if (request.layers_in_flight < 1 || request.layers_in_flight > spec.geometry.layers) {
+    return absl::InvalidArgumentError(absl::StrCat("layers_in_flight is ", request.layers_in_flight,
+                                                   "; 1 to layer_count (", spec.geometry.layers,
+                                                   ") is allowed"));
+  }
+  if (request.idempotency_key.size() > kMaxKeyBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("idempotency_key has ",
+                                                   request.idempotency_key.size(), " bytes; ",
+                                                   kMaxKeyBytes, " are allowed"));
+  }
+  if (request.max_message_bytes < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_message_bytes is ", request.max_message_bytes, "; 0 or more is allowed"));
+  }
+  const engine::MemoryPlan memory = engine::PlanMemory(spec, backend);
+  SessionPlan plan;
+  plan.layer_output_bytes = memory.layer_output_bytes;
+  plan.output_limit_bytes = kUnsentLayers * memory.layer_output_bytes + PivotBytes(spec);
+  plan.small = IsSmall(spec, memory);
+  const absl::int128 total = absl::int128(request.layers_in_flight) * memory.layer_input_bytes +
+                             plan.output_limit_bytes + memory.state_bytes + memory.scratch_bytes +
+                             request.max_message_bytes + LayerAssembler::RecordBytes(spec);
+  if (total > std::numeric_limits<int64_t>::max()) {
+    return absl::InvalidArgumentError("the prompt needs more memory than can be counted");
+  }
+  plan.reserved_bytes = static_cast<int64_t>(total);
+  return plan;
+}
+
+}  // namespace structkv::session

@@ -1,0 +1,24 @@
+// What a session takes: the memory that it reserves, and how long its layers compute.
+#pragma once
+
+#include <cstdint>
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "service/engine/prompt_spec.h"
+#include "service/session/session.h"
+
+namespace structkv::session {
+
+struct SessionPlan {
+  int64_t reserved_bytes = 0;      // the session's memory at most, all of the following included
+  int64_t layer_output_bytes = 0;  // one layer's result
+  int64_t output_limit_bytes = 0;  // unsent results: two layers and the pivot
+  bool small = false;              // layers compute in well under a millisecond
+};
+
+// `request.spec` was validated. INVALID_ARGUMENT where `layers_in_flight`, `idempotency_key` or
+// `max_message_bytes` is out of range, or the sum of bytes does not fit 63 bits.
+absl::StatusOr<SessionPlan> PlanSession(const SessionRequest& request, const Backend& backend);
+
+}  // namespace structkv::session
