@@ -345,16 +345,15 @@ TEST(SchedulerTest, TasksOfTwoLargeJobsAlternate) {
   int64_t started[2] = {0, 0};
   int64_t largest_lead = 0;
   std::latch both_begun(2);
-  absl::Notification other_started;
+  std::latch both_started(2);
   {
     Scheduler scheduler(2);
     for (int job = 0; job < 2; ++job) {
       scheduler.Post(scheduler.NewLane(), kLarge, [&, job](ParallelFor parallel) {
         both_begun.arrive_and_wait();
         parallel(kTasks, [&, job](int64_t i) {
-          // The first job's first task holds one thread until the other job's tasks run too.
-          if (i == 0 && job == 1) other_started.Notify();
-          if (i == 0 && job == 0) other_started.WaitForNotification();
+          // Whichever job comes first waits for the other one.
+          if (i == 0) both_started.arrive_and_wait();
           const std::lock_guard lock(mutex);
           ++started[job];
           const bool both_run = started[0] < kTasks && started[1] < kTasks;
