@@ -1,0 +1,119 @@
+// What each instruction set brings: one table of functions per set, chosen at run time.
+//
+// The functions compute; tiles, tasks and errors are the backend's. They neither allocate nor
+// fail.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+#include "absl/types/span.h"
+#include "kernels/backend.h"
+
+namespace structkv::cpu {
+
+// Query rows (window rows of a group's query heads) that are scored together.
+inline constexpr int64_t kRowBlock = 32;
+// Tokens of a score tile. With kRowBlock rows it is 30 KiB: a tile stays in the first-level cache.
+// A multiple of the blocks of tokens (12 and 6) that the score kernels take at a time.
+inline constexpr int64_t kTileTokens = 240;
+
+// Scores of a tile of tokens against a block of packed query rows.
+struct ScoreTile {
+  // Packed as the score function says; 64-byte aligned.
+  const void* queries = nullptr;
+  // Padded rows: a multiple of the table's `row_multiple`, at most kRowBlock.
+  int64_t rows = 0;
+  // The first token's vector; any alignment.
+  const std::byte* keys = nullptr;
+  int64_t token_stride_bytes = 0;
+  DType dtype = DType::kF32;
+  int64_t dim = 0;
+  int64_t tokens = 0;  // 1 .. kTileTokens
+  // [tokens, rows], unscaled dot products; 64-byte aligned.
+  float* out = nullptr;
+};
+
+// The top of a selection: values above `threshold` are in, values below are out, and of those equal
+// to it the first `ties`.
+struct TopCut {
+  uint32_t threshold = 0;  // an ordered key, see select-inl.h
+  int64_t above = 0;
+  int64_t ties = 0;
+};
+
+struct SumsBlock {
+  double total = 0;
+  double sum_s_log_s = 0;
+  double sum_squares = 0;
+};
+
+// Rows copied by a gather.
+struct CopyRows {
+  const std::byte* source = nullptr;
+  int64_t source_stride_bytes = 0;
+  const int32_t* positions = nullptr;  // [rows]
+  int64_t rows = 0;
+  std::byte* destination = nullptr;
+  int64_t destination_stride_bytes = 0;
+  int64_t row_bytes = 0;
+};
+
+struct KernelTable {
+  std::string_view name;    // for STRUCTKV_CPU_TARGET, for instance "avx2"
+  std::string_view device;  // for people, for instance "AVX2"
+
+  // Rows of a block are padded to a multiple of this.
+  int64_t row_multiple = 0;
+
+  // Converts `count` elements of `dtype` to float32.
+  void (*to_f32)(const std::byte* in, DType dtype, int64_t count, float* out) = nullptr;
+
+  // Queries packed as [dim, rows] float32.
+  void (*scores)(const ScoreTile& tile) = nullptr;
+  // For bf16 keys, where the set has dot products of bf16 pairs, else null: queries packed as pairs
+  // along dim, [dim / 2, rows], the even element in the lower half.
+  void (*bf16_scores)(const ScoreTile& tile) = nullptr;
+  // max[r] = the largest of scores[t, r] * factor. Returns whether every product is finite.
+  bool (*row_max)(const float* scores, int64_t tokens, int64_t rows, float factor,
+                  float* max) = nullptr;
+  // scores[t, r] = 2^(scores[t, r] * factor - shift[r]) in place; sum[r] = their sum over t.
+  void (*exponentiate)(float* scores, int64_t tokens, int64_t rows, float factor,
+                       const float* shift, float* sum) = nullptr;
+  // out[t] (+)= sum over r of p[t, r] * weight[r].
+  void (*weigh_rows)(const float* p, int64_t tokens, int64_t rows, const float* weight,
+                     bool accumulate, float* out) = nullptr;
+  // Turns the maxima of `tiles` tiles into weights, in place: with m the row's largest maximum and
+  // z = sum over tiles of sums * 2^(max - m), weight = share[r] * 2^(max - m) / z. Both [tiles,
+  // rows].
+  void (*tile_weights)(float* max, const float* sums, int64_t tiles, int64_t rows,
+                       const float* share) = nullptr;
+
+  void (*sum_heads)(const float* in, int64_t heads, int64_t stride, int64_t tokens,
+                    float* out) = nullptr;
+  // Index of the first value that is not finite or below 0; -1: none.
+  int64_t (*find_bad)(const float* values, int64_t tokens) = nullptr;
+  void (*accumulate)(float decay, const float* in, float* inout, int64_t tokens) = nullptr;
+  // out[j] = sum (or maximum) of in[j .. j + kernel), times `factor`.
+  void (*slide)(const float* in, int64_t tokens, int64_t kernel, bool maximum, float factor,
+                float* out) = nullptr;
+
+  SumsBlock (*sums)(const float* scores, int64_t tokens) = nullptr;
+  // Finds the cut that leaves `top` of the scores in; 0 <= top <= tokens.
+  TopCut (*find_cut)(const float* scores, int64_t tokens, int64_t top) = nullptr;
+  // The value whose ordered key this is.
+  float (*key_value)(uint32_t key) = nullptr;
+  // Sum of the scores above the cut.
+  double (*sum_above)(const float* scores, int64_t tokens, uint32_t threshold) = nullptr;
+  // Writes the positions that the cut leaves in, ascending: cut.above + cut.ties of them.
+  void (*collect)(const float* scores, int64_t tokens, const TopCut& cut,
+                  int32_t* positions) = nullptr;
+
+  void (*copy_rows)(const CopyRows& copy) = nullptr;
+};
+
+// The tables that this machine can run, best first; never empty.
+absl::Span<const KernelTable> SupportedTables();
+
+}  // namespace structkv::cpu

@@ -1,0 +1,194 @@
+// Dot products of keys and packed query rows in float32. Query rows are the lanes; each key element
+// is broadcast. Compiled once per instruction set.
+#include <cstring>
+
+#include "hwy/cache_control.h"
+#include "hwy/highway.h"
+#include "kernels/cpu/kernel_table.h"
+
+#if defined(STRUCTKV_KERNELS_CPU_SCORES_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef STRUCTKV_KERNELS_CPU_SCORES_INL_H_
+#undef STRUCTKV_KERNELS_CPU_SCORES_INL_H_
+#else
+#define STRUCTKV_KERNELS_CPU_SCORES_INL_H_
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace structkv::cpu::HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Loads without asking for any alignment.
+template <class D>
+HWY_INLINE hn::Vec<D> LoadBytes(D d, const std::byte* p) {
+#if HWY_TARGET == HWY_SCALAR
+  hn::TFromD<D> value;
+  std::memcpy(&value, p, sizeof(value));
+  hn::Vec<D> v;
+  v.raw = value;
+  return v;
+#else
+  return hn::LoadU(d, reinterpret_cast<const hn::TFromD<D>*>(p));
+#endif
+}
+
+HWY_INLINE float LoadFloat(const std::byte* p) {
+  float value;
+  std::memcpy(&value, p, sizeof(value));
+  return value;
+}
+
+template <class D>
+HWY_INLINE hn::Vec<D> PromoteHalf(D d, const std::byte* in) {
+#if HWY_TARGET <= HWY_AVX2 || HWY_TARGET == HWY_NEON
+  return hn::PromoteTo(d, LoadBytes(hn::Rebind<hwy::float16_t, D>(), in));
+#else
+  // Highway's own emulation takes Inf and NaN for numbers.
+  const hn::RebindToUnsigned<D> du;
+  const auto bits = hn::PromoteTo(du, LoadBytes(hn::Rebind<uint16_t, D>(), in));
+  const auto magnitude = hn::ShiftLeft<13>(hn::And(bits, hn::Set(du, 0x7FFFU)));
+  // 2^112 makes up for the difference of the exponents' biases, denormals included.
+  const auto value = hn::Mul(hn::BitCast(d, magnitude), hn::Set(d, 5.192296858534828e33F));
+  const auto special = hn::VecFromMask(du, hn::Ge(magnitude, hn::Set(du, 0x0F800000U)));
+  const auto exponent = hn::And(special, hn::Set(du, 0x7F800000U));
+  const auto sign = hn::ShiftLeft<16>(hn::And(bits, hn::Set(du, 0x8000U)));
+  return hn::BitCast(d, hn::Or(hn::Or(hn::BitCast(du, value), exponent), sign));
+#endif
+}
+
+template <class D>
+HWY_INLINE int64_t Promote(D d, DType dtype, const std::byte* in, int64_t begin, int64_t count,
+                           float* out) {
+  const hn::Rebind<hwy::bfloat16_t, D> bfloat;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  int64_t i = begin;
+  if (dtype == DType::kF16) {
+    for (; i + lanes <= count; i += lanes) hn::StoreU(PromoteHalf(d, in + 2 * i), d, out + i);
+  } else {
+    for (; i + lanes <= count; i += lanes) {
+      hn::StoreU(hn::PromoteTo(d, LoadBytes(bfloat, in + 2 * i)), d, out + i);
+    }
+  }
+  return i;
+}
+
+inline void ToF32(const std::byte* in, DType dtype, int64_t count, float* out) {
+  if (dtype == DType::kF32) {
+    std::memcpy(out, in, static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  int64_t i = Promote(hn::ScalableTag<float>(), dtype, in, 0, count, out);
+  i = Promote(hn::CappedTag<float, 8>(), dtype, in, i, count, out);
+  Promote(hn::CappedTag<float, 1>(), dtype, in, i, count, out);
+}
+
+// T tokens against R vectors of rows. `ahead` is prefetched, in step with `keys`.
+template <int T, int R, class D>
+HWY_INLINE void DotBlock(D d, const float* HWY_RESTRICT queries, int64_t rows,
+                         const std::byte* keys, int64_t stride, const std::byte* ahead, int64_t dim,
+                         float* HWY_RESTRICT out) {
+  using V = hn::Vec<D>;
+  constexpr int64_t kLanes = static_cast<int64_t>(hn::MaxLanes(D()));
+  V acc[T][R];
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) acc[t][r] = hn::Zero(d);
+  }
+  for (int64_t i = 0; i < dim; i += 8) {
+    if (ahead != nullptr && i % 16 == 0) {
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) {
+        hwy::Prefetch(ahead + t * stride + i * static_cast<int64_t>(sizeof(float)));
+      }
+    }
+#pragma GCC unroll 2
+    for (int64_t e = i; e < i + 8; ++e) {
+      V q[R];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) q[r] = hn::Load(d, queries + e * rows + r * kLanes);
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) {
+        const V k =
+            hn::Set(d, LoadFloat(keys + t * stride + e * static_cast<int64_t>(sizeof(float))));
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) acc[t][r] = hn::MulAdd(q[r], k, acc[t][r]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) hn::Store(acc[t][r], d, out + t * rows + r * kLanes);
+  }
+}
+
+// All rows of the tile against T tokens, R vectors at a time.
+template <int T, int R>
+HWY_INLINE void DotRows(const ScoreTile& tile, const std::byte* keys, int64_t stride,
+                        const std::byte* ahead, float* out) {
+  const hn::ScalableTag<float> d;
+  constexpr int64_t kStep = R * static_cast<int64_t>(hn::MaxLanes(d));
+  const float* queries = static_cast<const float*>(tile.queries);
+  for (int64_t r = 0; r < tile.rows; r += kStep) {
+    DotBlock<T, R>(d, queries + r, tile.rows, keys, stride, r == 0 ? ahead : nullptr, tile.dim,
+                   out + r);
+  }
+}
+
+template <int R>
+void ScoresR(const ScoreTile& tile) {
+#if HWY_TARGET <= HWY_AVX3
+  constexpr int kBlock = 12;  // 24 accumulators of 32 registers
+#elif HWY_TARGET == HWY_SCALAR
+  constexpr int kBlock = 1;
+#else
+  constexpr int kBlock = 6;  // 12 accumulators of 16 registers
+#endif
+  const int64_t element = static_cast<int64_t>(DTypeSize(tile.dtype));
+  // Keys in half precision are converted a block at a time.
+  HWY_ALIGN float converted[kBlock * 576];
+  for (int64_t t = 0; t < tile.tokens;) {
+    const bool whole = tile.tokens - t >= kBlock;
+    const int64_t count = whole ? kBlock : 1;
+    const std::byte* keys = tile.keys + t * tile.token_stride_bytes;
+    const bool more = tile.tokens - t >= 2 * kBlock;
+    const std::byte* next = more ? keys + kBlock * tile.token_stride_bytes : nullptr;
+    int64_t stride = tile.token_stride_bytes;
+    if (tile.dtype != DType::kF32) {
+      for (int64_t c = 0; c < count; ++c) {
+        const std::byte* row = keys + c * tile.token_stride_bytes;
+        if (next != nullptr) {
+          for (int64_t line = 0; line < tile.dim * element; line += 64) {
+            hwy::Prefetch(next + c * tile.token_stride_bytes + line);
+          }
+        }
+        ToF32(row, tile.dtype, tile.dim, converted + c * tile.dim);
+      }
+      keys = reinterpret_cast<const std::byte*>(converted);
+      stride = tile.dim * static_cast<int64_t>(sizeof(float));
+      next = nullptr;
+    }
+    float* out = tile.out + t * tile.rows;
+    if (whole) {
+      DotRows<kBlock, R>(tile, keys, stride, next, out);
+    } else {
+      DotRows<1, R>(tile, keys, stride, nullptr, out);
+    }
+    t += count;
+  }
+}
+
+inline void Scores(const ScoreTile& tile) {
+  constexpr int64_t kLanes = static_cast<int64_t>(hn::MaxLanes(hn::ScalableTag<float>()));
+  if (tile.rows % (2 * kLanes) == 0) {
+    ScoresR<2>(tile);
+  } else {
+    ScoresR<1>(tile);
+  }
+}
+
+}  // namespace structkv::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

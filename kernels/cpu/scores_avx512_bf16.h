@@ -1,0 +1,14 @@
+// Scores of bf16 keys with the dot products of AVX-512 BF16.
+#pragma once
+
+#include "kernels/cpu/kernel_table.h"
+
+namespace structkv::cpu {
+
+// Whether this build and this machine have AVX-512 BF16.
+bool HaveAvx512Bf16();
+
+// KernelTable::bf16_scores. Only where HaveAvx512Bf16(). Denormal elements count as zero.
+void ScoresAvx512Bf16(const ScoreTile& tile);
+
+}  // namespace structkv::cpu

@@ -1,0 +1,160 @@
+// Softmax over score tiles [token, row], rows as lanes, and the sum over rows. Compiled once per
+// instruction set.
+#include "hwy/highway.h"
+#include "kernels/cpu/exp2-inl.h"
+#include "kernels/cpu/kernel_table.h"
+
+#if defined(STRUCTKV_KERNELS_CPU_SOFTMAX_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef STRUCTKV_KERNELS_CPU_SOFTMAX_INL_H_
+#undef STRUCTKV_KERNELS_CPU_SOFTMAX_INL_H_
+#else
+#define STRUCTKV_KERNELS_CPU_SOFTMAX_INL_H_
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace structkv::cpu::HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+inline bool RowMax(const float* scores, int64_t tokens, int64_t rows, float factor, float* max) {
+  const hn::ScalableTag<float> d;
+  using V = hn::Vec<decltype(d)>;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const V scale = hn::Set(d, factor);
+  V poison = hn::Zero(d);  // x * 0 is NaN where x is not finite, and stays
+  for (int64_t r = 0; r < rows; r += lanes) {
+    V top = hn::Mul(hn::Load(d, scores + r), scale);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const V s = hn::Mul(hn::Load(d, scores + t * rows + r), scale);
+      poison = hn::MulAdd(s, hn::Zero(d), poison);
+      top = hn::Max(top, s);
+    }
+    hn::StoreU(top, d, max + r);
+  }
+  return hn::AllTrue(d, hn::Eq(poison, hn::Zero(d)));
+}
+
+inline void Exponentiate(float* scores, int64_t tokens, int64_t rows, float factor,
+                         const float* shift, float* sum) {
+  const hn::ScalableTag<float> d;
+  using V = hn::Vec<decltype(d)>;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const V scale = hn::Set(d, factor);
+  for (int64_t r = 0; r < rows; r += lanes) {
+    const V minus = hn::Neg(hn::LoadU(d, shift + r));
+    V total = hn::Zero(d);
+    float* at = scores + r;
+    for (int64_t t = 0; t < tokens; ++t, at += rows) {
+      const V p = Exp2(d, hn::MulAdd(hn::Load(d, at), scale, minus));
+      hn::Store(p, d, at);
+      total = hn::Add(total, p);
+    }
+    hn::StoreU(total, d, sum + r);
+  }
+}
+
+#if HWY_TARGET != HWY_SCALAR
+// Lane k of the result is the sum of the lanes of v[k]; v has as many vectors as lanes.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V SumEach(D d, V* HWY_RESTRICT v) {
+  constexpr int kLanes = static_cast<int>(hn::MaxLanes(D()));
+#pragma GCC unroll 8
+  for (int n = kLanes / 2; n >= 1; n /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      const V lo = v[2 * i];
+      const V hi = v[2 * i + 1];
+      v[i] = hn::Add(hn::ConcatEven(d, hi, lo), hn::ConcatOdd(d, hi, lo));
+    }
+  }
+  return v[0];
+}
+#endif
+
+// N vectors of rows.
+template <int N>
+void WeighRowsN(const float* p, int64_t tokens, const float* weight, bool accumulate, float* out) {
+  const hn::ScalableTag<float> d;
+  using V = hn::Vec<decltype(d)>;
+  constexpr int64_t kLanes = static_cast<int64_t>(hn::MaxLanes(d));
+  constexpr int64_t kRows = N * kLanes;
+  V w[N];
+#pragma GCC unroll 32
+  for (int n = 0; n < N; ++n) w[n] = hn::LoadU(d, weight + n * kLanes);
+  for (int64_t t = 0; t < tokens; t += kLanes) {
+    const int64_t count = HWY_MIN(kLanes, tokens - t);
+    V v[kLanes];
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < kLanes; ++k) {
+      v[k] = hn::Zero(d);
+      if (k < count) {
+        const float* row = p + (t + k) * kRows;
+#pragma GCC unroll 32
+        for (int n = 0; n < N; ++n) {
+          v[k] = hn::MulAdd(hn::Load(d, row + n * kLanes), w[n], v[k]);
+        }
+      }
+    }
+#if HWY_TARGET == HWY_SCALAR
+    V sums = v[0];
+#else
+    V sums = SumEach(d, v);
+#endif
+    if (count == kLanes) {
+      if (accumulate) sums = hn::Add(sums, hn::LoadU(d, out + t));
+      hn::StoreU(sums, d, out + t);
+    } else {
+      HWY_ALIGN float rest[kLanes];
+      hn::Store(sums, d, rest);
+      for (int64_t k = 0; k < count; ++k) {
+        out[t + k] = accumulate ? out[t + k] + rest[k] : rest[k];
+      }
+    }
+  }
+}
+
+inline void WeighRows(const float* p, int64_t tokens, int64_t rows, const float* weight,
+                      bool accumulate, float* out) {
+  constexpr int64_t kLanes = static_cast<int64_t>(hn::MaxLanes(hn::ScalableTag<float>()));
+  const auto call = [&](auto* function) { function(p, tokens, weight, accumulate, out); };
+  if (rows == 32) return call(&WeighRowsN<32 / kLanes>);
+  if (rows == 16) return call(&WeighRowsN<16 / kLanes>);
+#if HWY_TARGET > HWY_AVX3
+  if (rows == 24) return call(&WeighRowsN<24 / kLanes>);
+  if (rows == 8) return call(&WeighRowsN<8 / kLanes>);
+#endif
+}
+
+inline void TileWeights(float* max, const float* sums, int64_t tiles, int64_t rows,
+                        const float* share) {
+  const hn::ScalableTag<float> d;
+  using V = hn::Vec<decltype(d)>;
+  constexpr int64_t kLanes = static_cast<int64_t>(hn::MaxLanes(d));
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    V top = hn::LoadU(d, max + r);
+    for (int64_t i = 1; i < tiles; ++i) top = hn::Max(top, hn::LoadU(d, max + i * rows + r));
+    double total[kLanes] = {};
+    for (int64_t i = 0; i < tiles; ++i) {
+      float* at = max + i * rows + r;
+      const V share_of_top = Exp2(d, hn::Sub(hn::LoadU(d, at), top));
+      hn::StoreU(share_of_top, d, at);
+      HWY_ALIGN float part[kLanes];
+      hn::Store(hn::Mul(share_of_top, hn::LoadU(d, sums + i * rows + r)), d, part);
+      for (int64_t k = 0; k < kLanes; ++k) total[k] += static_cast<double>(part[k]);
+    }
+    HWY_ALIGN float factor[kLanes];
+    for (int64_t k = 0; k < kLanes; ++k) {
+      factor[k] = static_cast<float>(static_cast<double>(share[r + k]) / total[k]);
+    }
+    const V f = hn::Load(d, factor);
+    for (int64_t i = 0; i < tiles; ++i) {
+      float* at = max + i * rows + r;
+      hn::StoreU(hn::Mul(hn::LoadU(d, at), f), d, at);
+    }
+  }
+}
+
+}  // namespace structkv::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard
