@@ -49,7 +49,9 @@ HWY_INLINE hn::Vec<D> PromoteHalf(D d, const std::byte* in) {
   const auto magnitude = hn::ShiftLeft<13>(hn::And(bits, hn::Set(du, 0x7FFFU)));
   // 2^112 makes up for the difference of the exponents' biases, denormals included.
   const auto value = hn::Mul(hn::BitCast(d, magnitude), hn::Set(d, 5.192296858534828e33F));
-  const auto special = hn::VecFromMask(du, hn::Ge(magnitude, hn::Set(du, 0x0F800000U)));
+  const hn::RebindToSigned<D> di;
+  const auto special = hn::BitCast(
+      du, hn::VecFromMask(di, hn::Gt(hn::BitCast(di, magnitude), hn::Set(di, 0x0F7FFFFF))));
   const auto exponent = hn::And(special, hn::Set(du, 0x7F800000U));
   const auto sign = hn::ShiftLeft<16>(hn::And(bits, hn::Set(du, 0x8000U)));
   return hn::BitCast(d, hn::Or(hn::Or(hn::BitCast(du, value), exponent), sign));
