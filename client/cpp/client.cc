@@ -104,7 +104,7 @@ absl::StatusOr<std::unique_ptr<CompressSession>> Client::OpenPrompt(const v1::Op
   v1::Open request = open;
   if (request.idempotency_key().empty()) request.set_idempotency_key(NewIdempotencyKey());
   for (int attempt = 1;; ++attempt) {
-    auto core = std::make_shared<internal::SessionCore>(request, options, pool_);
+    auto core = std::make_unique<internal::SessionCore>(request, options, pool_);
     core->Start(channel_, deadline);
     const absl::Status status = core->WaitOpened();
     if (status.ok()) {

@@ -92,7 +92,7 @@ size_t ChunkBytes(const internal::SessionCore& core) {
 
 }  // namespace
 
-CompressSession::CompressSession(std::shared_ptr<internal::SessionCore> core)
+CompressSession::CompressSession(std::unique_ptr<internal::SessionCore> core)
     : core_(std::move(core)) {}
 
 CompressSession::~CompressSession() { core_->Close(); }

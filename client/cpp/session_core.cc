@@ -48,7 +48,6 @@ SessionCore::SessionCore(v1::Open open, SessionOptions options, std::shared_ptr<
 
 void SessionCore::Start(std::shared_ptr<grpc::Channel> channel, absl::Time deadline) {
   channel_ = std::move(channel);
-  self_ = shared_from_this();
   if (deadline != absl::InfiniteFuture()) context_.set_deadline(absl::ToChronoTime(deadline));
   for (const auto& [key, value] : options_.metadata) context_.AddMetadata(key, value);
   grpc::GenericStub stub(channel_);
@@ -236,7 +235,6 @@ void SessionCore::Fail(absl::Status status) {
 }
 
 void SessionCore::OnDone(const grpc::Status& status) {
-  std::shared_ptr<SessionCore> self = std::move(self_);  // lives to the end of this call
   std::optional<v1::Summary> summary;
   std::deque<Outgoing> unsent;
   {
@@ -253,6 +251,8 @@ void SessionCore::OnDone(const grpc::Status& status) {
     summary_ = summary;
   }
   if (summary.has_value() && options_.on_event) options_.on_event(Event(*std::move(summary)));
+  unsent.clear();
+  // Whoever waits for this may destroy the object as soon as the lock is free.
   absl::MutexLock lock(&mutex_);
   done_ = true;
   changed_.SignalAll();

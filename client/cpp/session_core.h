@@ -26,13 +26,14 @@
 
 namespace structkv::client::internal {
 
-// Thread-safe. Keeps itself alive until gRPC is done with it.
+// Thread-safe. Once started, Close() must have returned before it is destroyed, and it must not be
+// destroyed on one of gRPC's threads: with the last reference to a channel such a thread would wait
+// for itself.
 //
 // gRPC's completion callbacks may run on the thread that starts an operation, and starting one may
 // release a caller's buffers: no operation is started under the mutex. A hold keeps the call alive
 // while another thread than gRPC's may start one.
-class SessionCore final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>,
-                          public std::enable_shared_from_this<SessionCore> {
+class SessionCore final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer> {
  public:
   SessionCore(v1::Open open, SessionOptions options, std::shared_ptr<BytesPool> pool);
 
@@ -53,7 +54,7 @@ class SessionCore final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc:
   absl::StatusOr<Event> NextEvent();
   absl::StatusOr<v1::Summary> Wait();
   void Cancel();
-  // Cancels, and waits until no callback can run any more.
+  // Cancels what still runs, and waits until no callback can run any more.
   void Close();
 
   const v1::Open& open() const { return open_; }
@@ -86,7 +87,6 @@ class SessionCore final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc:
   const v1::Open open_;
   const SessionOptions options_;
   const std::shared_ptr<BytesPool> pool_;
-  std::shared_ptr<SessionCore> self_;  // until OnDone
   std::shared_ptr<grpc::Channel> channel_;
   grpc::ClientContext context_;
   grpc::ByteBuffer incoming_;

@@ -134,7 +134,7 @@ inline void Collect(const float* scores, int64_t tokens, const TopCut& cut, int3
   for (; j + lanes <= tokens && found < wanted; j += lanes, index = hn::Add(index, step)) {
     const auto s = hn::LoadU(d, scores + j);
     // Once the ties are used up, or where there are none here, equal ones are simply out.
-    auto in = ties > 0 ? hn::Ge(s, threshold) : hn::Gt(s, threshold);
+    auto in = ties > 0 ? hn::Not(hn::Lt(s, threshold)) : hn::Gt(s, threshold);
     if (hn::AllFalse(d, in)) continue;
     if (ties > 0) {
       const int64_t equal = static_cast<int64_t>(hn::CountTrue(d, hn::Eq(s, threshold)));

@@ -193,8 +193,8 @@ session::SessionCallbacks CompressReactor::Callbacks() {
     auto self = weak.lock();
     if (self != nullptr) self->Queue(BuildPivot(std::move(result), self->max_response_bytes_));
   };
-  callbacks.finished = [weak](session::SessionSummary summary) {
-    if (auto self = weak.lock()) self->SendSummary(summary);
+  callbacks.finished = [weak](const session::SessionSummary& summary) {
+    if (auto self = weak.lock()) self->OnAnswered(summary);
   };
   callbacks.failed = [weak](absl::Status status) {
     if (auto self = weak.lock()) self->End(status);
@@ -207,6 +207,28 @@ void CompressReactor::Queue(std::vector<OutgoingMessage> messages) {
   for (const OutgoingMessage& message : messages) bytes += message.tensor_bytes;
   output_bytes_.fetch_add(bytes, std::memory_order_relaxed);
   Send(std::move(messages));
+}
+
+// The summary says that the stream was as it should be, so it waits for the half-close after the
+// commit: nothing can follow then.
+void CompressReactor::OnAnswered(const session::SessionSummary& summary) {
+  {
+    absl::MutexLock lock(&session_mutex_);
+    answered_ = summary;
+    if (!half_closed_) return;
+  }
+  SendSummary(summary);
+}
+
+void CompressReactor::OnHalfClose() {
+  session::SessionSummary summary;
+  {
+    absl::MutexLock lock(&session_mutex_);
+    half_closed_ = true;
+    if (!answered_.has_value()) return;
+    summary = *answered_;
+  }
+  SendSummary(summary);
 }
 
 void CompressReactor::SendSummary(const session::SessionSummary& summary) {
@@ -241,11 +263,12 @@ void CompressReactor::TakeCommit(const v1::Commit& commit) {
     return;
   }
   phase_ = Phase::kNothing;
-  // Also reads on, to notice what comes after the commit.
-  WantMessage();
   if (auto running = session()) {
     running->Commit(commit.layer_count(), static_cast<int64_t>(commit.input_bytes()));
   }
+  // Reads on for the half-close, and to notice what should not come; the session must have the
+  // commit before it.
+  WantMessage();
 }
 
 void CompressReactor::OnEndOfInput(bool cancelled) {
@@ -258,6 +281,7 @@ void CompressReactor::OnEndOfInput(bool cancelled) {
     return;
   }
   if (auto running = session()) running->EndOfInput();
+  if (phase_ == Phase::kNothing) OnHalfClose();
 }
 
 void CompressReactor::OnSent(int64_t tensor_bytes) {
@@ -291,7 +315,7 @@ void CompressReactor::CheckLimits(int64_t now) {
   if (over(writing_since(), limits.stall)) {
     End(absl::AbortedError(absl::StrCat(
         "the caller took no results for longer than the stall limit of ", Seconds(limits.stall))));
-  } else if (phase_ != Phase::kNothing && over(reading_since(), limits.silence)) {
+  } else if (over(reading_since(), limits.silence)) {
     End(absl::DeadlineExceededError(absl::StrCat(
         "no message came for longer than the silence limit of ", Seconds(limits.silence))));
   } else if (over(begun_, limits.session)) {

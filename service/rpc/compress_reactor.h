@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/base/thread_annotations.h"
@@ -67,6 +68,8 @@ class CompressReactor final : public StreamIo, public Stream {
   void TakeCommit(const v1::Commit& commit);
   void SendOpened(const session::Session& session);
   session::SessionCallbacks Callbacks();
+  void OnAnswered(const session::SessionSummary& summary);
+  void OnHalfClose();
   void SendSummary(const session::SessionSummary& summary);
   void Queue(std::vector<OutgoingMessage> messages);
 
@@ -85,6 +88,8 @@ class CompressReactor final : public StreamIo, public Stream {
 
   mutable absl::Mutex session_mutex_;
   bool ended_ ABSL_GUARDED_BY(session_mutex_) = false;
+  bool half_closed_ ABSL_GUARDED_BY(session_mutex_) = false;  // after the commit
+  std::optional<session::SessionSummary> answered_ ABSL_GUARDED_BY(session_mutex_);
   std::shared_ptr<session::Session> session_ ABSL_GUARDED_BY(session_mutex_);
 };
 

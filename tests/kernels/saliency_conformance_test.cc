@@ -170,11 +170,11 @@ TEST_P(SaliencyTest, NeedsNoAlignment) {
   EXPECT_EQ(Run(aligned.params()), Run(shifted.params()));
 }
 
-std::string Name(const ::testing::TestParamInfo<Case>& info) {
-  const Shape& s = std::get<3>(info.param);
+std::string Name(const ::testing::TestParamInfo<Case>& instance) {
+  const Shape& s = std::get<3>(instance.param);
   const auto number = [](int64_t n) { return std::to_string(n); };
-  return std::get<0>(info.param) + "_" + std::string(DTypeName(std::get<1>(info.param))) + "_" +
-         std::string(LayoutName(std::get<2>(info.param))) + "_q" + number(s.query_heads) + "_kv" +
+  return std::get<0>(instance.param) + "_" + std::string(DTypeName(std::get<1>(instance.param))) + "_" +
+         std::string(LayoutName(std::get<2>(instance.param))) + "_q" + number(s.query_heads) + "_kv" +
          number(s.kv_heads) + "_n" + number(s.tokens) + "_d" + number(s.dim) + "_w" +
          number(s.window);
 }
@@ -355,8 +355,8 @@ TEST_P(SaliencyInputTest, SaysHowMuchScratchItTakes) {
   EXPECT_LE(large, (int64_t{1} << 20) * 32 * 5);
 }
 
-std::string BadCaseName(const ::testing::TestParamInfo<BadCase>& info) {
-  return std::get<0>(info.param) + "_" + std::string(DTypeName(std::get<1>(info.param)));
+std::string BadCaseName(const ::testing::TestParamInfo<BadCase>& instance) {
+  return std::get<0>(instance.param) + "_" + std::string(DTypeName(std::get<1>(instance.param)));
 }
 
 INSTANTIATE_TEST_SUITE_P(All, SaliencyInputTest,

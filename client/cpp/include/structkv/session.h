@@ -77,8 +77,8 @@ class CompressSession {
 
  private:
   friend class Client;
-  explicit CompressSession(std::shared_ptr<internal::SessionCore> core);
-  std::shared_ptr<internal::SessionCore> core_;
+  explicit CompressSession(std::unique_ptr<internal::SessionCore> core);
+  std::unique_ptr<internal::SessionCore> core_;
 };
 
 }  // namespace structkv::client

@@ -1,0 +1,122 @@
+#include "tests/bench/wire_bare.h"
+
+#include <malloc.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <mutex>
+#include <string_view>
+#include <vector>
+
+#include "grpcpp/generic/async_generic_service.h"
+#include "grpcpp/security/server_credentials.h"
+#include "grpcpp/server.h"
+#include "grpcpp/server_builder.h"
+#include "grpcpp/support/byte_buffer.h"
+
+namespace structkv::bench {
+namespace {
+
+// Echoes, or answers with a fixed message. Messages that wait to be written are bounded.
+class BareReactor : public grpc::ServerGenericBidiReactor {
+ public:
+  explicit BareReactor(const grpc::ByteBuffer* answer) {
+    if (answer != nullptr) answer_ = *answer;
+    fixed_ = answer != nullptr;
+    StartRead(&incoming_);
+  }
+
+  void OnReadDone(bool ok) override {
+    const std::lock_guard lock(mutex_);
+    if (!ok) {
+      ended_ = true;
+      if (queue_.empty()) FinishOnce();
+      return;
+    }
+    queue_.push_back(fixed_ ? answer_ : std::move(incoming_));
+    incoming_.Clear();
+    if (queue_.size() == 1) StartWrite(&queue_.front());
+    reading_ = queue_.size() < kMaxQueued;
+    if (reading_) StartRead(&incoming_);
+  }
+
+  void OnWriteDone(bool ok) override {
+    const std::lock_guard lock(mutex_);
+    queue_.pop_front();
+    if (!ok) {
+      ended_ = true;
+      queue_.clear();
+    }
+    if (!queue_.empty()) StartWrite(&queue_.front());
+    if (!ended_ && !reading_) {
+      reading_ = true;
+      StartRead(&incoming_);
+    }
+    if (ended_ && queue_.empty()) FinishOnce();
+  }
+
+  void OnDone() override { delete this; }
+
+ private:
+  static constexpr size_t kMaxQueued = 8;
+
+  void FinishOnce() {
+    if (!finished_) Finish(grpc::Status::OK);
+    finished_ = true;
+  }
+
+  std::mutex mutex_;
+  grpc::ByteBuffer incoming_;
+  grpc::ByteBuffer answer_;
+  std::deque<grpc::ByteBuffer> queue_;
+  bool fixed_ = false;
+  bool reading_ = true;
+  bool ended_ = false;
+  bool finished_ = false;
+};
+
+class BareService : public grpc::CallbackGenericService {
+ public:
+  grpc::ServerGenericBidiReactor* CreateReactor(
+      grpc::GenericCallbackServerContext* context) override {
+    if (context->method() != kAnswerMethod) return new BareReactor(nullptr);
+    size_t bytes = 0;
+    const auto& metadata = context->client_metadata();
+    if (const auto it = metadata.find(kAnswerBytesKey); it != metadata.end()) {
+      bytes = std::strtoull(std::string(it->second.data(), it->second.size()).c_str(), nullptr, 10);
+    }
+    const grpc::Slice slice(std::string(bytes, 'a'));
+    const grpc::ByteBuffer answer(&slice, 1);
+    return new BareReactor(&answer);
+  }
+};
+
+}  // namespace
+
+void KeepFreedMemory() {
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
+}
+
+int ServeBare(const std::string& addresses) {
+  BareService service;
+  grpc::ServerBuilder builder;
+  for (size_t begin = 0; begin <= addresses.size();) {
+    const size_t end = std::min(addresses.find(',', begin), addresses.size());
+    builder.AddListeningPort(addresses.substr(begin, end - begin),
+                             grpc::InsecureServerCredentials());
+    begin = end + 1;
+  }
+  builder.SetMaxReceiveMessageSize(-1);
+  builder.SetMaxSendMessageSize(-1);
+  builder.RegisterCallbackGenericService(&service);
+  const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
+  if (server == nullptr) return 1;
+  std::puts("ready");
+  std::fflush(stdout);
+  server->Wait();
+  return 0;
+}
+
+}  // namespace structkv::bench

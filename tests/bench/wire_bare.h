@@ -1,0 +1,23 @@
+// What Compress is measured against: a gRPC service that only moves bytes, written with the same
+// callback API over the same raw byte buffers.
+#pragma once
+
+#include <memory>
+#include <string>
+
+namespace structkv::bench {
+
+// Sends every message back as it came, reading on while up to a few wait to be written.
+inline constexpr char kEchoMethod[] = "/structkv.bench.Bare/Echo";
+// Answers every message with `kAnswerBytesKey` (request metadata) bytes.
+inline constexpr char kAnswerMethod[] = "/structkv.bench.Bare/Answer";
+inline constexpr char kAnswerBytesKey[] = "answer-bytes";
+
+// Makes glibc's malloc keep freed pages, as structkv-server does. Call first in main.
+void KeepFreedMemory();
+
+// Serves the two methods on `addresses` (gRPC names, separated by commas) until the process is
+// killed; prints "ready" when it listens. Returns an exit code only where that fails.
+int ServeBare(const std::string& addresses);
+
+}  // namespace structkv::bench

@@ -1,0 +1,187 @@
+// How much Compress adds to a bare gRPC byte stream, in throughput and in latency. Both servers are
+// processes of their own; both clients are the same code. See --help.
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "CLI/CLI.hpp"
+#include "grpc/grpc.h"
+#include "nlohmann/json.hpp"
+#include "tests/bench/wire_bare.h"
+#include "tests/bench/wire_peer.h"
+#include "tests/bench/wire_round_trip.h"
+#include "tests/bench/wire_stream.h"
+#include "tests/testing/process.h"
+
+namespace structkv::bench {
+namespace {
+
+constexpr double kThroughputBar = 0.85;   // of the bare stream's rate
+constexpr double kLatencyBarMicros = 50;  // above the bare round trip and the arithmetic
+
+struct Flags {
+  StreamOptions stream;
+  double gib = 1;
+  double chunk_mib = 4;
+  int repeats = 5;
+  int prompts = 6;
+  uint32_t tokens = 16384;  // 64 KiB of saliency
+  std::string server = STRUCTKV_SERVER;
+  std::string serve_bare;
+  bool json = false;
+  bool check = false;
+};
+
+// Two servers on a TCP port and a unix socket each.
+class Servers {
+ public:
+  Servers(const char* self, const Flags& flags)
+      : bare_({self, "--serve-bare", bare_tcp() + "," + bare_unix()}),
+        server_({flags.server, "--listen", tcp(), "--listen", unix_socket(), "--max-message",
+                 "64MiB", "--memory-budget", "8GiB"}) {
+    if (!bare_.WaitForLine("ready")) Die("the bare server does not start: " + bare_.error());
+    if (!server_.WaitForLine("ready")) Die("structkv-server does not start: " + server_.error());
+  }
+
+  std::string bare_tcp() const { return "127.0.0.1:17412"; }
+  std::string tcp() const { return "127.0.0.1:17411"; }
+  std::string bare_unix() const { return "unix:" + directory_.Path("bare"); }
+  std::string unix_socket() const { return "unix:" + directory_.Path("structkv"); }
+
+ private:
+  testkit::TemporaryDirectory directory_;
+  testkit::Process bare_;
+  testkit::Process server_;
+};
+
+nlohmann::json MeasureStreams(const Flags& flags, const std::string& name, const std::string& bare,
+                              const std::string& compress) {
+  // One round to warm up, then in turns, so that both see the same machine; the best of each
+  // counts.
+  double bare_seconds = 0;
+  double compress_seconds = 0;
+  std::vector<double> ratios;
+  for (int i = 0; i <= flags.repeats; ++i) {
+    const double b = BareStreamSeconds(bare, flags.stream);
+    const double c = CompressStreamSeconds(compress, flags.stream);
+    if (i == 0) continue;
+    ratios.push_back(b / c);
+    bare_seconds = i == 1 ? b : std::min(bare_seconds, b);
+    compress_seconds = i == 1 ? c : std::min(compress_seconds, c);
+  }
+  std::sort(ratios.begin(), ratios.end());
+  const auto bytes = static_cast<double>(flags.stream.total_bytes);
+  return {{"socket", name},
+          {"bytes_each_way", flags.stream.total_bytes},
+          {"chunk_bytes", flags.stream.chunk_bytes},
+          {"bare_gb_per_s", bytes / bare_seconds / 1e9},
+          {"compress_gb_per_s", bytes / compress_seconds / 1e9},
+          {"ratio", bare_seconds / compress_seconds},
+          {"median_ratio_of_pairs", ratios[ratios.size() / 2]},
+          {"bar", kThroughputBar}};
+}
+
+nlohmann::json ToJson(const RoundTrip& trip) {
+  return {{"p50_micros", trip.p50_micros}, {"p99_micros", trip.p99_micros}};
+}
+
+nlohmann::json MeasureLatency(const Flags& flags, const std::string& name, const std::string& bare,
+                              const std::string& compress) {
+  const RoundTrips trips = MeasureRoundTrips(bare, compress, flags.tokens, flags.prompts);
+  const RoundTrip arithmetic = MeasureArithmetic(flags.tokens, 2000);
+  return {{"socket", name},
+          {"request_bytes", trips.request_bytes},
+          {"answer_bytes", trips.answer_bytes},
+          {"compress", ToJson(trips.compress)},
+          {"bare", ToJson(trips.bare)},
+          {"echo", ToJson(trips.echo)},
+          {"arithmetic", ToJson(arithmetic)},
+          {"added_p50_micros",
+           trips.compress.p50_micros - trips.bare.p50_micros - arithmetic.p50_micros},
+          {"added_to_echo_p50_micros",
+           trips.compress.p50_micros - trips.echo.p50_micros - arithmetic.p50_micros},
+          {"bar_micros", kLatencyBarMicros}};
+}
+
+void PrintStreams(const nlohmann::json& result) {
+  std::printf(
+      "%-5s %6.2f GB/s bare  %6.2f GB/s Compress  ratio %.3f (median of pairs %.3f; bar %.2f)\n",
+      result["socket"].get<std::string>().c_str(), result["bare_gb_per_s"].get<double>(),
+      result["compress_gb_per_s"].get<double>(), result["ratio"].get<double>(),
+      result["median_ratio_of_pairs"].get<double>(), kThroughputBar);
+}
+
+void PrintLatency(const nlohmann::json& result) {
+  std::printf("%-5s round trip of %llu bytes and an answer of %llu, microseconds, p50 / p99\n",
+              result["socket"].get<std::string>().c_str(),
+              result["request_bytes"].get<unsigned long long>(),
+              result["answer_bytes"].get<unsigned long long>());
+  for (const char* row : {"compress", "bare", "echo", "arithmetic"}) {
+    std::printf("      %-11s %7.1f / %7.1f\n", row, result[row]["p50_micros"].get<double>(),
+                result[row]["p99_micros"].get<double>());
+  }
+  std::printf(
+      "      added beside the arithmetic, p50: %.1f to the bare round trip, %.1f to the echo "
+      "(bar %.0f)\n",
+      result["added_p50_micros"].get<double>(), result["added_to_echo_p50_micros"].get<double>(),
+      kLatencyBarMicros);
+}
+
+int Measure(const char* self, const Flags& flags) {
+  const Servers servers(self, flags);
+  nlohmann::json report;
+  bool passed = true;
+  if (flags.repeats > 0) {
+    for (const auto& [name, bare, compress] :
+         {std::tuple("tcp", servers.bare_tcp(), servers.tcp()),
+          std::tuple("unix", servers.bare_unix(), servers.unix_socket())}) {
+      const nlohmann::json result = MeasureStreams(flags, name, bare, compress);
+      passed = passed && result["ratio"].get<double>() >= kThroughputBar;
+      if (!flags.json) PrintStreams(result);
+      report["streams"].push_back(result);
+    }
+  }
+  if (flags.prompts > 0) {
+    for (const auto& [name, bare, compress] :
+         {std::tuple("tcp", servers.bare_tcp(), servers.tcp()),
+          std::tuple("unix", servers.bare_unix(), servers.unix_socket())}) {
+      const nlohmann::json result = MeasureLatency(flags, name, bare, compress);
+      passed = passed && result["added_p50_micros"].get<double>() <= kLatencyBarMicros;
+      if (!flags.json) PrintLatency(result);
+      report["round_trips"].push_back(result);
+    }
+  }
+  report["passed"] = passed;
+  if (flags.json) std::printf("%s\n", report.dump(2).c_str());
+  return flags.check && !passed ? 1 : 0;
+}
+
+int Main(int argc, char** argv) {
+  KeepFreedMemory();
+  grpc_init();  // once more than gRPC does itself: its last shutdown could hang at exit
+  Flags flags;
+  CLI::App app("Measures Compress against a bare gRPC byte stream, in one run",
+               "structkv_wire_bench");
+  app.add_option("--gib", flags.gib, "GiB each way in a stream")->capture_default_str();
+  app.add_option("--chunk-mib", flags.chunk_mib, "MiB of data per message")->capture_default_str();
+  app.add_option("--repeats", flags.repeats, "Streams of each kind and socket; 0: none")
+      ->capture_default_str();
+  app.add_option("--prompts", flags.prompts, "Prompts of 512 round trips; 0: none")
+      ->capture_default_str();
+  app.add_option("--tokens", flags.tokens, "Saliency values per round trip")->capture_default_str();
+  app.add_option("--server", flags.server, "The server program")->capture_default_str();
+  app.add_flag("--json", flags.json, "Print JSON");
+  app.add_flag("--check", flags.check, "Fail where a bar is missed");
+  app.add_option("--serve-bare", flags.serve_bare, "")->group("");
+  CLI11_PARSE(app, argc, argv);
+  if (!flags.serve_bare.empty()) return ServeBare(flags.serve_bare);
+  flags.stream.total_bytes = static_cast<uint64_t>(flags.gib * (1 << 30));
+  flags.stream.chunk_bytes = static_cast<uint64_t>(flags.chunk_mib * (1 << 20));
+  return Measure(argv[0], flags);
+}
+
+}  // namespace
+}  // namespace structkv::bench
+
+int main(int argc, char** argv) { return structkv::bench::Main(argc, argv); }

@@ -1,0 +1,129 @@
+#include "tests/bench/wire_stream.h"
+
+#include <chrono>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "structkv/v1/compression.pb.h"
+#include "structkv/v1/piece_codec.h"
+#include "tests/bench/wire_bare.h"
+#include "tests/bench/wire_peer.h"
+
+namespace structkv::bench {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr uint32_t kLayers = 32;
+constexpr uint32_t kKvHeads = 8;
+constexpr uint32_t kDim = 128;
+constexpr uint64_t kTokenBytes = kKvHeads * kDim * 2;  // of keys, or of values, in bf16
+
+double Seconds(Clock::duration time) { return std::chrono::duration<double>(time).count(); }
+
+// Memory that every chunk is sent from, touched once.
+const std::vector<std::byte>& Source(uint64_t bytes) {
+  static std::vector<std::byte> source;
+  if (source.size() < bytes) source.assign(bytes, std::byte{0x3c});
+  return source;
+}
+
+v1::Open FullOpen(const StreamOptions& options) {
+  v1::Open open;
+  open.mutable_geometry()->set_layer_count(kLayers);
+  open.mutable_geometry()->set_query_head_count(32);
+  open.mutable_geometry()->set_kv_head_count(kKvHeads);
+  open.mutable_geometry()->set_key_dim(kDim);
+  open.set_prompt_tokens(
+      static_cast<uint32_t>(options.total_bytes / (uint64_t{2} * kLayers * kTokenBytes)));
+  open.set_dtype(v1::DTYPE_BF16);
+  open.set_layout(v1::LAYOUT_HEAD_TOKEN_DIM);
+  open.mutable_method()->mutable_full();
+  // Answers come in messages of the same size.
+  open.set_max_response_message_bytes(static_cast<uint32_t>(options.chunk_bytes + (64 << 10)));
+  return open;
+}
+
+}  // namespace
+
+double BareStreamSeconds(const std::string& address, const StreamOptions& options) {
+  const auto channel = Connect(address);
+  const std::vector<std::byte>& source = Source(options.chunk_bytes);
+  grpc::ClientContext context;
+  const auto stream = StartStream(channel, kEchoMethod, &context);
+  const grpc::Slice slice(source.data(), options.chunk_bytes, grpc::Slice::STATIC_SLICE);
+  const grpc::ByteBuffer message(&slice, 1);
+  grpc::ByteBuffer first;  // the connection is up, the server has a thread for us
+  if (!stream->Write(message) || !stream->Read(&first)) FinishOrDie(stream.get(), "bare stream");
+
+  const Clock::time_point start = Clock::now();
+  std::thread sender([&] {
+    for (uint64_t sent = 0; sent < options.total_bytes; sent += options.chunk_bytes) {
+      if (!stream->Write(message)) return;
+    }
+    stream->WritesDone();
+  });
+  uint64_t received = 0;
+  for (grpc::ByteBuffer buffer; stream->Read(&buffer);) received += buffer.Length();
+  sender.join();
+  FinishOrDie(stream.get(), "bare stream");
+  const double seconds = Seconds(Clock::now() - start);
+  if (received < options.total_bytes) Die("bare stream: bytes are missing");
+  return seconds;
+}
+
+double CompressStreamSeconds(const std::string& address, const StreamOptions& options) {
+  const auto channel = Connect(address);
+  const v1::Open open = FullOpen(options);
+  const uint64_t tensor_bytes = open.prompt_tokens() * kTokenBytes;
+  const std::vector<std::byte>& source = Source(options.chunk_bytes);
+  grpc::ClientContext context;
+  const auto stream = StartStream(channel, kCompressMethod, &context);
+  v1::CompressRequest request;
+  *request.mutable_open() = open;
+  grpc::ByteBuffer opened;
+  if (!stream->Write(wire::Encode(request)) || !stream->Read(&opened)) {
+    FinishOrDie(stream.get(), "Compress");
+    Die("Compress: not opened");
+  }
+
+  const Clock::time_point start = Clock::now();
+  std::thread sender([&] {
+    for (uint32_t layer = 0; layer < kLayers; ++layer) {
+      for (const v1::Tensor tensor : {v1::TENSOR_KEYS, v1::TENSOR_VALUES}) {
+        for (uint64_t at = 0; at < tensor_bytes; at += options.chunk_bytes) {
+          wire::OutgoingPiece piece;
+          piece.layer = layer;
+          piece.tensor = tensor;
+          piece.offset_bytes = at;
+          piece.data =
+              absl::MakeConstSpan(source).first(std::min(options.chunk_bytes, tensor_bytes - at));
+          if (!stream->Write(wire::EncodeRequest({&piece, 1}))) return;
+        }
+      }
+    }
+    v1::CompressRequest commit;
+    commit.mutable_commit()->set_layer_count(kLayers);
+    commit.mutable_commit()->set_input_bytes(2 * tensor_bytes * kLayers);
+    stream->Write(wire::Encode(commit));
+    stream->WritesDone();
+  });
+  uint64_t received = 0;
+  bool complete = false;
+  for (grpc::ByteBuffer buffer; stream->Read(&buffer);) {
+    absl::StatusOr<wire::Response> response = wire::DecodeResponse(buffer);
+    if (!response.ok()) Die("Compress: an answer cannot be read");
+    complete = complete || response->message.has_summary();
+    for (const wire::Piece& piece : response->pieces.pieces) {
+      if (piece.tensor != v1::TENSOR_POSITIONS) received += piece.size_bytes();
+    }
+  }
+  sender.join();
+  FinishOrDie(stream.get(), "Compress");
+  const double seconds = Seconds(Clock::now() - start);
+  if (!complete || received != 2 * tensor_bytes * kLayers) Die("Compress: bytes are missing");
+  return seconds;
+}
+
+}  // namespace structkv::bench

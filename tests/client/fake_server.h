@@ -1,0 +1,78 @@
+// A server that does what a test's script says, in ordinary protobuf: what the client's
+// hand-written codec sends, it reads, and the reverse.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/synchronization/mutex.h"
+#include "grpcpp/grpcpp.h"
+#include "structkv/v1/compression.grpc.pb.h"
+
+namespace structkv::client {
+
+using Stream = grpc::ServerReaderWriter<v1::CompressResponse, v1::CompressRequest>;
+
+// One call's script; `attempt` counts from 1.
+using Script =
+    std::function<grpc::Status(int attempt, grpc::ServerContext* context, Stream* stream)>;
+
+class FakeServer final : public v1::Compression::Service {
+ public:
+  explicit FakeServer(Script script);
+  ~FakeServer() override;
+
+  const std::string& address() const { return address_; }
+  int attempts() const { return attempts_.load(); }
+
+  grpc::Status Compress(grpc::ServerContext* context, Stream* stream) override;
+  grpc::Status GetCapabilities(grpc::ServerContext* context,
+                               const v1::GetCapabilitiesRequest* request,
+                               v1::GetCapabilitiesResponse* response) override;
+
+ private:
+  const Script script_;
+  std::string address_;
+  std::atomic<int> attempts_{0};
+  std::unique_ptr<grpc::Server> server_;
+};
+
+// 2 layers, 2 query heads, 1 KV head, 6 tokens of 4-element f32 vectors, method snapkv.
+v1::Open SmallOpen();
+
+// An honest `Opened`: window of 2, every layer keeps 3 tokens.
+v1::Opened OpenedFor(const v1::Open& open);
+
+// Tensor bytes that a test sends: different in every layer and tensor.
+std::string TestTensor(uint32_t layer, v1::Tensor tensor, size_t bytes);
+
+// What a client has sent, put together again.
+struct Received {
+  v1::Open open;
+  std::map<std::pair<uint32_t, int>, std::string> tensors;
+  size_t messages = 0;
+  size_t longest_message = 0;
+  size_t checksums = 0;
+  v1::Commit commit;
+  bool committed = false;
+};
+
+// Reads `open`.
+bool ReadOpen(Stream* stream, Received* received);
+// Reads pieces until the commit, or the stream's end.
+void ReadToCommit(Stream* stream, Received* received);
+
+void SendOpened(Stream* stream, const v1::Opened& opened);
+// The answer to `layer`: positions 0, 2, 4 and bytes made by TestTensor(layer + 100, ...).
+v1::CompressResponse LayerResponse(const v1::Open& open, uint32_t layer);
+v1::Summary SummaryFor(const v1::Open& open, const v1::Opened& opened, uint64_t input_bytes);
+void SendSummary(Stream* stream, const v1::Summary& summary);
+
+// Answers honestly from start to end.
+grpc::Status Behave(Stream* stream, Received* received);
+
+}  // namespace structkv::client

@@ -1,0 +1,127 @@
+#include "service/engine/prompt_spec.h"
+
+#include <memory>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/backend_registry.h"
+#include "tests/engine/llama_spec.h"
+
+namespace structkv::engine {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::IsEmpty;
+
+constexpr int64_t kMiB = int64_t{1} << 20;
+
+TEST(PromptSpecTest, CountsFollowFromTheMethod) {
+  const PromptSpec spec = LlamaSpec();
+  EXPECT_EQ(spec.geometry.group(), 4);
+  EXPECT_EQ(spec.window_rows(), 8);
+  EXPECT_EQ(spec.kept_tokens(0), 13108);
+  EXPECT_EQ(spec.kept_tokens(31), 13108);
+  EXPECT_EQ(spec.skeleton_tokens(), 26215);
+  EXPECT_FALSE(spec.per_kv_head());
+  EXPECT_TRUE(LlamaSpec(method::Method::kSnapKv).per_kv_head());
+}
+
+TEST(PromptSpecTest, MethodsWithoutStatisticsHaveOneSetOfPositions) {
+  PromptSpec spec = LlamaSpec(method::Method::kStreamingLlm);
+  spec.method.granularity = method::Granularity::kPerKvHead;  // has no meaning here
+  EXPECT_FALSE(spec.per_kv_head());
+  EXPECT_EQ(spec.window_rows(), 0);
+  EXPECT_EQ(spec.skeleton_tokens(), 0);
+}
+
+TEST(PromptSpecTest, InputSizes) {
+  PromptSpec spec = LlamaSpec();
+  EXPECT_EQ(spec.InputBytes(InputTensor::kKeys), 256 * kMiB);
+  EXPECT_EQ(spec.InputBytes(InputTensor::kValues), 256 * kMiB);
+  EXPECT_EQ(spec.InputBytes(InputTensor::kWindowQueries), 32 * 8 * 128 * 2);
+  EXPECT_EQ(spec.InputBytes(InputTensor::kWindowLse), 0);
+  EXPECT_EQ(spec.InputBytes(InputTensor::kSaliency), 0);
+  EXPECT_THAT(spec.RequiredTensors(), ElementsAre(InputTensor::kKeys, InputTensor::kValues,
+                                                  InputTensor::kWindowQueries));
+  spec.window_lse = true;
+  EXPECT_EQ(spec.InputBytes(InputTensor::kWindowLse), 32 * 8 * 4);
+  spec.prompt_tokens = 3;  // its own window
+  EXPECT_EQ(spec.InputBytes(InputTensor::kWindowQueries), 32 * 3 * 128 * 2);
+}
+
+TEST(PromptSpecTest, InputSizesOfGivenSaliency) {
+  PromptSpec spec = LlamaSpec();
+  spec.statistic = Statistic::kSaliency;
+  EXPECT_EQ(spec.InputBytes(InputTensor::kSaliency), 131072 * 4);
+  EXPECT_EQ(spec.InputBytes(InputTensor::kWindowQueries), 0);
+  spec.statistic = Statistic::kSaliencyPerKvHead;
+  EXPECT_EQ(spec.InputBytes(InputTensor::kSaliency), 8 * 131072 * 4);
+}
+
+TEST(PromptSpecTest, APlanNeedsWhatItScoresAlone) {
+  PromptSpec spec = LlamaSpec();
+  spec.plan_only = true;
+  EXPECT_THAT(spec.RequiredTensors(),
+              ElementsAre(InputTensor::kKeys, InputTensor::kWindowQueries));
+  spec.statistic = Statistic::kSaliency;
+  EXPECT_THAT(spec.RequiredTensors(), ElementsAre(InputTensor::kSaliency));
+  spec = LlamaSpec(method::Method::kStreamingLlm);
+  spec.plan_only = true;
+  EXPECT_THAT(spec.RequiredTensors(), IsEmpty());
+}
+
+TEST(PromptSpecTest, TensorNames) {
+  EXPECT_EQ(InputTensorName(InputTensor::kKeys), "keys");
+  EXPECT_EQ(InputTensorName(InputTensor::kValues), "values");
+  EXPECT_EQ(InputTensorName(InputTensor::kWindowQueries), "window_queries");
+  EXPECT_EQ(InputTensorName(InputTensor::kWindowLse), "window_lse");
+  EXPECT_EQ(InputTensorName(InputTensor::kSaliency), "saliency");
+}
+
+TEST(MemoryPlanTest, AddsUp) {
+  const std::unique_ptr<Backend> backend = *CreateBackend("reference");
+  PromptSpec spec = LlamaSpec();
+  MemoryPlan plan = PlanMemory(spec, *backend);
+  EXPECT_EQ(plan.layer_input_bytes, 512 * kMiB + 32 * 8 * 128 * 2);
+  EXPECT_EQ(plan.layer_output_bytes, 13108 * 4 + 13108 * 8 * 256 * 2);
+  // The pivot is layer 25 at most: 26 vectors of centrality, and the skeleton.
+  EXPECT_GE(plan.state_bytes, 26 * 131072 * 4 + 26215 * 4);
+  EXPECT_LT(plan.state_bytes, 26 * 131072 * 4 + 26215 * 4 + 64 * 1024);
+  EXPECT_GE(plan.scratch_bytes, 9 * 131072 * 4);
+
+  spec.return_saliency = true;
+  spec.method.granularity = method::Granularity::kPerKvHead;
+  plan = PlanMemory(spec, *backend);
+  EXPECT_EQ(plan.layer_output_bytes, 8 * 13108 * 4 + 13108 * 8 * 256 * 2 + 8 * 131072 * 4);
+
+  spec.plan_only = true;
+  plan = PlanMemory(spec, *backend);
+  EXPECT_EQ(plan.layer_output_bytes, 8 * 13108 * 4 + 8 * 131072 * 4);
+
+  spec.method.pivot.mode = method::PivotMode::kFixed;
+  spec.method.pivot.fixed_layer = 0;
+  EXPECT_LT(PlanMemory(spec, *backend).state_bytes, 2 * 131072 * 4);
+}
+
+TEST(MemoryPlanTest, MethodsWithoutStatisticsTakeNoScratch) {
+  const std::unique_ptr<Backend> backend = *CreateBackend("reference");
+  for (const auto method : {method::Method::kStreamingLlm, method::Method::kFull}) {
+    const MemoryPlan plan = PlanMemory(LlamaSpec(method), *backend);
+    EXPECT_EQ(plan.scratch_bytes, 0);
+    EXPECT_LE(plan.state_bytes, 1024);
+  }
+  const MemoryPlan full = PlanMemory(LlamaSpec(method::Method::kFull), *backend);
+  EXPECT_EQ(full.layer_output_bytes, full.layer_input_bytes + 131072 * 4);
+}
+
+// Layers kept: smoothing takes a copy of the scores.
+TEST(MemoryPlanTest, SmoothingTakesScratch) {
+  const std::unique_ptr<Backend> backend = *CreateBackend("reference");
+  PromptSpec spec = LlamaSpec(method::Method::kSnapKv);
+  const int64_t smoothed = PlanMemory(spec, *backend).scratch_bytes;
+  spec.method.pooling = Pooling::kNone;
+  EXPECT_EQ(smoothed - PlanMemory(spec, *backend).scratch_bytes, 8 * 131072 * 4);
+}
+
+}  // namespace
+}  // namespace structkv::engine
