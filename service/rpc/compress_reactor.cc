@@ -50,9 +50,9 @@ absl::StatusOr<session::InputMessage> ToInput(wire::Pieces pieces, int64_t* byte
     }
     constexpr uint64_t kMaxOffset = std::numeric_limits<int64_t>::max();
     if (piece.offset_bytes > kMaxOffset) {
-      return absl::InvalidArgumentError(absl::StrCat("pieces.offset_bytes is ", piece.offset_bytes,
-                                                     " for layer ", piece.layer,
-                                                     "; it lies outside of every tensor"));
+      return absl::InvalidArgumentError(absl::StrCat(
+          "layer ", piece.layer, ", ", std::string(engine::InputTensorName(*tensor)),
+          ": pieces.offset_bytes is ", piece.offset_bytes, "; it lies outside of every tensor"));
     }
     for (const auto& run : piece.data) *bytes += static_cast<int64_t>(run.size());
     message.pieces.push_back({.layer = piece.layer,

@@ -11,7 +11,7 @@ absl::StatusOr<std::optional<uint64_t>> PieceMap::Find(int64_t tensor_bytes, int
                                                        int64_t size, absl::string_view name) const {
   if (size <= 0) {
     return absl::InvalidArgumentError(
-        absl::StrCat(name, ": the piece at offset_bytes ", offset, " is empty"));
+        absl::StrCat(name, ": pieces.data is empty at offset_bytes ", offset));
   }
   if (offset < 0 || size > tensor_bytes || offset > tensor_bytes - size) {
     return absl::InvalidArgumentError(absl::StrCat(

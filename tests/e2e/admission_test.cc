@@ -44,7 +44,7 @@ TEST_F(AdmissionTest, BudgetTakenByOthers) {
   const int64_t bytes = Reserved(data.open());
   ASSERT_GT(bytes, 0);
   ServerOptions options = TestOptions();
-  options.sessions.memory_budget_bytes = 2 * bytes + bytes / 2;
+  options.sessions.memory_budget_bytes = 2 * bytes + bytes * 9 / 10;
   options.streams.retry_pushback = absl::Milliseconds(1234);
   StartAlone(options);
 

@@ -292,7 +292,7 @@ class EnvelopeTest : public ServiceTest {};
 TEST_F(EnvelopeTest, MessageAboveTheLimit) {
   ServerOptions options = TestOptions();
   options.streams.max_message_bytes = 64 << 10;
-  Start(options);
+  StartAlone(options);
   v1::Open open = SmallOpen(4000);
   const PromptData data(open, 1);
   Call call(channel());
