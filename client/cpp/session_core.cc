@@ -222,7 +222,7 @@ bool SessionCore::Deliver(Event event) {
   events_.push_back(std::move(event));
   changed_.SignalAll();
   const size_t limit = options_.max_buffered_result_bytes;
-  paused_ = limit > 0 && buffered_ > limit && !closed_;
+  paused_ = limit > 0 && buffered_ > limit && !closed_ && !cancelled_;
   return !paused_;
 }
 
@@ -304,6 +304,7 @@ void SessionCore::Cancel() {
   bool release = false;
   {
     absl::MutexLock lock(&mutex_);
+    cancelled_ = true;  // reading goes on to the end
     if (paused_) {
       // Nobody may come to read on; the end must not wait for it.
       paused_ = false;

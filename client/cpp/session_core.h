@@ -101,6 +101,7 @@ class SessionCore final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc:
   bool committed_ ABSL_GUARDED_BY(mutex_) = false;
   int starting_ ABSL_GUARDED_BY(mutex_) = 0;
   bool closed_ ABSL_GUARDED_BY(mutex_) = false;  // no operation is started any more
+  bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
   bool hold_released_ ABSL_GUARDED_BY(mutex_) = false;
   bool opened_set_ ABSL_GUARDED_BY(mutex_) = false;
   bool paused_ ABSL_GUARDED_BY(mutex_) = false;

@@ -462,6 +462,17 @@ TEST(BoundedResultsTest, ReadsOnWhenTheReaderComes) {
   EXPECT_EQ(result->layers.size(), 500);
 }
 
+TEST(BoundedResultsTest, CanBeLeftUnread) {
+  FakeServer server(Floods());
+  auto client = ClientOf(server);
+  SessionOptions options;
+  options.max_buffered_result_bytes = 300;
+  auto session = client->OpenPrompt(ManyLayers(), options);
+  ASSERT_TRUE(session.ok());
+  ASSERT_TRUE((*session)->NextEvent().ok());
+  session->reset();
+}
+
 TEST(OneThreadTest, MaySendEverythingBeforeItReadsAnything) {
   // The server answers each layer before it reads the next: it would wait for ever for a client
   // that reads only after it has sent everything.
