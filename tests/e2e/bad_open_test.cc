@@ -307,7 +307,9 @@ std::vector<OpenCase> StreamingLlmCases() {
   };
 }
 
-std::string CaseName(const ::testing::TestParamInfo<OpenCase>& instance) { return instance.param.name; }
+std::string CaseName(const ::testing::TestParamInfo<OpenCase>& instance) {
+  return instance.param.name;
+}
 
 INSTANTIATE_TEST_SUITE_P(Shape, BadOpenTest, ::testing::ValuesIn(ShapeCases()), CaseName);
 INSTANTIATE_TEST_SUITE_P(Field, BadOpenTest, ::testing::ValuesIn(FieldCases()), CaseName);

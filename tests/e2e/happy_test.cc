@@ -132,7 +132,8 @@ INSTANTIATE_TEST_SUITE_P(
     [](const ::testing::TestParamInfo<HappyCase>& instance) {
       return std::get<0>(instance.param).name + "_" +
              v1::DType_Name(std::get<1>(instance.param)).substr(6) + "_" +
-             (std::get<2>(instance.param) == v1::LAYOUT_HEAD_TOKEN_DIM ? "HeadFirst" : "TokenFirst") +
+             (std::get<2>(instance.param) == v1::LAYOUT_HEAD_TOKEN_DIM ? "HeadFirst"
+                                                                       : "TokenFirst") +
              "_" + v1::Output_Name(std::get<3>(instance.param)).substr(7);
     });
 

@@ -41,8 +41,8 @@ TEST(PromptSpecTest, InputSizes) {
   EXPECT_EQ(spec.InputBytes(InputTensor::kWindowQueries), 32 * 8 * 128 * 2);
   EXPECT_EQ(spec.InputBytes(InputTensor::kWindowLse), 0);
   EXPECT_EQ(spec.InputBytes(InputTensor::kSaliency), 0);
-  EXPECT_THAT(spec.RequiredTensors(), ElementsAre(InputTensor::kKeys, InputTensor::kValues,
-                                                  InputTensor::kWindowQueries));
+  EXPECT_THAT(spec.RequiredTensors(),
+              ElementsAre(InputTensor::kKeys, InputTensor::kValues, InputTensor::kWindowQueries));
   spec.window_lse = true;
   EXPECT_EQ(spec.InputBytes(InputTensor::kWindowLse), 32 * 8 * 4);
   spec.prompt_tokens = 3;  // its own window
@@ -61,8 +61,7 @@ TEST(PromptSpecTest, InputSizesOfGivenSaliency) {
 TEST(PromptSpecTest, APlanNeedsWhatItScoresAlone) {
   PromptSpec spec = LlamaSpec();
   spec.plan_only = true;
-  EXPECT_THAT(spec.RequiredTensors(),
-              ElementsAre(InputTensor::kKeys, InputTensor::kWindowQueries));
+  EXPECT_THAT(spec.RequiredTensors(), ElementsAre(InputTensor::kKeys, InputTensor::kWindowQueries));
   spec.statistic = Statistic::kSaliency;
   EXPECT_THAT(spec.RequiredTensors(), ElementsAre(InputTensor::kSaliency));
   spec = LlamaSpec(method::Method::kStreamingLlm);

@@ -12,8 +12,8 @@
 namespace structkv::engine {
 namespace {
 
-using ::testing::StartsWith;
 using method::Method;
+using ::testing::StartsWith;
 
 struct BadSpec {
   std::string text;  // how the error begins
@@ -207,14 +207,13 @@ TEST(ValidateSpecTest, WhatTheBackendCannotDo) {
 // Limits may be set as high as one likes: what passes still fits into int64.
 TEST(ValidateSpecTest, SizesDoNotOverflow) {
   constexpr int64_t kHuge = std::numeric_limits<int64_t>::max();
-  const PromptLimits no_limits{.max_prompt_tokens = kHuge,
-                               .max_layers = kHuge,
-                               .max_heads = kHuge,
-                               .max_window = kHuge};
+  const PromptLimits no_limits{
+      .max_prompt_tokens = kHuge, .max_layers = kHuge, .max_heads = kHuge, .max_window = kHuge};
   PromptSpec spec = LlamaSpec();
   spec.prompt_tokens = kHuge;
-  EXPECT_THAT(std::string(Validate(spec, no_limits).message()),
-              StartsWith("open.prompt_tokens: 9223372036854775807 is out of range [1, 2147483647]"));
+  EXPECT_THAT(
+      std::string(Validate(spec, no_limits).message()),
+      StartsWith("open.prompt_tokens: 9223372036854775807 is out of range [1, 2147483647]"));
   spec.prompt_tokens = std::numeric_limits<int32_t>::max();
   EXPECT_EQ(Validate(spec, no_limits), absl::OkStatus());
   spec.geometry.kv_heads = int64_t{1} << 40;

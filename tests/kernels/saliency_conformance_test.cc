@@ -173,9 +173,9 @@ TEST_P(SaliencyTest, NeedsNoAlignment) {
 std::string Name(const ::testing::TestParamInfo<Case>& instance) {
   const Shape& s = std::get<3>(instance.param);
   const auto number = [](int64_t n) { return std::to_string(n); };
-  return std::get<0>(instance.param) + "_" + std::string(DTypeName(std::get<1>(instance.param))) + "_" +
-         std::string(LayoutName(std::get<2>(instance.param))) + "_q" + number(s.query_heads) + "_kv" +
-         number(s.kv_heads) + "_n" + number(s.tokens) + "_d" + number(s.dim) + "_w" +
+  return std::get<0>(instance.param) + "_" + std::string(DTypeName(std::get<1>(instance.param))) +
+         "_" + std::string(LayoutName(std::get<2>(instance.param))) + "_q" + number(s.query_heads) +
+         "_kv" + number(s.kv_heads) + "_n" + number(s.tokens) + "_d" + number(s.dim) + "_w" +
          number(s.window);
 }
 

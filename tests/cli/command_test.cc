@@ -1,0 +1,152 @@
+// The `structkv` command as a user runs it: a process, with a real server or alone.
+#include <sys/wait.h>
+
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <string>
+
+#include "client/cli/safetensors.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+#include "tests/testing/process.h"
+
+namespace structkv::cli {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr char kCapture[] = STRUCTKV_TEST_DATA "/capture-tiny-llama-1000.safetensors";
+
+struct Ran {
+  int code = -1;
+  std::string output;  // standard output and error
+};
+
+Ran RunCommand(const std::string& arguments) {
+  Ran ran;
+  FILE* pipe = popen((STRUCTKV_COMMAND " " + arguments + " 2>&1").c_str(), "r");
+  if (pipe == nullptr) return ran;
+  char buffer[4096];
+  for (size_t n = 0; (n = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) {
+    ran.output.append(buffer, n);
+  }
+  const int status = pclose(pipe);
+  ran.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  return ran;
+}
+
+std::string Read(const std::string& path) {
+  std::stringstream text;
+  text << std::ifstream(path, std::ios::binary).rdbuf();
+  return text.str();
+}
+
+class CommandTest : public ::testing::Test {
+ protected:
+  testkit::TemporaryDirectory directory_;
+};
+
+TEST_F(CommandTest, CompressesTheSameWithAServerAndAlone) {
+  const std::string address = "unix:" + directory_.Path("socket");
+  testkit::Process server({STRUCTKV_SERVER, "--listen", address});
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.error();
+  const std::string served = directory_.Path("served.safetensors");
+  const std::string alone = directory_.Path("alone.safetensors");
+  const Ran first = RunCommand(std::string("compress ") + kCapture + " --server " + address +
+                               " --out " + served + " --checksums");
+  ASSERT_EQ(first.code, 0) << first.output;
+  EXPECT_THAT(first.output, HasSubstr("3.07 MB -> 307 kB (10.0 %)"));
+  EXPECT_THAT(first.output, HasSubstr("layer 10 of 12, skeleton of 200 tokens"));
+  const Ran second =
+      RunCommand(std::string("compress ") + kCapture + " --in-process --json --out " + alone);
+  ASSERT_EQ(second.code, 0) << second.output;
+  const auto json = nlohmann::json::parse(second.output);
+  EXPECT_EQ(json.at("kv_bytes_before"), 3072000);
+  EXPECT_EQ(json.at("kv_bytes_after"), 307200);
+  EXPECT_EQ(json.at("pivot_layer"), 10);
+
+  const auto a = SafetensorsFile::Open(served);
+  const auto b = SafetensorsFile::Open(alone);
+  ASSERT_TRUE(a.ok()) << a.status();
+  ASSERT_TRUE(b.ok()) << b.status();
+  EXPECT_EQ((*a)->tensors().size(), (*b)->tensors().size());
+  for (const auto& [name, info] : (*a)->tensors()) {
+    const auto* other = (*b)->Find(name);
+    ASSERT_NE(other, nullptr) << name;
+    EXPECT_TRUE((*a)->Data(info) == (*b)->Data(*other)) << name;
+  }
+  for (const char* key :
+       {"method", "fingerprint", "logical_length", "kv_length", "method.kv_budget.ratio"}) {
+    ASSERT_EQ((*a)->metadata().count(key), 1) << key;
+    EXPECT_EQ((*a)->metadata().at(key), (*b)->metadata().at(key)) << key;
+  }
+  EXPECT_EQ((*a)->metadata().at("logical_length"), "1000");
+  EXPECT_EQ((*a)->metadata().at("kv_length"), "100");
+}
+
+TEST_F(CommandTest, InfoAndPlotReadWhatCompressWrote) {
+  const std::string out = directory_.Path("out.safetensors");
+  const std::string svg = directory_.Path("plot.svg");
+  ASSERT_EQ(RunCommand(std::string("compress ") + kCapture + " --in-process --out " + out).code, 0);
+  const Ran info = RunCommand("info " + out);
+  EXPECT_EQ(info.code, 0) << info.output;
+  EXPECT_THAT(info.output, HasSubstr("compacted cache"));
+  EXPECT_THAT(info.output, HasSubstr("fingerprint"));
+  EXPECT_THAT(RunCommand(std::string("info ") + kCapture).output, HasSubstr("captured prefill"));
+  const Ran plot = RunCommand("plot " + out + " --out " + svg);
+  EXPECT_EQ(plot.code, 0) << plot.output;
+  const std::string drawn = Read(svg);
+  EXPECT_THAT(drawn, HasSubstr("<svg"));
+  for (const char* part : {"Entropy", "Sparsity", "Variance", "Transition score", "L* 10"}) {
+    EXPECT_THAT(drawn, HasSubstr(part));
+  }
+}
+
+TEST_F(CommandTest, ComparesTheMethods) {
+  const Ran ran = RunCommand(std::string("compare ") + kCapture + " --in-process");
+  EXPECT_EQ(ran.code, 0) << ran.output;
+  for (const char* part : {"structkv", "snapkv", "streaming_llm", "full", "307,200", "layer 10"}) {
+    EXPECT_THAT(ran.output, HasSubstr(part));
+  }
+}
+
+TEST_F(CommandTest, BenchMeasuresASyntheticPrompt) {
+  const Ran ran = RunCommand(
+      "bench --in-process --geometry tiny-llama --tokens 500 --prompts 4 --concurrency 2 --json");
+  ASSERT_EQ(ran.code, 0) << ran.output;
+  EXPECT_THAT(ran.output, HasSubstr("\"prompts\": 4"));
+}
+
+TEST_F(CommandTest, SaysWhatIsWrong) {
+  const std::string out = directory_.Path("out.safetensors");
+  const Ran missing = RunCommand("compress /nowhere.safetensors --in-process --out " + out);
+  EXPECT_NE(missing.code, 0);
+  EXPECT_THAT(missing.output, HasSubstr("/nowhere.safetensors"));
+  const Ran budget =
+      RunCommand(std::string("compress ") + kCapture + " --in-process --kv-budget 2 --out " + out);
+  EXPECT_NE(budget.code, 0);
+  EXPECT_THAT(budget.output, HasSubstr("ratio"));
+  const Ran server = RunCommand(std::string("compress ") + kCapture + " --server unix:" +
+                                directory_.Path("nobody") + " --timeout 2 --out " + out);
+  EXPECT_NE(server.code, 0);
+  EXPECT_THAT(server.output, HasSubstr("nobody"));
+  EXPECT_FALSE(std::filesystem::exists(out)) << "a failed run leaves no output";
+
+  // A file that was cut in the middle, or whose header is not JSON.
+  const std::string whole = Read(kCapture);
+  const std::string bad = directory_.Path("bad.safetensors");
+  for (const std::string& bytes :
+       {whole.substr(0, whole.size() / 2), whole.substr(0, 7), std::string(8, '\xff') + whole,
+        whole.substr(0, 8) + "x" + whole.substr(9)}) {
+    std::ofstream(bad, std::ios::binary) << bytes;
+    const Ran ran = RunCommand("compress " + bad + " --in-process --out " + out);
+    EXPECT_NE(ran.code, 0);
+    EXPECT_THAT(ran.output, HasSubstr("bad.safetensors"));
+  }
+}
+
+}  // namespace
+}  // namespace structkv::cli
