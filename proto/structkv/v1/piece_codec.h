@@ -52,8 +52,9 @@ struct Pieces {
 using Request = std::variant<v1::CompressRequest, Pieces>;
 // INVALID_ARGUMENT for bytes that are no such message, that hold a group, or that hold more than
 // kMaxPiecesPerMessage pieces. The text names the byte, or, where protobuf refused a member that is
-// left to it, that member. Never reads past the slices; unknown fields are skipped. Where several members of the oneof are set the last one wins, as protobuf has it, and
-// the others are skipped unread.
+// left to it, that member. Never reads past the slices; unknown fields are skipped. Where several
+// members of the oneof are set the last one wins, as protobuf has it, and the others are skipped
+// unread.
 absl::StatusOr<Request> DecodeRequest(const grpc::ByteBuffer& buffer);
 
 // A decoded `CompressResponse`: for `layer` and `pivot` the message without its pieces, and the
