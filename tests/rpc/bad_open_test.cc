@@ -1,0 +1,128 @@
+// Every field of `open` that the decoder refuses: the error names it, the value and what is
+// allowed. Ranges of the spec are engine::ValidateSpec's, and tested there.
+#include <cstdint>
+#include <ostream>
+#include <string>
+
+#include "gmock/gmock.h"
+#include "google/protobuf/text_format.h"
+#include "gtest/gtest.h"
+#include "service/rpc/open_decoder.h"
+#include "tests/rpc/open_messages.h"
+
+namespace structkv::rpc {
+namespace {
+
+constexpr int64_t kServerLimit = 16 << 20;
+
+// Fields to set in a valid `open`, in protobuf's text form, and the error's text.
+struct BadOpen {
+  std::string fields;
+  std::string text;
+};
+
+void PrintTo(const BadOpen& bad, std::ostream* out) { *out << bad.fields.substr(0, 60); }
+
+class BadOpenTest : public ::testing::TestWithParam<BadOpen> {};
+
+TEST_P(BadOpenTest, NamesFieldValueAndLimit) {
+  v1::Open open = ValidOpen();
+  ASSERT_TRUE(google::protobuf::TextFormat::MergeFromString(GetParam().fields, &open));
+  const absl::Status status = DecodeOpen(open, kServerLimit).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(std::string(status.message()), GetParam().text);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Open, BadOpenTest,
+    ::testing::Values(
+        BadOpen{"geometry { layer_count: 0 }",
+                "open.geometry.layer_count is 0; at least 1 is allowed"},
+        BadOpen{"dtype: DTYPE_UNSPECIFIED",
+                "open.dtype is DTYPE_UNSPECIFIED (0); allowed: "
+                "DTYPE_F32, DTYPE_F16, DTYPE_BF16"},
+        BadOpen{"dtype: 9", "open.dtype is 9; allowed: DTYPE_F32, DTYPE_F16, DTYPE_BF16"},
+        BadOpen{"dtype: -1", "open.dtype is -1; allowed: DTYPE_F32, DTYPE_F16, DTYPE_BF16"},
+        BadOpen{"layout: LAYOUT_UNSPECIFIED",
+                "open.layout is LAYOUT_UNSPECIFIED (0); allowed: LAYOUT_HEAD_TOKEN_DIM, "
+                "LAYOUT_TOKEN_HEAD_DIM"},
+        BadOpen{"layout: 3",
+                "open.layout is 3; allowed: LAYOUT_HEAD_TOKEN_DIM, "
+                "LAYOUT_TOKEN_HEAD_DIM"},
+        BadOpen{"output: 3", "open.output is 3; allowed: OUTPUT_COMPACT, OUTPUT_PLAN"},
+        BadOpen{"layers_in_flight: 9",
+                "open.layers_in_flight is 9; 1 to layer_count (8) are allowed"},
+        BadOpen{"layers_in_flight: 4294967295",
+                "open.layers_in_flight is 4294967295; 1 to layer_count (8) are allowed"},
+        BadOpen{"max_response_message_bytes: 65535",
+                "open.max_response_message_bytes is 65535; 65536 to 16777216 are allowed"},
+        BadOpen{"max_response_message_bytes: 16777217",
+                "open.max_response_message_bytes is 16777217; 65536 to 16777216 are allowed"},
+        BadOpen{"idempotency_key: '" + std::string(129, 'k') + "'",
+                "open.idempotency_key is 129 bytes long; at most 128 are allowed"},
+        BadOpen{"model_id: '" + std::string(257, 'm') + "'",
+                "open.model_id is 257 bytes long; at most 256 are allowed"}));
+
+INSTANTIATE_TEST_SUITE_P(
+    Statistic, BadOpenTest,
+    ::testing::Values(
+        BadOpen{"statistic: 5",
+                "open.statistic is 5; allowed: STATISTIC_NONE, "
+                "STATISTIC_WINDOW_QUERIES, STATISTIC_SALIENCY, "
+                "STATISTIC_SALIENCY_PER_KV_HEAD"},
+        BadOpen{"statistic: STATISTIC_NONE",
+                "open.statistic is STATISTIC_NONE (1); the method structkv needs statistics"},
+        BadOpen{"method { snapkv {} } statistic: STATISTIC_NONE",
+                "open.statistic is STATISTIC_NONE (1); the method snapkv needs statistics"},
+        BadOpen{"method { streaming_llm {} } statistic: STATISTIC_SALIENCY",
+                "open.statistic is STATISTIC_SALIENCY (3); the method streaming_llm takes none"},
+        BadOpen{"method { full {} } statistic: STATISTIC_WINDOW_QUERIES",
+                "open.statistic is STATISTIC_WINDOW_QUERIES (2); the method full takes none"},
+        BadOpen{"window_lse: true statistic: STATISTIC_SALIENCY",
+                "open.window_lse is true; it needs the statistic STATISTIC_WINDOW_QUERIES"},
+        BadOpen{"window_lse: true method { full {} }",
+                "open.window_lse is true; it needs the statistic STATISTIC_WINDOW_QUERIES"}));
+
+INSTANTIATE_TEST_SUITE_P(
+    Method, BadOpenTest,
+    ::testing::Values(
+        BadOpen{"method { structkv { kv_budget { kind: 3 } } }",
+                "open.method.structkv.kv_budget.kind is 3; allowed: BUDGET_KIND_INCLUDES_WINDOW, "
+                "BUDGET_KIND_WINDOW_ON_TOP"},
+        BadOpen{"method { structkv { skeleton_budget { kind: -7 } } }",
+                "open.method.structkv.skeleton_budget.kind is -7; allowed: "
+                "BUDGET_KIND_INCLUDES_WINDOW, BUDGET_KIND_WINDOW_ON_TOP"},
+        BadOpen{"method { snapkv { granularity: 3 } }",
+                "open.method.snapkv.granularity is 3; allowed: GRANULARITY_PER_LAYER, "
+                "GRANULARITY_PER_KV_HEAD"},
+        BadOpen{"method { snapkv { pooling: 4 } }",
+                "open.method.snapkv.pooling is 4; allowed: POOLING_NONE, POOLING_AVG, "
+                "POOLING_MAX"},
+        BadOpen{"method { structkv { window_tokens: 0 } }",
+                "open.method.structkv.window_tokens is 0; at least 1 is allowed"},
+        BadOpen{"method { structkv { pooling_kernel: 5 } }",
+                "open.method.structkv.pooling_kernel is 5; it is allowed only with a pooling"},
+        BadOpen{"method { snapkv { pooling: POOLING_NONE pooling_kernel: 7 } }",
+                "open.method.snapkv.pooling_kernel is 7; it is allowed only with a pooling"},
+        BadOpen{"method { streaming_llm { kv_budget { kind: BUDGET_KIND_WINDOW_ON_TOP } } }",
+                "open.method.streaming_llm.kv_budget.kind is BUDGET_KIND_WINDOW_ON_TOP (2); "
+                "allowed: BUDGET_KIND_INCLUDES_WINDOW, or unset"},
+        BadOpen{"method { structkv { pivot { mode: 3 } } }",
+                "open.method.structkv.pivot.mode is 3; allowed: PIVOT_MODE_EXACT, "
+                "PIVOT_MODE_FIXED"},
+        BadOpen{"method { structkv { pivot { mode: PIVOT_MODE_FIXED } } }",
+                "open.method.structkv.pivot.fixed_layer is not set; PIVOT_MODE_FIXED needs it"},
+        BadOpen{"method { structkv { pivot { fixed_layer: 0 } } }",
+                "open.method.structkv.pivot.fixed_layer is 0; only PIVOT_MODE_FIXED takes it"},
+        BadOpen{"method { structkv { pivot { mode: PIVOT_MODE_FIXED fixed_layer: 8 } } }",
+                "open.method.structkv.pivot.fixed_layer is 8; 0 to 7 are allowed"}));
+
+TEST(DecodeOpenTest, GeometryIsRequired) {
+  v1::Open open = ValidOpen();
+  open.clear_geometry();
+  EXPECT_EQ(std::string(DecodeOpen(open, kServerLimit).status().message()),
+            "open.geometry is not set; it is required");
+}
+
+}  // namespace
+}  // namespace structkv::rpc
