@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "CLI/CLI.hpp"
+#include "kernels/backend_registry.h"
 #include "service/rpc/version.h"
 #include "service/units.h"
 #include "service/yaml_config.h"
@@ -91,6 +92,18 @@ class Schema {
     finish_.push_back([millis, value] { *value = absl::Milliseconds(*millis); });
   }
 
+  // The format is set by Finish.
+  void LogFormat(const char* group, const std::string& name, rpc::LogFormat* value,
+                 const std::string& help) {
+    auto text = std::make_shared<std::string>("text");
+    Add(group, name, text.get(), help)
+        ->check(CLI::IsMember(std::vector<std::string>{"text", "json"}))
+        ->option_text("text|json");
+    finish_.push_back([text, value] {
+      *value = *text == "json" ? rpc::LogFormat::kJson : rpc::LogFormat::kText;
+    });
+  }
+
   void Finish() const {
     for (const auto& step : finish_) step();
   }
@@ -126,7 +139,10 @@ void AddNetwork(Schema* schema, Config* config) {
 void AddCompute(Schema* schema, Config* config) {
   constexpr char kGroup[] = "Computing and memory";
   session::SessionManagerOptions& sessions = config->server.sessions;
+  std::vector<std::string> backends = {"auto"};
+  for (std::string_view name : BackendNames()) backends.emplace_back(name);
   schema->Add(kGroup, "backend", &config->server.backend, "What computes: auto, cpu or reference")
+      ->check(CLI::IsMember(backends))
       ->option_text("NAME");
   schema->Number(kGroup, "threads", &sessions.threads, 0, 1024, "Compute threads; 0: one per core");
   schema->Bytes(kGroup, "memory-budget", &sessions.memory_budget_bytes, kMiB, 64 * kTiB,
@@ -162,11 +178,7 @@ void AddLimits(Schema* schema, Config* config) {
 
 void AddLog(Schema* schema, Config* config) {
   constexpr char kGroup[] = "Log (standard error)";
-  schema->Add(kGroup, "log-format", &config->log_format, "text or json")
-      ->transform(CLI::CheckedTransformer(std::vector<std::pair<std::string, rpc::LogFormat>>{
-          {"text", rpc::LogFormat::kText}, {"json", rpc::LogFormat::kJson}}))
-      ->default_str("text")
-      ->option_text("text|json");
+  schema->LogFormat(kGroup, "log-format", &config->log_format, "text or json");
   schema->Add(kGroup, "log-sessions", &config->log_sessions, "One line at the end of a stream")
       ->option_text("BOOL");
 }
@@ -191,7 +203,11 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
       "environment (STRUCTKV_MEMORY_BUDGET for --memory-budget), then from the file.",
       "structkv-server");
   app.set_version_flag("--version", std::string("structkv-server ") + rpc::kVersion);
-  app.set_config("--config", "", "YAML file with options by name, for instance `threads: 8`")
+  // CLI11 reads the file before it looks at the environment, so the variable is looked up here.
+  const char* path = std::getenv("STRUCTKV_CONFIG");  // NOLINT(concurrency-mt-unsafe)
+  const std::string file = path == nullptr ? "" : path;
+  app.set_config("--config", file, "YAML file with options by name, for instance `threads: 8`",
+                 /*config_required=*/!file.empty())
       ->envname("STRUCTKV_CONFIG")
       ->option_text("FILE");
   app.add_flag("--check-config", config.check_only, "Validate the options and exit");
