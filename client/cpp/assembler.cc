@@ -249,6 +249,12 @@ absl::StatusOr<PivotResult> Assembler::TakePivot() {
   }
   PivotResult result = std::move(pivot_->result);
   result.skeleton = Values<int32_t>(pivot_->skeleton.bytes);
+  for (int32_t position : result.skeleton) {
+    if (position < 0 || static_cast<uint32_t>(position) >= open_.prompt_tokens()) {
+      return Broken("the skeleton holds position ", position, " of ", open_.prompt_tokens(),
+                    " tokens");
+    }
+  }
   result.centrality = Values<float>(pivot_->centrality.bytes);
   pivot_.reset();
   pivot_done_ = true;
