@@ -39,12 +39,21 @@ absl::Status Invalid(const Args&... args) {
   return absl::InvalidArgumentError(absl::StrCat(args...));
 }
 
+// A header is three deep. What is much deeper is refused while it is read: the library prints and
+// copies values recursively.
+constexpr int kMaxJsonDepth = 16;
+
 // Parses JSON without exceptions; refuses names that come twice in one object, which the library
 // would merge in silence.
 absl::StatusOr<Json> ParseJson(std::string_view text) {
   std::vector<std::set<std::string>> names;
   std::string twice;
-  const Json::parser_callback_t check = [&](int /*depth*/, Json::parse_event_t event, Json& value) {
+  bool too_deep = false;
+  const Json::parser_callback_t check = [&](int depth, Json::parse_event_t event, Json& value) {
+    if (depth > kMaxJsonDepth) {
+      too_deep = true;
+      return false;
+    }
     if (event == Json::parse_event_t::object_start) {
       names.emplace_back();
     } else if (event == Json::parse_event_t::object_end) {
@@ -56,6 +65,7 @@ absl::StatusOr<Json> ParseJson(std::string_view text) {
     return true;
   };
   Json json = Json::parse(text.begin(), text.end(), check, /*allow_exceptions=*/false);
+  if (too_deep) return Invalid("the header is nested deeper than ", kMaxJsonDepth, " levels");
   if (json.is_discarded() || !json.is_object()) return Invalid("the header is no JSON object");
   if (!twice.empty()) return Invalid("the header names '", twice, "' twice");
   return json;
