@@ -1,0 +1,214 @@
+// The service's assembler against a model that keeps a byte map: the same verdict on every piece,
+// the same bytes in every layer.
+#include <atomic>
+#include <cstring>
+#include <map>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "service/session/layer_assembler.h"
+#include "structkv/v1/piece_codec.h"
+#include "tests/fuzz/fuzz_input.h"
+
+namespace structkv::session {
+namespace {
+
+using fuzz::FuzzInput;
+using Taken = LayerAssembler::Taken;
+
+engine::PromptSpec MakeSpec(FuzzInput* input) {
+  engine::PromptSpec spec;
+  spec.geometry = {.layers = input->Between(1, 4), .query_heads = 2, .kv_heads = 1, .key_dim = 2};
+  spec.geometry.value_dim = input->Between(1, 3);
+  spec.prompt_tokens = input->Between(1, 4);
+  const uint8_t flags = input->Byte();
+  spec.method = method::MethodSpec::Defaults((flags & 1) != 0 ? method::Method::kFull
+                                                              : method::Method::kStructKv);
+  if (!spec.method.needs_statistics()) {
+    spec.statistic = engine::Statistic::kNone;
+  } else if ((flags & 2) != 0) {
+    spec.statistic = engine::Statistic::kSaliency;
+  }
+  spec.window_lse = (flags & 4) != 0 && spec.statistic == engine::Statistic::kWindowQueries;
+  spec.plan_only = (flags & 8) != 0;
+  return spec;
+}
+
+// One tensor of one layer.
+struct ModelTensor {
+  std::string bytes;
+  std::vector<int> piece_of;  // of each byte; 0: did not come
+  std::map<std::pair<int64_t, int64_t>, int> pieces;
+
+  int64_t missing() const { return std::count(piece_of.begin(), piece_of.end(), 0); }
+};
+
+class Model {
+ public:
+  Model(const engine::PromptSpec& spec, int64_t layers_in_flight)
+      : layers_in_flight_(layers_in_flight), layers_(static_cast<size_t>(spec.geometry.layers)) {
+    for (auto& layer : layers_) {
+      for (const engine::InputTensor tensor : spec.RequiredTensors()) {
+        const auto size = static_cast<size_t>(spec.InputBytes(tensor));
+        layer[tensor] = {.bytes = std::string(size, '\0'), .piece_of = std::vector<int>(size)};
+      }
+    }
+  }
+
+  bool IsComplete(size_t layer) const {
+    for (const auto& [tensor, model] : layers_[layer]) {
+      if (model.missing() > 0) return false;
+    }
+    return true;
+  }
+  size_t LowestUnfinished() const {
+    size_t layer = 0;
+    while (layer < layers_.size() && IsComplete(layer)) ++layer;
+    return layer;
+  }
+  const ModelTensor* Find(int64_t layer, engine::InputTensor tensor) const {
+    const auto& tensors = layers_[static_cast<size_t>(layer)];
+    const auto found = tensors.find(tensor);
+    return found == tensors.end() ? nullptr : &found->second;
+  }
+
+  // What becomes of a piece; records it where it is new. `holders`: layers with buffers.
+  absl::StatusCode Take(const InputPiece& piece, const std::string& data,
+                        const std::map<int64_t, bool>& holders, std::optional<Taken>* taken) {
+    if (piece.layer < 0 || piece.layer >= static_cast<int64_t>(layers_.size())) {
+      return absl::StatusCode::kOutOfRange;
+    }
+    auto* tensor = const_cast<ModelTensor*>(Find(piece.layer, piece.tensor));
+    const auto size = static_cast<int64_t>(data.size());
+    if (tensor == nullptr || size == 0 || piece.offset_bytes < 0 ||
+        piece.offset_bytes + size > static_cast<int64_t>(tensor->bytes.size())) {
+      return absl::StatusCode::kInvalidArgument;
+    }
+    const auto at = static_cast<size_t>(piece.offset_bytes);
+    const bool known = tensor->pieces.contains({piece.offset_bytes, size});
+    if (!known) {
+      for (size_t i = at; i < at + data.size(); ++i) {
+        if (tensor->piece_of[i] != 0) return absl::StatusCode::kInvalidArgument;
+      }
+      if (piece.layer >= static_cast<int64_t>(LowestUnfinished()) + layers_in_flight_) {
+        return absl::StatusCode::kInvalidArgument;
+      }
+      if (!holders.contains(piece.layer) &&
+          static_cast<int64_t>(holders.size()) >= layers_in_flight_) {
+        *taken = Taken::kNoBuffer;
+        return absl::StatusCode::kOk;
+      }
+    }
+    if (piece.xxh3_64.has_value() && *piece.xxh3_64 != wire::Checksum(piece.data)) {
+      return absl::StatusCode::kDataLoss;
+    }
+    *taken = Taken::kYes;
+    if (known) {
+      return tensor->bytes.compare(at, data.size(), data) == 0 ? absl::StatusCode::kOk
+                                                               : absl::StatusCode::kAlreadyExists;
+    }
+    tensor->pieces[{piece.offset_bytes, size}] = 1;
+    std::fill_n(tensor->piece_of.begin() + piece.offset_bytes, size, 1);
+    tensor->bytes.replace(at, data.size(), data);
+    received_ += size;
+    return absl::StatusCode::kOk;
+  }
+
+  int64_t received() const { return received_; }
+  int64_t layers() const { return static_cast<int64_t>(layers_.size()); }
+
+ private:
+  const int64_t layers_in_flight_;
+  std::vector<std::map<engine::InputTensor, ModelTensor>> layers_;
+  int64_t received_ = 0;
+};
+
+void CheckLayer(const Model& model, engine::LayerInput input) {
+  const std::pair<engine::InputTensor, const engine::Buffer*> tensors[] = {
+      {engine::InputTensor::kKeys, &input.keys},
+      {engine::InputTensor::kValues, &input.values},
+      {engine::InputTensor::kWindowQueries, &input.window_queries},
+      {engine::InputTensor::kWindowLse, &input.window_lse},
+      {engine::InputTensor::kSaliency, &input.saliency}};
+  for (const auto& [tensor, buffer] : tensors) {
+    const ModelTensor* expected = model.Find(input.layer, tensor);
+    FUZZ_CHECK((expected == nullptr ? 0 : expected->bytes.size()) == buffer->size());
+    if (expected == nullptr) continue;
+    FUZZ_CHECK(expected->missing() == 0);
+    FUZZ_CHECK(std::memcmp(expected->bytes.data(), buffer->data(), buffer->size()) == 0);
+  }
+}
+
+void Run(FuzzInput input) {
+  const engine::PromptSpec spec = MakeSpec(&input);
+  const int64_t layers_in_flight = input.Between(1, spec.geometry.layers);
+  engine::BufferPool pool(1 << 20);
+  LayerAssembler assembler(&spec, &pool, layers_in_flight);
+  Model model(spec, layers_in_flight);
+  const std::atomic<bool> stop{false};
+  std::map<int64_t, bool> holders;  // true: complete and popped
+  if (spec.RequiredTensors().empty()) {
+    for (int64_t layer = 0; layer < spec.geometry.layers; ++layer) holders[layer] = false;
+  }
+  while (!input.empty()) {
+    const uint8_t op = input.Byte();
+    if (op % 8 == 0) {
+      std::optional<engine::LayerInput> layer = assembler.PopComplete();
+      if (!layer.has_value()) continue;
+      FUZZ_CHECK(holders.contains(layer->layer) && !holders[layer->layer]);
+      holders[layer->layer] = true;
+      CheckLayer(model, *std::move(layer));
+      continue;
+    }
+    if (op % 8 == 1) {
+      for (auto it = holders.begin(); it != holders.end(); ++it) {
+        if (!it->second) continue;
+        assembler.LayerDone();
+        holders.erase(it);
+        break;
+      }
+      continue;
+    }
+    InputPiece piece;
+    piece.layer = input.Between(0, spec.geometry.layers);
+    piece.tensor = static_cast<engine::InputTensor>(input.Between(0, engine::kInputTensors - 1));
+    piece.offset_bytes = static_cast<int8_t>(input.Byte());
+    // Mostly the bytes that belong there, so that pieces which come again are the same.
+    std::string data(input.Byte() % 64, '\0');
+    for (size_t i = 0; i < data.size(); ++i) {
+      data[i] = static_cast<char>(piece.offset_bytes + static_cast<int64_t>(i) * 3 + op / 128);
+    }
+    const absl::Span<const std::byte> all(reinterpret_cast<const std::byte*>(data.data()),
+                                          data.size());
+    const size_t cut = std::min<size_t>(input.Byte(), data.size());
+    piece.data = {all.subspan(0, cut), all.subspan(cut)};
+    if ((op & 16) != 0) piece.xxh3_64 = wire::Checksum({all});
+    if ((op & 16) != 0 && (op & 96) == 96) *piece.xxh3_64 ^= 1;
+
+    std::optional<Taken> expected;
+    const absl::StatusCode code = model.Take(piece, data, holders, &expected);
+    const absl::StatusOr<Taken> taken = assembler.Take(piece, stop);
+    FUZZ_CHECK(taken.status().code() == code);
+    if (!taken.ok()) return;
+    FUZZ_CHECK(*taken == expected);
+    if (*taken == Taken::kYes && !model.IsComplete(static_cast<size_t>(piece.layer))) {
+      holders[piece.layer] = false;
+    } else if (*taken == Taken::kYes && assembler.has_complete()) {
+      holders.try_emplace(piece.layer, false);
+    }
+    FUZZ_CHECK(assembler.received_bytes() == model.received());
+  }
+  const bool complete = static_cast<int64_t>(model.LowestUnfinished()) == model.layers();
+  FUZZ_CHECK(assembler.CheckCommit(model.layers(), model.received()).ok() == complete);
+  FUZZ_CHECK(!assembler.CheckCommit(model.layers() + 1, model.received()).ok());
+  FUZZ_CHECK(!assembler.CheckCommit(model.layers(), model.received() + 1).ok());
+}
+
+}  // namespace
+}  // namespace structkv::session
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  structkv::session::Run({data, size});
+  return 0;
+}

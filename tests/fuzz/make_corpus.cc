@@ -1,0 +1,242 @@
+// Writes the first inputs of every fuzz target: make_corpus DIRECTORY
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include "structkv/sizes.h"
+#include "tests/proto/wire_testing.h"
+#include "tests/rpc/open_messages.h"
+
+namespace structkv::fuzz {
+namespace {
+
+using testkit::Random;
+
+class Corpus {
+ public:
+  explicit Corpus(std::filesystem::path root) : root_(std::move(root)) {}
+
+  void Add(const std::string& target, const std::string& name, const std::string& input) const {
+    std::filesystem::create_directories(root_ / target);
+    std::ofstream(root_ / target / name, std::ios::binary) << input;
+  }
+
+ private:
+  const std::filesystem::path root_;
+};
+
+std::string Number(size_t i) { return std::to_string(i); }
+
+// Short enough to be mutated well.
+template <typename Pieces>
+void Shorten(Pieces* pieces) {
+  for (v1::TensorPiece& piece : *pieces) {
+    if (piece.data().size() > 40) piece.mutable_data()->resize(40);
+  }
+}
+
+void AddWire(const Corpus& corpus) {
+  Random random(5);
+  const std::string cuts("\x03\x01\x07\x1e", 4);
+  for (size_t i = 0; i < 6; ++i) {
+    v1::CompressRequest request = wire::testing::RandomPieces(&random);
+    Shorten(request.mutable_pieces()->mutable_pieces());
+    corpus.Add("decode_request", "pieces" + Number(i), cuts + request.SerializeAsString());
+  }
+  v1::CompressRequest commit;
+  commit.mutable_commit()->set_layer_count(32);
+  corpus.Add("decode_request", "commit", cuts + commit.SerializeAsString());
+  v1::CompressRequest open;
+  *open.mutable_open() = rpc::ValidOpen();
+  corpus.Add("decode_request", "open", std::string(1, '\0') + open.SerializeAsString());
+  v1::CompressRequest pieces;
+  pieces.mutable_pieces()->add_pieces()->set_data("data");
+  corpus.Add("decode_request", "members",
+             cuts + open.SerializeAsString() + pieces.SerializeAsString() +
+                 commit.SerializeAsString() + pieces.SerializeAsString());
+  for (size_t i = 0; i < 12; ++i) {
+    v1::CompressResponse response = wire::testing::RandomResponse(&random);
+    if (response.has_layer()) Shorten(response.mutable_layer()->mutable_pieces());
+    if (response.has_pivot()) Shorten(response.mutable_pivot()->mutable_pieces());
+    corpus.Add("decode_response", "response" + Number(i), cuts + response.SerializeAsString());
+  }
+}
+
+void AddOpen(const Corpus& corpus) {
+  v1::Open open = rpc::ValidOpen();
+  corpus.Add("open", "defaults", open.SerializeAsString());
+  open.mutable_geometry()->set_value_dim(32);
+  open.set_statistic(v1::STATISTIC_SALIENCY_PER_KV_HEAD);
+  open.set_return_saliency(true);
+  open.set_return_centrality(true);
+  open.set_layers_in_flight(8);
+  open.set_idempotency_key("key");
+  open.set_model_id("model");
+  v1::StructKvMethod* structkv = open.mutable_method()->mutable_structkv();
+  structkv->mutable_kv_budget()->set_ratio(0.3);
+  structkv->mutable_kv_budget()->set_kind(v1::BUDGET_KIND_WINDOW_ON_TOP);
+  structkv->set_window_tokens(16);
+  structkv->set_granularity(v1::GRANULARITY_PER_KV_HEAD);
+  structkv->set_pooling(v1::POOLING_MAX);
+  structkv->set_pooling_kernel(7);
+  structkv->set_decay(0.5);
+  structkv->mutable_skeleton_budget()->set_ratio(0.4);
+  structkv->mutable_pivot()->set_mode(v1::PIVOT_MODE_FIXED);
+  structkv->mutable_pivot()->set_fixed_layer(3);
+  structkv->mutable_pivot()->set_search_begin(0.1);
+  corpus.Add("open", "structkv", open.SerializeAsString());
+  open = rpc::ValidOpen();
+  open.mutable_method()->mutable_snapkv()->set_pooling(v1::POOLING_NONE);
+  open.set_window_lse(true);
+  open.set_output(v1::OUTPUT_PLAN);
+  corpus.Add("open", "snapkv", open.SerializeAsString());
+  open = rpc::ValidOpen();
+  open.mutable_method()->mutable_streaming_llm()->set_sink_tokens(8);
+  corpus.Add("open", "streaming_llm", open.SerializeAsString());
+  open.mutable_method()->mutable_full();
+  open.set_layout(v1::LAYOUT_TOKEN_HEAD_DIM);
+  open.set_dtype(v1::DTYPE_F32);
+  corpus.Add("open", "full", open.SerializeAsString());
+  open.set_prompt_tokens(1 << 20);
+  open.mutable_geometry()->set_layer_count(512);
+  open.mutable_geometry()->set_query_head_count(1024);
+  open.mutable_geometry()->set_kv_head_count(1024);
+  open.mutable_geometry()->set_key_dim(576);
+  corpus.Add("open", "largest", open.SerializeAsString());
+}
+
+void AddAssemblers(const Corpus& corpus) {
+  // Layers 2, value_dim 2, tokens 2, StructKV, in flight 2; then keys, values and queries of each
+  // layer, whole, with the layer popped and done. A piece: op, layer, tensor, offset, size, cut.
+  const std::string head("\x01\x01\x01\x00\x01", 5);
+  std::string whole = head;
+  for (char layer : {0, 1}) {
+    whole += std::string{2, layer, 0, 0, 8, 3} + std::string{18, layer, 1, 0, 4, 0} +
+             std::string{2, layer, 1, 4, 4, 1} + std::string{2, layer, 2, 0, 16, 9} +
+             std::string{8, 1};
+  }
+  corpus.Add("layer_assembler", "whole", whole);
+  corpus.Add("layer_assembler", "again", whole + whole.substr(5));
+  corpus.Add("layer_assembler", "overlap", head + std::string{2, 0, 0, 0, 5, 0, 2, 0, 0, 3, 3, 0});
+  corpus.Add("layer_assembler", "plan", std::string("\x02\x01\x01\x09\x01\x08\x01\x08\x01", 9));
+  corpus.Add("layer_assembler", "checksum", head + std::string{114, 0, 0, 0, 8, 0});
+
+  std::string pieces("\xff\x00", 2);
+  for (int i = 0; i < 20; ++i) pieces += std::string{static_cast<char>(16 + 10 * i), 0, 10};
+  corpus.Add("piece_map", "row", pieces);
+  corpus.Add("piece_map", "again", pieces + pieces.substr(2));
+  corpus.Add("piece_map", "overlap", pieces.substr(0, 11) + std::string{18, 0, 3, 14, 0, 3});
+  std::string many("\xff\xff", 2);
+  for (int i = 0; i < 1040; ++i) {
+    many += std::string{static_cast<char>(16 + i), static_cast<char>((16 + i) >> 8), 1};
+  }
+  corpus.Add("piece_map", "too_many", many);
+}
+
+std::string Framed(const v1::CompressResponse& message) {
+  const std::string bytes = message.SerializeAsString();
+  return std::string{static_cast<char>(bytes.size()), static_cast<char>(bytes.size() >> 8)} + bytes;
+}
+
+// A server's messages in answer to the target's `open`.
+std::string Answers(bool plan, bool on_request) {
+  v1::CompressResponse opened;
+  v1::Opened* out = opened.mutable_opened();
+  out->mutable_method()->mutable_structkv();
+  for (int layer = 0; layer < 2; ++layer) out->add_kept_tokens(2);
+  out->set_skeleton_tokens(3);
+  out->set_statistic(v1::STATISTIC_WINDOW_QUERIES);
+  std::string messages = Framed(opened);
+  uint64_t bytes = 0;
+  const auto add = [&](v1::TensorPiece* piece, uint32_t layer, v1::Tensor tensor, size_t size) {
+    piece->set_layer(layer);
+    piece->set_tensor(tensor);
+    piece->set_data(std::string(size, '\0'));
+    bytes += size;
+  };
+  for (uint32_t layer = 0; layer < 2; ++layer) {
+    v1::CompressResponse response;
+    v1::LayerResult* result = response.mutable_layer();
+    result->set_layer(layer);
+    result->set_kept_tokens(2);
+    add(result->add_pieces(), layer, v1::TENSOR_POSITIONS, 8);
+    if (!plan) {
+      add(result->add_pieces(), layer, v1::TENSOR_KEYS, 16);
+      messages += Framed(response);
+      result->clear_pieces();
+      add(result->add_pieces(), layer, v1::TENSOR_VALUES, 16);
+    }
+    if (on_request) add(result->add_pieces(), layer, v1::TENSOR_SALIENCY, 32);
+    result->set_complete(true);
+    messages += Framed(response);
+  }
+  v1::CompressResponse pivot;
+  pivot.mutable_pivot()->set_pivot_layer(1);
+  add(pivot.mutable_pivot()->add_pieces(), 1, v1::TENSOR_SKELETON_POSITIONS, 12);
+  if (on_request) add(pivot.mutable_pivot()->add_pieces(), 1, v1::TENSOR_CENTRALITY, 32);
+  pivot.mutable_pivot()->set_complete(true);
+  messages += Framed(pivot);
+  v1::CompressResponse summary;
+  summary.mutable_summary()->set_layer_count(2);
+  summary.mutable_summary()->set_input_bytes(1000);
+  summary.mutable_summary()->set_output_bytes(bytes);
+  summary.mutable_summary()->set_logical_length(8);
+  summary.mutable_summary()->set_kv_length(2);
+  return messages + Framed(summary);
+}
+
+void AddTexts(const Corpus& corpus) {
+  const auto safetensors = [](const std::string& header, size_t data) {
+    std::string length(8, '\0');
+    length[0] = static_cast<char>(header.size());
+    length[1] = static_cast<char>(header.size() >> 8);
+    return length + header + std::string(data, 'd');
+  };
+  corpus.Add("safetensors", "empty", safetensors("{}", 0));
+  corpus.Add("safetensors", "one",
+             safetensors(R"({"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}})", 24));
+  corpus.Add("safetensors", "two",
+             safetensors(R"({"__metadata__":{"format":"pt"},"b":{"dtype":"BF16","shape":[4],)"
+                         R"("data_offsets":[8,16]},"a":{"dtype":"I64","shape":[],)"
+                         R"("data_offsets":[0,8]}})",
+                         16));
+  corpus.Add("safetensors", "large_shape",
+             safetensors(R"({"a":{"dtype":"U8","shape":[4294967296,4294967296],)"
+                         R"("data_offsets":[0,0]}})",
+                         0));
+  corpus.Add(
+      "safetensors", "deep",
+      safetensors(R"({"a":{"dtype":)" + std::string(300, '[') + std::string(300, ']') + "}}", 0));
+  corpus.Add("yaml_config", "values", "threads: 8\nmemory-budget: 8GiB\nbackend: cpu\n");
+  corpus.Add("yaml_config", "lists", "listen: ['127.0.0.1:0', \"unix:/a\"]\n");
+  corpus.Add("yaml_config", "block", "listen:\n  - a\n  - b\n# done\nthreads: |\n  8\n");
+  corpus.Add("yaml_config", "anchors", "threads: &a 8\nmemory-budget: *a\n");
+  corpus.Add("yaml_config", "documents", "---\nthreads: 8\n...\n---\nthreads: 9\n");
+  corpus.Add("yaml_config", "unknown", "thread: 8\n");
+  corpus.Add("yaml_config", "nested", "threads: {a: [1, {b: c}]}\n? [1]\n: 2\n");
+  corpus.Add("yaml_config", "escapes", "threads: \"\\x41\\u263a\\n\"\n%TAG ! tag:a,b:\n");
+}
+
+}  // namespace
+}  // namespace structkv::fuzz
+
+int main(int argc, char** argv) {
+  if (argc != 2) {
+    std::fprintf(stderr, "usage: %s DIRECTORY\n", argv[0]);
+    return 2;
+  }
+  const structkv::fuzz::Corpus corpus(argv[1]);
+  structkv::fuzz::AddWire(corpus);
+  structkv::fuzz::AddOpen(corpus);
+  structkv::fuzz::AddAssemblers(corpus);
+  for (int flags = 0; flags < 8; ++flags) {
+    const bool on_request = (flags & 3) == 3;
+    if ((flags & 3) != 0 && !on_request) continue;
+    corpus.Add("client_assembler", "answers" + std::to_string(flags),
+               static_cast<char>(flags) + structkv::fuzz::Answers((flags & 4) != 0, on_request));
+  }
+  structkv::fuzz::AddTexts(corpus);
+  return 0;
+}
