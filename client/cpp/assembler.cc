@@ -82,7 +82,7 @@ absl::Status Assembler::AddOpened(v1::Opened opened) {
   return absl::OkStatus();
 }
 
-Assembler::Growing Assembler::Expect(uint32_t layer, v1::Tensor tensor) {
+Growing Assembler::Expect(uint32_t layer, v1::Tensor tensor) {
   Growing growing;
   growing.expected = OutputTensorBytes(open_, *opened_, layer, tensor);
   if (growing.expected == 0) return growing;

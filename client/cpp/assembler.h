@@ -16,6 +16,23 @@
 
 namespace structkv::client::internal {
 
+// A tensor that arrives in ascending pieces.
+struct Growing {
+  Bytes bytes;
+  uint64_t expected = 0;
+  uint64_t received = 0;
+};
+
+// The layer or pivot whose messages are arriving.
+struct PendingLayer {
+  LayerResult result;
+  Growing positions, keys, values, saliency;
+};
+struct PendingPivot {
+  PivotResult result;
+  Growing skeleton, centrality;
+};
+
 // Not thread-safe. Every error is DATA_LOSS and says what the server did wrong.
 class Assembler {
  public:
@@ -34,13 +51,6 @@ class Assembler {
 
  private:
   using MaybeEvent = absl::StatusOr<std::optional<Event>>;
-  // A tensor that arrives in ascending pieces.
-  struct Growing {
-    Bytes bytes;
-    uint64_t expected = 0;
-    uint64_t received = 0;
-  };
-
   absl::Status AddOpened(v1::Opened opened);
   MaybeEvent AddLayer(const v1::LayerResult& message, const wire::Pieces& pieces);
   MaybeEvent AddPivot(const v1::PivotDecision& message, const wire::Pieces& pieces);
@@ -58,15 +68,6 @@ class Assembler {
   std::set<uint32_t> answered_;
   uint64_t received_bytes_ = 0;
 
-  // The layer or pivot whose messages are arriving.
-  struct PendingLayer {
-    LayerResult result;
-    Growing positions, keys, values, saliency;
-  };
-  struct PendingPivot {
-    PivotResult result;
-    Growing skeleton, centrality;
-  };
   std::optional<PendingLayer> layer_;
   std::optional<PendingPivot> pivot_;
   bool pivot_done_ = false;
