@@ -1,0 +1,73 @@
+#include "tests/bench/bench_data.h"
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <random>
+
+namespace structkv::bench {
+namespace {
+
+// The upper half of a float32, or the nearest float16 for the small normal values used here.
+uint16_t ToHalf(DType dtype, float value) {
+  const auto bits = std::bit_cast<uint32_t>(value);
+  if (dtype == DType::kBF16) return static_cast<uint16_t>(bits >> 16);
+  const uint32_t sign = bits >> 16 & 0x8000U;
+  const int32_t exponent = static_cast<int32_t>(bits >> 23 & 0xFFU) - 112;
+  if (exponent <= 0) return static_cast<uint16_t>(sign);
+  return static_cast<uint16_t>(sign | static_cast<uint32_t>(exponent) << 10 |
+                               (bits >> 13 & 0x3FFU));
+}
+
+}  // namespace
+
+Tensor::Tensor(DType dtype, int64_t heads, int64_t tokens, Layout layout)
+    : dtype_(dtype),
+      layout_(layout),
+      heads_(heads),
+      tokens_(tokens),
+      data_(static_cast<size_t>(heads * tokens * kDim) * DTypeSize(dtype)) {
+  // A table of values at random, repeated from random places: quick to make, and as random to the
+  // kernels.
+  std::mt19937 random(static_cast<uint32_t>(heads + tokens));
+  std::normal_distribution<float> normal;
+  std::vector<float> table(1 << 16);
+  for (float& value : table) value = normal(random);
+  const int64_t rows = heads * tokens;
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* from = &table[random() % (table.size() - kDim)];
+    std::byte* to = data_.data() + row * kDim * static_cast<int64_t>(DTypeSize(dtype));
+    if (dtype == DType::kF32) {
+      std::memcpy(to, from, kDim * sizeof(float));
+      continue;
+    }
+    for (int64_t i = 0; i < kDim; ++i) {
+      const uint16_t half = ToHalf(dtype, from[i]);
+      std::memcpy(to + i * 2, &half, sizeof(half));
+    }
+  }
+}
+
+TensorView Tensor::view() const {
+  return TensorView::Dense(data_.data(), dtype_, layout_, heads_, tokens_, kDim);
+}
+
+MutableTensorView Tensor::mutable_view() {
+  return MutableTensorView::Dense(data_.data(), dtype_, layout_, heads_, tokens_, kDim);
+}
+
+std::vector<float> SaliencyLike(int64_t tokens, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0, 2);
+  std::vector<float> scores(static_cast<size_t>(tokens));
+  for (float& score : scores) score = std::exp(normal(random)) / static_cast<float>(tokens);
+  return scores;
+}
+
+double Seconds(absl::FunctionRef<void()> work) {
+  const auto start = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace structkv::bench

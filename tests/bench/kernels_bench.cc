@@ -1,0 +1,209 @@
+// The CPU backend's operations at Llama-3.1-8B geometry, each beside its floor in the same run:
+// saliency beside the arithmetic peak, gather beside memcpy, selection beside nth_element. Google
+// Benchmark's flags; --benchmark_filter=Saliency, for instance.
+#include <algorithm>
+#include <cstring>
+#include <future>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "benchmark/benchmark.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "service/engine/scheduler.h"
+#include "tests/bench/arithmetic_peak.h"
+#include "tests/bench/bench_data.h"
+
+namespace structkv::bench {
+namespace {
+
+constexpr double kPeakSeconds = 0.1;
+
+// Runs `work` with the ParallelFor that a server with so many threads gives to a layer.
+class Threads {
+ public:
+  explicit Threads(int threads) : scheduler_(threads), lane_(scheduler_.NewLane()) {}
+
+  void Run(absl::FunctionRef<void(ParallelFor)> work) {
+    std::promise<void> done;
+    scheduler_.Post(lane_, /*small=*/false, [&](ParallelFor parallel) {
+      work(parallel);
+      done.set_value();
+    });
+    done.get_future().wait();
+  }
+
+ private:
+  engine::Scheduler scheduler_;
+  std::shared_ptr<engine::Scheduler::Lane> lane_;
+};
+
+std::unique_ptr<Backend> Cpu(std::string_view target) {
+  return cpu::CreateCpuBackend({.target = target}).value();
+}
+
+void Saliency(benchmark::State& state, std::string_view target, DType dtype, bool lse,
+              int64_t window) {
+  const int threads = static_cast<int>(state.range(0));
+  const int64_t tokens = state.range(1);
+  const std::unique_ptr<Backend> backend = Cpu(target);
+  const Tensor keys(dtype, kKvHeads, tokens);
+  const Tensor queries(dtype, kQueryHeads, window);
+  // Large enough that no exponential overflows; the arithmetic is the same.
+  const std::vector<float> log_sums(kQueryHeads * window, 40.0F);
+  std::vector<float> out(kKvHeads * tokens);
+  SaliencyParams params;
+  params.queries = queries.view();
+  params.keys = keys.view();
+  if (lse) params.lse = log_sums.data();
+  // Pairs of bf16 where the set has them; else everything is float32 arithmetic.
+  double peak = 0;
+  if (dtype == DType::kBF16) {
+    peak = PeakFlops(target, Arithmetic::kBf16Pairs, threads, kPeakSeconds);
+  }
+  if (peak == 0) peak = PeakFlops(target, Arithmetic::kF32, threads, kPeakSeconds);
+  Threads pool(threads);
+  for (auto _ : state) {
+    pool.Run([&](ParallelFor parallel) {
+      const absl::Status status = backend->Saliency(params, out.data(), nullptr, parallel);
+      if (!status.ok()) state.SkipWithError(std::string(status.message()).c_str());
+    });
+  }
+  const double flops =
+      2.0 * kQueryHeads * static_cast<double>(window * tokens * kDim);  // the scores alone
+  const auto runs = static_cast<double>(state.iterations());
+  state.counters["flops"] = benchmark::Counter(flops * runs, benchmark::Counter::kIsRate);
+  state.counters["peak_flops"] = peak;
+  state.counters["share_of_peak"] =
+      benchmark::Counter(flops * runs / peak, benchmark::Counter::kIsRate);
+}
+
+void Select(benchmark::State& state, std::string_view target) {
+  const int64_t tokens = state.range(0);
+  const std::unique_ptr<Backend> backend = Cpu(target);
+  const std::vector<float> scores = SaliencyLike(tokens);
+  std::vector<int32_t> positions(tokens / 10);
+  const SelectParams params = {scores.data(), tokens, 8, tokens / 10};
+  for (auto _ : state) {
+    backend->Select(params, positions.data());
+    benchmark::DoNotOptimize(positions.data());
+  }
+}
+
+// What the standard library has for it: nth_element over positions, then sorted.
+void SelectNthElement(benchmark::State& state) {
+  const int64_t tokens = state.range(0);
+  const std::vector<float> scores = SaliencyLike(tokens);
+  std::vector<int32_t> order(tokens);
+  const int64_t keep = tokens / 10;
+  for (auto _ : state) {
+    for (int64_t i = 0; i < tokens; ++i) order[i] = static_cast<int32_t>(i);
+    std::nth_element(order.begin(), order.begin() + keep, order.end(), [&](int32_t a, int32_t b) {
+      return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
+    });
+    std::sort(order.begin(), order.begin() + keep);
+    benchmark::DoNotOptimize(order.data());
+  }
+}
+
+// A tenth of keys and of values, beside memcpy of as many bytes to the same place, in turns.
+void Gather(benchmark::State& state, Layout layout, bool per_head) {
+  const int threads = static_cast<int>(state.range(0));
+  const int64_t tokens = state.range(1);
+  const int64_t kept = tokens / 10;
+  const std::unique_ptr<Backend> backend = Cpu("");
+  const Tensor keys(DType::kBF16, kKvHeads, tokens, layout);
+  const Tensor values(DType::kBF16, kKvHeads, tokens, layout);
+  Tensor kept_keys(DType::kBF16, kKvHeads, kept, layout);
+  Tensor kept_values(DType::kBF16, kKvHeads, kept, layout);
+  std::vector<int32_t> positions;
+  for (int64_t h = 0; h < (per_head ? kKvHeads : 1); ++h) {
+    std::vector<int32_t> one(kept);
+    const std::vector<float> scores = SaliencyLike(tokens, 7 + static_cast<uint32_t>(h));
+    backend->Select({scores.data(), tokens, 8, kept}, one.data());
+    positions.insert(positions.end(), one.begin(), one.end());
+  }
+  Threads pool(threads);
+  // memcpy walks over the whole source in turn, as the gather does: neither finds it in the cache.
+  const int64_t bytes = kept_keys.bytes();
+  int64_t turn = 0;
+  auto copy = [&](ParallelFor parallel) {
+    const int64_t from = turn++ % 10 * bytes;
+    parallel(threads, [&](int64_t part) {
+      const int64_t begin = part * bytes / threads;
+      const auto size = static_cast<size_t>((part + 1) * bytes / threads - begin);
+      std::memcpy(kept_keys.data() + begin, keys.data() + from + begin, size);
+      std::memcpy(kept_values.data() + begin, values.data() + from + begin, size);
+    });
+  };
+  auto gather = [&](ParallelFor parallel) {
+    backend->Gather(keys.view(), positions.data(), per_head, kept_keys.mutable_view(), parallel);
+    backend->Gather(values.view(), positions.data(), per_head, kept_values.mutable_view(),
+                    parallel);
+  };
+  double copy_seconds = 0;
+  double gather_seconds = 0;
+  for (auto _ : state) {
+    copy_seconds += Seconds([&] { pool.Run(copy); });
+    const double seconds = Seconds([&] { pool.Run(gather); });
+    gather_seconds += seconds;
+    state.SetIterationTime(seconds);
+  }
+  const double total = 2.0 * static_cast<double>(bytes * state.iterations());
+  state.counters["bytes_per_s"] = total / gather_seconds;
+  state.counters["memcpy_bytes_per_s"] = total / copy_seconds;
+  state.counters["share_of_memcpy"] = copy_seconds / gather_seconds;
+}
+
+void Register() {
+  const std::vector<std::vector<int64_t>> threads_and_tokens = {{1, 2}, {131072}};
+  for (const std::string_view target : cpu::CpuTargets()) {
+    for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
+      for (const bool lse : {false, true}) {
+        const std::string name = "Saliency/" + std::string(DTypeName(dtype)) +
+                                 (lse ? "_lse/" : "/") + std::string(target);
+        benchmark::RegisterBenchmark(
+            name.c_str(), [=](benchmark::State& state) { Saliency(state, target, dtype, lse, 8); })
+            ->ArgNames({"threads", "tokens"})
+            ->ArgsProduct(threads_and_tokens)
+            ->Unit(benchmark::kMillisecond)
+            ->UseRealTime();
+      }
+    }
+    const std::string name = "Select/" + std::string(target);
+    benchmark::RegisterBenchmark(name.c_str(),
+                                 [=](benchmark::State& state) { Select(state, target); })
+        ->ArgName("tokens")
+        ->Arg(131072)
+        ->Unit(benchmark::kMicrosecond);
+  }
+  benchmark::RegisterBenchmark("SelectNthElement", &SelectNthElement)
+      ->ArgName("tokens")
+      ->Arg(131072)
+      ->Unit(benchmark::kMicrosecond);
+  for (const Layout layout : {Layout::kHeadTokenDim, Layout::kTokenHeadDim}) {
+    for (const bool per_head : {false, true}) {
+      const std::string name =
+          "Gather/" + std::string(LayoutName(layout)) + (per_head ? "/per_kv_head" : "/per_layer");
+      benchmark::RegisterBenchmark(
+          name.c_str(), [=](benchmark::State& state) { Gather(state, layout, per_head); })
+          ->ArgNames({"threads", "tokens"})
+          ->ArgsProduct(threads_and_tokens)
+          ->Unit(benchmark::kMillisecond)
+          ->UseManualTime();
+    }
+  }
+}
+
+}  // namespace
+}  // namespace structkv::bench
+
+int main(int argc, char** argv) {
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  structkv::bench::Register();
+  benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+  return 0;
+}
