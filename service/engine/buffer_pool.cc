@@ -58,6 +58,8 @@ struct Buffer::Core {
     {
       const std::lock_guard lock(mutex);
       auto fit = by_size.lower_bound(size);
+      // Of several the one that came back last: it may still be in the cache.
+      if (fit != by_size.end()) fit = std::prev(by_size.upper_bound(fit->first));
       // Past this a buffer would hold much more memory than its user has reserved.
       const size_t largest = size + std::max(size / 8, 2 * PageBytes());
       if (fit != by_size.end() && fit->first <= largest) {

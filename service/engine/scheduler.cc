@@ -63,6 +63,24 @@ class Scheduler::Impl {
     if (Enqueue(lane)) Wake(1, lane->jobs.front().small);
   }
 
+  bool TryRunHere(const std::shared_ptr<Lane>& lane, Job& job) {
+    Lock lock(mutex_);
+    const bool idle = awake_ < threads_ && light_.empty() && large_.empty();
+    if (!idle || lane->job_runs || !lane->jobs.empty()) return false;
+    ++awake_;
+    lane->job_runs = true;
+    lock.unlock();
+    job(SerialFor);
+    job = nullptr;
+    lock.lock();
+    lane->job_runs = false;
+    Enqueue(lane);
+    --awake_;
+    // What came meanwhile may have found no idle thread.
+    if (!light_.empty() || !large_.empty()) Wake(1, !light_.empty());
+    return true;
+  }
+
   int threads() const { return threads_; }
 
   int64_t queue_depth() const {
@@ -250,6 +268,10 @@ std::shared_ptr<Scheduler::Lane> Scheduler::NewLane() { return std::make_shared<
 
 void Scheduler::Post(const std::shared_ptr<Lane>& lane, bool small, Job job) {
   impl_->Post(lane, small, std::move(job));
+}
+
+bool Scheduler::TryRunHere(const std::shared_ptr<Lane>& lane, Job& job) {
+  return impl_->TryRunHere(lane, job);
 }
 
 int Scheduler::threads() const { return impl_->threads(); }

@@ -33,6 +33,11 @@ class Scheduler {
   // does not wait for long ones. Lanes take turns.
   void Post(const std::shared_ptr<Lane>& lane, bool small, Job job);
 
+  // Runs a small job here and now, its ParallelFor serial, if a thread of the pool is idle, in its
+  // place, and the lane has no other job: waking that thread would take longer than many a small
+  // job. False, and nothing was done, otherwise.
+  bool TryRunHere(const std::shared_ptr<Lane>& lane, Job& job);
+
   int threads() const;
   // Jobs that wait.
   int64_t queue_depth() const;

@@ -196,10 +196,10 @@ void SessionCore::StartLayer() {
     next_ = assembler_->PopComplete();
   }
   layer_runs_ = true;
-  host_.scheduler->Post(lane_, plan_.small,
-                        [self = shared_from_this(), posted = Clock::now()](ParallelFor parallel) {
-                          self->ComputeLayer(posted, parallel);
-                        });
+  engine::Scheduler::Job job = [self = shared_from_this(), posted = Clock::now()](
+                                   ParallelFor parallel) { self->ComputeLayer(posted, parallel); };
+  if (plan_.small && host_.scheduler->TryRunHere(lane_, job)) return;
+  host_.scheduler->Post(lane_, plan_.small, std::move(job));
 }
 
 void SessionCore::ComputeLayer(Clock::time_point posted, ParallelFor parallel) {

@@ -64,8 +64,10 @@ void CompressPrompt(const std::shared_ptr<grpc::Channel>& channel, uint32_t toke
     FinishOrDie(stream.get(), "Compress");
     Die("Compress: not opened");
   }
+  const wire::Keepalive owner(&saliency, [](const void*) {});
   for (uint32_t layer = 0; layer < kLayers; ++layer) {
     wire::OutgoingPiece piece;
+    piece.owner = owner;
     piece.layer = layer;
     piece.tensor = v1::TENSOR_SALIENCY;
     piece.data = absl::MakeConstSpan(reinterpret_cast<const std::byte*>(saliency.data()),

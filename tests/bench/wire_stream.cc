@@ -78,6 +78,8 @@ double CompressStreamSeconds(const std::string& address, const StreamOptions& op
   const v1::Open open = FullOpen(options);
   const uint64_t tensor_bytes = open.prompt_tokens() * kTokenBytes;
   const std::vector<std::byte>& source = Source(options.chunk_bytes);
+  // The source outlives every message, which is sent from it uncopied, as the bare stream's.
+  const wire::Keepalive owner(&source, [](const void*) {});
   grpc::ClientContext context;
   const auto stream = StartStream(channel, kCompressMethod, &context);
   v1::CompressRequest request;
@@ -99,6 +101,7 @@ double CompressStreamSeconds(const std::string& address, const StreamOptions& op
           piece.offset_bytes = at;
           piece.data =
               absl::MakeConstSpan(source).first(std::min(options.chunk_bytes, tensor_bytes - at));
+          piece.owner = owner;
           if (!stream->Write(wire::EncodeRequest({&piece, 1}))) return;
         }
       }

@@ -20,8 +20,10 @@
 namespace structkv::engine {
 namespace {
 
+using ::testing::Contains;
 using ::testing::Each;
 using ::testing::ElementsAre;
+using ::testing::Not;
 
 constexpr bool kSmall = true;
 constexpr bool kLarge = false;
@@ -365,6 +367,67 @@ TEST(SchedulerTest, TasksOfTwoLargeJobsAlternate) {
   EXPECT_EQ(started[0], kTasks);
   EXPECT_EQ(started[1], kTasks);
   EXPECT_LE(largest_lead, 4);
+}
+
+TEST(SchedulerTest, ASmallJobRunsHereWhereAThreadIsIdle) {
+  Scheduler scheduler(1);
+  const auto lane = scheduler.NewLane();
+  std::thread::id ran_on;
+  std::vector<int64_t> tasks;
+  Scheduler::Job job = [&](ParallelFor parallel) {
+    ran_on = std::this_thread::get_id();
+    parallel(3, [&](int64_t i) { tasks.push_back(i); });
+  };
+  EXPECT_TRUE(scheduler.TryRunHere(lane, job));
+  EXPECT_EQ(ran_on, std::this_thread::get_id());
+  EXPECT_THAT(tasks, ElementsAre(0, 1, 2));
+}
+
+TEST(SchedulerTest, AJobThatRunsHereTakesTheIdleThreadsPlace) {
+  Record record;
+  absl::Notification posted_ran;
+  Scheduler scheduler(1);
+  const auto lane = scheduler.NewLane();
+  const auto other = scheduler.NewLane();
+  Scheduler::Job job = [&](ParallelFor) {
+    // Its lane has a job that runs; the pool's only place is taken.
+    for (const auto& each : {lane, other}) {
+      Scheduler::Job again = [&](ParallelFor) { record.Add("never"); };
+      EXPECT_FALSE(scheduler.TryRunHere(each, again));
+      EXPECT_TRUE(again != nullptr);
+    }
+    scheduler.Post(lane, kSmall, [&](ParallelFor) { record.Add("same lane"); });
+    scheduler.Post(other, kLarge, [&](ParallelFor) {
+      record.Add("other lane");
+      posted_ran.Notify();
+    });
+    record.Add("here");
+  };
+  EXPECT_TRUE(scheduler.TryRunHere(lane, job));
+  posted_ran.WaitForNotification();
+  const std::vector<std::string> events = record.events();
+  ASSERT_FALSE(events.empty());
+  EXPECT_EQ(events.front(), "here");
+  EXPECT_THAT(events, Not(Contains("never")));
+}
+
+TEST(SchedulerTest, NothingRunsHereWhereTheThreadsAreBusyOrTheLaneHasJobs) {
+  absl::Notification begun;
+  absl::Notification go_on;
+  Scheduler scheduler(2);
+  const auto lane = scheduler.NewLane();
+  scheduler.Post(lane, kLarge, [&](ParallelFor) {
+    begun.Notify();
+    go_on.WaitForNotification();
+  });
+  begun.WaitForNotification();
+  bool ran = false;
+  Scheduler::Job job = [&](ParallelFor) { ran = true; };
+  EXPECT_FALSE(scheduler.TryRunHere(lane, job));  // jobs of a lane never overlap
+  EXPECT_FALSE(ran);
+  EXPECT_TRUE(scheduler.TryRunHere(scheduler.NewLane(), job));  // the second thread is idle
+  EXPECT_TRUE(ran);
+  go_on.Notify();
 }
 
 }  // namespace
