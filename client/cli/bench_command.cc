@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <map>
 #include <memory>
@@ -177,7 +178,8 @@ void Work(const BenchFlags& flags, Compressor& compressor, const v1::Open& open,
 double Percentile(std::vector<double>* values, double share) {
   if (values->empty()) return 0;
   std::sort(values->begin(), values->end());
-  const auto rank = static_cast<size_t>(share * static_cast<double>(values->size() - 1) + 0.5);
+  const auto rank =
+      static_cast<size_t>(std::lround(share * static_cast<double>(values->size() - 1)));
   return (*values)[rank];
 }
 
