@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <memory>
 #include <optional>
@@ -39,7 +40,7 @@ struct Comparison {
 // The transition score as a bar of at most `cells`, negative ones to nothing.
 std::string Bar(double value, double highest, size_t cells) {
   if (!(value > 0) || highest <= 0) return "";
-  const auto full = static_cast<size_t>(value / highest * static_cast<double>(cells) + 0.5);
+  const auto full = static_cast<size_t>(std::lround(value / highest * static_cast<double>(cells)));
   std::string bar;
   for (size_t i = 0; i < full; ++i) bar += "▇";
   return bar;
