@@ -149,7 +149,7 @@ int Main(int argc, char** argv) {
   app.add_option("--server", flags.server, "The server program")->capture_default_str();
   app.add_flag("--tcp", flags.tcp, "Stream over TCP loopback in place of a unix socket");
   app.add_flag("--json", flags.json, "Print JSON");
-  app.add_flag("--check", flags.check, "Fail where the promise is broken");
+  app.add_flag("--check", flags.check, "Fail where the promise is broken; for long prompts");
   CLI11_PARSE(app, argc, argv);
   return Run(flags);
 }
