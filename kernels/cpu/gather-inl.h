@@ -17,23 +17,83 @@ namespace structkv::cpu::HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
-inline void CopyRowsTo(const CopyRows& copy) {
-  const hn::ScalableTag<uint8_t> d;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  // About as many lines in flight as the core can track.
-  const int64_t distance = HWY_MAX(int64_t{1}, int64_t{4096} / copy.row_bytes);
-  for (int64_t i = 0; i < copy.rows; ++i) {
-    if (i + distance < copy.rows) {
-      const std::byte* ahead =
-          copy.source + copy.positions[i + distance] * copy.source_stride_bytes;
-      for (int64_t line = 0; line < copy.row_bytes; line += 64) hwy::Prefetch(ahead + line);
+// Bytes of rows that are asked for ahead of the copy: into the second-level cache, which can wait
+// for far more lines at a time than the first, and from there into the first.
+inline constexpr int64_t kFarBytes = 16384;
+inline constexpr int64_t kNearBytes = 3072;
+
+// A row is kBytes long, or where that is 0 `bytes`: known lengths leave no loops behind.
+template <bool kStream, int64_t kBytes>
+class RowCopier {
+ public:
+  explicit RowCopier(const CopyRows& copy)
+      : copy_(copy), bytes_(kBytes != 0 ? kBytes : copy.row_bytes) {}
+
+  void Run() const {
+    const int64_t far = HWY_MAX(int64_t{2}, kFarBytes / (bytes_ * copy_.heads));
+    const int64_t near = HWY_MAX(int64_t{1}, kNearBytes / (bytes_ * copy_.heads));
+    for (int64_t i = 0; i < copy_.rows; ++i) {
+      for (int64_t h = 0; h < copy_.heads; ++h) {
+        if (i + far < copy_.rows) Prefetch<2>(Source(h, i + far));
+        if (i + near < copy_.rows) Prefetch<3>(Source(h, i + near));
+        Copy(Source(h, i), copy_.destination + h * copy_.destination_head_stride_bytes +
+                               i * copy_.destination_stride_bytes);
+      }
     }
-    const auto* from = reinterpret_cast<const uint8_t*>(copy.source + copy.positions[i] *
-                                                                          copy.source_stride_bytes);
-    auto* to = reinterpret_cast<uint8_t*>(copy.destination + i * copy.destination_stride_bytes);
+  }
+
+ private:
+  HWY_INLINE const std::byte* Source(int64_t head, int64_t row) const {
+    return copy_.source + head * copy_.source_head_stride_bytes +
+           copy_.positions[head * copy_.position_stride + row] * copy_.source_stride_bytes;
+  }
+
+  // 3: into all levels, 2: into the second and those behind it.
+  template <int kLevel>
+  HWY_INLINE void Prefetch(const std::byte* row) const {
+#pragma GCC unroll 8
+    for (int64_t b = 0; b < bytes_; b += 64) __builtin_prefetch(row + b, 0, kLevel);
+  }
+
+  HWY_INLINE void Copy(const std::byte* source, std::byte* destination) const {
+    const hn::ScalableTag<uint8_t> d;
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    const auto* from = reinterpret_cast<const uint8_t*>(source);
+    auto* to = reinterpret_cast<uint8_t*>(destination);
     int64_t b = 0;
-    for (; b + lanes <= copy.row_bytes; b += lanes) hn::StoreU(hn::LoadU(d, from + b), d, to + b);
-    if (b < copy.row_bytes) std::memcpy(to + b, from + b, static_cast<size_t>(copy.row_bytes - b));
+#pragma GCC unroll 8
+    for (; b + lanes <= bytes_; b += lanes) {
+      const auto v = hn::LoadU(d, from + b);
+      if constexpr (kStream) {
+        hn::Stream(v, d, to + b);
+      } else {
+        hn::StoreU(v, d, to + b);
+      }
+    }
+    if (b < bytes_) std::memcpy(to + b, from + b, static_cast<size_t>(bytes_ - b));
+  }
+
+  const CopyRows copy_;
+  const int64_t bytes_;
+};
+
+template <bool kStream>
+HWY_INLINE void CopyRowsT(const CopyRows& copy) {
+  if (copy.row_bytes == 256) return RowCopier<kStream, 256>(copy).Run();
+  if (copy.row_bytes == 128) return RowCopier<kStream, 128>(copy).Run();
+  RowCopier<kStream, 0>(copy).Run();
+}
+
+inline void CopyRowsTo(const CopyRows& copy) {
+  const auto alignment = static_cast<int64_t>(hn::Lanes(hn::ScalableTag<uint8_t>()));
+  const int64_t offsets = static_cast<int64_t>(reinterpret_cast<uintptr_t>(copy.destination)) |
+                          copy.destination_stride_bytes | copy.destination_head_stride_bytes |
+                          copy.row_bytes;
+  if (copy.stream && offsets % alignment == 0) {
+    CopyRowsT<true>(copy);
+    hwy::FlushStream();
+  } else {
+    CopyRowsT<false>(copy);
   }
 }
 

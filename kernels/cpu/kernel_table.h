@@ -49,15 +49,29 @@ struct SumsBlock {
   double sum_squares = 0;
 };
 
-// Rows copied by a gather.
+// Rows copied by a gather: those of `heads` heads in turn for each kept token, so that a
+// destination in which they lie side by side is written from front to back.
 struct CopyRows {
+  int64_t heads = 1;
+  int64_t rows = 0;  // of each head
+  int64_t row_bytes = 0;
+
+  // [heads, rows], heads `position_stride` apart.
+  const int32_t* positions = nullptr;
+  int64_t position_stride = 0;
+
+  // Token 0 of the first head.
   const std::byte* source = nullptr;
   int64_t source_stride_bytes = 0;
-  const int32_t* positions = nullptr;  // [rows]
-  int64_t rows = 0;
+  int64_t source_head_stride_bytes = 0;
+
+  // The first kept token of the first head.
   std::byte* destination = nullptr;
   int64_t destination_stride_bytes = 0;
-  int64_t row_bytes = 0;
+  int64_t destination_head_stride_bytes = 0;
+
+  // Whether to write past the caches.
+  bool stream = false;
 };
 
 struct KernelTable {

@@ -26,7 +26,8 @@ Tensor::Tensor(DType dtype, int64_t heads, int64_t tokens, Layout layout)
       layout_(layout),
       heads_(heads),
       tokens_(tokens),
-      data_(static_cast<size_t>(heads * tokens * kDim) * DTypeSize(dtype)) {
+      data_(engine::BufferPool(0).Acquire(static_cast<size_t>(heads * tokens * kDim) *
+                                          DTypeSize(dtype))) {
   // A table of values at random, repeated from random places: quick to make, and as random to the
   // kernels.
   std::mt19937 random(static_cast<uint32_t>(heads + tokens));

@@ -7,6 +7,7 @@
 
 #include "absl/functional/function_ref.h"
 #include "kernels/tensor.h"
+#include "service/engine/buffer_pool.h"
 
 namespace structkv::bench {
 
@@ -14,7 +15,7 @@ inline constexpr int64_t kQueryHeads = 32;
 inline constexpr int64_t kKvHeads = 8;
 inline constexpr int64_t kDim = 128;
 
-// Normally distributed values, [heads, tokens, kDim] in the layout.
+// Normally distributed values, [heads, tokens, kDim] in the layout, in a buffer as a server has it.
 class Tensor {
  public:
   Tensor(DType dtype, int64_t heads, int64_t tokens, Layout layout = Layout::kHeadTokenDim);
@@ -30,7 +31,7 @@ class Tensor {
   Layout layout_;
   int64_t heads_;
   int64_t tokens_;
-  std::vector<std::byte> data_;
+  engine::Buffer data_;
 };
 
 // Scores as attention makes them: a few large, most small, all different.

@@ -207,40 +207,64 @@ TEST_P(SelectionTest, FindsTheLowestBadValue) {
   }
 }
 
+// Gathers `kept` rows of each head and compares them with the source's.
+void CheckGather(const Backend& backend, const testing::Tensor& source, Layout layout, int64_t kept,
+                 bool per_head, int64_t misalign, std::mt19937_64& random) {
+  const TensorView from = source.view();
+  std::vector<int32_t> positions;
+  for (int64_t h = 0; h < (per_head ? from.heads : 1); ++h) {
+    std::vector<int32_t> all(static_cast<size_t>(from.tokens));
+    std::iota(all.begin(), all.end(), 0);
+    std::shuffle(all.begin(), all.end(), random);
+    std::sort(all.begin(), all.begin() + kept);
+    positions.insert(positions.end(), all.begin(), all.begin() + kept);
+  }
+  testing::Tensor out(from.dtype, layout, from.heads, kept, from.dim, misalign);
+  backend.Gather(from, positions.data(), per_head, out.mutable_view(), testing::BackwardsOnThreads);
+  for (int64_t h = 0; h < from.heads; ++h) {
+    for (int64_t i = 0; i < kept; ++i) {
+      const int32_t position = positions[(per_head ? h * kept : 0) + i];
+      ASSERT_EQ(std::memcmp(out.view().Row(h, i), from.Row(h, position),
+                            static_cast<size_t>(from.dim) * DTypeSize(from.dtype)),
+                0)
+          << DTypeName(from.dtype) << ", " << LayoutName(layout) << ", dim " << from.dim
+          << ", head " << h << ", row " << i;
+    }
+  }
+}
+
 TEST_P(SelectionTest, GathersRowsToTheByte) {
   constexpr int64_t kHeads = 3;
   constexpr int64_t kCount = 300;
   for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
-    for (const Layout from : {Layout::kHeadTokenDim, Layout::kTokenHeadDim}) {
+    for (const Layout layout : {Layout::kHeadTokenDim, Layout::kTokenHeadDim}) {
       for (const int64_t dim : {32, 64, 96, 128, 192, 256, 576}) {
         for (const bool per_head : {false, true}) {
           std::mt19937_64 random = testing::Random(static_cast<uint64_t>(dim) + 1000);
-          testing::Tensor source(dtype, from, kHeads, kCount, dim, /*misalign=*/3);
+          testing::Tensor source(dtype, layout, kHeads, kCount, dim, /*misalign=*/3);
           source.Fill(random);
           for (const int64_t kept : {int64_t{1}, int64_t{37}, kCount}) {
-            std::vector<int32_t> positions;
-            for (int64_t h = 0; h < (per_head ? kHeads : 1); ++h) {
-              std::vector<int32_t> all(kCount);
-              std::iota(all.begin(), all.end(), 0);
-              std::shuffle(all.begin(), all.end(), random);
-              std::sort(all.begin(), all.begin() + kept);
-              positions.insert(positions.end(), all.begin(), all.begin() + kept);
-            }
-            testing::Tensor out(dtype, from, kHeads, kept, dim, /*misalign=*/1);
-            backend_->Gather(source.view(), positions.data(), per_head, out.mutable_view(),
-                             testing::BackwardsOnThreads);
-            for (int64_t h = 0; h < kHeads; ++h) {
-              for (int64_t i = 0; i < kept; ++i) {
-                const int32_t position = positions[(per_head ? h * kept : 0) + i];
-                ASSERT_EQ(std::memcmp(out.view().Row(h, i), source.view().Row(h, position),
-                                      static_cast<size_t>(dim) * DTypeSize(dtype)),
-                          0)
-                    << DTypeName(dtype) << ", " << LayoutName(from) << ", dim " << dim << ", head "
-                    << h << ", row " << i;
-              }
-            }
+            CheckGather(*backend_, source, layout, kept, per_head, /*misalign=*/1, random);
+            CheckGather(*backend_, source, layout, kept, per_head, /*misalign=*/0, random);
           }
         }
+      }
+    }
+  }
+}
+
+// Large enough that the rows go past the caches, where a backend does that.
+TEST_P(SelectionTest, GathersManyRowsToTheByte) {
+  constexpr int64_t kHeads = 4;
+  for (const Layout layout : {Layout::kHeadTokenDim, Layout::kTokenHeadDim}) {
+    for (const int64_t dim : {40, 128}) {
+      const int64_t kept = (int64_t{9} << 20) / (kHeads * dim * 2);
+      std::mt19937_64 random = testing::Random(static_cast<uint64_t>(dim) + 1100);
+      testing::Tensor source(DType::kBF16, layout, kHeads, kept + 1000, dim);
+      source.Fill(random);
+      for (const bool per_head : {false, true}) {
+        CheckGather(*backend_, source, layout, kept, per_head, /*misalign=*/0, random);
+        CheckGather(*backend_, source, layout, kept, per_head, /*misalign=*/8, random);
       }
     }
   }
