@@ -17,6 +17,63 @@ namespace structkv::cpu::HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
+// Row b lists the places of the bits that are set in b, lowest first.
+struct BitPlaces {
+  constexpr BitPlaces() {
+    for (int b = 0; b < 256; ++b) {
+      int found = 0;
+      for (int k = 0; k < 8; ++k) {
+        if ((b >> k & 1) != 0) rows[b][found++] = static_cast<uint8_t>(k);
+      }
+    }
+  }
+  uint8_t rows[256][8] = {};
+};
+inline constexpr BitPlaces kBitPlaces;
+
+// Of 4 and 8 lanes the places come from the table: there Highway's own Compress copies its table to
+// the stack at each call.
+inline constexpr bool kPlacesFromTable =
+    hn::MaxLanes(hn::ScalableTag<float>()) == 4 || hn::MaxLanes(hn::ScalableTag<float>()) == 8;
+
+template <class D, class M = hn::Mask<D>>
+HWY_INLINE const uint8_t* PlacesOf(D d, M mask) {
+  uint8_t bits[8];
+  hn::StoreMaskBits(d, mask, bits);
+  return kBitPlaces.rows[bits[0]];
+}
+
+// Writes the positions base, base + 1 .. of the lanes in `mask`, and past them up to a whole
+// vector.
+template <class D, class M = hn::Mask<D>>
+HWY_INLINE void StorePositions(D d, M mask, int64_t base, int32_t* to) {
+  const hn::RebindToSigned<D> di;
+  const auto first = hn::Set(di, static_cast<int32_t>(base));
+  if constexpr (kPlacesFromTable) {
+    const hn::Rebind<uint8_t, D> d8;
+    const auto places = hn::PromoteTo(di, hn::LoadU(d8, PlacesOf(d, mask)));
+    hn::StoreU(hn::Add(first, places), di, to);
+  } else {
+    const auto all = hn::Add(first, hn::Iota(di, 0));
+    hn::StoreU(hn::Compress(all, hn::RebindMask(di, mask)), di, to);
+  }
+}
+
+// Writes the keys in `mask`, and past them up to a whole vector. Returns how many.
+template <class D, class V = hn::Vec<D>, class M = hn::Mask<D>>
+HWY_INLINE int64_t StoreKeys(D d, V keys, M mask, uint32_t* to) {
+  const auto count = static_cast<int64_t>(hn::CountTrue(d, mask));
+  if constexpr (kPlacesFromTable) {
+    HWY_ALIGN uint32_t all[hn::MaxLanes(D())];
+    hn::Store(keys, d, all);
+    const uint8_t* places = PlacesOf(d, mask);
+    for (int64_t k = 0; k < count; ++k) to[k] = all[places[k]];
+  } else {
+    hn::StoreU(hn::Compress(keys, mask), d, to);
+  }
+  return count;
+}
+
 // Unsigned keys in the order of the values; -0.0 becomes +0.0.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE hn::Vec<hn::RebindToUnsigned<D>> OrderedKeys(D d, V value) {
@@ -61,7 +118,7 @@ inline void Histogram(const float* scores, int64_t tokens, uint32_t prefix, uint
         const auto key = OrderedKeys(d, hn::LoadU(d, scores + j));
         const auto match = hn::Eq(hn::And(key, mask), want);
         if (hn::AllFalse(du, match)) continue;
-        found += static_cast<int64_t>(hn::CompressStore(key, match, du, keys + found));
+        found += StoreKeys(du, key, match, keys + found);
       }
     }
     for (; j < end; ++j) {
@@ -121,7 +178,6 @@ inline double SumAbove(const float* scores, int64_t tokens, uint32_t threshold) 
 
 inline void Collect(const float* scores, int64_t tokens, const TopCut& cut, int32_t* positions) {
   const hn::ScalableTag<float> d;
-  const hn::RebindToSigned<decltype(d)> di;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   const float limit = KeyToValue(cut.threshold);
   const auto threshold = hn::Set(d, limit);
@@ -129,25 +185,19 @@ inline void Collect(const float* scores, int64_t tokens, const TopCut& cut, int3
   int64_t ties = cut.ties;
   int64_t found = 0;
   int64_t j = 0;
-  auto index = hn::Iota(di, 0);
-  const auto step = hn::Set(di, static_cast<int32_t>(lanes));
-  for (; j + lanes <= tokens && found < wanted; j += lanes, index = hn::Add(index, step)) {
+  // A whole vector is written at a time: the last ones, past which it could run, are left to the
+  // scalar loop.
+  for (; j + lanes <= tokens && found + lanes <= wanted; j += lanes) {
     const auto s = hn::LoadU(d, scores + j);
-    // Once the ties are used up, or where there are none here, equal ones are simply out.
-    auto in = ties > 0 ? hn::Not(hn::Lt(s, threshold)) : hn::Gt(s, threshold);
-    if (hn::AllFalse(d, in)) continue;
+    // Once the ties are used up equal ones are simply out.
+    const auto in = ties > 0 ? hn::Not(hn::Lt(s, threshold)) : hn::Gt(s, threshold);
     if (ties > 0) {
       const int64_t equal = static_cast<int64_t>(hn::CountTrue(d, hn::Eq(s, threshold)));
       if (equal > ties) break;  // the scalar loop takes the first ones
       ties -= equal;
     }
-    const auto in_int = hn::RebindMask(di, in);
-    if (found + lanes <= wanted) {
-      hn::StoreU(hn::Compress(index, in_int), di, positions + found);
-      found += static_cast<int64_t>(hn::CountTrue(d, in));
-    } else {
-      found += static_cast<int64_t>(hn::CompressBlendedStore(index, in_int, di, positions + found));
-    }
+    StorePositions(d, in, j, positions + found);
+    found += static_cast<int64_t>(hn::CountTrue(d, in));
   }
   for (; j < tokens && found < wanted; ++j) {
     if (scores[j] > limit || (scores[j] == limit && ties-- > 0)) {
