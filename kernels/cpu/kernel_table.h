@@ -19,6 +19,11 @@ inline constexpr int64_t kRowBlock = 32;
 // A multiple of the blocks of tokens (12 and 6) that the score kernels take at a time.
 inline constexpr int64_t kTileTokens = 240;
 
+// Bytes of keys that a score kernel asks for ahead: into the second-level cache, which can wait for
+// far more lines at a time than the first, and from there into the first.
+inline constexpr int64_t kKeysFarBytes = 24576;
+inline constexpr int64_t kKeysNearBytes = 6144;
+
 // Scores of a tile of tokens against a block of packed query rows.
 struct ScoreTile {
   // Packed as the score function says; 64-byte aligned.
@@ -30,7 +35,8 @@ struct ScoreTile {
   int64_t token_stride_bytes = 0;
   DType dtype = DType::kF32;
   int64_t dim = 0;
-  int64_t tokens = 0;  // 1 .. kTileTokens
+  int64_t tokens = 0;        // 1 .. kTileTokens
+  int64_t tokens_after = 0;  // that lie behind the tile, and are scored next
   // [tokens, rows], unscaled dot products; 64-byte aligned.
   float* out = nullptr;
 };

@@ -87,6 +87,7 @@ class Job {
               .dtype = k.dtype,
               .dim = k.dim,
               .tokens = TileTokens(tile),
+              .tokens_after = plan_.tokens - tile * kTileTokens - TileTokens(tile),
               .out = out});
   }
 
@@ -151,55 +152,90 @@ class Job {
             sums_ + unit * plan_.tile_floats};
   }
 
-  void RunTwoPasses(ParallelFor parallel) {
+  // Blocks of rows whose exponentials are stored at the same time.
+  struct Batch {
+    int64_t first_head = 0;
+    int64_t heads = 0;
+    int64_t first_block = 0;
+    int64_t blocks = 0;
+  };
+
+  std::vector<Batch> Batches() const {
+    std::vector<Batch> batches;
     for (int64_t head = 0; head < plan_.kv_heads; head += plan_.batch_heads) {
       const int64_t heads = std::min(plan_.batch_heads, plan_.kv_heads - head);
       for (int64_t block = 0; block < plan_.blocks; block += plan_.batch_blocks) {
-        const int64_t blocks = std::min(plan_.batch_blocks, plan_.blocks - block);
-        RunBatch(head, heads, block, blocks, parallel);
-        if (failed_.load(std::memory_order_relaxed)) return;
+        batches.push_back({head, heads, block, std::min(plan_.batch_blocks, plan_.blocks - block)});
       }
     }
+    return batches;
   }
 
-  void RunBatch(int64_t first_head, int64_t heads, int64_t first_block, int64_t blocks,
-                ParallelFor parallel) {
-    parallel(heads * plan_.chunks, [&](int64_t task) {
+  // Whether the tiles of both lie in the same places. Only the last block of a head can be smaller.
+  bool AreAlike(const Batch& a, const Batch& b) const {
+    return a.blocks == b.blocks && plan_.PaddedRows(a.first_block + a.blocks - 1) ==
+                                       plan_.PaddedRows(b.first_block + b.blocks - 1);
+  }
+
+  // The first pass of a batch goes with the second of the batch before: a tile's exponentials are
+  // read, and the next batch's written in their place while they are in the cache.
+  void RunTwoPasses(ParallelFor parallel) {
+    Batch previous;
+    for (const Batch& batch : Batches()) {
+      if (AreAlike(previous, batch)) {
+        RunPasses(previous, batch, parallel);
+      } else {
+        RunPasses(previous, {}, parallel);
+        RunPasses({}, batch, parallel);
+      }
+      if (failed_.load(std::memory_order_relaxed)) return;
+      parallel(batch.heads * batch.blocks, [&](int64_t unit) {
+        const int64_t block = batch.first_block + unit % batch.blocks;
+        alignas(64) float share[kRowBlock] = {};
+        std::fill(share, share + plan_.Rows(block), Share());
+        const Stored stored = At(unit);
+        table_.tile_weights(stored.max, stored.sums, plan_.tiles, plan_.PaddedRows(block), share);
+      });
+      previous = batch;
+    }
+    RunPasses(previous, {}, parallel);
+  }
+
+  void RunPasses(const Batch& second, const Batch& first, ParallelFor parallel) {
+    parallel(std::max(second.heads, first.heads) * plan_.chunks, [&](int64_t task) {
       const int64_t head = task / plan_.chunks;
       const int64_t chunk = task % plan_.chunks;
       for (int64_t tile = chunk * SaliencyPlan::kTilesPerTask; tile < ChunkEnd(chunk); ++tile) {
-        for (int64_t b = 0; b < blocks; ++b) {
-          FirstPass(first_head + head, first_block + b, tile, At(head * blocks + b));
+        for (int64_t b = 0; head < second.heads && b < second.blocks; ++b) {
+          SecondPass(second.first_head + head, second.first_block + b, tile,
+                     At(head * second.blocks + b));
+        }
+        for (int64_t b = 0; head < first.heads && b < first.blocks; ++b) {
+          FirstPass(first.first_head + head, first.first_block + b, tile,
+                    At(head * first.blocks + b));
         }
       }
     });
-    if (failed_.load(std::memory_order_relaxed)) return;
-    parallel(heads * blocks, [&](int64_t unit) {
-      const int64_t block = first_block + unit % blocks;
-      alignas(64) float share[kRowBlock] = {};
-      std::fill(share, share + plan_.Rows(block), Share());
-      const Stored stored = At(unit);
-      table_.tile_weights(stored.max, stored.sums, plan_.tiles, plan_.PaddedRows(block), share);
-    });
-    parallel(heads * plan_.chunks, [&](int64_t task) {
-      const int64_t head = task / plan_.chunks;
-      const int64_t chunk = task % plan_.chunks;
-      for (int64_t tile = chunk * SaliencyPlan::kTilesPerTask; tile < ChunkEnd(chunk); ++tile) {
-        for (int64_t b = 0; b < blocks; ++b) {
-          const int64_t rows = plan_.PaddedRows(first_block + b);
-          const Stored stored = At(head * blocks + b);
-          table_.weigh_rows(stored.p + tile * kTileTokens * rows, TileTokens(tile), rows,
-                            stored.max + tile * rows, first_block + b != 0,
-                            out_ + (first_head + head) * plan_.tokens + tile * kTileTokens);
-        }
-      }
-    });
+  }
+
+  void SecondPass(int64_t head, int64_t block, int64_t tile, const Stored& stored) {
+    const int64_t rows = plan_.PaddedRows(block);
+    table_.weigh_rows(stored.p + tile * kTileTokens * rows, TileTokens(tile), rows,
+                      stored.max + tile * rows, block != 0,
+                      out_ + head * plan_.tokens + tile * kTileTokens);
+  }
+
+  // Into the second-level cache, where it is needed after this tile's dot products.
+  static void PrefetchTile(const float* p, int64_t count) {
+    constexpr int64_t kLine = 64 / sizeof(float);
+    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(p + i, 0, 2);
   }
 
   void FirstPass(int64_t head, int64_t block, int64_t tile, const Stored& stored) {
     const int64_t rows = plan_.PaddedRows(block);
     float* p = stored.p + tile * kTileTokens * rows;
     float* max = stored.max + tile * rows;
+    if (tile + 1 < plan_.tiles) PrefetchTile(p + kTileTokens * rows, TileTokens(tile + 1) * rows);
     if (!ScoreAndMax(head, block, tile, p, max)) return Fail();
     alignas(64) float shift[kRowBlock];
     // A row that sees nothing of this tile has maximum -Inf: nothing is subtracted from -Inf.

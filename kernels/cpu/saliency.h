@@ -3,7 +3,8 @@
 // The query rows of a KV head (window rows of its group's query heads) are taken in blocks of
 // kRowBlock, the tokens in tiles of kTileTokens. Without the caller's log-sum-exp a first pass
 // stores each tile's exponentials relative to the tile's own maximum; a second one weighs them once
-// the maxima and sums of all tiles are known. With it one pass is enough.
+// the maxima and sums of all tiles are known, together with the first pass of the heads after it.
+// With it one pass is enough.
 #pragma once
 
 #include <cstdint>

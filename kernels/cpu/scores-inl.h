@@ -84,10 +84,16 @@ inline void ToF32(const std::byte* in, DType dtype, int64_t count, float* out) {
   Promote(hn::CappedTag<float, 1>(), dtype, in, i, count, out);
 }
 
+// Keys that are asked for while others are scored; null: none.
+struct KeysAhead {
+  const std::byte* near = nullptr;
+  const std::byte* far = nullptr;
+};
+
 // T tokens against R vectors of rows. `ahead` is prefetched, in step with `keys`.
 template <int T, int R, class D>
 HWY_INLINE void DotBlock(D d, const float* HWY_RESTRICT queries, int64_t rows,
-                         const std::byte* keys, int64_t stride, const std::byte* ahead, int64_t dim,
+                         const std::byte* keys, int64_t stride, const KeysAhead& ahead, int64_t dim,
                          float* HWY_RESTRICT out) {
   using V = hn::Vec<D>;
   constexpr int64_t kLanes = static_cast<int64_t>(hn::MaxLanes(D()));
@@ -98,10 +104,12 @@ HWY_INLINE void DotBlock(D d, const float* HWY_RESTRICT queries, int64_t rows,
     for (int r = 0; r < R; ++r) acc[t][r] = hn::Zero(d);
   }
   for (int64_t i = 0; i < dim; i += 8) {
-    if (ahead != nullptr && i % 16 == 0) {
+    if (ahead.near != nullptr && i % 16 == 0) {
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) {
-        hwy::Prefetch(ahead + t * stride + i * static_cast<int64_t>(sizeof(float)));
+        const int64_t offset = t * stride + i * static_cast<int64_t>(sizeof(float));
+        __builtin_prefetch(ahead.far + offset, 0, 2);
+        hwy::Prefetch(ahead.near + offset);
       }
     }
 #pragma GCC unroll 2
@@ -128,12 +136,12 @@ HWY_INLINE void DotBlock(D d, const float* HWY_RESTRICT queries, int64_t rows,
 // All rows of the tile against T tokens, R vectors at a time.
 template <int T, int R>
 HWY_INLINE void DotRows(const ScoreTile& tile, const std::byte* keys, int64_t stride,
-                        const std::byte* ahead, float* out) {
+                        const KeysAhead& ahead, float* out) {
   const hn::ScalableTag<float> d;
   constexpr int64_t kStep = R * static_cast<int64_t>(hn::MaxLanes(d));
   const float* queries = static_cast<const float*>(tile.queries);
   for (int64_t r = 0; r < tile.rows; r += kStep) {
-    DotBlock<T, R>(d, queries + r, tile.rows, keys, stride, r == 0 ? ahead : nullptr, tile.dim,
+    DotBlock<T, R>(d, queries + r, tile.rows, keys, stride, r == 0 ? ahead : KeysAhead(), tile.dim,
                    out + r);
   }
 }
@@ -148,34 +156,36 @@ void ScoresR(const ScoreTile& tile) {
   constexpr int kBlock = 6;  // 12 accumulators of 16 registers
 #endif
   const int64_t element = static_cast<int64_t>(DTypeSize(tile.dtype));
+  const int64_t near_tokens = kKeysNearBytes / (tile.dim * element);
+  const int64_t far_tokens = kKeysFarBytes / (tile.dim * element);
   // Keys in half precision are converted a block at a time.
   HWY_ALIGN float converted[kBlock * 576];
   for (int64_t t = 0; t < tile.tokens;) {
     const bool whole = tile.tokens - t >= kBlock;
     const int64_t count = whole ? kBlock : 1;
     const std::byte* keys = tile.keys + t * tile.token_stride_bytes;
-    const bool more = tile.tokens - t >= 2 * kBlock;
-    const std::byte* next = more ? keys + kBlock * tile.token_stride_bytes : nullptr;
+    const int64_t last = tile.tokens + tile.tokens_after - count - t;
+    KeysAhead ahead = {keys + HWY_MIN(last, near_tokens) * tile.token_stride_bytes,
+                       keys + HWY_MIN(last, far_tokens) * tile.token_stride_bytes};
     int64_t stride = tile.token_stride_bytes;
     if (tile.dtype != DType::kF32) {
       for (int64_t c = 0; c < count; ++c) {
-        const std::byte* row = keys + c * tile.token_stride_bytes;
-        if (next != nullptr) {
-          for (int64_t line = 0; line < tile.dim * element; line += 64) {
-            hwy::Prefetch(next + c * tile.token_stride_bytes + line);
-          }
+        const int64_t row = c * tile.token_stride_bytes;
+        for (int64_t line = 0; line < tile.dim * element; line += 64) {
+          __builtin_prefetch(ahead.far + row + line, 0, 2);
+          hwy::Prefetch(ahead.near + row + line);
         }
-        ToF32(row, tile.dtype, tile.dim, converted + c * tile.dim);
+        ToF32(keys + row, tile.dtype, tile.dim, converted + c * tile.dim);
       }
       keys = reinterpret_cast<const std::byte*>(converted);
       stride = tile.dim * static_cast<int64_t>(sizeof(float));
-      next = nullptr;
+      ahead = {};
     }
     float* out = tile.out + t * tile.rows;
     if (whole) {
-      DotRows<kBlock, R>(tile, keys, stride, next, out);
+      DotRows<kBlock, R>(tile, keys, stride, ahead, out);
     } else {
-      DotRows<1, R>(tile, keys, stride, nullptr, out);
+      DotRows<1, R>(tile, keys, stride, KeysAhead(), out);
     }
     t += count;
   }

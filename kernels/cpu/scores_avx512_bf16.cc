@@ -18,10 +18,11 @@ inline __m512bh Broadcast(const std::byte* pair) {
   return reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits));
 }
 
-// T tokens against R vectors of 16 rows. `ahead` is prefetched, in step with `keys`.
+// T tokens against R vectors of 16 rows. `near` and `far` are prefetched, in step with `keys`.
 template <int T, int R>
 inline void DotBlock(const int32_t* __restrict queries, const std::byte* keys, int64_t stride,
-                     const std::byte* ahead, int64_t dim, float* __restrict out) {
+                     const std::byte* near, const std::byte* far, int64_t dim,
+                     float* __restrict out) {
   constexpr int64_t kRows = R * 16;
   __m512 acc[T][R];
 #pragma GCC unroll 16
@@ -34,7 +35,8 @@ inline void DotBlock(const int32_t* __restrict queries, const std::byte* keys, i
     if (i % 16 == 0) {
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) {
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + t * stride + i * 4), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(far + t * stride + i * 4), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(near + t * stride + i * 4), _MM_HINT_T0);
       }
     }
 #pragma GCC unroll 2
@@ -61,19 +63,23 @@ inline void DotBlock(const int32_t* __restrict queries, const std::byte* keys, i
 
 template <int R>
 void ScoresR(const ScoreTile& tile) {
-  constexpr int kBlock = 12;  // 24 accumulators of 32 registers
+  constexpr int64_t kBlock = 12;  // 24 accumulators of 32 registers
   const int32_t* queries = static_cast<const int32_t*>(tile.queries);
+  const int64_t stride = tile.token_stride_bytes;
+  const int64_t near_tokens = kKeysNearBytes / (2 * tile.dim);
+  const int64_t far_tokens = kKeysFarBytes / (2 * tile.dim);
   int64_t t = 0;
   for (; t + kBlock <= tile.tokens; t += kBlock) {
-    const std::byte* keys = tile.keys + t * tile.token_stride_bytes;
-    const bool more = t + 2 * kBlock <= tile.tokens;
-    DotBlock<kBlock, R>(queries, keys, tile.token_stride_bytes,
-                        more ? keys + kBlock * tile.token_stride_bytes : keys, tile.dim,
+    const std::byte* keys = tile.keys + t * stride;
+    const int64_t last = tile.tokens + tile.tokens_after - kBlock - t;
+    const int64_t near = last < near_tokens ? last : near_tokens;
+    const int64_t far = last < far_tokens ? last : far_tokens;
+    DotBlock<kBlock, R>(queries, keys, stride, keys + near * stride, keys + far * stride, tile.dim,
                         tile.out + t * R * 16);
   }
   for (; t < tile.tokens; ++t) {
-    const std::byte* keys = tile.keys + t * tile.token_stride_bytes;
-    DotBlock<1, R>(queries, keys, tile.token_stride_bytes, keys, tile.dim, tile.out + t * R * 16);
+    const std::byte* keys = tile.keys + t * stride;
+    DotBlock<1, R>(queries, keys, stride, keys, keys, tile.dim, tile.out + t * R * 16);
   }
 }
 

@@ -1,18 +1,36 @@
 #include "kernels/cpu/scratch_pool.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <new>
 
 namespace structkv::cpu {
 namespace {
 
-constexpr std::align_val_t kAlignment{64};
 constexpr size_t kMaxIdle = 16;
+constexpr size_t kHugePageBytes = size_t{2} << 20;
+
+std::align_val_t AlignmentOf(size_t size) {
+  return std::align_val_t{size >= kHugePageBytes ? kHugePageBytes : 64};
+}
+
+void* Allocate(size_t size) {
+  void* data = ::operator new(std::max<size_t>(size, 1), AlignmentOf(size));
+#ifdef MADV_HUGEPAGE
+  // Advice alone. What is this large is walked over from end to end, and small pages cost each
+  // walk.
+  if (size >= kHugePageBytes) madvise(data, size / kHugePageBytes * kHugePageBytes, MADV_HUGEPAGE);
+#endif
+  return data;
+}
+
+void Free(void* data, size_t size) { ::operator delete(data, AlignmentOf(size)); }
 
 }  // namespace
 
 ScratchPool::~ScratchPool() {
-  for (const Idle& idle : idle_) ::operator delete(idle.data, kAlignment);
+  for (const Idle& idle : idle_) Free(idle.data, idle.size);
 }
 
 ScratchPool::Block ScratchPool::Acquire(size_t size) {
@@ -31,7 +49,7 @@ ScratchPool::Block ScratchPool::Acquire(size_t size) {
       return Block(this, found.data, found.size);
     }
   }
-  return Block(this, ::operator new(std::max<size_t>(size, 1), kAlignment), size);
+  return Block(this, Allocate(size), size);
 }
 
 void ScratchPool::Return(void* data, size_t size) {
@@ -46,7 +64,7 @@ void ScratchPool::Return(void* data, size_t size) {
       idle_.erase(idle_.begin());
     }
   }
-  for (const Idle& idle : freed) ::operator delete(idle.data, kAlignment);
+  for (const Idle& idle : freed) Free(idle.data, idle.size);
 }
 
 }  // namespace structkv::cpu
