@@ -1,5 +1,8 @@
 #include "tests/bench/arithmetic_peak.h"
 
+#include <sched.h>
+
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <thread>
@@ -64,21 +67,28 @@ PeakLoop F32LoopOf(std::string_view target) {
   return nullptr;
 }
 
-}  // namespace
+// Whatever else the machine does, some burst runs without it.
+constexpr int kBursts = 10;
 
-void Consume(float value) {
-  static std::atomic<float> sink;
-  sink.store(value, std::memory_order_relaxed);
-}
-
-double PeakFlops(std::string_view target, Arithmetic arithmetic, int threads, double seconds) {
-  const PeakLoop loop = arithmetic == Arithmetic::kF32 ? F32LoopOf(target)
-                        : target == "avx3_bf16"        ? Bf16PairsLoop()
-                                                       : nullptr;
-  if (loop == nullptr) return 0;
+// Operations per second of threads that start together, each on a processor of its own where there
+// are enough.
+double Burst(PeakLoop loop, int threads, double seconds) {
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  sched_getaffinity(0, sizeof(allowed), &allowed);
+  std::vector<int> processors;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (CPU_ISSET(cpu, &allowed)) processors.push_back(cpu);
+  }
   std::atomic<int> waiting{threads};
   std::vector<double> rates(static_cast<size_t>(threads));
   auto work = [&](size_t index) {
+    if (threads > 1 && rates.size() <= processors.size()) {
+      cpu_set_t one;
+      CPU_ZERO(&one);
+      CPU_SET(processors[index], &one);
+      sched_setaffinity(0, sizeof(one), &one);
+    }
     loop(10);
     waiting.fetch_sub(1);
     while (waiting.load() > 0) {
@@ -92,13 +102,29 @@ double PeakFlops(std::string_view target, Arithmetic arithmetic, int threads, do
     } while (elapsed < seconds);
     rates[index] = done / elapsed;
   };
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(work, static_cast<size_t>(i));
-  work(0);
-  for (std::thread& other : others) other.join();
+  std::vector<std::thread> workers;
+  for (int i = 0; i < threads; ++i) workers.emplace_back(work, static_cast<size_t>(i));
+  for (std::thread& worker : workers) worker.join();
   double sum = 0;
   for (const double rate : rates) sum += rate;
   return sum;
+}
+
+}  // namespace
+
+void Consume(float value) {
+  static std::atomic<float> sink;
+  sink.store(value, std::memory_order_relaxed);
+}
+
+double PeakFlops(std::string_view target, Arithmetic arithmetic, int threads, double seconds) {
+  const PeakLoop loop = arithmetic == Arithmetic::kF32 ? F32LoopOf(target)
+                        : target == "avx3_bf16"        ? Bf16PairsLoop()
+                                                       : nullptr;
+  if (loop == nullptr) return 0;
+  double best = 0;
+  for (int i = 0; i < kBursts; ++i) best = std::max(best, Burst(loop, threads, seconds / kBursts));
+  return best;
 }
 
 }  // namespace structkv::bench

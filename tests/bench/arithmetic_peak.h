@@ -8,9 +8,9 @@ namespace structkv::bench {
 
 enum class Arithmetic { kF32, kBf16Pairs };
 
-// Floating-point operations per second of `threads` threads that run at once, over about `seconds`.
-// `target` names an instruction set as cpu::CpuTargets() does; 0 where the set has no such
-// instruction.
+// Floating-point operations per second of `threads` threads that run at once: the best of several
+// short runs, `seconds` in all. `target` names an instruction set as cpu::CpuTargets() does; 0
+// where the set has no such instruction.
 double PeakFlops(std::string_view target, Arithmetic arithmetic, int threads, double seconds);
 
 // For PeakFlops: `rounds` rounds on the calling thread. Returns operations done.

@@ -1,6 +1,7 @@
 // The CPU backend's operations at Llama-3.1-8B geometry, each beside its floor in the same run:
-// saliency beside the arithmetic peak, gather beside memcpy, selection beside nth_element. Google
-// Benchmark's flags; --benchmark_filter=Saliency, for instance.
+// saliency beside the arithmetic peak, gather beside memcpy, selection beside nth_element. Rates
+// and shares are of the median run. Google Benchmark's flags; --benchmark_filter=Saliency, for
+// instance.
 #include <algorithm>
 #include <cstring>
 #include <future>
@@ -39,6 +40,13 @@ class Threads {
   std::shared_ptr<engine::Scheduler::Lane> lane_;
 };
 
+// So that a run that something else on the machine held up does not count.
+double Median(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
 std::unique_ptr<Backend> Cpu(std::string_view target) {
   return cpu::CreateCpuBackend({.target = target}).value();
 }
@@ -64,19 +72,23 @@ void Saliency(benchmark::State& state, std::string_view target, DType dtype, boo
   }
   if (peak == 0) peak = PeakFlops(target, Arithmetic::kF32, threads, kPeakSeconds);
   Threads pool(threads);
+  std::vector<double> seconds;
   for (auto _ : state) {
-    pool.Run([&](ParallelFor parallel) {
-      const absl::Status status = backend->Saliency(params, out.data(), nullptr, parallel);
-      if (!status.ok()) state.SkipWithError(std::string(status.message()).c_str());
+    const double each = Seconds([&] {
+      pool.Run([&](ParallelFor parallel) {
+        const absl::Status status = backend->Saliency(params, out.data(), nullptr, parallel);
+        if (!status.ok()) state.SkipWithError(std::string(status.message()).c_str());
+      });
     });
+    seconds.push_back(each);
+    state.SetIterationTime(each);
   }
   const double flops =
       2.0 * kQueryHeads * static_cast<double>(window * tokens * kDim);  // the scores alone
-  const auto runs = static_cast<double>(state.iterations());
-  state.counters["flops"] = benchmark::Counter(flops * runs, benchmark::Counter::kIsRate);
+  const double rate = flops / Median(seconds);
+  state.counters["flops"] = rate;
   state.counters["peak_flops"] = peak;
-  state.counters["share_of_peak"] =
-      benchmark::Counter(flops * runs / peak, benchmark::Counter::kIsRate);
+  state.counters["share_of_peak"] = rate / peak;
 }
 
 void Select(benchmark::State& state, std::string_view target) {
@@ -142,18 +154,17 @@ void Gather(benchmark::State& state, Layout layout, bool per_head) {
     backend->Gather(values.view(), positions.data(), per_head, kept_values.mutable_view(),
                     parallel);
   };
-  double copy_seconds = 0;
-  double gather_seconds = 0;
+  std::vector<double> copy_seconds;
+  std::vector<double> gather_seconds;
   for (auto _ : state) {
-    copy_seconds += Seconds([&] { pool.Run(copy); });
-    const double seconds = Seconds([&] { pool.Run(gather); });
-    gather_seconds += seconds;
-    state.SetIterationTime(seconds);
+    copy_seconds.push_back(Seconds([&] { pool.Run(copy); }));
+    gather_seconds.push_back(Seconds([&] { pool.Run(gather); }));
+    state.SetIterationTime(gather_seconds.back());
   }
-  const double total = 2.0 * static_cast<double>(bytes * state.iterations());
-  state.counters["bytes_per_s"] = total / gather_seconds;
-  state.counters["memcpy_bytes_per_s"] = total / copy_seconds;
-  state.counters["share_of_memcpy"] = copy_seconds / gather_seconds;
+  const double total = 2.0 * static_cast<double>(bytes);
+  state.counters["bytes_per_s"] = total / Median(gather_seconds);
+  state.counters["memcpy_bytes_per_s"] = total / Median(copy_seconds);
+  state.counters["share_of_memcpy"] = Median(copy_seconds) / Median(gather_seconds);
 }
 
 void Register() {
@@ -168,7 +179,7 @@ void Register() {
             ->ArgNames({"threads", "tokens"})
             ->ArgsProduct(threads_and_tokens)
             ->Unit(benchmark::kMillisecond)
-            ->UseRealTime();
+            ->UseManualTime();
       }
     }
     const std::string name = "Select/" + std::string(target);
