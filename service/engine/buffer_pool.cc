@@ -67,10 +67,10 @@ struct Buffer::Core {
         idle.erase(fit->second);
         by_size.erase(fit);
         idle_bytes -= run.size;
-        in_use_bytes += run.size;
+        CountUse(run.size);
         return run;
       }
-      in_use_bytes += size;
+      CountUse(size);
     }
     return {MapPages(size), size};
   }
@@ -96,12 +96,19 @@ struct Buffer::Core {
     Unmap(dropped);
   }
 
+  // Under the mutex.
+  void CountUse(size_t size) {
+    in_use_bytes += size;
+    peak_in_use_bytes = std::max(peak_in_use_bytes, in_use_bytes);
+  }
+
   const size_t idle_limit_bytes;
   mutable std::mutex mutex;
   Runs idle;  // oldest return first
   std::multimap<size_t, Runs::iterator> by_size;
   size_t idle_bytes = 0;
   size_t in_use_bytes = 0;
+  size_t peak_in_use_bytes = 0;
 };
 
 Buffer& Buffer::operator=(Buffer&& other) noexcept {
@@ -151,6 +158,11 @@ size_t BufferPool::in_use_bytes() const {
 size_t BufferPool::idle_bytes() const {
   const std::lock_guard lock(core_->mutex);
   return core_->idle_bytes;
+}
+
+size_t BufferPool::peak_in_use_bytes() const {
+  const std::lock_guard lock(core_->mutex);
+  return core_->peak_in_use_bytes;
 }
 
 }  // namespace structkv::engine

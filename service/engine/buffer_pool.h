@@ -59,8 +59,11 @@ class BufferPool {
   // end: the caller reserves from a budget first.
   Buffer Acquire(size_t size);
 
+  // Whole pages of the buffers that are held now, and of those that wait for reuse.
   size_t in_use_bytes() const;
   size_t idle_bytes() const;
+  // The most that in_use_bytes() ever was.
+  size_t peak_in_use_bytes() const;
 
  private:
   std::shared_ptr<Buffer::Core> core_;

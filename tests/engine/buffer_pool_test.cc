@@ -59,6 +59,19 @@ TEST(BufferPoolTest, CountsWholePagesInUseAndIdle) {
   EXPECT_EQ(pool.idle_bytes(), PageBytes());
 }
 
+TEST(BufferPoolTest, RemembersTheMostThatWasInUse) {
+  BufferPool pool(8 * kMiB);
+  EXPECT_EQ(pool.peak_in_use_bytes(), 0U);
+  Buffer first = pool.Acquire(kMiB);
+  Buffer second = pool.Acquire(2 * kMiB);
+  first.Reset();
+  EXPECT_EQ(pool.peak_in_use_bytes(), 3 * kMiB);
+  const Buffer reused = pool.Acquire(kMiB);
+  EXPECT_EQ(pool.peak_in_use_bytes(), 3 * kMiB);
+  const Buffer more = pool.Acquire(kMiB);
+  EXPECT_EQ(pool.peak_in_use_bytes(), 4 * kMiB);
+}
+
 TEST(BufferPoolTest, ReturnedMemoryIsReused) {
   BufferPool pool(8 * kMiB);
   Buffer first = pool.Acquire(kMiB);
