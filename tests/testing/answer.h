@@ -50,6 +50,9 @@ std::string ResultBytes(const Answer& answer);
 inline constexpr double kScoreTolerance = 1e-4;
 std::vector<std::string> CompareWithOracle(const PromptData& data, const Answer& answer);
 
+// Likewise for the layers and the pivot alone, which is all that the engine answers.
+std::vector<std::string> CompareResultsWithOracle(const PromptData& data, const Answer& answer);
+
 // Numbers of a tensor of 4-byte elements.
 std::vector<int32_t> AsInts(const std::string& bytes);
 std::vector<float> AsFloats(const std::string& bytes);
