@@ -1,0 +1,115 @@
+#include "tests/session/fault_backend.h"
+
+#include <chrono>
+#include <string>
+#include <utility>
+
+namespace structkv::session {
+namespace {
+
+class FaultBackend final : public Backend {
+ public:
+  FaultBackend(std::unique_ptr<Backend> real, std::shared_ptr<Faults> faults)
+      : real_(std::move(real)), faults_(std::move(faults)) {}
+
+  std::string_view name() const override { return real_->name(); }
+  std::string device() const override { return real_->device(); }
+  const BackendCapabilities& capabilities() const override { return real_->capabilities(); }
+  int64_t SaliencyScratchBytes(const SaliencyParams& params) const override {
+    return real_->SaliencyScratchBytes(params);
+  }
+  absl::Status Saliency(const SaliencyParams& params, float* out, BadStatistic* bad,
+                        ParallelFor parallel) const override {
+    faults_->Pass(params.keys.tokens);
+    absl::Status status = faults_->SaliencyStatus(params.keys.tokens);
+    return status.ok() ? real_->Saliency(params, out, bad, parallel) : status;
+  }
+  void SumHeads(const float* per_head, int64_t heads, int64_t tokens, float* out,
+                ParallelFor parallel) const override {
+    real_->SumHeads(per_head, heads, tokens, out, parallel);
+  }
+  std::optional<BadStatistic> FindBad(const float* values, int64_t heads, int64_t tokens,
+                                      ParallelFor parallel) const override {
+    faults_->Pass(tokens);
+    return real_->FindBad(values, heads, tokens, parallel);
+  }
+  void Pool(const float* in, int64_t tokens, Pooling pooling, int64_t kernel,
+            float* out) const override {
+    real_->Pool(in, tokens, pooling, kernel, out);
+  }
+  SaliencySums Sums(const float* scores, int64_t tokens, int64_t top_count,
+                    ParallelFor parallel) const override {
+    return real_->Sums(scores, tokens, top_count, parallel);
+  }
+  void Accumulate(float decay, const float* saliency, float* centrality, int64_t tokens,
+                  ParallelFor parallel) const override {
+    real_->Accumulate(decay, saliency, centrality, tokens, parallel);
+  }
+  void Select(const SelectParams& params, int32_t* positions) const override {
+    real_->Select(params, positions);
+  }
+  void Gather(const TensorView& source, const int32_t* positions, bool per_head,
+              const MutableTensorView& destination, ParallelFor parallel) const override {
+    faults_->Pass(source.tokens);
+    real_->Gather(source, positions, per_head, destination, parallel);
+  }
+
+ private:
+  const std::unique_ptr<Backend> real_;
+  const std::shared_ptr<Faults> faults_;
+};
+
+}  // namespace
+
+void Faults::CloseGate(int64_t tokens) {
+  const std::lock_guard lock(mutex_);
+  rules_[tokens].closed = true;
+}
+
+void Faults::OpenGate(int64_t tokens) {
+  const std::lock_guard lock(mutex_);
+  rules_[tokens].closed = false;
+  changed_.notify_all();
+}
+
+void Faults::OpenAllGates() {
+  const std::lock_guard lock(mutex_);
+  for (auto& [tokens, rule] : rules_) rule.closed = false;
+  changed_.notify_all();
+}
+
+bool Faults::WaitUntilBlocked(int64_t tokens, int layers) {
+  std::unique_lock lock(mutex_);
+  return changed_.wait_for(lock, std::chrono::minutes(1),
+                           [&] { return rules_[tokens].blocked >= layers; });
+}
+
+void Faults::FailSaliency(int64_t tokens, int64_t calls, absl::Status status) {
+  const std::lock_guard lock(mutex_);
+  rules_[tokens].calls_left = calls;
+  rules_[tokens].failure = std::move(status);
+}
+
+void Faults::Pass(int64_t tokens) {
+  std::unique_lock lock(mutex_);
+  Rule& rule = rules_[tokens];  // a map's nodes stay where they are
+  if (!rule.closed) return;
+  ++rule.blocked;
+  changed_.notify_all();
+  changed_.wait(lock, [&] { return !rule.closed; });
+  --rule.blocked;
+}
+
+absl::Status Faults::SaliencyStatus(int64_t tokens) {
+  const std::lock_guard lock(mutex_);
+  Rule& rule = rules_[tokens];
+  if (rule.failure.ok() || rule.calls_left-- > 0) return absl::OkStatus();
+  return rule.failure;
+}
+
+std::unique_ptr<Backend> MakeFaultBackend(std::unique_ptr<Backend> real,
+                                          std::shared_ptr<Faults> faults) {
+  return std::make_unique<FaultBackend>(std::move(real), std::move(faults));
+}
+
+}  // namespace structkv::session

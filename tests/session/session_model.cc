@@ -1,0 +1,246 @@
+#include "tests/session/session_model.h"
+
+#include <algorithm>
+
+#include "structkv/v1/piece_codec.h"
+
+namespace structkv::session {
+
+SessionModel::SessionModel(Options options)
+    : options_(std::move(options)), layers_(static_cast<size_t>(options_.spec.geometry.layers)) {
+  for (auto& layer : layers_) {
+    for (const engine::InputTensor tensor : options_.spec.RequiredTensors()) {
+      const auto size = static_cast<size_t>(options_.spec.InputBytes(tensor));
+      layer[tensor] = {.bytes = std::string(size, '\0'),
+                       .came = std::vector<char>(size),
+                       .missing = static_cast<int64_t>(size)};
+    }
+  }
+  if (!options_.spec.RequiredTensors().empty()) return;
+  for (int64_t layer = 0; layer < options_.spec.geometry.layers; ++layer)
+    complete_.push_back(layer);
+}
+
+bool SessionModel::IsComplete(int64_t layer) const {
+  for (const auto& [tensor, model] : layers_[static_cast<size_t>(layer)]) {
+    if (model.missing > 0) return false;
+  }
+  return true;
+}
+
+int64_t SessionModel::LowestUnfinished() const {
+  int64_t layer = 0;
+  while (layer < options_.spec.geometry.layers && IsComplete(layer)) ++layer;
+  return layer;
+}
+
+bool SessionModel::output_full() const {
+  return unsent_bytes_ + options_.layer_output_bytes >
+         2 * options_.layer_output_bytes + options_.pivot_bytes;
+}
+
+// Events
+
+void SessionModel::Start() {
+  if (ended()) return;
+  state_ = State::kRunning;
+  StartLayer();
+  Ask();
+  AtRest();
+}
+
+void SessionModel::Append(std::vector<PieceBytes> pieces) {
+  if (ended()) return;
+  asked_ = false;
+  begun_by_last_message_ = false;
+  if (state_ == State::kCommitted || pieces.empty()) {
+    Refuse(absl::StatusCode::kInvalidArgument);
+    return;
+  }
+  parked_.assign(pieces.begin(), pieces.end());
+  TakeParked();
+  AtRest();
+}
+
+void SessionModel::Commit(int64_t layers, int64_t input_bytes) {
+  if (ended()) return;
+  const int64_t all = options_.spec.geometry.layers;
+  if (state_ == State::kCommitted || layers != all || LowestUnfinished() != all ||
+      input_bytes != received_bytes_) {
+    Refuse(absl::StatusCode::kInvalidArgument);
+    return;
+  }
+  state_ = State::kCommitted;
+  GoOn();
+  AtRest();
+}
+
+void SessionModel::EndOfInput() {
+  if (!ended() && state_ != State::kCommitted) Refuse(absl::StatusCode::kInvalidArgument);
+}
+
+void SessionModel::OutputSent(int64_t bytes) {
+  unsent_bytes_ -= std::min(bytes, unsent_bytes_);
+  if (ended()) {
+    End(state_);
+  } else {
+    GoOn();
+    AtRest();
+  }
+}
+
+void SessionModel::Cancel() {
+  unsent_bytes_ = 0;
+  End(ended() ? state_ : State::kFailed);
+}
+
+void SessionModel::Fail(absl::StatusCode code) {
+  if (!ended()) Refuse(code);
+}
+
+void SessionModel::OpenGate() {
+  gate_open_ = true;
+  AtRest();
+}
+
+// Input
+
+SessionModel::Verdict SessionModel::Refuse(absl::StatusCode code) {
+  failed_ = code;
+  unsent_bytes_ = 0;
+  End(State::kFailed);
+  return Verdict::kRefused;
+}
+
+SessionModel::Verdict SessionModel::Take(const PieceBytes& piece) {
+  if (piece.layer < 0 || piece.layer >= options_.spec.geometry.layers) {
+    return Refuse(absl::StatusCode::kOutOfRange);
+  }
+  auto& tensors = layers_[static_cast<size_t>(piece.layer)];
+  const auto found = tensors.find(piece.tensor);
+  if (found == tensors.end()) return Refuse(absl::StatusCode::kInvalidArgument);
+  TensorBytes& tensor = found->second;
+  const auto size = static_cast<int64_t>(piece.bytes.size());
+  const auto whole = static_cast<int64_t>(tensor.bytes.size());
+  if (size == 0 || piece.offset < 0 || piece.offset > whole || size > whole - piece.offset) {
+    return Refuse(absl::StatusCode::kInvalidArgument);
+  }
+  const bool known = tensor.pieces.contains({piece.offset, size});
+  const auto begin = tensor.came.begin() + piece.offset;
+  if (!known) {
+    if (std::find(begin, begin + size, 1) != begin + size || piece.layer >= window_end()) {
+      return Refuse(absl::StatusCode::kInvalidArgument);
+    }
+    if (!holders_.contains(piece.layer) &&
+        static_cast<int64_t>(holders_.size()) >= options_.layers_in_flight) {
+      return Verdict::kNoBuffer;
+    }
+    holders_.insert(piece.layer);
+  }
+  const absl::Span<const std::byte> bytes(reinterpret_cast<const std::byte*>(piece.bytes.data()),
+                                          piece.bytes.size());
+  if (piece.xxh3_64.has_value() && *piece.xxh3_64 != wire::Checksum({bytes})) {
+    return Refuse(absl::StatusCode::kDataLoss);
+  }
+  const auto at = static_cast<size_t>(piece.offset);
+  if (known) {
+    if (tensor.bytes.compare(at, piece.bytes.size(), piece.bytes) == 0) return Verdict::kTaken;
+    return Refuse(absl::StatusCode::kAlreadyExists);
+  }
+  tensor.bytes.replace(at, piece.bytes.size(), piece.bytes);
+  std::fill_n(begin, size, 1);
+  tensor.missing -= size;
+  tensor.pieces.insert({piece.offset, size});
+  received_bytes_ += size;
+  if (IsComplete(piece.layer)) complete_.push_back(piece.layer);
+  return Verdict::kTaken;
+}
+
+void SessionModel::TakeParked() {
+  while (!parked_.empty()) {
+    const Verdict verdict = Take(parked_.front());
+    if (verdict == Verdict::kRefused) return;
+    StartLayer();
+    if (verdict == Verdict::kNoBuffer) return;
+    parked_.pop_front();
+  }
+  Ask();
+}
+
+void SessionModel::Ask() {
+  owes_ready_ = true;
+  if (output_full() || state_ != State::kRunning) return;
+  owes_ready_ = false;
+  asked_ = true;
+  ++ready_;
+}
+
+// Layers
+
+void SessionModel::StartLayer() {
+  if (running_.has_value() || output_full() || complete_.empty()) return;
+  running_ = complete_.front();
+  begun_by_last_message_ = true;
+  complete_.pop_front();
+}
+
+// Whatever is being computed gets done, unless the gate holds it.
+void SessionModel::AtRest() {
+  while (running_.has_value() && (gate_open_ || !options_.gate_holds)) Answer();
+}
+
+void SessionModel::Answer() {
+  const int64_t layer = *running_;
+  running_.reset();
+  if (ended()) {
+    End(state_);
+    return;
+  }
+  const auto bad = options_.bad_layers.find(layer);
+  if (options_.failing_call == calls_++) {
+    Refuse(absl::StatusCode::kInternal);
+    return;
+  }
+  if (bad != options_.bad_layers.end()) {
+    Refuse(bad->second);
+    return;
+  }
+  holders_.erase(layer);
+  answered_.push_back(static_cast<uint32_t>(layer));
+  unsent_bytes_ += options_.layer_output_bytes;
+  const method::MethodSpec& method = options_.spec.method;
+  if (method.has_skeleton() && !pivot_) {
+    const int64_t last = method.pivot.mode == method::PivotMode::kFixed
+                             ? method.pivot.fixed_layer
+                             : options_.spec.geometry.layers - 1;
+    int64_t needed = 0;
+    for (const uint32_t each : answered_) needed += each <= last ? 1 : 0;
+    if (needed == last + 1) {
+      pivot_ = true;
+      unsent_bytes_ += options_.pivot_bytes;
+    }
+  }
+  GoOn();
+}
+
+void SessionModel::GoOn() {
+  StartLayer();
+  if (!parked_.empty()) {
+    TakeParked();
+    if (ended()) return;
+  } else if (owes_ready_) {
+    Ask();
+  }
+  if (state_ == State::kCommitted && answered_.size() == layers_.size()) End(State::kFinished);
+}
+
+// All memory goes, but for a layer that is being computed and, after a success, for results that
+// were not sent.
+void SessionModel::End(State state) {
+  state_ = state;
+  parked_.clear();
+  complete_.clear();
+  if (!running_.has_value() && unsent_bytes_ == 0) holds_memory_ = false;
+}
+
+}  // namespace structkv::session

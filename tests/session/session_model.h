@@ -1,0 +1,116 @@
+// What a session must do, as plain as can be: bytes are kept in maps, layers are computed in no
+// time (or not at all while a gate is closed), and everything happens at once.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "service/engine/prompt_spec.h"
+#include "tests/session/session_probe.h"
+
+namespace structkv::session {
+
+class SessionModel {
+ public:
+  struct Options {
+    engine::PromptSpec spec;
+    int64_t layers_in_flight = 2;
+    int64_t layer_output_bytes = 0;
+    int64_t pivot_bytes = 0;
+    // Whether a closed gate may keep layers from being computed. Small ones are computed by whoever
+    // completes them, whom a gate would hold.
+    bool gate_holds = true;
+    // Layers whose computation fails, and how.
+    std::map<int64_t, absl::StatusCode> bad_layers;
+    // The n-th layer to be computed fails as INTERNAL.
+    std::optional<int64_t> failing_call;
+  };
+  explicit SessionModel(Options options);
+
+  // Events.
+  void Start();
+  void Append(std::vector<PieceBytes> pieces);
+  void Commit(int64_t layers, int64_t input_bytes);
+  void EndOfInput();
+  void OutputSent(int64_t bytes);
+  void Cancel();
+  void Fail(absl::StatusCode code);
+  void CloseGate() { gate_open_ = false; }
+  void OpenGate();
+
+  // What must have been called, once everything is at rest.
+  int ready() const { return ready_; }
+  const std::vector<uint32_t>& layers() const { return answered_; }
+  bool pivot() const { return pivot_; }
+  bool finished() const { return state_ == State::kFinished; }
+  std::optional<absl::StatusCode> failed() const { return failed_; }
+
+  bool ended() const { return state_ == State::kFinished || state_ == State::kFailed; }
+  bool committed() const { return state_ == State::kCommitted; }
+  // `ready` was called, and no message came since.
+  bool asked() const { return asked_; }
+  bool parked() const { return !parked_.empty(); }
+  // A layer is held at the gate.
+  bool blocked() const { return running_.has_value(); }
+  // The session failed in the middle of the message that had the running layer begun: it was taken
+  // back if it had not reached the gate, and nobody can know. Opening the gate ends the doubt.
+  bool in_doubt() const { return ended() && running_.has_value() && begun_by_last_message_; }
+  bool gate_open() const { return gate_open_; }
+  bool holds_memory() const { return holds_memory_; }
+  int64_t unsent_bytes() const { return unsent_bytes_; }
+  int64_t received_bytes() const { return received_bytes_; }
+  // Layers at or above this one are refused.
+  int64_t window_end() const { return LowestUnfinished() + options_.layers_in_flight; }
+
+ private:
+  enum class State : uint8_t { kIdle, kRunning, kCommitted, kFinished, kFailed };
+  struct TensorBytes {
+    std::string bytes;
+    std::vector<char> came;  // of each byte
+    int64_t missing = 0;
+    std::set<std::pair<int64_t, int64_t>> pieces;  // offset, size
+  };
+  enum class Verdict : uint8_t { kTaken, kNoBuffer, kRefused };
+
+  int64_t LowestUnfinished() const;
+  bool IsComplete(int64_t layer) const;
+  bool output_full() const;
+  Verdict Take(const PieceBytes& piece);
+  Verdict Refuse(absl::StatusCode code);
+  void TakeParked();
+  void Ask();
+  void StartLayer();
+  void AtRest();
+  void Answer();
+  void GoOn();
+  void End(State state);
+
+  const Options options_;
+  State state_ = State::kIdle;
+  bool gate_open_ = true;
+  std::vector<std::map<engine::InputTensor, TensorBytes>> layers_;
+  std::set<int64_t> holders_;     // layers with buffers
+  std::deque<int64_t> complete_;  // that wait to be computed
+  std::optional<int64_t> running_;
+  bool begun_by_last_message_ = false;
+  int64_t calls_ = 0;
+  std::deque<PieceBytes> parked_;
+  bool asked_ = false;
+  bool owes_ready_ = false;
+  int ready_ = 0;
+  std::vector<uint32_t> answered_;
+  bool pivot_ = false;
+  std::optional<absl::StatusCode> failed_;
+  bool holds_memory_ = true;
+  int64_t unsent_bytes_ = 0;
+  int64_t received_bytes_ = 0;
+};
+
+}  // namespace structkv::session
