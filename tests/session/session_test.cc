@@ -235,6 +235,22 @@ TEST_F(SessionTest, CallbacksMayCallTheSession) {
   ExpectFree();
 }
 
+// What is counted for messages is one.
+TEST_F(SessionTest, AMessageIsFreedBeforeTheNextOneIsAskedFor) {
+  const std::shared_ptr<Session> session = Open();
+  std::weak_ptr<const void> owner;
+  int asked = 0;
+  SessionCallbacks callbacks;
+  callbacks.ready = [&] {
+    ++asked;
+    EXPECT_TRUE(owner.expired());
+  };
+  session->Start(std::move(callbacks));
+  session->Append(MessageOf(LayerPieces(*data_, request_.spec, 0), 2, &owner));
+  EXPECT_EQ(asked, 2);
+  session->Cancel();
+}
+
 TEST_F(SessionTest, DroppingTheLastShareCancels) {
   std::shared_ptr<Session> session = Open();
   session->Start(probe_->Callbacks());
