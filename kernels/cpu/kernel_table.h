@@ -19,6 +19,10 @@ inline constexpr int64_t kRowBlock = 32;
 // A multiple of the blocks of tokens (12 and 6) that the score kernels take at a time.
 inline constexpr int64_t kTileTokens = 240;
 
+// Exponentials are relative to the maximum of an earlier tile as long as a row's sum in a tile is
+// no larger.
+inline constexpr float kLargestSum = 0x1p20F;
+
 // Bytes of keys that a score kernel asks for ahead: into the second-level cache, which can wait for
 // far more lines at a time than the first, and from there into the first.
 inline constexpr int64_t kKeysFarBytes = 24576;
@@ -95,16 +99,21 @@ struct KernelTable {
   // For bf16 keys, where the set has dot products of bf16 pairs, else null: queries packed as pairs
   // along dim, [dim / 2, rows], the even element in the lower half.
   void (*bf16_scores)(const ScoreTile& tile) = nullptr;
+  // With them, null where they are: bf16_scores and then exponentiate.
+  bool (*bf16_exponentials)(const ScoreTile& tile, float factor, const float* shift,
+                            float* sum) = nullptr;
   // max[r] = the largest of scores[t, r] * factor. Returns whether every product is finite.
   bool (*row_max)(const float* scores, int64_t tokens, int64_t rows, float factor,
                   float* max) = nullptr;
   // scores[t, r] = 2^(scores[t, r] * factor - shift[r]) in place; sum[r] = their sum over t.
-  void (*exponentiate)(float* scores, int64_t tokens, int64_t rows, float factor,
+  // Returns false if a score was not finite; perhaps also if scores of a row add up to more than
+  // float32 holds.
+  bool (*exponentiate)(float* scores, int64_t tokens, int64_t rows, float factor,
                        const float* shift, float* sum) = nullptr;
   // out[t] (+)= sum over r of p[t, r] * weight[r].
   void (*weigh_rows)(const float* p, int64_t tokens, int64_t rows, const float* weight,
                      bool accumulate, float* out) = nullptr;
-  // Turns the maxima of `tiles` tiles into weights, in place: with m the row's largest maximum and
+  // Turns what was subtracted in `tiles` tiles into weights, in place: with m the row's largest and
   // z = sum over tiles of sums * 2^(max - m), weight = share[r] * 2^(max - m) / z. Both [tiles,
   // rows].
   void (*tile_weights)(float* max, const float* sums, int64_t tiles, int64_t rows,

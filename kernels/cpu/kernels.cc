@@ -57,6 +57,7 @@ std::vector<KernelTable> MakeTables() {
   if ((supported & HWY_AVX3) != 0 && HaveAvx512Bf16()) {
     KernelTable table = N_AVX3::Table("avx3_bf16", "AVX-512 BF16");
     table.bf16_scores = &ScoresAvx512Bf16;
+    table.bf16_exponentials = &ExponentialsAvx512Bf16;
     tables.push_back(table);
   }
 #endif

@@ -1,5 +1,6 @@
 #include "kernels/cpu/saliency.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -77,18 +78,32 @@ class Job {
     return absl::OkStatus();
   }
 
-  void Scores(int64_t head, int64_t block, int64_t tile, float* out) const {
+  ScoreTile Tile(int64_t head, int64_t block, int64_t tile, float* out) const {
     const TensorView& k = params_.keys;
+    return {.queries = Packed(head, block),
+            .rows = plan_.PaddedRows(block),
+            .keys = k.Row(head, tile * kTileTokens),
+            .token_stride_bytes = k.token_stride * static_cast<int64_t>(DTypeSize(k.dtype)),
+            .dtype = k.dtype,
+            .dim = k.dim,
+            .tokens = TileTokens(tile),
+            .tokens_after = plan_.tokens - tile * kTileTokens - TileTokens(tile),
+            .out = out};
+  }
+
+  void Scores(int64_t head, int64_t block, int64_t tile, float* out) const {
     const auto function = plan_.pairs ? table_.bf16_scores : table_.scores;
-    function({.queries = Packed(head, block),
-              .rows = plan_.PaddedRows(block),
-              .keys = k.Row(head, tile * kTileTokens),
-              .token_stride_bytes = k.token_stride * static_cast<int64_t>(DTypeSize(k.dtype)),
-              .dtype = k.dtype,
-              .dim = k.dim,
-              .tokens = TileTokens(tile),
-              .tokens_after = plan_.tokens - tile * kTileTokens - TileTokens(tile),
-              .out = out});
+    function(Tile(head, block, tile, out));
+  }
+
+  // Scores a tile and exponentiates. False: a score may not be finite, or an exponential be.
+  bool Exponentials(int64_t head, int64_t block, int64_t tile, const float* shift, float* p,
+                    float* sums) const {
+    if (plan_.pairs && table_.bf16_exponentials != nullptr) {
+      return table_.bf16_exponentials(Tile(head, block, tile, p), factor_, shift, sums);
+    }
+    Scores(head, block, tile, p);
+    return table_.exponentiate(p, TileTokens(tile), plan_.PaddedRows(block), factor_, shift, sums);
   }
 
   // Sets the scores that the causal mask hides.
@@ -126,7 +141,6 @@ class Job {
       float* out = out_ + head * plan_.tokens + tile * kTileTokens;
       for (int64_t block = 0; block < plan_.blocks; ++block) {
         const int64_t rows = plan_.PaddedRows(block);
-        if (!ScoreAndMax(head, block, tile, scores, ignored)) return Fail();
         alignas(64) float shift[kRowBlock] = {};
         alignas(64) float weight[kRowBlock] = {};
         const float* lse = params_.lse + head * plan_.group_rows + block * kRowBlock;
@@ -134,7 +148,10 @@ class Job {
           shift[i] = static_cast<float>(lse[i] * kLog2E);
           weight[i] = Share();
         }
-        table_.exponentiate(scores, tokens, rows, factor_, shift, ignored);
+        if (IsMasked(tile) || !Exponentials(head, block, tile, shift, scores, ignored)) {
+          if (!ScoreAndMax(head, block, tile, scores, ignored)) return Fail();
+          table_.exponentiate(scores, tokens, rows, factor_, shift, ignored);
+        }
         table_.weigh_rows(scores, tokens, rows, weight, block != 0, out);
       }
       if (table_.find_bad(out, tokens) >= 0) return Fail();
@@ -235,12 +252,22 @@ class Job {
     const int64_t rows = plan_.PaddedRows(block);
     float* p = stored.p + tile * kTileTokens * rows;
     float* max = stored.max + tile * rows;
+    float* sums = stored.sums + tile * rows;
     if (tile + 1 < plan_.tiles) PrefetchTile(p + kTileTokens * rows, TileTokens(tile + 1) * rows);
+    // Any maximum seen in the task will do while exponentials are not too large: it is no larger
+    // than the row's.
+    if (tile % SaliencyPlan::kTilesPerTask != 0 && !IsMasked(tile)) {
+      std::copy(max - rows, max, max);
+      if (Exponentials(head, block, tile, max, p, sums) &&
+          std::all_of(sums, sums + rows, [](float sum) { return sum <= kLargestSum; })) {
+        return;
+      }
+    }
     if (!ScoreAndMax(head, block, tile, p, max)) return Fail();
     alignas(64) float shift[kRowBlock];
     // A row that sees nothing of this tile has maximum -Inf: nothing is subtracted from -Inf.
     for (int64_t i = 0; i < rows; ++i) shift[i] = max[i] == -kInfinity ? 0.0F : max[i];
-    table_.exponentiate(p, TileTokens(tile), rows, factor_, shift, stored.sums + tile * rows);
+    table_.exponentiate(p, TileTokens(tile), rows, factor_, shift, sums);
   }
 
   // Something was not finite: computes again to find the lowest token of any head.

@@ -18,10 +18,61 @@ inline __m512bh Broadcast(const std::byte* pair) {
   return reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits));
 }
 
+// Stores the scores themselves.
+template <int R>
+struct AsTheyAre {
+  template <int T>
+  void Store(const __m512 (&acc)[T][R], float* out) {
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) _mm512_store_ps(out + (t * R + r) * 16, acc[t][r]);
+    }
+  }
+};
+
+// Exp2 of exp2-inl.h to the bit, down to 2^-126; Inf, NaN and smaller values as they should be.
+inline __m512 Exp2(__m512 x) {
+  constexpr int kMinusNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  const __m512 f = _mm512_reduce_ps(x, kMinusNearest);
+  __m512 p = _mm512_set1_ps(0.001326472731307149F);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.009671512991189957F));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.05550733581185341F));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24022242426872253F));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6931470036506653F));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0F));
+  return _mm512_maskz_scalef_ps(0xFFFF, p, _mm512_sub_ps(x, f));
+}
+
+// Stores 2^(score * factor - shift), and sums them. The next block's dot products need other units
+// than most of this does, and run beside it.
+template <int R>
+struct Exponentials {
+  template <int T>
+  void Store(const __m512 (&acc)[T][R], float* out) {
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const __m512 x = _mm512_fmsub_ps(acc[t][r], factor, shift[r]);
+        const __m512 p = Exp2(x);
+        _mm512_store_ps(out + (t * R + r) * 16, p);
+        sum[r] = _mm512_add_ps(sum[r], p);
+        check[r] = _mm512_add_ps(check[r], x);
+      }
+    }
+  }
+
+  __m512 factor;
+  __m512 shift[R];
+  __m512 sum[R];
+  __m512 check[R];  // infinities stay visible here; their exponentials may be 0
+};
+
 // T tokens against R vectors of 16 rows. `near` and `far` are prefetched, in step with `keys`.
-template <int T, int R>
+template <int T, int R, class Results>
 inline void DotBlock(const int32_t* __restrict queries, const std::byte* keys, int64_t stride,
-                     const std::byte* near, const std::byte* far, int64_t dim,
+                     const std::byte* near, const std::byte* far, int64_t dim, Results& results,
                      float* __restrict out) {
   constexpr int64_t kRows = R * 16;
   __m512 acc[T][R];
@@ -54,15 +105,11 @@ inline void DotBlock(const int32_t* __restrict queries, const std::byte* keys, i
       }
     }
   }
-#pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) _mm512_store_ps(out + t * kRows + r * 16, acc[t][r]);
-  }
+  results.Store(acc, out);
 }
 
-template <int R>
-void ScoresR(const ScoreTile& tile) {
+template <int R, class Results>
+inline void ForTile(const ScoreTile& tile, Results& results) {
   constexpr int64_t kBlock = 12;  // 24 accumulators of 32 registers
   const int32_t* queries = static_cast<const int32_t*>(tile.queries);
   const int64_t stride = tile.token_stride_bytes;
@@ -75,19 +122,45 @@ void ScoresR(const ScoreTile& tile) {
     const int64_t near = last < near_tokens ? last : near_tokens;
     const int64_t far = last < far_tokens ? last : far_tokens;
     DotBlock<kBlock, R>(queries, keys, stride, keys + near * stride, keys + far * stride, tile.dim,
-                        tile.out + t * R * 16);
+                        results, tile.out + t * R * 16);
   }
   for (; t < tile.tokens; ++t) {
     const std::byte* keys = tile.keys + t * stride;
-    DotBlock<1, R>(queries, keys, stride, keys, keys, tile.dim, tile.out + t * R * 16);
+    DotBlock<1, R>(queries, keys, stride, keys, keys, tile.dim, results, tile.out + t * R * 16);
   }
+}
+
+template <int R>
+void ScoresR(const ScoreTile& tile) {
+  AsTheyAre<R> results;
+  ForTile<R>(tile, results);
+}
+
+template <int R>
+bool ExponentialsR(const ScoreTile& tile, float factor, const float* shift, float* sum) {
+  Exponentials<R> results;
+  results.factor = _mm512_set1_ps(factor);
+  for (int r = 0; r < R; ++r) {
+    results.shift[r] = _mm512_loadu_ps(shift + r * 16);
+    results.sum[r] = _mm512_setzero_ps();
+    results.check[r] = _mm512_setzero_ps();
+  }
+  ForTile<R>(tile, results);
+  bool finite = true;
+  for (int r = 0; r < R; ++r) {
+    _mm512_storeu_ps(sum + r * 16, results.sum[r]);
+    const __m512 poison = _mm512_mul_ps(results.check[r], _mm512_setzero_ps());
+    finite &= _mm512_cmp_ps_mask(poison, _mm512_setzero_ps(), _CMP_EQ_OQ) == 0xFFFF;
+  }
+  return finite;
 }
 
 }  // namespace
 
 bool HaveAvx512Bf16() {
   return __builtin_cpu_supports("avx512bf16") != 0 && __builtin_cpu_supports("avx512f") != 0 &&
-         __builtin_cpu_supports("avx512vl") != 0 && __builtin_cpu_supports("avx512bw") != 0;
+         __builtin_cpu_supports("avx512vl") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
+         __builtin_cpu_supports("avx512dq") != 0;
 }
 
 void ScoresAvx512Bf16(const ScoreTile& tile) {
@@ -96,6 +169,11 @@ void ScoresAvx512Bf16(const ScoreTile& tile) {
   } else {
     ScoresR<1>(tile);
   }
+}
+
+bool ExponentialsAvx512Bf16(const ScoreTile& tile, float factor, const float* shift, float* sum) {
+  return tile.rows == 32 ? ExponentialsR<2>(tile, factor, shift, sum)
+                         : ExponentialsR<1>(tile, factor, shift, sum);
 }
 
 }  // namespace structkv::cpu
@@ -107,6 +185,11 @@ namespace structkv::cpu {
 bool HaveAvx512Bf16() { return false; }
 
 void ScoresAvx512Bf16(const ScoreTile& /*tile*/) {}
+
+bool ExponentialsAvx512Bf16(const ScoreTile& /*tile*/, float /*factor*/, const float* /*shift*/,
+                            float* /*sum*/) {
+  return false;
+}
 
 }  // namespace structkv::cpu
 

@@ -11,4 +11,7 @@ bool HaveAvx512Bf16();
 // KernelTable::bf16_scores. Only where HaveAvx512Bf16(). Denormal elements count as zero.
 void ScoresAvx512Bf16(const ScoreTile& tile);
 
+// KernelTable::bf16_exponentials. Only where HaveAvx512Bf16().
+bool ExponentialsAvx512Bf16(const ScoreTile& tile, float factor, const float* shift, float* sum);
+
 }  // namespace structkv::cpu

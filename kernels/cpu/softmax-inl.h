@@ -34,23 +34,29 @@ inline bool RowMax(const float* scores, int64_t tokens, int64_t rows, float fact
   return hn::AllTrue(d, hn::Eq(poison, hn::Zero(d)));
 }
 
-inline void Exponentiate(float* scores, int64_t tokens, int64_t rows, float factor,
+inline bool Exponentiate(float* scores, int64_t tokens, int64_t rows, float factor,
                          const float* shift, float* sum) {
   const hn::ScalableTag<float> d;
   using V = hn::Vec<decltype(d)>;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   const V scale = hn::Set(d, factor);
+  V poison = hn::Zero(d);
   for (int64_t r = 0; r < rows; r += lanes) {
     const V minus = hn::Neg(hn::LoadU(d, shift + r));
     V total = hn::Zero(d);
+    V check = hn::Zero(d);  // infinities stay visible here; their exponentials may be 0
     float* at = scores + r;
     for (int64_t t = 0; t < tokens; ++t, at += rows) {
-      const V p = Exp2(d, hn::MulAdd(hn::Load(d, at), scale, minus));
+      const V x = hn::MulAdd(hn::Load(d, at), scale, minus);
+      const V p = Exp2(d, x);
       hn::Store(p, d, at);
       total = hn::Add(total, p);
+      check = hn::Add(check, x);
     }
     hn::StoreU(total, d, sum + r);
+    poison = hn::MulAdd(check, hn::Zero(d), poison);
   }
+  return hn::AllTrue(d, hn::Eq(poison, hn::Zero(d)));
 }
 
 #if HWY_TARGET != HWY_SCALAR
@@ -136,7 +142,11 @@ inline void TileWeights(float* max, const float* sums, int64_t tiles, int64_t ro
     double total[kLanes] = {};
     for (int64_t i = 0; i < tiles; ++i) {
       float* at = max + i * rows + r;
-      const V share_of_top = Exp2(d, hn::Sub(hn::LoadU(d, at), top));
+      // In two factors: exponentials of up to kLargestSum are multiplied with this, so below 2^-126
+      // it may lose digits, but is not simply 0.
+      const V below = hn::Sub(hn::LoadU(d, at), top);
+      const V far = hn::Min(hn::Add(below, hn::Set(d, 100.0F)), hn::Zero(d));
+      const V share_of_top = hn::Mul(Exp2(d, hn::Max(below, hn::Set(d, -100.0F))), Exp2(d, far));
       hn::StoreU(share_of_top, d, at);
       HWY_ALIGN float part[kLanes];
       hn::Store(hn::Mul(share_of_top, hn::LoadU(d, sums + i * rows + r)), d, part);

@@ -290,6 +290,26 @@ TEST_P(SaliencyInputTest, IsSafeForLargeScores) {
   }
 }
 
+TEST_P(SaliencyInputTest, FollowsScoresThatRiseOrFall) {
+  for (int64_t h = 0; h < shape_.query_heads; ++h) {
+    for (int64_t r = 0; r < shape_.window; ++r) inputs_.queries.Set(h, r, 0, 8.0F);
+  }
+  SaliencyParams params = inputs_.params();
+  params.scale = 0.125F;
+  // Up to a fifth of float32's range of powers of two from one tile of 240 tokens to the next.
+  for (const float rise : {30.0F, 120.0F, 360.0F, -360.0F}) {
+    SCOPED_TRACE(rise);
+    for (int64_t h = 0; h < shape_.kv_heads; ++h) {
+      for (int64_t j = 0; j < shape_.tokens; ++j) {
+        const float share = static_cast<float>(j) / static_cast<float>(shape_.tokens);
+        inputs_.keys.Set(h, j, 0, rise * share);
+      }
+    }
+    ASSERT_EQ(Run(params), absl::OkStatus());
+    ExpectNear(out_, Expected(params), params);
+  }
+}
+
 TEST_P(SaliencyInputTest, TakesTheScale) {
   SaliencyParams params = inputs_.params();
   for (const float scale : {0.3F, -0.2F}) {
