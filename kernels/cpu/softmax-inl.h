@@ -59,23 +59,22 @@ inline bool Exponentiate(float* scores, int64_t tokens, int64_t rows, float fact
   return hn::AllTrue(d, hn::Eq(poison, hn::Zero(d)));
 }
 
-#if HWY_TARGET != HWY_SCALAR
-// Lane k of the result is the sum of the lanes of v[k]; v has as many vectors as lanes.
-template <class D, class V = hn::Vec<D>>
-HWY_INLINE V SumEach(D d, V* HWY_RESTRICT v) {
-  constexpr int kLanes = static_cast<int>(hn::MaxLanes(D()));
-#pragma GCC unroll 8
-  for (int n = kLanes / 2; n >= 1; n /= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
-      const V lo = v[2 * i];
-      const V hi = v[2 * i + 1];
-      v[i] = hn::Add(hn::ConcatEven(d, hi, lo), hn::ConcatOdd(d, hi, lo));
-    }
+// Lane k of the result is the sum of the lanes of row(first + k), of COUNT rows that are a power of
+// two. In the order in which few vectors are alive.
+template <int kCount, class D, class Row>
+HWY_INLINE hn::Vec<D> SumEach(D d, int64_t first, const Row& row) {
+#if HWY_TARGET == HWY_SCALAR
+  return row(first);
+#else
+  if constexpr (kCount == 1) {
+    return row(first);
+  } else {
+    const auto lo = SumEach<kCount / 2>(d, first, row);
+    const auto hi = SumEach<kCount / 2>(d, first + kCount / 2, row);
+    return hn::Add(hn::ConcatEven(d, hi, lo), hn::ConcatOdd(d, hi, lo));
   }
-  return v[0];
-}
 #endif
+}
 
 // N vectors of rows.
 template <int N>
@@ -87,36 +86,24 @@ void WeighRowsN(const float* p, int64_t tokens, const float* weight, bool accumu
   V w[N];
 #pragma GCC unroll 32
   for (int n = 0; n < N; ++n) w[n] = hn::LoadU(d, weight + n * kLanes);
-  for (int64_t t = 0; t < tokens; t += kLanes) {
-    const int64_t count = HWY_MIN(kLanes, tokens - t);
-    V v[kLanes];
-#pragma GCC unroll 16
-    for (int64_t k = 0; k < kLanes; ++k) {
-      v[k] = hn::Zero(d);
-      if (k < count) {
-        const float* row = p + (t + k) * kRows;
+  const auto weighed = [&](int64_t t) HWY_ATTR {
+    V v = hn::Zero(d);
 #pragma GCC unroll 32
-        for (int n = 0; n < N; ++n) {
-          v[k] = hn::MulAdd(hn::Load(d, row + n * kLanes), w[n], v[k]);
-        }
-      }
-    }
-#if HWY_TARGET == HWY_SCALAR
-    V sums = v[0];
-#else
-    V sums = SumEach(d, v);
-#endif
-    if (count == kLanes) {
-      if (accumulate) sums = hn::Add(sums, hn::LoadU(d, out + t));
-      hn::StoreU(sums, d, out + t);
-    } else {
-      HWY_ALIGN float rest[kLanes];
-      hn::Store(sums, d, rest);
-      for (int64_t k = 0; k < count; ++k) {
-        out[t + k] = accumulate ? out[t + k] + rest[k] : rest[k];
-      }
-    }
+    for (int n = 0; n < N; ++n) v = hn::MulAdd(hn::Load(d, p + t * kRows + n * kLanes), w[n], v);
+    return v;
+  };
+  int64_t t = 0;
+  for (; t + kLanes <= tokens; t += kLanes) {
+    V sums = SumEach<kLanes>(d, t, weighed);
+    if (accumulate) sums = hn::Add(sums, hn::LoadU(d, out + t));
+    hn::StoreU(sums, d, out + t);
   }
+  if (t == tokens) return;
+  const V sums = SumEach<kLanes>(
+      d, t, [&](int64_t each) HWY_ATTR { return each < tokens ? weighed(each) : hn::Zero(d); });
+  HWY_ALIGN float rest[kLanes];
+  hn::Store(sums, d, rest);
+  for (int64_t k = 0; t + k < tokens; ++k) out[t + k] = accumulate ? out[t + k] + rest[k] : rest[k];
 }
 
 inline void WeighRows(const float* p, int64_t tokens, int64_t rows, const float* weight,
