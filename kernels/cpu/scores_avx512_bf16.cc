@@ -81,17 +81,27 @@ inline void DotBlock(const int32_t* __restrict queries, const std::byte* keys, i
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) acc[t][r] = _mm512_setzero_ps();
   }
+  // The key of token 3 * g + n is at base[g] + n * stride, an address of one instruction: with a
+  // pointer for each the general registers would not do.
+  constexpr int kBases = (T + 2) / 3;
+  const std::byte* base[kBases];
+#pragma GCC unroll 4
+  for (int g = 0; g < kBases; ++g) base[g] = keys + 3 * g * stride;
   const int64_t pairs = dim / 2;
   for (int64_t i = 0; i < pairs; i += 4) {
-    if (i % 16 == 0) {
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) {
-        _mm_prefetch(reinterpret_cast<const char*>(far + t * stride + i * 4), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(near + t * stride + i * 4), _MM_HINT_T0);
+    if (T > 1) {
+      // Three tokens' next line, of each token once in 16 pairs.
+      const int64_t ahead = 3 * ((i / 4) % 4) * stride + i / 16 * 64;
+#pragma GCC unroll 4
+      for (int n = 0; n < 3; ++n) {
+        _mm_prefetch(reinterpret_cast<const char*>(far + ahead + n * stride), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(near + ahead + n * stride), _MM_HINT_T0);
       }
     }
-#pragma GCC unroll 2
-    for (int64_t p = i; p < i + 4; ++p) {
+#pragma GCC unroll 4
+    for (int g = 0; g < kBases; ++g) asm("" : "+r"(base[g]));  // keeps them the only ones
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) {
       __m512bh q[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -99,11 +109,14 @@ inline void DotBlock(const int32_t* __restrict queries, const std::byte* keys, i
       }
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) {
-        const __m512bh k = Broadcast(keys + t * stride + p * 4);
+        const __m512bh k = Broadcast(base[t / 3] + t % 3 * stride + p * 4);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[t][r] = _mm512_dpbf16_ps(acc[t][r], q[r], k);
       }
     }
+    queries += 4 * kRows;
+#pragma GCC unroll 4
+    for (int g = 0; g < kBases; ++g) base[g] += 16;
   }
   results.Store(acc, out);
 }
