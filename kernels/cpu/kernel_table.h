@@ -43,6 +43,9 @@ struct ScoreTile {
   int64_t tokens_after = 0;  // that lie behind the tile, and are scored next
   // [tokens, rows], unscaled dot products; 64-byte aligned.
   float* out = nullptr;
+  // What will be read and written after this tile, as much as `out`; null: nothing. Any address
+  // will do.
+  const float* out_after = nullptr;
 };
 
 // The top of a selection: values above `threshold` are in, values below are out, and of those equal

@@ -98,10 +98,13 @@ class Job {
 
   // Scores a tile and exponentiates. False: a score may not be finite, or an exponential be.
   bool Exponentials(int64_t head, int64_t block, int64_t tile, const float* shift, float* p,
-                    float* sums) const {
+                    float* sums, const float* p_after = nullptr) const {
     if (plan_.pairs && table_.bf16_exponentials != nullptr) {
-      return table_.bf16_exponentials(Tile(head, block, tile, p), factor_, shift, sums);
+      ScoreTile scored = Tile(head, block, tile, p);
+      scored.out_after = p_after;
+      return table_.bf16_exponentials(scored, factor_, shift, sums);
     }
+    if (p_after != nullptr) PrefetchTile(p_after, TileTokens(tile + 1) * plan_.PaddedRows(block));
     Scores(head, block, tile, p);
     return table_.exponentiate(p, TileTokens(tile), plan_.PaddedRows(block), factor_, shift, sums);
   }
@@ -253,16 +256,18 @@ class Job {
     float* p = stored.p + tile * kTileTokens * rows;
     float* max = stored.max + tile * rows;
     float* sums = stored.sums + tile * rows;
-    if (tile + 1 < plan_.tiles) PrefetchTile(p + kTileTokens * rows, TileTokens(tile + 1) * rows);
+    const bool more = tile + 1 < plan_.tiles;
+    const float* p_after = more ? p + kTileTokens * rows : nullptr;
     // Any maximum seen in the task will do while exponentials are not too large: it is no larger
     // than the row's.
     if (tile % SaliencyPlan::kTilesPerTask != 0 && !IsMasked(tile)) {
       std::copy(max - rows, max, max);
-      if (Exponentials(head, block, tile, max, p, sums) &&
+      if (Exponentials(head, block, tile, max, p, sums, p_after) &&
           std::all_of(sums, sums + rows, [](float sum) { return sum <= kLargestSum; })) {
         return;
       }
     }
+    if (more) PrefetchTile(p_after, TileTokens(tile + 1) * rows);
     if (!ScoreAndMax(head, block, tile, p, max)) return Fail();
     alignas(64) float shift[kRowBlock];
     // A row that sees nothing of this tile has maximum -Inf: nothing is subtracted from -Inf.

@@ -57,12 +57,14 @@ struct Exponentials {
         const __m512 x = _mm512_fmsub_ps(acc[t][r], factor, shift[r]);
         const __m512 p = Exp2(x);
         _mm512_store_ps(out + (t * R + r) * 16, p);
+        _mm_prefetch(reinterpret_cast<const char*>(out + after + (t * R + r) * 16), _MM_HINT_T1);
         sum[r] = _mm512_add_ps(sum[r], p);
         check[r] = _mm512_add_ps(check[r], x);
       }
     }
   }
 
+  int64_t after;  // from `out` to what is prefetched
   __m512 factor;
   __m512 shift[R];
   __m512 sum[R];
@@ -152,6 +154,7 @@ void ScoresR(const ScoreTile& tile) {
 template <int R>
 bool ExponentialsR(const ScoreTile& tile, float factor, const float* shift, float* sum) {
   Exponentials<R> results;
+  results.after = tile.out_after == nullptr ? 0 : tile.out_after - tile.out;
   results.factor = _mm512_set1_ps(factor);
   for (int r = 0; r < R; ++r) {
     results.shift[r] = _mm512_loadu_ps(shift + r * 16);
