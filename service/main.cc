@@ -1,8 +1,8 @@
 // structkv-server: options, start, signals, drain.
 #include <malloc.h>
 #include <pthread.h>
-#include <signal.h>
 
+#include <csignal>
 #include <cstdio>
 #include <memory>
 #include <string>

@@ -87,8 +87,8 @@ std::vector<CLI::ConfigItem> YamlConfig::from_config(std::istream& input) const 
     const std::string where = Where(entry.first.Mark());
     if (std::find(known_.begin(), known_.end(), key) == known_.end()) {
       const std::string closest = ClosestName(key, known_);
-      throw Refused(where + "unknown key '" + key + "'" +
-                    (closest.empty() ? "" : "; did you mean '" + closest + "'?"));
+      const std::string hint = closest.empty() ? "" : "; did you mean '" + closest + "'?";
+      throw Refused(where + "unknown key '" + key + "'" + hint);
     }
     if (!seen.insert(key).second) throw Refused(where + "key '" + key + "' is there twice");
     CLI::ConfigItem item;

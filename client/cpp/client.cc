@@ -56,7 +56,7 @@ std::optional<absl::Duration> RetryDelay(const RetryPolicy& policy, int attempt,
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const std::string& target,
-                                                        ClientOptions options) {
+                                                        const ClientOptions& options) {
   if (target.empty()) return absl::InvalidArgumentError("Connect: the target is empty");
   KeepGrpcInitialised();
   grpc::ChannelArguments args;

@@ -40,7 +40,7 @@ class Packer {
   absl::Status Flush() {
     if (pieces_.empty()) return absl::OkStatus();
     grpc::ByteBuffer message = wire::EncodeRequest(pieces_);
-    absl::Status status = core_->Write(std::move(message), bytes_, /*last=*/false);
+    absl::Status status = core_->Write(message, bytes_, /*last=*/false);
     if (status.ok()) {
       for (const wire::OutgoingPiece& piece : pieces_) {
         core_->NoteSent(piece.layer, piece.tensor, piece.offset_bytes,
@@ -103,7 +103,7 @@ const v1::Opened& CompressSession::opened() const { return core_->opened(); }
 
 absl::Status CompressSession::Send(uint32_t layer, v1::Tensor tensor,
                                    absl::Span<const std::byte> data, uint64_t offset_bytes,
-                                   std::shared_ptr<const void> owner) {
+                                   const std::shared_ptr<const void>& owner) {
   absl::Status status = core_->CheckSending();
   if (!status.ok()) return status;
   if (data.empty()) {

@@ -112,7 +112,7 @@ void SessionCore::NoteSent(uint32_t layer, int tensor, uint64_t begin, uint64_t 
   sent_.Add(layer, tensor, begin, end);
 }
 
-absl::Status SessionCore::Write(grpc::ByteBuffer message, size_t bytes, bool last) {
+absl::Status SessionCore::Write(const grpc::ByteBuffer& message, size_t bytes, bool last) {
   Outgoing* front = nullptr;
   {
     absl::MutexLock lock(&mutex_);
@@ -126,7 +126,7 @@ absl::Status SessionCore::Write(grpc::ByteBuffer message, size_t bytes, bool las
       return absl::FailedPreconditionError("the stream has ended");
     }
     in_flight_ += bytes;
-    queue_.push_back({std::move(message), bytes, last});
+    queue_.push_back({message, bytes, last});
     if (writing_) return absl::OkStatus();
     writing_ = true;
     ++starting_;

@@ -45,7 +45,7 @@ class SessionCore final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc:
 
   // Queues a message with `bytes` of tensor data; blocks while too many wait. `last`: half-closes
   // after it.
-  absl::Status Write(grpc::ByteBuffer message, size_t bytes, bool last);
+  absl::Status Write(const grpc::ByteBuffer& message, size_t bytes, bool last);
   // FAILED_PRECONDITION after a commit.
   absl::Status CheckSending() const;
   absl::Status Commit();

@@ -31,7 +31,7 @@ absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, cons
   params.lse = input.window_lse.as<const float>();
   constexpr int64_t kNoHead = -1;
   BadStatistic bad{.head = kNoHead};
-  const absl::Status status = backend.Saliency(params, out, &bad, parallel);
+  absl::Status status = backend.Saliency(params, out, &bad, parallel);
   if (status.ok()) return status;
   if (absl::IsInvalidArgument(status) && bad.head != kNoHead) {
     // The backend knows whether a query, a log-sum-exp or a score was at fault.

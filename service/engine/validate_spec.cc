@@ -16,7 +16,6 @@ namespace structkv::engine {
 namespace {
 
 using method::BudgetKind;
-using method::Granularity;
 using method::Method;
 using method::MethodSpec;
 using method::PivotMode;

@@ -196,7 +196,7 @@ session::SessionCallbacks CompressReactor::Callbacks() {
   callbacks.finished = [weak](const session::SessionSummary& summary) {
     if (auto self = weak.lock()) self->OnAnswered(summary);
   };
-  callbacks.failed = [weak](absl::Status status) {
+  callbacks.failed = [weak](const absl::Status& status) {
     if (auto self = weak.lock()) self->End(status);
   };
   return callbacks;

@@ -13,7 +13,7 @@ grpc::Status ToGrpc(const absl::Status& status) {
     text.resize(kMaxErrorTextBytes);
     absl::StrAppend(&text, "...");
   }
-  return {static_cast<grpc::StatusCode>(status.code()), std::move(text)};
+  return {static_cast<grpc::StatusCode>(status.code()), text};
 }
 
 absl::Status FromGrpc(const grpc::Status& status) {

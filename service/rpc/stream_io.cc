@@ -89,11 +89,11 @@ void StreamIo::Send(std::vector<OutgoingMessage> messages) {
   Advance();
 }
 
-void StreamIo::SendLast(grpc::ByteBuffer message) {
+void StreamIo::SendLast(const grpc::ByteBuffer& message) {
   {
     absl::MutexLock lock(&mutex_);
     if (ending_ || last_queued_) return;
-    queue_.push_back({std::move(message), 0});
+    queue_.push_back({message, 0});
     last_queued_ = true;
   }
   Advance();

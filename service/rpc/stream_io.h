@@ -55,7 +55,7 @@ class StreamIo : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuff
   // Queues messages to be written. Dropped where the stream ends.
   void Send(std::vector<OutgoingMessage> messages);
   // Queues the last message; the stream ends with OK after it.
-  void SendLast(grpc::ByteBuffer message);
+  void SendLast(const grpc::ByteBuffer& message);
   // Ends the stream with an error, drops what is queued. False where its end was decided before.
   bool EndWith(const grpc::Status& status);
 

@@ -133,7 +133,7 @@ struct SessionManagerOptions {
 // All sessions of a server. Thread-safe; outlives its sessions.
 class SessionManager {
  public:
-  SessionManager(SessionManagerOptions options, std::unique_ptr<Backend> backend);
+  SessionManager(const SessionManagerOptions& options, std::unique_ptr<Backend> backend);
   ~SessionManager();
 
   // Validates, reserves memory and registers. A running session with the same non-empty idempotency
@@ -142,7 +142,7 @@ class SessionManager {
   //   INVALID_ARGUMENT    the spec, or more memory than the whole budget
   //   RESOURCE_EXHAUSTED  the budget or the session limit is taken
   //   UNAVAILABLE         draining
-  absl::StatusOr<std::shared_ptr<Session>> Open(SessionRequest request);
+  absl::StatusOr<std::shared_ptr<Session>> Open(const SessionRequest& request);
 
   // Refuses new sessions from now on.
   void StartDraining();

@@ -1,6 +1,7 @@
 #include "service/session/session_core.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -210,8 +211,7 @@ void SessionCore::ComputeLayer(Clock::time_point posted, ParallelFor parallel) {
   }
   if (!input.has_value()) return;  // the session ended
   const Clock::time_point begin = Clock::now();
-  Answer answer = {.output = prompt_->CompressLayer(*std::move(input), parallel)};
-  input.reset();
+  Answer answer = {.output = prompt_->CompressLayer(*std::exchange(input, std::nullopt), parallel)};
   if (answer.output.ok()) answer.pivot = prompt_->TakePivot();
   answer.queued = begin - posted;
   answer.computed = Clock::now() - begin;

@@ -38,8 +38,8 @@ int Threads(int wanted) {
 
 class SessionManager::Impl {
  public:
-  Impl(SessionManagerOptions options_in, std::unique_ptr<Backend> backend_in)
-      : options(std::move(options_in)),
+  Impl(const SessionManagerOptions& options_in, std::unique_ptr<Backend> backend_in)
+      : options(options_in),
         backend(std::move(backend_in)),
         budget(options.memory_budget_bytes),
         buffers(static_cast<size_t>(std::max<int64_t>(options.idle_buffer_bytes, 0))),
@@ -63,15 +63,16 @@ class SessionManager::Impl {
   engine::Scheduler scheduler;  // last: its threads use all of the above
 };
 
-SessionManager::SessionManager(SessionManagerOptions options, std::unique_ptr<Backend> backend)
-    : impl_(std::make_shared<Impl>(std::move(options), std::move(backend))) {}
+SessionManager::SessionManager(const SessionManagerOptions& options,
+                               std::unique_ptr<Backend> backend)
+    : impl_(std::make_shared<Impl>(options, std::move(backend))) {}
 
 SessionManager::~SessionManager() {
   StartDraining();
   FailAll(absl::UnavailableError("the server is gone"));
 }
 
-absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(SessionRequest request) {
+absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionRequest& request) {
   const absl::Status draining = absl::UnavailableError("the server is draining");
   if (this->draining()) return draining;
   const SessionManagerOptions& options = impl_->options;

@@ -35,7 +35,7 @@ class Client {
   // `target` is a gRPC name: "host:port", "unix:/path", "dns:///name:port". Connects with the first
   // call. INVALID_ARGUMENT where `target` is empty.
   static absl::StatusOr<std::unique_ptr<Client>> Connect(const std::string& target,
-                                                         ClientOptions options = {});
+                                                         const ClientOptions& options = {});
   // Uses a channel that exists. It must not compress messages, and must accept messages of
   // `Open.max_response_message_bytes`.
   explicit Client(std::shared_ptr<grpc::Channel> channel, const ClientOptions& options = {});

@@ -53,7 +53,7 @@ class CompressSession {
   // data are copied; with an `owner`, which keeps them alive until the transport has let go of
   // them, they are not.
   absl::Status Send(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
-                    uint64_t offset_bytes = 0, std::shared_ptr<const void> owner = nullptr);
+                    uint64_t offset_bytes = 0, const std::shared_ptr<const void>& owner = nullptr);
 
   // Sends all tensors of a layer, small ones together in one message.
   absl::Status SendLayer(uint32_t layer, const LayerTensors& tensors);
