@@ -40,10 +40,24 @@ void AddScoring(const method::MethodSpec& spec, std::string& text) {
 }
 
 void AddPivot(const method::PivotSpec& pivot, std::string& text) {
-  if (pivot.mode == method::PivotMode::kFixed) {
-    absl::StrAppendFormat(&text, "pivot=fixed %d\n", pivot.fixed_layer);
-  } else {
-    absl::StrAppendFormat(&text, "pivot=exact %.17g %.17g\n", pivot.search_begin, pivot.search_end);
+  switch (pivot.mode) {
+    case method::PivotMode::kFixed:
+      absl::StrAppendFormat(&text, "pivot=fixed %d\n", pivot.fixed_layer);
+      break;
+    case method::PivotMode::kExact:
+      absl::StrAppendFormat(&text, "pivot=exact %.17g %.17g\n", pivot.search_begin,
+                            pivot.search_end);
+      break;
+    // What a profile has learned is no parameter.
+    case method::PivotMode::kOnline:
+    case method::PivotMode::kProfiled: {
+      const bool online = pivot.mode == method::PivotMode::kOnline;
+      absl::StrAppendFormat(&text, "pivot=%s %.17g %.17g %d %.17g\n",
+                            online ? "online" : "profiled", pivot.search_begin, pivot.search_end,
+                            pivot.patience, pivot.deadline_share());
+      if (!online) absl::StrAppendFormat(&text, "prompts=%d\n", pivot.profile_min_prompts);
+      break;
+    }
   }
   absl::StrAppendFormat(&text, "transition=%.17g %.17g %.17g %.17g\n", pivot.sparsity_ratio,
                         pivot.entropy_weight, pivot.sparsity_weight, pivot.variance_weight);

@@ -13,11 +13,17 @@
 namespace structkv::engine {
 namespace {
 
-absl::Status BadValue(int64_t layer, const BadStatistic& bad) {
+int64_t TokensOf(const PromptSpec& spec, const LayerInput& input) {
+  return input.positions.empty() ? spec.prompt_tokens
+                                 : static_cast<int64_t>(input.positions.size());
+}
+
+absl::Status BadValue(const LayerInput& input, const BadStatistic& bad) {
   // The sign of a NaN means nothing.
   const float value = std::isnan(bad.value) ? std::abs(bad.value) : bad.value;
+  const int64_t token = input.positions.empty() ? bad.token : input.positions[bad.token];
   return absl::InvalidArgumentError(absl::StrFormat(
-      "layer %d: saliency of token %d (KV head %d) is %g", layer, bad.token, bad.head, value));
+      "layer %d: saliency of token %d (KV head %d) is %g", input.layer, token, bad.head, value));
 }
 
 absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, const LayerInput& input,
@@ -27,7 +33,7 @@ absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, cons
   params.queries = TensorView::Dense(input.window_queries.data(), spec.dtype, Layout::kHeadTokenDim,
                                      geometry.query_heads, spec.window_rows(), geometry.key_dim);
   params.keys = TensorView::Dense(input.keys.data(), spec.dtype, spec.layout, geometry.kv_heads,
-                                  spec.prompt_tokens, geometry.key_dim);
+                                  TokensOf(spec, input), geometry.key_dim);
   params.lse = input.window_lse.as<const float>();
   constexpr int64_t kNoHead = -1;
   BadStatistic bad{.head = kNoHead};
@@ -36,17 +42,17 @@ absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, cons
   if (absl::IsInvalidArgument(status) && bad.head != kNoHead) {
     // The backend knows whether a query, a log-sum-exp or a score was at fault.
     return absl::InvalidArgumentError(
-        absl::StrCat(BadValue(input.layer, bad).message(), " (", status.message(), ")"));
+        absl::StrCat(BadValue(input, bad).message(), " (", status.message(), ")"));
   }
   return absl::Status(status.code(), absl::StrCat("layer ", input.layer, ": ", status.message()));
 }
 
 // The worker's own values: everything is checked.
-absl::Status CheckGiven(int64_t layer, const Buffer& values, int64_t heads, int64_t tokens,
-                        const Backend& backend, ParallelFor parallel) {
+absl::Status CheckGiven(const LayerInput& input, const Buffer& values, int64_t heads,
+                        int64_t tokens, const Backend& backend, ParallelFor parallel) {
   const std::optional<BadStatistic> bad =
       backend.FindBad(values.as<const float>(), heads, tokens, parallel);
-  return bad.has_value() ? BadValue(layer, *bad) : absl::OkStatus();
+  return bad.has_value() ? BadValue(input, *bad) : absl::OkStatus();
 }
 
 }  // namespace
@@ -54,7 +60,7 @@ absl::Status CheckGiven(int64_t layer, const Buffer& values, int64_t heads, int6
 absl::StatusOr<LayerSaliency> ComputeLayerSaliency(const PromptSpec& spec, const Backend& backend,
                                                    BufferPool& pool, LayerInput& input,
                                                    ParallelFor parallel) {
-  const int64_t tokens = spec.prompt_tokens;
+  const int64_t tokens = TokensOf(spec, input);
   const int64_t kv_heads = spec.geometry.kv_heads;
   LayerSaliency saliency;
   absl::Status status;
@@ -65,11 +71,11 @@ absl::StatusOr<LayerSaliency> ComputeLayerSaliency(const PromptSpec& spec, const
       break;
     case Statistic::kSaliencyPerKvHead:
       saliency.per_head = std::move(input.saliency);
-      status = CheckGiven(input.layer, saliency.per_head, kv_heads, tokens, backend, parallel);
+      status = CheckGiven(input, saliency.per_head, kv_heads, tokens, backend, parallel);
       break;
     case Statistic::kSaliency:
       saliency.sum = std::move(input.saliency);
-      status = CheckGiven(input.layer, saliency.sum, 1, tokens, backend, parallel);
+      status = CheckGiven(input, saliency.sum, 1, tokens, backend, parallel);
       break;
     case Statistic::kNone:
       status = absl::InternalError("a method with statistics was given none");

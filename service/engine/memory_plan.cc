@@ -34,9 +34,10 @@ int64_t State(const PromptSpec& spec) {
                                 : int64_t{1};
   int64_t bytes = spec.geometry.layers * per_layer;
   if (spec.method.has_skeleton()) {
-    const auto range = method::PossiblePivots(spec.geometry.layers, spec.method.pivot);
+    const auto range = method::PossibleCentralities(spec.geometry.layers, spec.method.pivot);
     bytes += method::Centrality::MaxVectors(range.last) * spec.prompt_tokens * kFloat;
-    bytes += spec.skeleton_tokens() * kPosition;
+    // The result, and what layers of skeleton rows are held to.
+    bytes += (spec.may_have_skeleton_layers() ? 2 : 1) * spec.skeleton_tokens() * kPosition;
   }
   return bytes;
 }

@@ -1,5 +1,6 @@
 #include "service/engine/prompt.h"
 
+#include <algorithm>
 #include <string_view>
 #include <utility>
 
@@ -24,6 +25,7 @@ const Buffer& TensorOf(const LayerInput& input, InputTensor tensor) {
     case InputTensor::kWindowLse:
       return input.window_lse;
     case InputTensor::kSaliency:
+    case InputTensor::kPositions:  // a view, checked by itself
       return input.saliency;
   }
   return input.keys;
@@ -41,7 +43,7 @@ class Prompt::Impl {
         answered_(spec_.geometry.layers, false) {
     if (spec_.method.needs_statistics()) metrics_.resize(spec_.geometry.layers);
     if (!spec_.method.has_skeleton()) return;
-    const auto range = method::PossiblePivots(spec_.geometry.layers, spec_.method.pivot);
+    const auto range = method::PossibleCentralities(spec_.geometry.layers, spec_.method.pivot);
     centrality_ = std::make_unique<method::Centrality>(spec_.method.decay, spec_.prompt_tokens,
                                                        range.first, range.last, backend);
   }
@@ -53,8 +55,10 @@ class Prompt::Impl {
     absl::Status status = Check(input);
     if (!status.ok()) return status;
     LayerOutput output;
+    const bool full = input.positions.empty();
+    const int64_t tokens = full ? spec_.prompt_tokens : spec_.skeleton_tokens();
     output.layer = input.layer;
-    output.kept_tokens = spec_.kept_tokens(input.layer);
+    output.kept_tokens = std::min(spec_.kept_tokens(input.layer), tokens);
     LayerSaliency saliency;
     if (spec_.method.needs_statistics()) {
       absl::StatusOr<LayerSaliency> computed =
@@ -67,16 +71,20 @@ class Prompt::Impl {
       output.metrics = saliency.metrics;
       metrics_[input.layer] = saliency.metrics;
     }
-    Select(saliency, output, parallel);
+    Select(saliency, tokens, output, parallel);
     if (!spec_.plan_only) {
-      output.keys = Kept(std::move(input.keys), spec_.geometry.key_dim, output, parallel);
-      output.values = Kept(std::move(input.values), spec_.geometry.value_dim, output, parallel);
+      const ModelGeometry& geometry = spec_.geometry;
+      output.keys = Kept(std::move(input.keys), geometry.key_dim, tokens, output, parallel);
+      output.values = Kept(std::move(input.values), geometry.value_dim, tokens, output, parallel);
+    }
+    if (!full) {
+      for (int32_t& position : output.positions) position = input.positions[position];
+      skeleton_came_ = true;
     }
     answered_[input.layer] = true;
     ++answered_count_;
     if (centrality_ != nullptr) {
-      const auto tokens = static_cast<size_t>(spec_.prompt_tokens);
-      centrality_->Add(input.layer, {saliency.sum_scores(), tokens}, parallel);
+      centrality_->Add(input.layer, {saliency.sum_scores(), static_cast<size_t>(tokens)}, parallel);
       DecideIfKnown(parallel);
     }
     if (spec_.return_saliency) {
@@ -89,6 +97,14 @@ class Prompt::Impl {
   }
 
   std::optional<PivotResult> TakePivot() { return std::exchange(pivot_, std::nullopt); }
+  std::shared_ptr<const Skeleton> skeleton() const { return skeleton_; }
+
+  std::optional<int64_t> ExactPivot() const {
+    if (!done() || skeleton_came_ || !spec_.method.has_skeleton()) return std::nullopt;
+    const method::PivotDecision exact = method::DecideExact(metrics_, spec_.method.pivot);
+    if (!exact.transition_layer.has_value()) return std::nullopt;
+    return exact.pivot_layer;
+  }
 
  private:
   absl::Status Check(const LayerInput& input) const {
@@ -102,20 +118,45 @@ class Prompt::Impl {
       return absl::AlreadyExistsError(
           absl::StrCat("layer ", input.layer, ": was answered already"));
     }
+    absl::Status positions = CheckPositions(input);
+    if (!positions.ok()) return positions;
     for (int i = 0; i < kInputTensors; ++i) {
       const auto tensor = static_cast<InputTensor>(i);
+      if (tensor == InputTensor::kPositions) continue;
       const auto came = static_cast<int64_t>(TensorOf(input, tensor).size());
-      if (came == spec_.InputBytes(tensor)) continue;
+      const int64_t needed =
+          input.positions.empty() ? spec_.InputBytes(tensor) : spec_.SkeletonInputBytes(tensor);
+      if (came == needed) continue;
       const std::string_view name = InputTensorName(tensor);
       return absl::InvalidArgumentError(
           absl::StrCat("layer ", input.layer, ": ", absl::string_view(name.data(), name.size()),
-                       ": ", came, " bytes came, ", spec_.InputBytes(tensor), " are needed"));
+                       ": ", came, " bytes came, ", needed, " are needed"));
     }
     return absl::OkStatus();
   }
 
-  void Select(const LayerSaliency& saliency, LayerOutput& output, ParallelFor parallel) {
-    method::SelectionInput input{.tokens = spec_.prompt_tokens};
+  absl::Status CheckPositions(const LayerInput& input) const {
+    if (input.positions.empty()) return absl::OkStatus();
+    if (skeleton_ == nullptr || !skeleton_->from_layer.has_value() ||
+        input.layer < *skeleton_->from_layer) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("layer ", input.layer, ": positions: ",
+                       skeleton_ == nullptr ? "the pivot is not decided; full layers are allowed"
+                       : skeleton_->from_layer.has_value()
+                           ? absl::StrCat("allowed from layer ", *skeleton_->from_layer, " on")
+                           : "no layer past the pivot is left; full layers are allowed"));
+    }
+    if (input.positions != absl::MakeConstSpan(skeleton_->positions)) {
+      return absl::InvalidArgumentError(absl::StrCat("layer ", input.layer,
+                                                     ": positions: they are not the skeleton of ",
+                                                     skeleton_->positions.size(), " tokens"));
+    }
+    return absl::OkStatus();
+  }
+
+  void Select(const LayerSaliency& saliency, int64_t tokens, LayerOutput& output,
+              ParallelFor parallel) {
+    method::SelectionInput input{.tokens = tokens, .budget_tokens = spec_.prompt_tokens};
     switch (policy_->input()) {
       case method::PolicyInput::kNothing:
         break;
@@ -135,33 +176,40 @@ class Prompt::Impl {
   }
 
   // The rows of `source` that stay; `source` itself where all do.
-  Buffer Kept(Buffer source, int64_t dim, const LayerOutput& output, ParallelFor parallel) {
+  Buffer Kept(Buffer source, int64_t dim, int64_t tokens, const LayerOutput& output,
+              ParallelFor parallel) {
     const int64_t kept = output.kept_tokens;
-    if (kept == spec_.prompt_tokens) return source;
+    if (kept == tokens) return source;
     const int64_t heads = spec_.geometry.kv_heads;
     Buffer rows = pool_.Acquire(heads * kept * dim * DTypeSize(spec_.dtype));
     backend_.Gather(
-        TensorView::Dense(source.data(), spec_.dtype, spec_.layout, heads, spec_.prompt_tokens,
-                          dim),
+        TensorView::Dense(source.data(), spec_.dtype, spec_.layout, heads, tokens, dim),
         output.positions.data(), spec_.per_kv_head(),
         MutableTensorView::Dense(rows.data(), spec_.dtype, spec_.layout, heads, kept, dim),
         parallel);
     return rows;
   }
 
+  // Asks after each layer of the complete prefix in turn, so that the order of arrival leaves no
+  // trace in the answer.
   void DecideIfKnown(ParallelFor parallel) {
-    const method::PivotSpec& pivot = spec_.method.pivot;
-    const bool fixed = pivot.mode == method::PivotMode::kFixed;
-    // FIXED looks at the layers up to the pivot alone, so that the order of arrival of later ones
-    // leaves no trace in the answer.
-    const int64_t needed = fixed ? pivot.fixed_layer + 1 : spec_.geometry.layers;
-    while (complete_prefix_ < needed && answered_[complete_prefix_]) ++complete_prefix_;
-    if (complete_prefix_ < needed) return;
+    const int64_t layers = spec_.geometry.layers;
+    while (complete_prefix_ < layers && answered_[complete_prefix_]) {
+      ++complete_prefix_;
+      std::optional<method::PivotDecision> decision = method::DecideAfter(
+          {metrics_.data(), static_cast<size_t>(complete_prefix_)}, layers, spec_.method.pivot);
+      if (decision.has_value()) {
+        Decide(*std::move(decision), parallel);
+        return;
+      }
+      if (online_) centrality_->NotBelow(complete_prefix_, parallel);
+    }
+  }
 
+  void Decide(method::PivotDecision decision, ParallelFor parallel) {
     PivotResult result;
-    const absl::Span<const method::LayerMetrics> seen(metrics_.data(), static_cast<size_t>(needed));
-    result.decision = fixed ? method::DecideFixed(seen, pivot) : method::DecideExact(seen, pivot);
-    result.centrality = centrality_->Take(result.decision.pivot_layer, parallel);
+    result.decision = std::move(decision);
+    result.centrality = centrality_->Take(result.decision.centrality_layer, parallel);
     centrality_.reset();
     result.skeleton.resize(spec_.skeleton_tokens());
     backend_.Select({.scores = result.centrality.data(),
@@ -169,6 +217,10 @@ class Prompt::Impl {
                      .window = spec_.window_rows(),
                      .keep = spec_.skeleton_tokens()},
                     result.skeleton.data());
+    if (spec_.may_have_skeleton_layers()) {
+      skeleton_ = std::make_shared<const Skeleton>(
+          Skeleton{result.decision.skeleton_from_layer, result.skeleton});
+    }
     if (!spec_.return_centrality) result.centrality = std::vector<float>();
     pivot_ = std::move(result);
   }
@@ -177,6 +229,8 @@ class Prompt::Impl {
   const Backend& backend_;
   BufferPool& pool_;
   const std::unique_ptr<method::SelectionPolicy> policy_;
+  // The centrality is that of the layer which decides, so that what lies before it is summed up.
+  const bool online_ = spec_.may_have_skeleton_layers() && !spec_.method.pivot.given_layer();
   std::vector<bool> answered_;
   int64_t answered_count_ = 0;
   int64_t complete_prefix_ = 0;  // layers 0 .. complete_prefix_ - 1 were answered
@@ -184,6 +238,8 @@ class Prompt::Impl {
   std::vector<method::LayerMetrics> metrics_;
   std::unique_ptr<method::Centrality> centrality_;  // until the pivot is known
   std::optional<PivotResult> pivot_;
+  std::shared_ptr<const Skeleton> skeleton_;  // once the pivot is known
+  bool skeleton_came_ = false;                // a layer came as skeleton rows
 };
 
 Prompt::Prompt(PromptSpec spec, const Backend* backend, BufferPool* pool)
@@ -197,6 +253,10 @@ absl::StatusOr<LayerOutput> Prompt::CompressLayer(LayerInput input, ParallelFor 
 }
 
 std::optional<PivotResult> Prompt::TakePivot() { return impl_->TakePivot(); }
+
+std::shared_ptr<const Skeleton> Prompt::skeleton() const { return impl_->skeleton(); }
+
+std::optional<int64_t> Prompt::ExactPivot() const { return impl_->ExactPivot(); }
 
 bool Prompt::done() const { return impl_->done(); }
 

@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "kernels/backend.h"
 #include "service/engine/buffer_pool.h"
 #include "service/engine/prompt_spec.h"
@@ -18,7 +19,8 @@
 namespace structkv::engine {
 
 // One layer's tensors, dense, in the spec's layout; each of the size that PromptSpec::InputBytes
-// says, empty where that is 0.
+// says, empty where that is 0. A layer of skeleton rows has `positions`, and in place of N the
+// skeleton's tokens; PromptSpec::SkeletonInputBytes says its sizes.
 struct LayerInput {
   int64_t layer = 0;
   Buffer keys;            // [kv_heads, N, key_dim] or the other layout
@@ -26,9 +28,18 @@ struct LayerInput {
   Buffer window_queries;  // [query_heads, window_rows, key_dim]
   Buffer window_lse;      // [query_heads, window_rows] float32
   Buffer saliency;        // [N] or [kv_heads, N] float32
+  // Tokens that the layer holds: the skeleton exactly. Empty: all. Outlives the call.
+  absl::Span<const int32_t> positions;
 };
 
-// One layer's answer.
+// The rows that layers may come with once the pivot is known.
+struct Skeleton {
+  std::optional<int64_t> from_layer;  // the first layer that may; none: no layer may
+  std::vector<int32_t> positions;     // ascending
+};
+
+// One layer's answer. A layer of skeleton rows keeps at most the skeleton; its positions are those
+// of the prompt, its metrics and saliency are over the skeleton's tokens.
 struct LayerOutput {
   int64_t layer = 0;
   int64_t kept_tokens = 0;
@@ -62,7 +73,7 @@ class Prompt {
   //   a
   //                        negative value, the layer where they are all zero or too large to sum
   //                        up; the prompt is then of no further use. Also a tensor of the wrong
-  //                        size.
+  //                        size, and positions that are not the skeleton, or come too early.
   //   OUT_OF_RANGE         there is no such layer
   //   ALREADY_EXISTS       the layer was answered
   //   FAILED_PRECONDITION  an earlier layer's statistics were bad
@@ -70,6 +81,14 @@ class Prompt {
 
   // The pivot, once, as soon as it is known: after the call that made it so. nullopt otherwise.
   std::optional<PivotResult> TakePivot();
+
+  // What layers of skeleton rows are held to. Null until the pivot is known, and where the method
+  // or its pivot mode (EXACT) has none.
+  std::shared_ptr<const Skeleton> skeleton() const;
+
+  // The transition layer + 1 that EXACT would have found, whatever the mode. nullopt until every
+  // layer was answered, where one came as skeleton rows, and where there was nothing to search.
+  std::optional<int64_t> ExactPivot() const;
 
   // Whether every layer was answered.
   bool done() const;

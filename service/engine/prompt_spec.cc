@@ -18,6 +18,8 @@ std::string_view InputTensorName(InputTensor tensor) {
       return "window_lse";
     case InputTensor::kSaliency:
       return "saliency";
+    case InputTensor::kPositions:
+      return "positions";
   }
   return "?";
 }
@@ -36,25 +38,38 @@ bool PromptSpec::per_kv_head() const {
   return method.needs_statistics() && method.granularity == method::Granularity::kPerKvHead;
 }
 
+bool PromptSpec::may_have_skeleton_layers() const {
+  return method.has_skeleton() && method.pivot.mode != method::PivotMode::kExact;
+}
+
 int64_t PromptSpec::InputBytes(InputTensor tensor) const {
+  return TensorBytes(tensor, prompt_tokens);
+}
+
+int64_t PromptSpec::SkeletonInputBytes(InputTensor tensor) const {
+  const int64_t tokens = skeleton_tokens();
+  if (tensor == InputTensor::kPositions) return tokens * static_cast<int64_t>(sizeof(int32_t));
+  return TensorBytes(tensor, tokens);
+}
+
+int64_t PromptSpec::TensorBytes(InputTensor tensor, int64_t tokens) const {
   const auto element = static_cast<int64_t>(DTypeSize(dtype));
   constexpr int64_t kFloat = sizeof(float);
   const bool queries = statistic == Statistic::kWindowQueries;
   switch (tensor) {
     case InputTensor::kKeys:
-      return plan_only && !queries ? 0
-                                   : geometry.kv_heads * prompt_tokens * geometry.key_dim * element;
+      return plan_only && !queries ? 0 : geometry.kv_heads * tokens * geometry.key_dim * element;
     case InputTensor::kValues:
-      return plan_only ? 0 : geometry.kv_heads * prompt_tokens * geometry.value_dim * element;
+      return plan_only ? 0 : geometry.kv_heads * tokens * geometry.value_dim * element;
     case InputTensor::kWindowQueries:
       return queries ? geometry.query_heads * window_rows() * geometry.key_dim * element : 0;
     case InputTensor::kWindowLse:
       return queries && window_lse ? geometry.query_heads * window_rows() * kFloat : 0;
     case InputTensor::kSaliency:
-      if (statistic == Statistic::kSaliency) return prompt_tokens * kFloat;
-      if (statistic == Statistic::kSaliencyPerKvHead) {
-        return geometry.kv_heads * prompt_tokens * kFloat;
-      }
+      if (statistic == Statistic::kSaliency) return tokens * kFloat;
+      if (statistic == Statistic::kSaliencyPerKvHead) return geometry.kv_heads * tokens * kFloat;
+      return 0;
+    case InputTensor::kPositions:
       return 0;
   }
   return 0;

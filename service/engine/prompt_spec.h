@@ -27,10 +27,18 @@ struct ModelGeometry {
 enum class Statistic : uint8_t { kNone, kWindowQueries, kSaliency, kSaliencyPerKvHead };
 
 // Tensors that a worker sends for a layer.
-enum class InputTensor : uint8_t { kKeys, kValues, kWindowQueries, kWindowLse, kSaliency };
-inline constexpr int kInputTensors = 5;
+enum class InputTensor : uint8_t {
+  kKeys,
+  kValues,
+  kWindowQueries,
+  kWindowLse,
+  kSaliency,
+  kPositions,  // the tokens of a layer of skeleton rows
+};
+inline constexpr int kInputTensors = 6;
 
-// Proto-style lower-case name: "keys", "values", "window_queries", "window_lse", "saliency".
+// Proto-style lower-case name: "keys", "values", "window_queries", "window_lse", "saliency",
+// "positions".
 std::string_view InputTensorName(InputTensor tensor);
 
 // What a deployment allows. One prompt beyond a limit is refused.
@@ -61,9 +69,17 @@ struct PromptSpec {
   // Tokens in the skeleton; 0 where the method has none.
   int64_t skeleton_tokens() const;
   bool per_kv_head() const;
-  // Bytes of an input tensor of one layer; 0: not part of this prompt.
+  // Whether the pivot may be known before the last layer, so that layers past it may come as
+  // skeleton rows.
+  bool may_have_skeleton_layers() const;
+  // Bytes of an input tensor of one full layer; 0: not part of it.
   int64_t InputBytes(InputTensor tensor) const;
+  // The same of a layer of skeleton rows, which has positions too.
+  int64_t SkeletonInputBytes(InputTensor tensor) const;
   std::vector<InputTensor> RequiredTensors() const;
+
+ private:
+  int64_t TensorBytes(InputTensor tensor, int64_t tokens) const;
 };
 
 // INVALID_ARGUMENT, naming the field as the proto does, the value and the limit, where the spec is
@@ -73,7 +89,9 @@ absl::Status ValidateSpec(const PromptSpec& spec, const PromptLimits& limits,
 
 // Bytes that a prompt takes while it is compressed. None overflows for a valid spec.
 struct MemoryPlan {
-  int64_t layer_input_bytes = 0;   // the tensors of one layer as they arrive
+  // The tensors of one full layer as they arrive. Skeleton rows need no more: their positions are
+  // compared with the skeleton and not kept.
+  int64_t layer_input_bytes = 0;
   int64_t layer_output_bytes = 0;  // one layer's result
   int64_t state_bytes = 0;         // kept from layer to layer, until the end
   int64_t scratch_bytes = 0;       // while a layer is computed

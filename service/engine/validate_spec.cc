@@ -23,6 +23,7 @@ using method::PivotSpec;
 
 constexpr size_t kMaxModelIdBytes = 256;
 constexpr int64_t kMaxPoolingKernel = 63;
+constexpr int64_t kMaxProfilePrompts = 1'000'000;
 // Positions are int32.
 constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
 // A prompt's tensors, all layers together, stay far from what int64 holds.
@@ -89,7 +90,22 @@ absl::Status CheckGeometry(const ModelGeometry& geometry, const PromptLimits& li
   return absl::OkStatus();
 }
 
-absl::Status CheckPivot(const PivotSpec& pivot, int64_t layers) {
+absl::Status CheckOnline(const PivotSpec& pivot, const PromptLimits& limits) {
+  absl::Status ranges = First({
+      CheckRange("open.method.structkv.pivot.patience", pivot.patience, 1, limits.max_layers),
+      CheckShare("open.method.structkv.pivot.deadline", pivot.deadline_share()),
+      CheckRange("open.method.structkv.pivot.profile_min_prompts", pivot.profile_min_prompts, 1,
+                 kMaxProfilePrompts),
+  });
+  if (!ranges.ok()) return ranges;
+  if (pivot.deadline_share() < pivot.search_begin) {
+    return Invalid("open.method.structkv.pivot.deadline", pivot.deadline_share(),
+                   " is below search_begin, ", pivot.search_begin);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckPivot(const PivotSpec& pivot, int64_t layers, const PromptLimits& limits) {
   absl::Status ranges = First({
       CheckPositiveShare("open.method.structkv.pivot.sparsity_ratio", pivot.sparsity_ratio),
       CheckWeight("open.method.structkv.pivot.entropy_weight", pivot.entropy_weight),
@@ -112,7 +128,10 @@ absl::Status CheckPivot(const PivotSpec& pivot, int64_t layers) {
     return Invalid("open.method.structkv.pivot.search_begin", pivot.search_begin,
                    " is above search_end, ", pivot.search_end);
   }
-  return absl::OkStatus();
+  if (pivot.mode != PivotMode::kOnline && pivot.mode != PivotMode::kProfiled) {
+    return absl::OkStatus();
+  }
+  return CheckOnline(pivot, limits);
 }
 
 // Parameters that every scoring method has.
@@ -152,7 +171,7 @@ absl::Status CheckMethod(const PromptSpec& spec, const PromptLimits& limits,
   return First({
       CheckShare(prefix + ".decay", method.decay),
       CheckPositiveShare(prefix + ".skeleton_budget.ratio", method.skeleton_budget.ratio),
-      CheckPivot(method.pivot, spec.geometry.layers),
+      CheckPivot(method.pivot, spec.geometry.layers, limits),
   });
 }
 
@@ -224,6 +243,10 @@ absl::Status ValidateSpec(const PromptSpec& spec, const PromptLimits& limits,
   if (spec.model_id.size() > kMaxModelIdBytes) {
     return Invalid("open.model_id", spec.model_id.size(), " bytes; at most ", kMaxModelIdBytes,
                    " are allowed");
+  }
+  if (spec.model_id.empty() && spec.method.has_skeleton() &&
+      spec.method.pivot.mode == PivotMode::kProfiled) {
+    return Invalid("open.model_id", "is empty; PIVOT_MODE_PROFILED needs the model's name");
   }
   return CheckSize(spec);
 }

@@ -1,30 +1,36 @@
 #include "service/method/centrality.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace structkv::method {
 
-Centrality::Centrality(double decay, int64_t tokens, int64_t first_pivot, int64_t last_pivot,
+Centrality::Centrality(double decay, int64_t tokens, int64_t first, int64_t last,
                        const Backend* backend)
     : decay_(static_cast<float>(decay)),
       tokens_(tokens),
-      first_pivot_(first_pivot),
-      last_pivot_(last_pivot),
+      first_(first),
+      last_(last),
       backend_(backend) {}
 
 void Centrality::Add(int64_t layer, absl::Span<const float> saliency, ParallelFor parallel) {
-  if (layer > last_pivot_) return;
-  if (layer == next_ && layer > 0 && layer <= first_pivot_) {
+  if (layer > last_) return;
+  if (layer == next_ && layer > 0 && layer <= first_) {
     backend_->Accumulate(decay_, saliency.data(), sum_.data(), tokens_, parallel);
     ++next_;
   } else {
     wait_.emplace(layer, std::vector<float>(saliency.begin(), saliency.end()));
   }
-  FoldUpTo(first_pivot_, parallel);
+  FoldUpTo(first_, parallel);
 }
 
-std::vector<float> Centrality::Take(int64_t pivot, ParallelFor parallel) {
-  FoldUpTo(pivot, parallel);
+void Centrality::NotBelow(int64_t layer, ParallelFor parallel) {
+  first_ = std::max(first_, std::min(layer, last_));
+  FoldUpTo(first_, parallel);
+}
+
+std::vector<float> Centrality::Take(int64_t layer, ParallelFor parallel) {
+  FoldUpTo(layer, parallel);
   wait_.clear();
   return std::move(sum_);
 }

@@ -25,7 +25,7 @@ struct Budget {
   BudgetKind kind = BudgetKind::kIncludesWindow;
 };
 
-enum class PivotMode : uint8_t { kExact, kFixed };
+enum class PivotMode : uint8_t { kExact, kFixed, kOnline, kProfiled };
 
 // Dynamic pivot detection (docs/method.md, section 3).
 struct PivotSpec {
@@ -37,6 +37,20 @@ struct PivotSpec {
   double variance_weight = 0.5;
   double search_begin = 0.25;  // the transition layer lies in [ceil(begin L), floor(end L)]
   double search_end = 0.75;
+  int64_t patience = 2;            // kOnline, kProfiled: layers that must not beat the best; >= 1
+  std::optional<double> deadline;  // share of the depth at which kOnline answers; unset: search_end
+  int64_t profile_min_prompts = 8;  // kProfiled: prompts that a profile must rest on; >= 1
+  // kProfiled: what the model's profile says, looked up when the prompt opens. Unset: too few
+  // prompts were seen, and the pivot is found as kOnline does.
+  std::optional<int64_t> profiled_layer;  // 0 .. layers - 1
+  int64_t profiled_prompts = 0;           // prompts that were seen
+
+  double deadline_share() const { return deadline.value_or(search_end); }
+  // The pivot layer where it is known before any data arrive.
+  std::optional<int64_t> given_layer() const {
+    if (mode == PivotMode::kFixed) return fixed_layer;
+    return mode == PivotMode::kProfiled ? profiled_layer : std::nullopt;
+  }
 };
 
 // A method with every parameter in force. Parameters that a method does not have are ignored.

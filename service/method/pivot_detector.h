@@ -1,4 +1,4 @@
-// Finds the pivot layer from the metrics of all layers (docs/method.md, section 3).
+// Finds the pivot layer from the metrics of the layers (docs/method.md, section 3).
 #pragma once
 
 #include <cstdint>
@@ -19,10 +19,17 @@ struct LayerScore {
 };
 
 struct PivotDecision {
+  // What really answered: kProfiled only where the profile gave the layer, kOnline in its place.
   PivotMode mode = PivotMode::kExact;
   int64_t pivot_layer = 0;  // L*
-  std::optional<int64_t>
-      transition_layer;  // argmax T; none for kFixed, or where there was nothing to search
+  // argmax T; none where the layer was given, or where there was nothing to search
+  std::optional<int64_t> transition_layer;
+  int64_t decided_at_layer = 0;  // the layer whose statistics made the decision
+  int64_t centrality_layer = 0;  // the skeleton ranks the tokens by C of this layer
+  // The first layer that needs the skeleton alone, max(L*, decided_at_layer) + 1; none past the
+  // end.
+  std::optional<int64_t> skeleton_from_layer;
+  int64_t profiled_prompts = 0;    // prompts behind the profile; kProfiled
   std::vector<LayerScore> layers;  // every layer seen, ascending
 };
 
@@ -37,12 +44,29 @@ struct PivotRange {
 };
 PivotRange PossiblePivots(int64_t layers, const PivotSpec& spec);
 
+// The layers whose centrality can be the skeleton's, first <= last, known before any data arrive.
+PivotRange PossibleCentralities(int64_t layers, const PivotSpec& spec);
+
+// The decision, where it falls with the last of the layers `seen`, which are layers 0 ..
+// seen.size() - 1 of `layers`; nullopt while it stays open. A function of these layers alone, so
+// that the order in which layers arrive leaves no trace. Not to be asked past a decision.
+std::optional<PivotDecision> DecideAfter(absl::Span<const LayerMetrics> seen, int64_t layers,
+                                         const PivotSpec& spec);
+
 // EXACT: `metrics` holds all layers. The search range is cut at L - 2, so that the pivot is a
 // layer; where it is empty (L < 3, or shares that span no layer) the pivot is the last layer:
 // nothing is cut. Ties go to the lowest layer.
 PivotDecision DecideExact(absl::Span<const LayerMetrics> metrics, const PivotSpec& spec);
 
-// FIXED: `metrics` holds layers 0 .. fixed_layer at least; all given are reported.
+// The layer is given, by FIXED or by a profile: `metrics` holds layers 0 .. that layer at least;
+// all are reported.
 PivotDecision DecideFixed(absl::Span<const LayerMetrics> metrics, const PivotSpec& spec);
+
+// ONLINE, with the layers seen so far: T is normalised over these layers alone. The best layer of
+// the search range (the lowest at a tie) is confirmed once its T is above 0 and `patience` further
+// layers were seen, none of which beats it; at the deadline the best so far is the answer, whatever
+// it is. Where the search range is empty the answer is the last layer, after it.
+std::optional<PivotDecision> DecideOnline(absl::Span<const LayerMetrics> seen, int64_t layers,
+                                          const PivotSpec& spec);
 
 }  // namespace structkv::method

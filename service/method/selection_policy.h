@@ -20,6 +20,9 @@ enum class PolicyInput : uint8_t {
 // A layer as a policy sees it.
 struct SelectionInput {
   int64_t tokens = 0;
+  // Tokens of the prompt that the budget is a share of, >= tokens: a layer of skeleton rows has
+  // fewer of its own. 0: `tokens`.
+  int64_t budget_tokens = 0;
   // Score vectors: 1, or the KV heads for kPerKvHead.
   int64_t heads = 1;
   // [heads, tokens], finite and not negative; may be null for kNothing.
@@ -36,9 +39,9 @@ class SelectionPolicy {
   // Scratch that Select needs, in floats.
   virtual int64_t ScratchFloats(int64_t tokens, int64_t heads) const = 0;
 
-  // Writes the kept positions of each score vector, [heads, KeptTokens(spec, tokens)], ascending in
-  // each row; counts are exact. Ties go to the lower position. `scratch` has ScratchFloats
-  // elements.
+  // Writes the kept positions of each score vector, [heads, min(KeptTokens(spec, budget_tokens),
+  // tokens)], ascending in each row; counts are exact. Ties go to the lower position. `scratch` has
+  // ScratchFloats elements.
   virtual void Select(const SelectionInput& input, const Backend& backend, ParallelFor parallel,
                       absl::Span<float> scratch, absl::Span<int32_t> positions) const = 0;
 };
