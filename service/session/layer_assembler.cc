@@ -58,6 +58,7 @@ LayerAssembler::LayerAssembler(const engine::PromptSpec* spec, engine::BufferPoo
   int required = 0;
   for (int i = 0; i < engine::kInputTensors; ++i) {
     tensor_bytes_[i] = spec_.InputBytes(static_cast<engine::InputTensor>(i));
+    skeleton_bytes_[i] = spec_.SkeletonInputBytes(static_cast<engine::InputTensor>(i));
     if (tensor_bytes_[i] > 0) ++required;
   }
   for (Layer& layer : layers_) layer.missing = required;
@@ -84,6 +85,60 @@ absl::Status LayerAssembler::CheckWindow(const InputPiece& piece) const {
       ", so layers below ", end, " are allowed"));
 }
 
+// Positions come first, and are allowed to: then the sizes of all that follows are known.
+absl::Status LayerAssembler::CheckSkeletonOrder(const InputPiece& piece, const Layer& layer) const {
+  constexpr auto kPositions = static_cast<size_t>(engine::InputTensor::kPositions);
+  if (piece.tensor != engine::InputTensor::kPositions) {
+    const int64_t came = layer.tensors[kPositions].bytes();
+    if (!layer.skeleton || came == skeleton_bytes_[kPositions]) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat(Name(piece), ": the piece came before all of the layer's positions, of which ",
+                     came, " of ", skeleton_bytes_[kPositions], " bytes came"));
+  }
+  if (layer.skeleton) return absl::OkStatus();
+  absl::string_view fault;
+  if (!spec_.may_have_skeleton_layers()) {
+    fault = spec_.method.has_skeleton()
+                ? "the pivot is decided after the last layer, so full layers alone are allowed"
+                : "the method has no skeleton, so full layers alone are allowed";
+  } else if (skeleton_ == nullptr) {
+    fault = "the pivot is not decided yet; full layers alone are allowed until then";
+  } else if (!skeleton_->from_layer.has_value()) {
+    fault = "no layer follows the pivot; full layers alone are allowed";
+  } else if (piece.layer < *skeleton_->from_layer) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        Name(piece), ": skeleton rows are allowed from layer ", *skeleton_->from_layer, " on"));
+  } else {
+    for (const PieceMap& map : layer.tensors) {
+      if (map.bytes() > 0) {
+        fault = "they came after other pieces of the layer; they must be complete before any other";
+      }
+    }
+  }
+  if (fault.empty()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(Name(piece), ": ", fault));
+}
+
+absl::Status LayerAssembler::CheckPositionValues(const InputPiece& piece) const {
+  const std::vector<int32_t>& skeleton = skeleton_->positions;
+  const auto* expected = reinterpret_cast<const std::byte*>(skeleton.data()) + piece.offset_bytes;
+  int64_t offset = piece.offset_bytes;
+  for (const absl::Span<const std::byte> run : piece.data) {
+    const auto differs = std::mismatch(run.begin(), run.end(), expected);
+    if (differs.first != run.end()) {
+      offset += differs.first - run.begin();
+      const int64_t entry = offset / static_cast<int64_t>(sizeof(int32_t));
+      return absl::InvalidArgumentError(
+          absl::StrCat(Name(piece), ": entry ", entry, " differs from the skeleton's, ",
+                       skeleton[static_cast<size_t>(entry)], "; exactly the skeleton of ",
+                       skeleton.size(), " tokens is allowed"));
+    }
+    expected += run.size();
+    offset += static_cast<int64_t>(run.size());
+  }
+  return absl::OkStatus();
+}
+
 engine::Buffer& LayerAssembler::BufferOf(engine::LayerInput& input,
                                          engine::InputTensor tensor) const {
   switch (tensor) {
@@ -96,21 +151,25 @@ engine::Buffer& LayerAssembler::BufferOf(engine::LayerInput& input,
     case engine::InputTensor::kWindowLse:
       return input.window_lse;
     case engine::InputTensor::kSaliency:
+    case engine::InputTensor::kPositions:  // has no buffer
       break;
   }
   return input.saliency;
 }
 
-engine::LayerInput* LayerAssembler::Buffers(int64_t layer) {
+engine::LayerInput* LayerAssembler::Buffers(int64_t layer, bool skeleton_rows) {
   const auto found = partial_.find(layer);
   if (found != partial_.end()) return &found->second;
   if (buffers_used_ >= layers_in_flight_) return nullptr;
   ++buffers_used_;
   engine::LayerInput& input = partial_[layer];
   input.layer = layer;
+  if (skeleton_rows) input.positions = skeleton_->positions;
   for (int i = 0; i < engine::kInputTensors; ++i) {
-    BufferOf(input, static_cast<engine::InputTensor>(i)) =
-        pool_->Acquire(static_cast<size_t>(tensor_bytes_[i]));
+    const auto tensor = static_cast<engine::InputTensor>(i);
+    if (tensor == engine::InputTensor::kPositions) continue;
+    BufferOf(input, tensor) =
+        pool_->Acquire(static_cast<size_t>((skeleton_rows ? skeleton_bytes_ : tensor_bytes_)[i]));
   }
   return &input;
 }
@@ -123,22 +182,25 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Take(const InputPiece& pie
                                               spec_.geometry.layers - 1));
   }
   const auto index = static_cast<size_t>(piece.tensor);
-  if (index >= tensor_bytes_.size() || tensor_bytes_[index] == 0) {
+  const bool positions = piece.tensor == engine::InputTensor::kPositions;
+  if (index >= tensor_bytes_.size() || (tensor_bytes_[index] == 0 && !positions)) {
     return absl::InvalidArgumentError(
         absl::StrCat(Name(piece), ": this prompt has no such tensor; see Opened.required_tensors"));
   }
   Layer& layer = layers_[static_cast<size_t>(piece.layer)];
+  if (absl::Status order = CheckSkeletonOrder(piece, layer); !order.ok()) return order;
+  const int64_t tensor_bytes = positions ? skeleton_bytes_[index] : TensorBytes(layer, index);
   PieceMap& map = layer.tensors[index];
   const int64_t size = SizeOf(piece);
   const absl::StatusOr<std::optional<uint64_t>> known =
-      map.Find(tensor_bytes_[index], piece.offset_bytes, size, Name(piece));
+      map.Find(tensor_bytes, piece.offset_bytes, size, Name(piece));
   if (!known.ok()) return known.status();
   std::byte* to = nullptr;
   if (!known->has_value()) {
     if (absl::Status window = CheckWindow(piece); !window.ok()) return window;
-    engine::LayerInput* input = Buffers(piece.layer);
+    engine::LayerInput* input = Buffers(piece.layer, positions || layer.skeleton);
     if (input == nullptr) return Taken::kNoBuffer;
-    to = BufferOf(*input, piece.tensor).data() + piece.offset_bytes;
+    if (!positions) to = BufferOf(*input, piece.tensor).data() + piece.offset_bytes;
   }
   const std::optional<uint64_t> xxh3 = CopyAndHash(piece, to, stop);
   if (!xxh3.has_value()) return Taken::kStopped;
@@ -154,9 +216,14 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Take(const InputPiece& pie
                                                  " bytes at offset_bytes ", piece.offset_bytes,
                                                  " came before with other bytes"));
   }
+  if (positions) {
+    if (absl::Status values = CheckPositionValues(piece); !values.ok()) return values;
+    if (!layer.skeleton) ++layer.missing;
+    layer.skeleton = true;
+  }
   map.Add(piece.offset_bytes, size, *xxh3);
   received_bytes_ += size;
-  if (map.bytes() == tensor_bytes_[index] && --layer.missing == 0) Complete(piece.layer);
+  if (map.bytes() == tensor_bytes && --layer.missing == 0) Complete(piece.layer);
   return Taken::kYes;
 }
 
@@ -186,12 +253,13 @@ absl::Status LayerAssembler::CheckCommit(int64_t layers, int64_t input_bytes) {
   if (lowest_unfinished_ < spec_.geometry.layers) {
     const Layer& layer = layers_[static_cast<size_t>(lowest_unfinished_)];
     for (size_t i = 0; i < tensor_bytes_.size(); ++i) {
-      if (layer.tensors[i].bytes() == tensor_bytes_[i]) continue;
+      const int64_t bytes = TensorBytes(layer, i);
+      if (layer.tensors[i].bytes() == bytes) continue;
       const InputPiece missing = {.layer = lowest_unfinished_,
                                   .tensor = static_cast<engine::InputTensor>(i)};
-      return absl::InvalidArgumentError(absl::StrCat(
-          "commit of ", layers, " layers, but ", received_layers_, " are complete; ", Name(missing),
-          " has ", layer.tensors[i].bytes(), " of ", tensor_bytes_[i], " bytes"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("commit of ", layers, " layers, but ", received_layers_, " are complete; ",
+                       Name(missing), " has ", layer.tensors[i].bytes(), " of ", bytes, " bytes"));
     }
   }
   if (input_bytes != received_bytes_) {
@@ -203,9 +271,12 @@ absl::Status LayerAssembler::CheckCommit(int64_t layers, int64_t input_bytes) {
 
 int64_t LayerAssembler::RecordBytes(const engine::PromptSpec& spec) {
   int64_t per_layer = static_cast<int64_t>(sizeof(Layer));
-  for (const engine::InputTensor tensor : spec.RequiredTensors()) {
-    const int64_t bytes = spec.InputBytes(tensor);
+  const auto add = [&per_layer](int64_t bytes) {
     per_layer += std::min(bytes, PieceMap::MaxPieces(bytes)) * PieceMap::kBytesPerPiece;
+  };
+  for (const engine::InputTensor tensor : spec.RequiredTensors()) add(spec.InputBytes(tensor));
+  if (spec.may_have_skeleton_layers()) {
+    add(spec.SkeletonInputBytes(engine::InputTensor::kPositions));
   }
   return per_layer * spec.geometry.layers;
 }

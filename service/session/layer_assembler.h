@@ -6,8 +6,10 @@
 #include <cstdint>
 #include <deque>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -21,8 +23,9 @@
 namespace structkv::session {
 
 // Holds the buffers of at most `layers_in_flight` layers, each from its first piece until
-// LayerDone(). What came is remembered for all layers until the end, so that a piece that is sent
-// again is known whenever it comes. Not thread-safe.
+// LayerDone(). A layer whose first pieces are positions holds skeleton rows, and is smaller. What
+// came is remembered for all layers until the end, so that a piece that is sent again is known
+// whenever it comes. Not thread-safe.
 class LayerAssembler {
  public:
   // `spec` and `pool` outlive the object. 1 <= layers_in_flight <= layers.
@@ -34,6 +37,11 @@ class LayerAssembler {
     kNoBuffer,  // nothing was done: come again after a LayerDone()
     kStopped,   // `stop` was set in the middle; the layer is of no further use
   };
+
+  // The pivot is known: layers from skeleton->from_layer on may come as skeleton rows. Null: none.
+  void SetSkeleton(std::shared_ptr<const engine::Skeleton> skeleton) {
+    skeleton_ = std::move(skeleton);
+  }
 
   // Copies one piece to its place. The errors are those of Session::Append; after one the object is
   // of no further use.
@@ -60,20 +68,28 @@ class LayerAssembler {
  private:
   struct Layer {
     std::array<PieceMap, engine::kInputTensors> tensors;
-    int missing = 0;  // tensors that are not complete
+    int missing = 0;        // tensors that are not complete
+    bool skeleton = false;  // holds skeleton rows: positions came
   };
 
   std::string Name(const InputPiece& piece) const;
   absl::Status CheckWindow(const InputPiece& piece) const;
+  absl::Status CheckSkeletonOrder(const InputPiece& piece, const Layer& layer) const;
+  absl::Status CheckPositionValues(const InputPiece& piece) const;
+  int64_t TensorBytes(const Layer& layer, size_t tensor) const {
+    return (layer.skeleton ? skeleton_bytes_ : tensor_bytes_)[tensor];
+  }
   // The layer's buffers, or null where none is free.
-  engine::LayerInput* Buffers(int64_t layer);
+  engine::LayerInput* Buffers(int64_t layer, bool skeleton_rows);
   engine::Buffer& BufferOf(engine::LayerInput& input, engine::InputTensor tensor) const;
   void Complete(int64_t layer);
 
   const engine::PromptSpec& spec_;
   engine::BufferPool* pool_;
   const int64_t layers_in_flight_;
-  std::array<int64_t, engine::kInputTensors> tensor_bytes_{};
+  std::array<int64_t, engine::kInputTensors> tensor_bytes_{};    // of a full layer
+  std::array<int64_t, engine::kInputTensors> skeleton_bytes_{};  // of one of skeleton rows
+  std::shared_ptr<const engine::Skeleton> skeleton_;
   std::vector<Layer> layers_;
   int64_t lowest_unfinished_ = 0;  // layer; all below it were fully received
   int64_t buffers_used_ = 0;       // layers that hold buffers

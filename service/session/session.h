@@ -19,6 +19,7 @@
 #include "service/engine/prompt_spec.h"
 #include "service/engine/scheduler.h"
 #include "service/session/memory_budget.h"
+#include "service/session/pivot_profile.h"
 
 namespace structkv::session {
 
@@ -64,7 +65,9 @@ struct SessionCallbacks {
   absl::AnyInvocable<void()> ready;
   // A layer's answer, in order of completion.
   absl::AnyInvocable<void(engine::LayerOutput)> layer;
-  // The pivot, between layers.
+  // The pivot, before the answer of the layer with which it was decided: whoever waits for it need
+  // not wait for that layer's tensors, and whoever has the answers of the first n layers knows
+  // whether they decided it.
   absl::AnyInvocable<void(engine::PivotResult)> pivot;
   // The commit was verified and everything was answered.
   absl::AnyInvocable<void(SessionSummary)> finished;
@@ -95,7 +98,9 @@ class Session : public std::enable_shared_from_this<Session> {
   //   OUT_OF_RANGE      a layer past the end
   //   INVALID_ARGUMENT  a tensor that this prompt does not have; bytes outside of it; an overlap; a
   //                     layer ahead of the window of layers in flight; empty data; too many pieces
-  //                     (PieceMap::MaxPieces); anything after the commit
+  //                     (PieceMap::MaxPieces); positions that are not the skeleton, that come
+  //                     before the pivot, for a layer that must be full, or not before all else of
+  //                     their layer; anything after the commit
   //   ALREADY_EXISTS    a piece again with other bytes (the same again is ignored)
   //   DATA_LOSS         a checksum that does not match
   void Append(InputMessage message);
@@ -128,6 +133,8 @@ struct SessionManagerOptions {
   int64_t max_sessions = 256;
   int64_t idle_buffer_bytes = int64_t{1} << 30;  // returned memory kept for reuse
   int threads = 0;                               // 0: one per core
+  // Pivots by model, for PivotMode::kProfiled; every prompt adds to it. Null: one in memory.
+  std::shared_ptr<PivotProfile> pivot_profile;
 };
 
 // All sessions of a server. Thread-safe; outlives its sessions.

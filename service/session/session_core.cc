@@ -213,6 +213,7 @@ void SessionCore::ComputeLayer(Clock::time_point posted, ParallelFor parallel) {
   const Clock::time_point begin = Clock::now();
   Answer answer = {.output = prompt_->CompressLayer(*std::exchange(input, std::nullopt), parallel)};
   if (answer.output.ok()) answer.pivot = prompt_->TakePivot();
+  if (answer.pivot.has_value()) answer.skeleton = prompt_->skeleton();
   answer.queued = begin - posted;
   answer.computed = Clock::now() - begin;
   Enqueue([this, answer = std::move(answer)]() mutable { OnAnswer(std::move(answer)); });
@@ -230,16 +231,17 @@ void SessionCore::OnAnswer(Answer answer) {
     return;
   }
   assembler_->LayerDone();
+  if (answer.skeleton != nullptr) assembler_->SetSkeleton(std::move(answer.skeleton));
   ++summary_.layers;
   queued_ += answer.queued;
   computed_ += answer.computed;
   unsent_bytes_ += OutputBytes(*answer.output);
   if (answer.pivot.has_value()) unsent_bytes_ += OutputBytes(*answer.pivot);
   StartLayer();  // the next layer is computed while this one is handed out
-  if (callbacks_.layer && !cancelled_.load()) callbacks_.layer(*std::move(answer.output));
   if (answer.pivot.has_value() && callbacks_.pivot && !cancelled_.load()) {
     callbacks_.pivot(*std::move(answer.pivot));
   }
+  if (callbacks_.layer && !cancelled_.load()) callbacks_.layer(*std::move(answer.output));
   GoOn();
 }
 
@@ -261,6 +263,9 @@ void SessionCore::GoOn() {
 void SessionCore::Finish() {
   state_ = State::kFinished;
   stopped_.store(true);
+  if (const std::optional<int64_t> pivot = prompt_->ExactPivot()) {
+    host_.pivot_profile->Record(spec_, *pivot);
+  }
   Drop();
   host_.registry->ForgetKey(id_);
   summary_.queue_micros = Micros(queued_);

@@ -28,6 +28,7 @@ struct SessionHost {
   engine::BufferPool* buffers = nullptr;
   engine::Scheduler* scheduler = nullptr;
   std::shared_ptr<SessionRegistry> registry;
+  PivotProfile* pivot_profile = nullptr;
 };
 
 // Thread-safe; see Session. Every event (a call, a layer that is done) is a task of a serial queue:
@@ -66,6 +67,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   struct Answer {
     absl::StatusOr<engine::LayerOutput> output;
     std::optional<engine::PivotResult> pivot;
+    std::shared_ptr<const engine::Skeleton> skeleton;  // with the pivot
     Clock::duration queued{};
     Clock::duration computed{};
   };

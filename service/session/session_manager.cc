@@ -41,9 +41,13 @@ class SessionManager::Impl {
   Impl(const SessionManagerOptions& options_in, std::unique_ptr<Backend> backend_in)
       : options(options_in),
         backend(std::move(backend_in)),
+        pivot_profile(options.pivot_profile),
         budget(options.memory_budget_bytes),
         buffers(static_cast<size_t>(std::max<int64_t>(options.idle_buffer_bytes, 0))),
-        scheduler(Threads(options.threads)) {}
+        scheduler(Threads(options.threads)) {
+    // Nothing can fail without a file.
+    if (pivot_profile == nullptr) pivot_profile = *PivotProfile::Open({});
+  }
 
   // Ends the session that holds `key`, if there is one, and waits for its memory.
   void Replace(const std::string& key, absl::Duration limit) {
@@ -57,6 +61,7 @@ class SessionManager::Impl {
 
   const SessionManagerOptions options;
   const std::unique_ptr<Backend> backend;
+  std::shared_ptr<PivotProfile> pivot_profile;
   MemoryBudget budget;
   engine::BufferPool buffers;
   const std::shared_ptr<SessionRegistry> registry = std::make_shared<SessionRegistry>();
@@ -79,6 +84,7 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
   absl::Status valid =
       engine::ValidateSpec(request.spec, options.limits, impl_->backend->capabilities());
   if (!valid.ok()) return valid;
+  impl_->pivot_profile->Resolve(&request.spec);
   const absl::StatusOr<SessionPlan> plan = PlanSession(request, *impl_->backend);
   if (!plan.ok()) return plan.status();
   // A prompt that can never fit must not end the one that it would replace.
@@ -96,7 +102,8 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
     const SessionHost host = {.backend = impl_->backend.get(),
                               .buffers = &impl_->buffers,
                               .scheduler = &impl_->scheduler,
-                              .registry = impl_->registry};
+                              .registry = impl_->registry,
+                              .pivot_profile = impl_->pivot_profile.get()};
     auto core =
         std::make_shared<SessionCore>(NewId(), request, *plan, *std::move(reservation), host);
     switch (impl_->registry->Add(core->id(), request.idempotency_key, core, options.max_sessions)) {
