@@ -150,6 +150,15 @@ void AddCompute(Schema* schema, Config* config) {
                 "Memory kept for reuse while no prompt needs it");
 }
 
+void AddFiles(Schema* schema, Config* config) {
+  schema
+      ->Add(
+          "Files", "pivot-profile", &config->server.pivot_profile,
+          "File that each model's pivots are kept in, for the pivot mode PROFILED; none: they are "
+          "forgotten at the end")
+      ->option_text("FILE");
+}
+
 void AddLimits(Schema* schema, Config* config) {
   constexpr char kGroup[] = "Limits";
   session::SessionManagerOptions& sessions = config->server.sessions;
@@ -213,6 +222,7 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
   Schema schema(&app);
   AddNetwork(&schema, &config);
   AddCompute(&schema, &config);
+  AddFiles(&schema, &config);
   AddLimits(&schema, &config);
   AddLog(&schema, &config);
   app.config_formatter(

@@ -43,6 +43,7 @@ sigset_t BlockSignals() {
 int Serve(Config config) {
   auto log = std::make_shared<rpc::Log>(config.log_format);
   if (config.log_sessions) config.server.log = log;
+  config.server.warnings = log;
   const sigset_t signals = BlockSignals();
   // gRPC's own lines about an address would come on top of ours.
   gpr_set_log_verbosity(static_cast<gpr_log_severity>(GPR_LOG_SEVERITY_ERROR + 1));

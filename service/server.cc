@@ -164,6 +164,21 @@ class Server::Impl {
 Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Server::~Server() = default;
 
+namespace {
+
+absl::StatusOr<std::shared_ptr<session::PivotProfile>> OpenPivotProfile(
+    const ServerOptions& options) {
+  absl::StatusOr<std::shared_ptr<session::PivotProfile>> profile = session::PivotProfile::Open(
+      {.file = options.pivot_profile, .warn = [log = options.warnings](const std::string& text) {
+         if (log != nullptr) log->Write("warning", {{"pivot_profile", text}});
+       }});
+  if (profile.ok()) return profile;
+  return absl::Status(profile.status().code(),
+                      absl::StrCat("pivot-profile: ", profile.status().message()));
+}
+
+}  // namespace
+
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options) {
   absl::StatusOr<std::unique_ptr<Backend>> backend = CreateBackend(options.backend);
   if (!backend.ok()) return backend.status();
@@ -173,6 +188,11 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options) {
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options,
                                                       std::unique_ptr<Backend> backend) {
   if (absl::Status status = CheckOptions(options); !status.ok()) return status;
+  if (options.sessions.pivot_profile == nullptr) {
+    absl::StatusOr<std::shared_ptr<session::PivotProfile>> profile = OpenPivotProfile(options);
+    if (!profile.ok()) return profile.status();
+    options.sessions.pivot_profile = *std::move(profile);
+  }
   auto impl = std::make_unique<Impl>(std::move(options), std::move(backend));
   if (absl::Status status = impl->Listen(); !status.ok()) return status;
   return std::unique_ptr<Server>(new Server(std::move(impl)));

@@ -33,15 +33,20 @@ struct ServerOptions {
   // how a client whose network went away is noticed.
   absl::Duration keepalive_interval = absl::Seconds(20);
   absl::Duration keepalive_timeout = absl::Seconds(10);
+  // File that the pivots of each model are kept in; see session::PivotProfileOptions. Empty: memory
+  // alone.
+  std::string pivot_profile;
   // One line a session; null: no log.
   std::shared_ptr<rpc::Log> log;
+  // What an operator should know; null: no log.
+  std::shared_ptr<rpc::Log> warnings;
 };
 
 // Thread-safe.
 class Server {
  public:
   // Starts to serve. INVALID_ARGUMENT for options out of range, NOT_FOUND for an unknown backend,
-  // UNAVAILABLE where an address cannot be listened on.
+  // UNAVAILABLE where an address cannot be listened on. Also what PivotProfile::Open returns.
   static absl::StatusOr<std::unique_ptr<Server>> Start(ServerOptions options);
   // The same with a given backend, whatever `options.backend` says.
   static absl::StatusOr<std::unique_ptr<Server>> Start(ServerOptions options,

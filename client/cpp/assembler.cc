@@ -1,5 +1,6 @@
 #include "client/cpp/assembler.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -28,8 +29,12 @@ std::vector<T> Values(const Bytes& bytes) {
 
 }  // namespace
 
-Assembler::Assembler(v1::Open open, ResultAllocator allocate, BytesPool* pool)
-    : open_(std::move(open)), allocate_(std::move(allocate)), pool_(pool) {}
+Assembler::Assembler(v1::Open open, ResultAllocator allocate, BytesPool* pool,
+                     std::function<bool(uint32_t)> sent_skeleton)
+    : open_(std::move(open)),
+      allocate_(std::move(allocate)),
+      pool_(pool),
+      sent_skeleton_(std::move(sent_skeleton)) {}
 
 absl::StatusOr<std::optional<Event>> Assembler::Add(wire::Response response) {
   v1::CompressResponse& message = response.message;
@@ -82,9 +87,9 @@ absl::Status Assembler::AddOpened(v1::Opened opened) {
   return absl::OkStatus();
 }
 
-Growing Assembler::Expect(uint32_t layer, v1::Tensor tensor) {
+Growing Assembler::Expect(uint32_t layer, v1::Tensor tensor, uint32_t tokens, uint32_t kept) {
   Growing growing;
-  growing.expected = OutputTensorBytes(open_, *opened_, layer, tensor);
+  growing.expected = AnswerTensorBytes(open_, *opened_, tensor, tokens, kept);
   if (growing.expected == 0) return growing;
   growing.bytes =
       allocate_ ? allocate_(layer, tensor, growing.expected) : pool_->Acquire(growing.expected);
@@ -128,15 +133,17 @@ Assembler::MaybeEvent Assembler::AddLayer(const v1::LayerResult& message,
     pending.result.layer = layer;
     pending.result.kept_tokens = message.kept_tokens();
     if (message.has_metrics()) pending.result.metrics = message.metrics();
-    pending.positions = Expect(layer, v1::TENSOR_POSITIONS);
-    pending.keys = Expect(layer, v1::TENSOR_KEYS);
-    pending.values = Expect(layer, v1::TENSOR_VALUES);
-    pending.saliency = Expect(layer, v1::TENSOR_SALIENCY);
-    const uint32_t kept = opened_->kept_tokens(static_cast<int>(layer));
+    const bool skeleton = sent_skeleton_ && sent_skeleton_(layer);
+    const uint32_t tokens = skeleton ? opened_->skeleton_tokens() : open_.prompt_tokens();
+    const uint32_t kept = std::min(opened_->kept_tokens(static_cast<int>(layer)), tokens);
     if (message.kept_tokens() != kept) {
       return Broken("layer ", layer, " keeps ", message.kept_tokens(), " tokens, Opened said ",
                     kept);
     }
+    pending.positions = Expect(layer, v1::TENSOR_POSITIONS, tokens, kept);
+    pending.keys = Expect(layer, v1::TENSOR_KEYS, tokens, kept);
+    pending.values = Expect(layer, v1::TENSOR_VALUES, tokens, kept);
+    pending.saliency = Expect(layer, v1::TENSOR_SALIENCY, tokens, kept);
   } else if (layer_->result.layer != layer) {
     return Broken("layer ", layer_->result.layer, " was interrupted by layer ", layer);
   }
@@ -211,6 +218,11 @@ Assembler::MaybeEvent Assembler::AddPivot(const v1::PivotDecision& message,
     if (message.has_transition_layer())
       pending.result.transition_layer = message.transition_layer();
     pending.result.mode = message.mode();
+    pending.result.decided_at_layer = message.decided_at_layer();
+    if (message.has_skeleton_from_layer()) {
+      pending.result.skeleton_from_layer = message.skeleton_from_layer();
+    }
+    pending.result.profiled_prompts = message.profiled_prompts();
     pending.result.layers.assign(message.layers().begin(), message.layers().end());
     pending.skeleton.expected = sizeof(int32_t) * uint64_t{opened_->skeleton_tokens()};
     pending.skeleton.bytes = pool_->Acquire(pending.skeleton.expected);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <set>
 #include <variant>
@@ -36,8 +37,10 @@ struct PendingPivot {
 // Not thread-safe. Every error is DATA_LOSS and says what the server did wrong.
 class Assembler {
  public:
-  // Results are allocated by `allocate`, or from `pool` where that is null.
-  Assembler(v1::Open open, ResultAllocator allocate, BytesPool* pool);
+  // Results are allocated by `allocate`, or from `pool` where that is null. `sent_skeleton` says
+  // whether a layer was sent as skeleton rows; null: none was.
+  Assembler(v1::Open open, ResultAllocator allocate, BytesPool* pool,
+            std::function<bool(uint32_t)> sent_skeleton = nullptr);
 
   // Takes one message in. An event, where that message completes one; the summary is kept back for
   // Finish().
@@ -55,13 +58,15 @@ class Assembler {
   MaybeEvent AddLayer(const v1::LayerResult& message, const wire::Pieces& pieces);
   MaybeEvent AddPivot(const v1::PivotDecision& message, const wire::Pieces& pieces);
   absl::Status Append(const wire::Piece& piece, Growing* tensor, const char* name);
-  Growing Expect(uint32_t layer, v1::Tensor tensor);
+  // `tokens`: that the layer has; `kept`: that it keeps.
+  Growing Expect(uint32_t layer, v1::Tensor tensor, uint32_t tokens, uint32_t kept);
   absl::StatusOr<LayerResult> TakeLayer();
   absl::StatusOr<PivotResult> TakePivot();
 
   const v1::Open open_;
   const ResultAllocator allocate_;
   BytesPool* const pool_;
+  const std::function<bool(uint32_t)> sent_skeleton_;
 
   std::optional<v1::Opened> opened_;
   std::optional<v1::Summary> summary_;

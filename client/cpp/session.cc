@@ -110,6 +110,7 @@ absl::Status CompressSession::Send(uint32_t layer, v1::Tensor tensor,
     return absl::InvalidArgumentError(
         absl::StrCat("Send: no data for ", v1::Tensor_Name(tensor), " of layer ", layer));
   }
+  if (tensor == v1::TENSOR_POSITIONS) core_->NoteSkeletonLayer(layer);
   Packer packer(core_.get(), ChunkBytes(*core_));
   status = packer.Add(layer, tensor, data, offset_bytes, owner);
   if (!status.ok()) return status;
@@ -127,6 +128,14 @@ absl::Status CompressSession::SendLayer(uint32_t layer, const LayerTensors& tens
       {v1::TENSOR_VALUES, tensors.values},
   };
   Packer packer(core_.get(), ChunkBytes(*core_));
+  if (!tensors.positions.empty()) {
+    core_->NoteSkeletonLayer(layer);
+    const absl::Span<const std::byte> positions(
+        reinterpret_cast<const std::byte*>(tensors.positions.data()),
+        tensors.positions.size() * sizeof(int32_t));
+    status = packer.Add(layer, v1::TENSOR_POSITIONS, positions, 0, nullptr);
+    if (!status.ok()) return status;
+  }
   for (const auto& [tensor, data] : all) {
     status = packer.Add(layer, tensor, data, 0, tensors.owner);
     if (!status.ok()) return status;

@@ -44,7 +44,8 @@ SessionCore::SessionCore(v1::Open open, SessionOptions options, std::shared_ptr<
     : open_(std::move(open)),
       options_(std::move(options)),
       pool_(std::move(pool)),
-      assembler_(open_, options_.allocate, pool_.get()) {}
+      assembler_(open_, options_.allocate, pool_.get(),
+                 [this](uint32_t layer) { return IsSkeletonLayer(layer); }) {}
 
 void SessionCore::Start(std::shared_ptr<grpc::Channel> channel, absl::Time deadline) {
   channel_ = std::move(channel);
@@ -110,6 +111,16 @@ absl::Status SessionCore::CheckSending() const {
 void SessionCore::NoteSent(uint32_t layer, int tensor, uint64_t begin, uint64_t end) {
   absl::MutexLock lock(&mutex_);
   sent_.Add(layer, tensor, begin, end);
+}
+
+void SessionCore::NoteSkeletonLayer(uint32_t layer) {
+  absl::MutexLock lock(&mutex_);
+  skeleton_layers_.insert(layer);
+}
+
+bool SessionCore::IsSkeletonLayer(uint32_t layer) const {
+  absl::MutexLock lock(&mutex_);
+  return skeleton_layers_.contains(layer);
 }
 
 absl::Status SessionCore::Write(const grpc::ByteBuffer& message, size_t bytes, bool last) {

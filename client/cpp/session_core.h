@@ -7,6 +7,7 @@
 #include <deque>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 
 #include "absl/base/thread_annotations.h"
@@ -49,6 +50,8 @@ class SessionCore final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc:
   // FAILED_PRECONDITION after a commit.
   absl::Status CheckSending() const;
   absl::Status Commit();
+  // Before a layer of skeleton rows is sent: its answer may come while it is.
+  void NoteSkeletonLayer(uint32_t layer);
   void NoteSent(uint32_t layer, int tensor, uint64_t begin, uint64_t end);
 
   absl::StatusOr<Event> NextEvent();
@@ -82,6 +85,7 @@ class SessionCore final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc:
   // Ends an operation that another thread than gRPC's has started.
   void DoneStarting();
   bool HoldIsOver() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  bool IsSkeletonLayer(uint32_t layer) const;
   absl::Status FinalStatus() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const v1::Open open_;
@@ -108,6 +112,7 @@ class SessionCore final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc:
   std::deque<Event> events_ ABSL_GUARDED_BY(mutex_);
   size_t buffered_ ABSL_GUARDED_BY(mutex_) = 0;
   SentRanges sent_ ABSL_GUARDED_BY(mutex_);
+  std::set<uint32_t> skeleton_layers_ ABSL_GUARDED_BY(mutex_);
   absl::Status local_error_ ABSL_GUARDED_BY(mutex_);
   bool done_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status status_ ABSL_GUARDED_BY(mutex_);

@@ -14,6 +14,32 @@ uint64_t ValueDim(const v1::ModelGeometry& geometry) {
   return geometry.value_dim() == 0 ? geometry.key_dim() : geometry.value_dim();
 }
 
+// Of a layer that has `tokens`.
+uint64_t InputBytes(const v1::Open& open, const v1::Opened& opened, v1::Tensor tensor,
+                    uint64_t tokens) {
+  bool required = false;
+  for (int t : opened.required_tensors()) required |= t == tensor;
+  if (!required) return 0;
+  const v1::ModelGeometry& geometry = open.geometry();
+  const uint64_t element = ElementBytes(open.dtype());
+  switch (tensor) {
+    case v1::TENSOR_KEYS:
+      return element * geometry.kv_head_count() * tokens * geometry.key_dim();
+    case v1::TENSOR_VALUES:
+      return element * geometry.kv_head_count() * tokens * ValueDim(geometry);
+    case v1::TENSOR_WINDOW_QUERIES:
+      return element * geometry.query_head_count() * opened.window_tokens() * geometry.key_dim();
+    case v1::TENSOR_WINDOW_LSE:
+      return sizeof(float) * uint64_t{geometry.query_head_count()} * opened.window_tokens();
+    case v1::TENSOR_SALIENCY:
+      return sizeof(float) * tokens *
+             (opened.statistic() == v1::STATISTIC_SALIENCY_PER_KV_HEAD ? geometry.kv_head_count()
+                                                                       : 1);
+    default:
+      return 0;
+  }
+}
+
 }  // namespace
 
 uint64_t ElementBytes(v1::DType dtype) {
@@ -44,35 +70,25 @@ v1::Granularity EffectiveGranularity(const v1::Method& method) {
 }
 
 uint64_t InputTensorBytes(const v1::Open& open, const v1::Opened& opened, v1::Tensor tensor) {
-  bool required = false;
-  for (int t : opened.required_tensors()) required |= t == tensor;
-  if (!required) return 0;
-  const v1::ModelGeometry& geometry = open.geometry();
-  const uint64_t tokens = open.prompt_tokens();
-  const uint64_t element = ElementBytes(open.dtype());
-  switch (tensor) {
-    case v1::TENSOR_KEYS:
-      return element * geometry.kv_head_count() * tokens * geometry.key_dim();
-    case v1::TENSOR_VALUES:
-      return element * geometry.kv_head_count() * tokens * ValueDim(geometry);
-    case v1::TENSOR_WINDOW_QUERIES:
-      return element * geometry.query_head_count() * opened.window_tokens() * geometry.key_dim();
-    case v1::TENSOR_WINDOW_LSE:
-      return sizeof(float) * uint64_t{geometry.query_head_count()} * opened.window_tokens();
-    case v1::TENSOR_SALIENCY:
-      return sizeof(float) * tokens *
-             (opened.statistic() == v1::STATISTIC_SALIENCY_PER_KV_HEAD ? geometry.kv_head_count()
-                                                                       : 1);
-    default:
-      return 0;
-  }
+  return InputBytes(open, opened, tensor, open.prompt_tokens());
+}
+
+uint64_t SkeletonTensorBytes(const v1::Open& open, const v1::Opened& opened, v1::Tensor tensor) {
+  const uint64_t tokens = opened.skeleton_tokens();
+  if (tensor == v1::TENSOR_POSITIONS) return sizeof(int32_t) * tokens;
+  return InputBytes(open, opened, tensor, tokens);
 }
 
 uint64_t OutputTensorBytes(const v1::Open& open, const v1::Opened& opened, uint32_t layer,
                            v1::Tensor tensor) {
   if (layer >= static_cast<uint32_t>(opened.kept_tokens_size())) return 0;
+  return AnswerTensorBytes(open, opened, tensor, open.prompt_tokens(),
+                           opened.kept_tokens(static_cast<int>(layer)));
+}
+
+uint64_t AnswerTensorBytes(const v1::Open& open, const v1::Opened& opened, v1::Tensor tensor,
+                           uint32_t tokens, uint32_t kept) {
   const v1::ModelGeometry& geometry = open.geometry();
-  const uint64_t kept = opened.kept_tokens(static_cast<int>(layer));
   const uint64_t row = ElementBytes(open.dtype()) * geometry.kv_head_count() * kept;
   const bool plan = open.output() == v1::OUTPUT_PLAN;
   switch (tensor) {
@@ -85,7 +101,7 @@ uint64_t OutputTensorBytes(const v1::Open& open, const v1::Opened& opened, uint3
     case v1::TENSOR_SALIENCY: {
       const bool scored = opened.statistic() != v1::STATISTIC_NONE;
       if (!open.return_saliency() || !scored) return 0;
-      return sizeof(float) * Heads(open, opened) * open.prompt_tokens();
+      return sizeof(float) * Heads(open, opened) * tokens;
     }
     default:
       return 0;

@@ -52,8 +52,10 @@ v1::GetCapabilitiesResponse MakeCapabilities(const session::SessionManager& sess
                                   v1::STATISTIC_SALIENCY, v1::STATISTIC_SALIENCY_PER_KV_HEAD}) {
     response.add_statistics(statistic);
   }
-  response.add_pivot_modes(v1::PIVOT_MODE_EXACT);
-  response.add_pivot_modes(v1::PIVOT_MODE_FIXED);
+  for (v1::PivotMode mode : {v1::PIVOT_MODE_EXACT, v1::PIVOT_MODE_FIXED, v1::PIVOT_MODE_ONLINE,
+                             v1::PIVOT_MODE_PROFILED}) {
+    response.add_pivot_modes(mode);
+  }
   response.add_transports("inline");
 
   v1::DimRange* dims = response.mutable_key_dims();

@@ -46,7 +46,7 @@ absl::StatusOr<session::InputMessage> ToInput(wire::Pieces pieces, int64_t* byte
           absl::StrCat("pieces.tensor is ", EnumText(static_cast<v1::Tensor>(piece.tensor)),
                        " for layer ", piece.layer,
                        "; allowed: TENSOR_KEYS, TENSOR_VALUES, TENSOR_WINDOW_QUERIES, "
-                       "TENSOR_WINDOW_LSE, TENSOR_SALIENCY"));
+                       "TENSOR_WINDOW_LSE, TENSOR_SALIENCY, TENSOR_POSITIONS"));
     }
     constexpr uint64_t kMaxOffset = std::numeric_limits<int64_t>::max();
     if (piece.offset_bytes > kMaxOffset) {

@@ -89,6 +89,27 @@ absl::Status DecodeScoring(const Kind& method, absl::string_view kind, method::M
   return absl::OkStatus();
 }
 
+// Parameters of ONLINE and PROFILED.
+absl::Status DecodeOnline(const v1::Pivot& pivot, method::PivotSpec* spec) {
+  const bool profiled = spec->mode == method::PivotMode::kProfiled;
+  const bool online = profiled || spec->mode == method::PivotMode::kOnline;
+  constexpr absl::string_view kOnline = "only PIVOT_MODE_ONLINE and PIVOT_MODE_PROFILED take it";
+  if (pivot.has_patience() && !online) {
+    return Invalid("structkv", "pivot.patience", absl::StrCat(pivot.patience()), kOnline);
+  }
+  if (pivot.has_deadline() && !online) {
+    return Invalid("structkv", "pivot.deadline", absl::StrCat(pivot.deadline()), kOnline);
+  }
+  if (pivot.has_profile_min_prompts() && !profiled) {
+    return Invalid("structkv", "pivot.profile_min_prompts",
+                   absl::StrCat(pivot.profile_min_prompts()), "only PIVOT_MODE_PROFILED takes it");
+  }
+  if (pivot.has_patience()) spec->patience = pivot.patience();
+  if (pivot.has_deadline()) spec->deadline = pivot.deadline();
+  if (pivot.has_profile_min_prompts()) spec->profile_min_prompts = pivot.profile_min_prompts();
+  return absl::OkStatus();
+}
+
 absl::Status DecodePivot(const v1::Pivot& pivot, int64_t layers, method::PivotSpec* spec) {
   switch (pivot.mode()) {
     case v1::PIVOT_MODE_UNSPECIFIED:
@@ -98,9 +119,16 @@ absl::Status DecodePivot(const v1::Pivot& pivot, int64_t layers, method::PivotSp
     case v1::PIVOT_MODE_FIXED:
       spec->mode = method::PivotMode::kFixed;
       break;
+    case v1::PIVOT_MODE_ONLINE:
+      spec->mode = method::PivotMode::kOnline;
+      break;
+    case v1::PIVOT_MODE_PROFILED:
+      spec->mode = method::PivotMode::kProfiled;
+      break;
     default:
       return Invalid("structkv", "pivot.mode", EnumText(pivot.mode()),
-                     "allowed: PIVOT_MODE_EXACT, PIVOT_MODE_FIXED");
+                     "allowed: PIVOT_MODE_EXACT, PIVOT_MODE_FIXED, PIVOT_MODE_ONLINE, "
+                     "PIVOT_MODE_PROFILED");
   }
   const bool fixed = spec->mode == method::PivotMode::kFixed;
   if (fixed != pivot.has_fixed_layer()) {
@@ -119,7 +147,7 @@ absl::Status DecodePivot(const v1::Pivot& pivot, int64_t layers, method::PivotSp
   if (pivot.has_variance_weight()) spec->variance_weight = pivot.variance_weight();
   if (pivot.has_search_begin()) spec->search_begin = pivot.search_begin();
   if (pivot.has_search_end()) spec->search_end = pivot.search_end();
-  return absl::OkStatus();
+  return DecodeOnline(pivot, spec);
 }
 
 absl::StatusOr<method::MethodSpec> DecodeStructKv(const v1::StructKvMethod& method,
@@ -191,7 +219,13 @@ void EncodeScoring(const method::MethodSpec& spec, Kind* method) {
 
 void EncodePivotSpec(const method::PivotSpec& spec, v1::Pivot* pivot) {
   const bool fixed = spec.mode == method::PivotMode::kFixed;
-  pivot->set_mode(fixed ? v1::PIVOT_MODE_FIXED : v1::PIVOT_MODE_EXACT);
+  pivot->set_mode(EncodePivotMode(spec.mode));
+  const bool profiled = spec.mode == method::PivotMode::kProfiled;
+  if (profiled || spec.mode == method::PivotMode::kOnline) {
+    pivot->set_patience(static_cast<uint32_t>(spec.patience));
+    pivot->set_deadline(spec.deadline_share());
+  }
+  if (profiled) pivot->set_profile_min_prompts(static_cast<uint32_t>(spec.profile_min_prompts));
   if (fixed) pivot->set_fixed_layer(static_cast<uint32_t>(spec.fixed_layer));
   pivot->set_sparsity_ratio(spec.sparsity_ratio);
   pivot->set_entropy_weight(spec.entropy_weight);
@@ -202,6 +236,20 @@ void EncodePivotSpec(const method::PivotSpec& spec, v1::Pivot* pivot) {
 }
 
 }  // namespace
+
+v1::PivotMode EncodePivotMode(method::PivotMode mode) {
+  switch (mode) {
+    case method::PivotMode::kExact:
+      return v1::PIVOT_MODE_EXACT;
+    case method::PivotMode::kFixed:
+      return v1::PIVOT_MODE_FIXED;
+    case method::PivotMode::kOnline:
+      return v1::PIVOT_MODE_ONLINE;
+    case method::PivotMode::kProfiled:
+      return v1::PIVOT_MODE_PROFILED;
+  }
+  return v1::PIVOT_MODE_UNSPECIFIED;
+}
 
 absl::StatusOr<method::MethodSpec> DecodeMethod(const v1::Method& method, int64_t layers) {
   switch (method.kind_case()) {

@@ -26,4 +26,6 @@ std::string EnumText(Enum value) {
 // number's type would hide. `layers` is the model's.
 absl::StatusOr<method::MethodSpec> DecodeMethod(const v1::Method& method, int64_t layers);
 
+v1::PivotMode EncodePivotMode(method::PivotMode mode);
+
 }  // namespace structkv::rpc

@@ -199,8 +199,12 @@ v1::PivotDecision EncodePivot(const method::PivotDecision& decision) {
   if (decision.transition_layer.has_value()) {
     encoded.set_transition_layer(static_cast<uint32_t>(*decision.transition_layer));
   }
-  encoded.set_mode(decision.mode == method::PivotMode::kFixed ? v1::PIVOT_MODE_FIXED
-                                                              : v1::PIVOT_MODE_EXACT);
+  encoded.set_mode(EncodePivotMode(decision.mode));
+  encoded.set_decided_at_layer(static_cast<uint32_t>(decision.decided_at_layer));
+  if (decision.skeleton_from_layer.has_value()) {
+    encoded.set_skeleton_from_layer(static_cast<uint32_t>(*decision.skeleton_from_layer));
+  }
+  encoded.set_profiled_prompts(static_cast<uint32_t>(decision.profiled_prompts));
   for (const method::LayerScore& score : decision.layers) {
     v1::LayerMetrics* layer = encoded.add_layers();
     *layer = EncodeMetrics(score.layer, score.metrics);
@@ -221,6 +225,8 @@ v1::Tensor EncodeTensor(engine::InputTensor tensor) {
       return v1::TENSOR_WINDOW_LSE;
     case engine::InputTensor::kSaliency:
       return v1::TENSOR_SALIENCY;
+    case engine::InputTensor::kPositions:
+      return v1::TENSOR_POSITIONS;
   }
   return v1::TENSOR_UNSPECIFIED;
 }
@@ -237,6 +243,8 @@ std::optional<engine::InputTensor> DecodeTensor(int tensor) {
       return engine::InputTensor::kWindowLse;
     case v1::TENSOR_SALIENCY:
       return engine::InputTensor::kSaliency;
+    case v1::TENSOR_POSITIONS:
+      return engine::InputTensor::kPositions;
     default:
       return std::nullopt;
   }

@@ -27,4 +27,17 @@ absl::StatusOr<Compressed> CompressPrompt(Client& client, const v1::Open& open, 
 absl::StatusOr<v1::Summary> StreamPrompt(Client& client, const v1::Open& open, LayerSource source,
                                          const SessionOptions& options);
 
+// Gives a layer's tensors once the layers before it were answered. `pivot` is null until they have
+// decided it; from pivot->skeleton_from_layer on the layer may hold skeleton rows
+// (LayerTensors.positions).
+using SteppedSource =
+    absl::FunctionRef<absl::StatusOr<LayerTensors>(uint32_t layer, const PivotResult* pivot)>;
+
+// As StreamPrompt, one layer after the other: each is answered before the next one is asked for, so
+// that a worker which computes layer by layer can cut its work at the pivot. Events are handed on
+// by the calling thread.
+absl::StatusOr<v1::Summary> StreamPromptInSteps(Client& client, const v1::Open& open,
+                                                SteppedSource source,
+                                                const SessionOptions& options);
+
 }  // namespace structkv::client

@@ -15,7 +15,7 @@ namespace structkv::client {
 // One layer's answer.
 struct LayerResult {
   uint32_t layer = 0;
-  // Tokens kept in each KV head.
+  // Tokens kept in each KV head; of a layer of skeleton rows at most the skeleton.
   uint32_t kept_tokens = 0;
   // Where the method has statistics.
   std::optional<v1::LayerMetrics> metrics;
@@ -24,7 +24,8 @@ struct LayerResult {
   // [kv_heads, kept_tokens, dim] or the layout of `Open`, of its dtype; empty for a plan.
   Bytes keys;
   Bytes values;
-  // [N] or [kv_heads, N] float32, on request.
+  // [N] or [kv_heads, N] float32, on request; of a layer of skeleton rows the skeleton's tokens in
+  // place of N.
   Bytes saliency;
 
   absl::Span<const int32_t> position_values() const { return positions.as<int32_t>(); }
@@ -34,7 +35,14 @@ struct LayerResult {
 struct PivotResult {
   uint32_t pivot_layer = 0;
   std::optional<uint32_t> transition_layer;
+  // What really answered.
   v1::PivotMode mode = v1::PIVOT_MODE_UNSPECIFIED;
+  // The layer whose statistics made the decision.
+  uint32_t decided_at_layer = 0;
+  // The first layer that may be sent as skeleton rows.
+  std::optional<uint32_t> skeleton_from_layer;
+  // Prompts behind the profile, where PROFILED answered.
+  uint32_t profiled_prompts = 0;
   // Metrics and scores of every layer that the decision saw, in layer order.
   std::vector<v1::LayerMetrics> layers;
   // Ascending.

@@ -25,6 +25,10 @@ struct LayerTensors {
   absl::Span<const std::byte> window_queries;
   absl::Span<const std::byte> window_lse;
   absl::Span<const std::byte> saliency;
+  // Not empty: the layer holds skeleton rows alone, and this is PivotResult.skeleton. Keys, values
+  // and saliency then have its tokens in place of N. From PivotResult.skeleton_from_layer on.
+  // Always copied.
+  absl::Span<const int32_t> positions;
   // Keeps all of them alive; released when the transport is done with them. Null: they are copied.
   std::shared_ptr<const void> owner;
 };
@@ -55,7 +59,8 @@ class CompressSession {
   absl::Status Send(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
                     uint64_t offset_bytes = 0, const std::shared_ptr<const void>& owner = nullptr);
 
-  // Sends all tensors of a layer, small ones together in one message.
+  // Sends all tensors of a layer, small ones together in one message; positions, where it has them,
+  // first.
   absl::Status SendLayer(uint32_t layer, const LayerTensors& tensors);
 
   // Ends the prompt: says how many layers and bytes were sent. FAILED_PRECONDITION where that was

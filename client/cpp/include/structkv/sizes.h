@@ -16,9 +16,16 @@ v1::Granularity EffectiveGranularity(const v1::Method& method);
 // Bytes of one layer's tensor on the way to the server; 0 where this prompt has no such tensor.
 uint64_t InputTensorBytes(const v1::Open& open, const v1::Opened& opened, v1::Tensor tensor);
 
-// Bytes of one layer's tensor on the way back; 0 where this prompt has no such tensor, or the layer
-// does not exist.
+// The same of a layer of skeleton rows, which has TENSOR_POSITIONS too.
+uint64_t SkeletonTensorBytes(const v1::Open& open, const v1::Opened& opened, v1::Tensor tensor);
+
+// Bytes of one full layer's tensor on the way back; 0 where this prompt has no such tensor, or the
+// layer does not exist.
 uint64_t OutputTensorBytes(const v1::Open& open, const v1::Opened& opened, uint32_t layer,
                            v1::Tensor tensor);
+
+// The same of a layer that has `tokens` and keeps `kept` of them.
+uint64_t AnswerTensorBytes(const v1::Open& open, const v1::Opened& opened, v1::Tensor tensor,
+                           uint32_t tokens, uint32_t kept);
 
 }  // namespace structkv::client
