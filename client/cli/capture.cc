@@ -31,6 +31,22 @@ std::shared_ptr<std::vector<std::byte>> LastRows(absl::Span<const std::byte> dat
   return out;
 }
 
+// Of `runs` runs of one row a token, the rows of `tokens`.
+std::vector<std::byte> Rows(absl::Span<const std::byte> data, uint64_t runs, uint64_t all_tokens,
+                            absl::Span<const int32_t> tokens) {
+  const uint64_t row_bytes = data.size() / runs / all_tokens;
+  std::vector<std::byte> out(runs * tokens.size() * row_bytes);
+  std::byte* to = out.data();
+  for (uint64_t run = 0; run < runs; ++run) {
+    for (const int32_t token : tokens) {
+      std::memcpy(to, data.data() + (run * all_tokens + static_cast<uint64_t>(token)) * row_bytes,
+                  row_bytes);
+      to += row_bytes;
+    }
+  }
+  return out;
+}
+
 }  // namespace
 
 v1::DType DTypeFromSafetensors(std::string_view name) {
@@ -265,6 +281,36 @@ absl::StatusOr<client::LayerTensors> Capture::Layer(uint32_t layer,
   }
   tensors.owner = owned;
   return tensors;
+}
+
+absl::StatusOr<client::LayerTensors> Capture::SkeletonLayer(
+    uint32_t layer, const v1::Opened& opened, absl::Span<const int32_t> skeleton) const {
+  absl::StatusOr<client::LayerTensors> full = Layer(layer, opened);
+  if (!full.ok()) return full.status();
+  if (!full->window_lse.empty()) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        path(), ": the capture's log-sum-exp is over all keys, not over the skeleton's"));
+  }
+  struct Owned {
+    std::shared_ptr<const void> full;
+    std::vector<std::vector<std::byte>> copies;
+  };
+  auto owned = std::make_shared<Owned>();
+  owned->full = full->owner;
+  const uint64_t heads = geometry_.kv_head_count();
+  const uint64_t outer = layout_ == v1::LAYOUT_HEAD_TOKEN_DIM ? heads : 1;
+  const auto gather = [&](absl::Span<const std::byte> data, uint64_t runs) {
+    if (data.empty()) return data;
+    owned->copies.push_back(Rows(data, runs, prompt_tokens_, skeleton));
+    return absl::Span<const std::byte>(owned->copies.back());
+  };
+  full->keys = gather(full->keys, outer);
+  full->values = gather(full->values, outer);
+  full->saliency = gather(full->saliency,
+                          statistic_ == v1::STATISTIC_SALIENCY_PER_KV_HEAD ? heads : uint64_t{1});
+  full->positions = skeleton;
+  full->owner = std::move(owned);
+  return full;
 }
 
 FutureTensors Capture::Future(uint32_t layer) const {

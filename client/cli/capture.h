@@ -57,6 +57,12 @@ class Capture {
   // last rows. INVALID_ARGUMENT where the capture does not have them.
   absl::StatusOr<client::LayerTensors> Layer(uint32_t layer, const v1::Opened& opened) const;
 
+  // The rows of `skeleton` alone, with the skeleton as positions, for a layer of skeleton rows. It
+  // lives as long as what is returned. FAILED_PRECONDITION where a log-sum-exp is required: the
+  // capture's is over all keys.
+  absl::StatusOr<client::LayerTensors> SkeletonLayer(uint32_t layer, const v1::Opened& opened,
+                                                     absl::Span<const int32_t> skeleton) const;
+
   // Needs future_tokens() > 0.
   FutureTensors Future(uint32_t layer) const;
 

@@ -105,6 +105,14 @@ absl::Status CompactedFile::Add(const client::LayerResult& layer) {
 
 absl::Status CompactedFile::Add(const client::PivotResult& pivot) {
   metadata_["pivot_layer"] = absl::StrCat(pivot.pivot_layer);
+  metadata_["pivot_mode"] = PivotModeText(pivot.mode);
+  metadata_["decided_at_layer"] = absl::StrCat(pivot.decided_at_layer);
+  if (pivot.skeleton_from_layer.has_value()) {
+    metadata_["skeleton_from_layer"] = absl::StrCat(*pivot.skeleton_from_layer);
+  }
+  if (pivot.mode == v1::PIVOT_MODE_PROFILED) {
+    metadata_["profiled_prompts"] = absl::StrCat(pivot.profiled_prompts);
+  }
   if (pivot.transition_layer.has_value()) {
     metadata_["transition_layer"] = absl::StrCat(*pivot.transition_layer);
   }

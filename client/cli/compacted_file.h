@@ -21,8 +21,9 @@ namespace structkv::cli {
 class CompactedFile {
  public:
   // `metadata` is the input's; the rest is added to it. Keys: `method`, `method.*` for every
-  // parameter in force, `pivot_layer`, `transition_layer`, `logical_length`, `kv_length`,
-  // `fingerprint`, `structkv_version`.
+  // parameter in force, `pivot_layer`, `pivot_mode` (what really answered), `decided_at_layer`, and
+  // where they have a value `transition_layer`, `skeleton_from_layer`, `profiled_prompts`;
+  // `logical_length`, `kv_length`, `fingerprint`, `structkv_version`.
   static absl::StatusOr<std::unique_ptr<CompactedFile>> Create(
       const std::string& path, const v1::Open& open, const v1::Opened& opened,
       std::map<std::string, std::string> metadata);

@@ -51,8 +51,11 @@ void PrintPivot(const client::PivotResult& pivot) {
   for (const v1::LayerMetrics& layer : pivot.layers) {
     if (layer.has_transition()) highest = std::max(highest, layer.transition());
   }
-  std::printf("\nStructKV's pivot is layer %u: past it, layers need %s skeleton tokens.\n\n",
-              pivot.pivot_layer, CountText(pivot.skeleton.size()).c_str());
+  const std::string decided = pivot.mode == v1::PIVOT_MODE_ONLINE
+                                  ? absl::StrCat(" (online, at layer ", pivot.decided_at_layer, ")")
+                                  : "";
+  std::printf("\nStructKV's pivot is layer %u%s: past it, layers need %s skeleton tokens.\n\n",
+              pivot.pivot_layer, decided.c_str(), CountText(pivot.skeleton.size()).c_str());
   std::string text = "  layer  entropy  sparsity  variance  transition\n";
   for (const v1::LayerMetrics& layer : pivot.layers) {
     const bool is_pivot = layer.layer() == pivot.pivot_layer;

@@ -6,6 +6,7 @@
 #include <variant>
 
 #include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/cli/capture.h"
 #include "client/cli/commands.h"
@@ -14,6 +15,7 @@
 #include "client/cli/method_flags.h"
 #include "client/cli/text.h"
 #include "nlohmann/json.hpp"
+#include "structkv/sizes.h"
 
 namespace structkv::cli {
 namespace {
@@ -27,6 +29,7 @@ struct CompressFlags {
   bool saliency = false;
   bool centrality = false;
   bool checksums = false;
+  bool skeleton_layers = false;
   bool json = false;
 };
 
@@ -36,6 +39,8 @@ struct Outcome {
   std::optional<client::PivotResult> pivot;
   v1::Summary summary;
   absl::Duration elapsed;
+  uint64_t full_bytes = 0;       // of the input, were every layer sent in full
+  uint32_t skeleton_layers = 0;  // sent as skeleton rows
 };
 
 absl::StatusOr<v1::Open> MakeOpen(const CompressFlags& flags, const Capture& capture) {
@@ -50,12 +55,42 @@ absl::StatusOr<v1::Open> MakeOpen(const CompressFlags& flags, const Capture& cap
                                         "the method needs");
     }
     open.set_statistic(capture.statistic());
-    open.set_window_lse(capture.has_lse());
+    // A layer of skeleton rows would need the log-sum-exp over the skeleton's keys.
+    open.set_window_lse(capture.has_lse() && !flags.skeleton_layers);
+  }
+  if (flags.skeleton_layers) {
+    const v1::PivotMode mode = open.method().structkv().pivot().mode();
+    if (!open.method().has_structkv() || mode == v1::PIVOT_MODE_UNSPECIFIED ||
+        mode == v1::PIVOT_MODE_EXACT) {
+      return absl::InvalidArgumentError(
+          "--skeleton-layers needs the method structkv with --pivot online, fixed or profiled");
+    }
   }
   open.set_output(flags.plan ? v1::OUTPUT_PLAN : v1::OUTPUT_COMPACT);
   open.set_return_saliency(flags.saliency);
   open.set_return_centrality(flags.centrality);
   return open;
+}
+
+// How the pivot was found, where it was not after the last layer.
+std::string PivotText(const client::PivotResult& pivot) {
+  switch (pivot.mode) {
+    case v1::PIVOT_MODE_ONLINE:
+      return absl::StrCat(", decided online at layer ", pivot.decided_at_layer);
+    case v1::PIVOT_MODE_PROFILED:
+      return absl::StrCat(", from the profile of ", CountText(pivot.profiled_prompts), " prompts");
+    default:
+      return "";
+  }
+}
+
+// Bytes of the tensors of all layers in full.
+uint64_t FullBytes(const v1::Open& open, const v1::Opened& opened) {
+  uint64_t bytes = 0;
+  for (int tensor : opened.required_tensors()) {
+    bytes += client::InputTensorBytes(open, opened, static_cast<v1::Tensor>(tensor));
+  }
+  return bytes * open.geometry().layer_count();
 }
 
 void PrintOutcome(const CompressFlags& flags, const Capture& capture, const Outcome& outcome) {
@@ -75,8 +110,15 @@ void PrintOutcome(const CompressFlags& flags, const Capture& capture, const Outc
               PercentText(static_cast<double>(after) / static_cast<double>(before)).c_str(),
               flags.plan ? ", positions only" : "");
   if (outcome.pivot.has_value()) {
-    std::printf("pivot     layer %u of %u, skeleton of %s tokens\n", outcome.pivot->pivot_layer,
-                g.layer_count(), CountText(outcome.pivot->skeleton.size()).c_str());
+    std::printf("pivot     layer %u of %u, skeleton of %s tokens%s\n", outcome.pivot->pivot_layer,
+                g.layer_count(), CountText(outcome.pivot->skeleton.size()).c_str(),
+                PivotText(*outcome.pivot).c_str());
+  }
+  if (flags.skeleton_layers) {
+    std::printf("sent      %s of %s, %u of %u layers as skeleton rows; %s not sent\n",
+                BytesText(summary.input_bytes()).c_str(), BytesText(outcome.full_bytes).c_str(),
+                outcome.skeleton_layers, g.layer_count(),
+                BytesText(outcome.full_bytes - summary.input_bytes()).c_str());
   }
   std::printf("time      %s, of which the %s backend computed %s\n",
               DurationText(outcome.elapsed).c_str(), summary.backend().c_str(),
@@ -97,12 +139,24 @@ void PrintJson(const CompressFlags& flags, const Capture& capture, const Outcome
   json["kv_length"] = summary.kv_length();
   json["input_bytes"] = summary.input_bytes();
   json["output_bytes"] = summary.output_bytes();
+  if (flags.skeleton_layers) {
+    json["skeleton_layers"] = outcome.skeleton_layers;
+    json["input_bytes_not_sent"] = outcome.full_bytes - summary.input_bytes();
+  }
   if (outcome.pivot.has_value()) {
     json["pivot_layer"] = outcome.pivot->pivot_layer;
     if (outcome.pivot->transition_layer.has_value()) {
       json["transition_layer"] = *outcome.pivot->transition_layer;
     }
     json["skeleton_tokens"] = outcome.pivot->skeleton.size();
+    json["pivot_mode"] = PivotModeText(outcome.pivot->mode);
+    json["decided_at_layer"] = outcome.pivot->decided_at_layer;
+    if (outcome.pivot->skeleton_from_layer.has_value()) {
+      json["skeleton_from_layer"] = *outcome.pivot->skeleton_from_layer;
+    }
+    if (outcome.pivot->mode == v1::PIVOT_MODE_PROFILED) {
+      json["profiled_prompts"] = outcome.pivot->profiled_prompts;
+    }
   }
   json["fingerprint"] = summary.fingerprint();
   json["backend"] = summary.backend();
@@ -110,6 +164,16 @@ void PrintJson(const CompressFlags& flags, const Capture& capture, const Outcome
   json["compute_micros"] = summary.timing().compute_micros();
   json["queue_micros"] = summary.timing().queue_micros();
   std::printf("%s\n", json.dump(2).c_str());
+}
+
+// The file has room for what `Opened` says, in every layer.
+absl::Status CheckSkeletonFits(const CompressFlags& flags, const v1::Opened& opened) {
+  if (!flags.skeleton_layers || opened.skeleton_tokens() >= opened.kept_tokens(0)) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(absl::StrCat(
+      "--skeleton-layers: the skeleton has ", opened.skeleton_tokens(),
+      " tokens, and a layer keeps ", opened.kept_tokens(0), "; it must not keep more"));
 }
 
 absl::Status RunCompress(const CompressFlags& flags) {
@@ -129,7 +193,11 @@ absl::Status RunCompress(const CompressFlags& flags) {
   options.checksums = flags.checksums;
   options.on_opened = [&](const v1::Opened& opened) {
     outcome.opened = opened;
+    outcome.full_bytes = FullBytes(*open, opened);
+    outcome.skeleton_layers = 0;
     file.reset();  // of an attempt before
+    written = CheckSkeletonFits(flags, opened);
+    if (!written.ok()) return;
     absl::StatusOr<std::unique_ptr<CompactedFile>> created =
         CompactedFile::Create(flags.output, *open, opened, capture->metadata());
     written = created.status();
@@ -149,8 +217,19 @@ absl::Status RunCompress(const CompressFlags& flags) {
     if (file == nullptr) return written;
     return capture->Layer(layer, outcome.opened);
   };
+  const auto stepped =
+      [&](uint32_t layer,
+          const client::PivotResult* pivot) -> absl::StatusOr<client::LayerTensors> {
+    const bool full = pivot == nullptr || !pivot->skeleton_from_layer.has_value() ||
+                      layer < *pivot->skeleton_from_layer;
+    if (full || file == nullptr) return source(layer);
+    ++outcome.skeleton_layers;
+    return capture->SkeletonLayer(layer, outcome.opened, pivot->skeleton);
+  };
   const absl::Time start = absl::Now();
-  absl::StatusOr<v1::Summary> summary = (*compressor)->Run(*open, source, options);
+  absl::StatusOr<v1::Summary> summary = flags.skeleton_layers
+                                            ? (*compressor)->RunInSteps(*open, stepped, options)
+                                            : (*compressor)->Run(*open, source, options);
   progress.Clear();
   if (!summary.ok()) return summary.status();
   if (!written.ok()) return written;
@@ -176,9 +255,14 @@ Command AddCompress(CLI::App* app) {
   AddMethodFlags(sub, &flags->method);
   AddConnectionFlags(sub, &flags->connection);
   sub->add_flag("--plan", flags->plan, "Positions only, no keys and values");
-  sub->add_flag("--saliency", flags->saliency, "Also write each layer's saliency");
+  CLI::Option* saliency =
+      sub->add_flag("--saliency", flags->saliency, "Also write each layer's saliency");
   sub->add_flag("--centrality", flags->centrality, "Also write the centrality at the pivot");
   sub->add_flag("--checksums", flags->checksums, "Send a checksum with every piece");
+  sub->add_flag("--skeleton-layers", flags->skeleton_layers,
+                "Layer by layer, as a worker that cuts its prefill: skeleton rows alone past the "
+                "pivot (--pivot online, fixed, profiled)")
+      ->excludes(saliency);
   sub->add_flag("--json", flags->json, "Print JSON");
   return {sub, [flags] { return RunCompress(*flags); }};
 }

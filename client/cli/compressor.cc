@@ -22,6 +22,11 @@ class RemoteCompressor final : public Compressor {
     return Named(client::StreamPrompt(*client_, open, source, options));
   }
 
+  absl::StatusOr<v1::Summary> RunInSteps(const v1::Open& open, client::SteppedSource source,
+                                         const client::SessionOptions& options) override {
+    return Named(client::StreamPromptInSteps(*client_, open, source, options));
+  }
+
   absl::StatusOr<v1::GetCapabilitiesResponse> GetCapabilities() override {
     return Named(client_->GetCapabilities());
   }

@@ -23,6 +23,10 @@ class Compressor {
   virtual absl::StatusOr<v1::Summary> Run(const v1::Open& open, client::LayerSource source,
                                           const client::SessionOptions& options) = 0;
 
+  // The same, one layer after the other; like client::StreamPromptInSteps.
+  virtual absl::StatusOr<v1::Summary> RunInSteps(const v1::Open& open, client::SteppedSource source,
+                                                 const client::SessionOptions& options) = 0;
+
   virtual absl::StatusOr<v1::GetCapabilitiesResponse> GetCapabilities() = 0;
 
   // Where it runs, for people.

@@ -5,6 +5,7 @@
 #include <optional>
 #include <thread>
 #include <utility>
+#include <variant>
 
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
@@ -15,6 +16,7 @@
 #include "service/engine/prompt.h"
 #include "service/engine/scheduler.h"
 #include "service/rpc/open_decoder.h"
+#include "service/session/pivot_profile.h"
 
 namespace structkv::cli {
 namespace {
@@ -41,10 +43,12 @@ class LocalPrompt {
   absl::Status RunLayer(uint32_t layer, const client::LayerTensors& tensors);
 
   v1::Summary* summary() { return &summary_; }
+  std::optional<int64_t> ExactPivot() const { return prompt_.ExactPivot(); }
 
  private:
   absl::StatusOr<engine::Buffer> Input(uint32_t layer, engine::InputTensor tensor,
-                                       absl::Span<const std::byte> data, bool borrowed);
+                                       absl::Span<const std::byte> data, bool skeleton,
+                                       bool borrowed);
   client::Bytes Output(engine::Buffer buffer, const std::shared_ptr<const void>& source);
   void Deliver(engine::LayerOutput output, const std::shared_ptr<const void>& source);
   void Deliver(engine::PivotResult pivot);
@@ -58,8 +62,10 @@ class LocalPrompt {
 };
 
 absl::StatusOr<engine::Buffer> LocalPrompt::Input(uint32_t layer, engine::InputTensor tensor,
-                                                  absl::Span<const std::byte> data, bool borrowed) {
-  const int64_t expected = prompt_.spec().InputBytes(tensor);
+                                                  absl::Span<const std::byte> data, bool skeleton,
+                                                  bool borrowed) {
+  const int64_t expected =
+      skeleton ? prompt_.spec().SkeletonInputBytes(tensor) : prompt_.spec().InputBytes(tensor);
   if (static_cast<int64_t>(data.size()) < expected) {
     return absl::InvalidArgumentError(
         absl::StrCat("layer ", layer, ": ", std::string(engine::InputTensorName(tensor)), " has ",
@@ -78,6 +84,8 @@ absl::StatusOr<engine::Buffer> LocalPrompt::Input(uint32_t layer, engine::InputT
 absl::Status LocalPrompt::RunLayer(uint32_t layer, const client::LayerTensors& tensors) {
   engine::LayerInput input;
   input.layer = layer;
+  input.positions = tensors.positions;
+  summary_.set_input_bytes(summary_.input_bytes() + tensors.positions.size() * sizeof(int32_t));
   const struct {
     engine::InputTensor tensor;
     absl::Span<const std::byte> data;
@@ -91,7 +99,8 @@ absl::Status LocalPrompt::RunLayer(uint32_t layer, const client::LayerTensors& t
   };
   for (const auto& [tensor, data, out] : inputs) {
     absl::StatusOr<engine::Buffer> buffer =
-        Input(layer, tensor, data, /*borrowed=*/tensors.owner != nullptr);
+        Input(layer, tensor, data, /*skeleton=*/!tensors.positions.empty(),
+              /*borrowed=*/tensors.owner != nullptr);
     if (!buffer.ok()) return buffer.status();
     *out = *std::move(buffer);
   }
@@ -109,8 +118,8 @@ absl::Status LocalPrompt::RunLayer(uint32_t layer, const client::LayerTensors& t
   timing.set_queue_micros(timing.queue_micros() + Micros(begun - posted));
   timing.set_compute_micros(timing.compute_micros() + Micros(absl::Now() - begun));
   if (!output.ok()) return output.status();
-  Deliver(*std::move(output), tensors.owner);
   if (std::optional<engine::PivotResult> pivot = prompt_.TakePivot()) Deliver(*std::move(pivot));
+  Deliver(*std::move(output), tensors.owner);
   return absl::OkStatus();
 }
 
@@ -151,6 +160,11 @@ void LocalPrompt::Deliver(engine::PivotResult pivot) {
   result.pivot_layer = decision.pivot_layer();
   if (decision.has_transition_layer()) result.transition_layer = decision.transition_layer();
   result.mode = decision.mode();
+  result.decided_at_layer = decision.decided_at_layer();
+  if (decision.has_skeleton_from_layer()) {
+    result.skeleton_from_layer = decision.skeleton_from_layer();
+  }
+  result.profiled_prompts = decision.profiled_prompts();
   result.layers.assign(decision.layers().begin(), decision.layers().end());
   result.skeleton = std::move(pivot.skeleton);
   result.centrality = std::move(pivot.centrality);
@@ -166,6 +180,8 @@ class InProcessCompressor final : public Compressor {
 
   absl::StatusOr<v1::Summary> Run(const v1::Open& open, client::LayerSource source,
                                   const client::SessionOptions& options) override;
+  absl::StatusOr<v1::Summary> RunInSteps(const v1::Open& open, client::SteppedSource source,
+                                         const client::SessionOptions& options) override;
   absl::StatusOr<v1::GetCapabilitiesResponse> GetCapabilities() override;
   std::string description() const override {
     return absl::StrCat("in process, ", scheduler_.threads(), " threads, ", backend_->device());
@@ -175,6 +191,8 @@ class InProcessCompressor final : public Compressor {
   const std::unique_ptr<Backend> backend_;
   engine::BufferPool pool_;
   engine::Scheduler scheduler_;
+  // Without a file nothing can fail.
+  const std::shared_ptr<session::PivotProfile> profile_ = *session::PivotProfile::Open({});
 };
 
 absl::StatusOr<v1::Summary> InProcessCompressor::Run(const v1::Open& open,
@@ -185,10 +203,11 @@ absl::StatusOr<v1::Summary> InProcessCompressor::Run(const v1::Open& open,
   }
   absl::StatusOr<rpc::OpenRequest> request = rpc::DecodeOpen(open, kMessageBytes);
   if (!request.ok()) return request.status();
-  const engine::PromptSpec& spec = request->spec;
+  engine::PromptSpec& spec = request->spec;
   absl::Status status =
       engine::ValidateSpec(spec, engine::PromptLimits(), backend_->capabilities());
   if (!status.ok()) return status;
+  profile_->Resolve(&spec);
   const engine::MemoryPlan plan = engine::PlanMemory(spec, *backend_);
   v1::Opened opened = rpc::EncodeOpened(spec);
   opened.set_session_id("in-process");
@@ -210,6 +229,7 @@ absl::StatusOr<v1::Summary> InProcessCompressor::Run(const v1::Open& open,
     status = prompt.RunLayer(layer, *tensors);
     if (!status.ok()) return status;
   }
+  if (const std::optional<int64_t> exact = prompt.ExactPivot()) profile_->Record(spec, *exact);
   v1::Summary& summary = *prompt.summary();
   summary.set_logical_length(open.prompt_tokens());
   summary.set_kv_length(static_cast<uint32_t>(spec.kept_tokens(0)));
@@ -219,6 +239,21 @@ absl::StatusOr<v1::Summary> InProcessCompressor::Run(const v1::Open& open,
   summary.mutable_timing()->set_session_micros(Micros(absl::Now() - start));
   options.on_event(client::Event(summary));
   return summary;
+}
+
+// Here a layer's events come while it is handed over.
+absl::StatusOr<v1::Summary> InProcessCompressor::RunInSteps(const v1::Open& open,
+                                                            client::SteppedSource source,
+                                                            const client::SessionOptions& options) {
+  std::optional<client::PivotResult> pivot;
+  client::SessionOptions stepped = options;
+  stepped.on_event = [&](client::Event event) {
+    if (const auto* decided = std::get_if<client::PivotResult>(&event)) pivot = *decided;
+    if (options.on_event) options.on_event(std::move(event));
+  };
+  return Run(
+      open, [&](uint32_t layer) { return source(layer, pivot.has_value() ? &*pivot : nullptr); },
+      stepped);
 }
 
 absl::StatusOr<v1::GetCapabilitiesResponse> InProcessCompressor::GetCapabilities() {
@@ -242,8 +277,10 @@ absl::StatusOr<v1::GetCapabilitiesResponse> InProcessCompressor::GetCapabilities
                                   v1::STATISTIC_SALIENCY, v1::STATISTIC_SALIENCY_PER_KV_HEAD}) {
     response.add_statistics(statistic);
   }
-  response.add_pivot_modes(v1::PIVOT_MODE_EXACT);
-  response.add_pivot_modes(v1::PIVOT_MODE_FIXED);
+  for (v1::PivotMode mode : {v1::PIVOT_MODE_EXACT, v1::PIVOT_MODE_FIXED, v1::PIVOT_MODE_ONLINE,
+                             v1::PIVOT_MODE_PROFILED}) {
+    response.add_pivot_modes(mode);
+  }
   response.add_transports("in-process");
   v1::DimRange& dims = *response.mutable_key_dims();
   dims.set_min(static_cast<uint32_t>(capabilities.min_dim));

@@ -28,6 +28,12 @@ v1::Pooling ParsePooling(const std::string& text) {
   return text == "max" ? v1::POOLING_MAX : v1::POOLING_NONE;
 }
 
+v1::PivotMode ParsePivotMode(const std::string& text) {
+  if (text == "fixed") return v1::PIVOT_MODE_FIXED;
+  if (text == "online") return v1::PIVOT_MODE_ONLINE;
+  return text == "profiled" ? v1::PIVOT_MODE_PROFILED : v1::PIVOT_MODE_EXACT;
+}
+
 // The flags that were given and no method parameter has taken.
 class Remaining {
  public:
@@ -76,9 +82,8 @@ void TakeStructKv(const MethodFlags& flags, Remaining* rest, v1::StructKvMethod*
   rest->Take("--skeleton-budget-kind", flags.skeleton_budget_kind, [&](const std::string& v) {
     kind->mutable_skeleton_budget()->set_kind(ParseBudgetKind(v));
   });
-  rest->Take("--pivot", flags.pivot, [&](const std::string& v) {
-    kind->mutable_pivot()->set_mode(v == "fixed" ? v1::PIVOT_MODE_FIXED : v1::PIVOT_MODE_EXACT);
-  });
+  rest->Take("--pivot", flags.pivot,
+             [&](const std::string& v) { kind->mutable_pivot()->set_mode(ParsePivotMode(v)); });
   rest->Take("--pivot-layer", flags.pivot_layer,
              [&](uint32_t v) { kind->mutable_pivot()->set_fixed_layer(v); });
   rest->Take("--sparsity-ratio", flags.sparsity_ratio,
@@ -92,6 +97,12 @@ void TakeStructKv(const MethodFlags& flags, Remaining* rest, v1::StructKvMethod*
     kind->mutable_pivot()->set_search_begin(v[0]);
     kind->mutable_pivot()->set_search_end(v[1]);
   });
+  rest->Take("--pivot-patience", flags.pivot_patience,
+             [&](uint32_t v) { kind->mutable_pivot()->set_patience(v); });
+  rest->Take("--pivot-deadline", flags.pivot_deadline,
+             [&](double v) { kind->mutable_pivot()->set_deadline(v); });
+  rest->Take("--profile-prompts", flags.profile_prompts,
+             [&](uint32_t v) { kind->mutable_pivot()->set_profile_min_prompts(v); });
 }
 
 // "GRANULARITY_PER_LAYER" of enum Granularity -> "per_layer".
@@ -174,8 +185,8 @@ void AddMethodFlags(CLI::App* app, MethodFlags* f) {
   app->add_option("--skeleton-budget-kind", f->skeleton_budget_kind, "As --budget-kind")
       ->check(kinds)
       ->group(kPivotGroup);
-  app->add_option("--pivot", f->pivot, "exact (default) or fixed")
-      ->check(CLI::IsMember({"exact", "fixed"}))
+  app->add_option("--pivot", f->pivot, "exact (default), online, fixed or profiled")
+      ->check(CLI::IsMember({"exact", "online", "fixed", "profiled"}))
       ->group(kPivotGroup);
   app->add_option("--pivot-layer", f->pivot_layer, "The pivot layer for --pivot fixed")
       ->group(kPivotGroup);
@@ -189,6 +200,15 @@ void AddMethodFlags(CLI::App* app, MethodFlags* f) {
   app->add_option("--pivot-search", f->pivot_search,
                   "Where the transition is looked for, as shares of the depth (0.25 0.75)")
       ->expected(2)
+      ->group(kPivotGroup);
+  app->add_option("--pivot-patience", f->pivot_patience,
+                  "online, profiled: layers that must not beat the best one (2)")
+      ->group(kPivotGroup);
+  app->add_option("--pivot-deadline", f->pivot_deadline,
+                  "online, profiled: share of the depth at which to answer (the search's end)")
+      ->group(kPivotGroup);
+  app->add_option("--profile-prompts", f->profile_prompts,
+                  "profiled: prompts that a model's profile must rest on (8)")
       ->group(kPivotGroup);
 }
 
@@ -209,6 +229,9 @@ absl::StatusOr<v1::Method> BuildMethod(const MethodFlags& flags) {
   rest.Add("--sparsity-ratio", flags.sparsity_ratio);
   rest.Add("--pivot-weights", flags.pivot_weights);
   rest.Add("--pivot-search", flags.pivot_search);
+  rest.Add("--pivot-patience", flags.pivot_patience);
+  rest.Add("--pivot-deadline", flags.pivot_deadline);
+  rest.Add("--profile-prompts", flags.profile_prompts);
 
   v1::Method method;
   if (flags.method == "structkv") {
@@ -248,6 +271,11 @@ std::map<std::string, std::string> MethodMetadata(const v1::Method& method) {
     out[absl::StrCat("method.", absl::StripPrefix(name, prefix))] = value;
   }
   return out;
+}
+
+std::string PivotModeText(v1::PivotMode mode) {
+  const auto* value = v1::PivotMode_descriptor()->FindValueByNumber(mode);
+  return value == nullptr ? absl::StrCat(static_cast<int>(mode)) : EnumText(*value);
 }
 
 std::string NumberText(double value) {

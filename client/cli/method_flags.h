@@ -31,6 +31,9 @@ struct MethodFlags {
   std::optional<double> sparsity_ratio;
   std::optional<std::vector<double>> pivot_weights;
   std::optional<std::vector<double>> pivot_search;
+  std::optional<uint32_t> pivot_patience;
+  std::optional<double> pivot_deadline;
+  std::optional<uint32_t> profile_prompts;
 };
 
 // Names of the methods, as in `Method.kind`.
@@ -44,6 +47,9 @@ absl::StatusOr<v1::Method> BuildMethod(const MethodFlags& flags);
 // A method with every parameter, flat: {"method": "structkv", "method.kv_budget.ratio": "0.1",
 // ...}.
 std::map<std::string, std::string> MethodMetadata(const v1::Method& method);
+
+// "exact", "online" and so on.
+std::string PivotModeText(v1::PivotMode mode);
 
 // The name of the method's kind, for instance "structkv"; empty where none is set.
 std::string MethodKind(const v1::Method& method);

@@ -91,6 +91,8 @@ absl::StatusOr<PlotData> ReadPlotData(const SafetensorsFile& file) {
   }
   data.pivot_layer = Count(file, "pivot_layer");
   data.transition_layer = Count(file, "transition_layer");
+  data.pivot_mode = Text(file, "pivot_mode");
+  data.decided_at_layer = Count(file, "decided_at_layer");
   const std::optional<double> begin = Number(file, "method.pivot.search_begin");
   const std::optional<double> end = Number(file, "method.pivot.search_end");
   if (data.transition_layer.has_value() && begin.has_value() && end.has_value() && layers >= 3) {

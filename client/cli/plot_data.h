@@ -24,6 +24,8 @@ struct PlotData {
   uint32_t kept_tokens = 0;  // in each KV head of a layer
   std::optional<uint32_t> pivot_layer;
   std::optional<uint32_t> transition_layer;
+  std::string pivot_mode;  // "exact", "online" and so on; empty in older files
+  std::optional<uint32_t> decided_at_layer;
   // Layers in which the transition was searched, first and last.
   std::optional<std::pair<uint32_t, uint32_t>> search;
   std::string method;

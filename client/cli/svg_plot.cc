@@ -324,7 +324,10 @@ std::string Subtitle(const PlotData& data) {
       absl::StrAppend(&text, ", after the highest transition score at layer ",
                       *data.transition_layer, " (the search range is shaded)");
     } else {
-      text += ", as given";
+      text += data.pivot_mode == "profiled" ? ", from the model's profile" : ", as given";
+    }
+    if (data.pivot_mode == "online" && data.decided_at_layer.has_value()) {
+      absl::StrAppend(&text, "; decided online at layer ", *data.decided_at_layer);
     }
     if (!data.skeleton.empty()) {
       absl::StrAppend(&text, "; skeleton of ", CountText(data.skeleton.size()), " tokens");
