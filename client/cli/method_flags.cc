@@ -101,6 +101,8 @@ void TakeStructKv(const MethodFlags& flags, Remaining* rest, v1::StructKvMethod*
              [&](uint32_t v) { kind->mutable_pivot()->set_patience(v); });
   rest->Take("--pivot-deadline", flags.pivot_deadline,
              [&](double v) { kind->mutable_pivot()->set_deadline(v); });
+  rest->Take("--pivot-score", flags.pivot_score,
+             [&](double v) { kind->mutable_pivot()->set_confirm_score(v); });
   rest->Take("--profile-prompts", flags.profile_prompts,
              [&](uint32_t v) { kind->mutable_pivot()->set_profile_min_prompts(v); });
 }
@@ -207,6 +209,9 @@ void AddMethodFlags(CLI::App* app, MethodFlags* f) {
   app->add_option("--pivot-deadline", f->pivot_deadline,
                   "online, profiled: share of the depth at which to answer (the search's end)")
       ->group(kPivotGroup);
+  app->add_option("--pivot-score", f->pivot_score,
+                  "online, profiled: share of the highest score that confirms a layer (0.5)")
+      ->group(kPivotGroup);
   app->add_option("--profile-prompts", f->profile_prompts,
                   "profiled: prompts that a model's profile must rest on (8)")
       ->group(kPivotGroup);
@@ -231,6 +236,7 @@ absl::StatusOr<v1::Method> BuildMethod(const MethodFlags& flags) {
   rest.Add("--pivot-search", flags.pivot_search);
   rest.Add("--pivot-patience", flags.pivot_patience);
   rest.Add("--pivot-deadline", flags.pivot_deadline);
+  rest.Add("--pivot-score", flags.pivot_score);
   rest.Add("--profile-prompts", flags.profile_prompts);
 
   v1::Method method;

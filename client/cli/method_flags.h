@@ -33,6 +33,7 @@ struct MethodFlags {
   std::optional<std::vector<double>> pivot_search;
   std::optional<uint32_t> pivot_patience;
   std::optional<double> pivot_deadline;
+  std::optional<double> pivot_score;
   std::optional<uint32_t> profile_prompts;
 };
 

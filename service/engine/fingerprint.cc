@@ -52,9 +52,9 @@ void AddPivot(const method::PivotSpec& pivot, std::string& text) {
     case method::PivotMode::kOnline:
     case method::PivotMode::kProfiled: {
       const bool online = pivot.mode == method::PivotMode::kOnline;
-      absl::StrAppendFormat(&text, "pivot=%s %.17g %.17g %d %.17g\n",
+      absl::StrAppendFormat(&text, "pivot=%s %.17g %.17g %d %.17g %.17g\n",
                             online ? "online" : "profiled", pivot.search_begin, pivot.search_end,
-                            pivot.patience, pivot.deadline_share());
+                            pivot.patience, pivot.deadline_share(), pivot.confirm_score);
       if (!online) absl::StrAppendFormat(&text, "prompts=%d\n", pivot.profile_min_prompts);
       break;
     }

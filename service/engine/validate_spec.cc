@@ -94,6 +94,7 @@ absl::Status CheckOnline(const PivotSpec& pivot, const PromptLimits& limits) {
   absl::Status ranges = First({
       CheckRange("open.method.structkv.pivot.patience", pivot.patience, 1, limits.max_layers),
       CheckShare("open.method.structkv.pivot.deadline", pivot.deadline_share()),
+      CheckShare("open.method.structkv.pivot.confirm_score", pivot.confirm_score),
       CheckRange("open.method.structkv.pivot.profile_min_prompts", pivot.profile_min_prompts, 1,
                  kMaxProfilePrompts),
   });

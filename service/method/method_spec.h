@@ -39,6 +39,9 @@ struct PivotSpec {
   double search_end = 0.75;
   int64_t patience = 2;            // kOnline, kProfiled: layers that must not beat the best; >= 1
   std::optional<double> deadline;  // share of the depth at which kOnline answers; unset: search_end
+  // kOnline: T that the best layer needs to be confirmed before the deadline, as a share of the
+  // highest that there can be, the sum of the weights; [0, 1].
+  double confirm_score = 0.5;
   int64_t profile_min_prompts = 8;  // kProfiled: prompts that a profile must rest on; >= 1
   // kProfiled: what the model's profile says, looked up when the prompt opens. Unset: too few
   // prompts were seen, and the pivot is found as kOnline does.

@@ -151,8 +151,12 @@ std::optional<PivotDecision> DecideOnline(absl::Span<const LayerMetrics> seen, i
   decision.pivot_layer = layers - 1;
   if (search) {
     const int64_t best = BestLayer(decision.layers, range);
-    // Where nothing has risen yet there is no transition to confirm.
-    const bool confirmed = *decision.layers[best].transition > 0 && at - best >= spec.patience;
+    // A small rise beside what the first layers did is no transition; where nothing rises at all
+    // there is none to confirm.
+    const double score = *decision.layers[best].transition;
+    const double highest = spec.entropy_weight + spec.sparsity_weight + spec.variance_weight;
+    const bool high = score > 0 && score >= spec.confirm_score * highest - kSlack;
+    const bool confirmed = high && at - best >= spec.patience;
     if (!confirmed && at < DeadlineLayer(layers, range, spec)) return std::nullopt;
     decision.transition_layer = best;
     decision.pivot_layer = best + 1;

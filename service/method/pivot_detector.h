@@ -63,9 +63,10 @@ PivotDecision DecideExact(absl::Span<const LayerMetrics> metrics, const PivotSpe
 PivotDecision DecideFixed(absl::Span<const LayerMetrics> metrics, const PivotSpec& spec);
 
 // ONLINE, with the layers seen so far: T is normalised over these layers alone. The best layer of
-// the search range (the lowest at a tie) is confirmed once its T is above 0 and `patience` further
-// layers were seen, none of which beats it; at the deadline the best so far is the answer, whatever
-// it is. Where the search range is empty the answer is the last layer, after it.
+// the search range (the lowest at a tie) is confirmed once its T is above 0 and at least
+// `confirm_score` of the weights' sum, and `patience` further layers were seen, none of which beats
+// it; at the deadline the best so far is the answer, whatever its T. Where the search range is
+// empty the answer is the last layer, after it.
 std::optional<PivotDecision> DecideOnline(absl::Span<const LayerMetrics> seen, int64_t layers,
                                           const PivotSpec& spec);
 

@@ -100,12 +100,16 @@ absl::Status DecodeOnline(const v1::Pivot& pivot, method::PivotSpec* spec) {
   if (pivot.has_deadline() && !online) {
     return Invalid("structkv", "pivot.deadline", absl::StrCat(pivot.deadline()), kOnline);
   }
+  if (pivot.has_confirm_score() && !online) {
+    return Invalid("structkv", "pivot.confirm_score", absl::StrCat(pivot.confirm_score()), kOnline);
+  }
   if (pivot.has_profile_min_prompts() && !profiled) {
     return Invalid("structkv", "pivot.profile_min_prompts",
                    absl::StrCat(pivot.profile_min_prompts()), "only PIVOT_MODE_PROFILED takes it");
   }
   if (pivot.has_patience()) spec->patience = pivot.patience();
   if (pivot.has_deadline()) spec->deadline = pivot.deadline();
+  if (pivot.has_confirm_score()) spec->confirm_score = pivot.confirm_score();
   if (pivot.has_profile_min_prompts()) spec->profile_min_prompts = pivot.profile_min_prompts();
   return absl::OkStatus();
 }
@@ -224,6 +228,7 @@ void EncodePivotSpec(const method::PivotSpec& spec, v1::Pivot* pivot) {
   if (profiled || spec.mode == method::PivotMode::kOnline) {
     pivot->set_patience(static_cast<uint32_t>(spec.patience));
     pivot->set_deadline(spec.deadline_share());
+    pivot->set_confirm_score(spec.confirm_score);
   }
   if (profiled) pivot->set_profile_min_prompts(static_cast<uint32_t>(spec.profile_min_prompts));
   if (fixed) pivot->set_fixed_layer(static_cast<uint32_t>(spec.fixed_layer));

@@ -87,6 +87,52 @@ TEST_F(CommandTest, CompressesTheSameWithAServerAndAlone) {
   EXPECT_EQ((*a)->metadata().at("kv_length"), "100");
 }
 
+TEST_F(CommandTest, SendsSkeletonRowsPastThePivot) {
+  const std::string address = "unix:" + directory_.Path("socket");
+  testkit::Process server({STRUCTKV_SERVER, "--listen", address});
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.error();
+  const std::string served = directory_.Path("served.safetensors");
+  const std::string alone = directory_.Path("alone.safetensors");
+  const std::string arguments = std::string("compress ") + kCapture +
+                                " --pivot online --pivot-score 0 --skeleton-layers --json --out ";
+  const Ran first = RunCommand(arguments + served + " --server " + address);
+  ASSERT_EQ(first.code, 0) << first.output;
+  const Ran second = RunCommand(arguments + alone + " --in-process");
+  ASSERT_EQ(second.code, 0) << second.output;
+  for (const Ran& ran : {first, second}) {
+    const auto json = nlohmann::json::parse(ran.output);
+    EXPECT_EQ(json.at("pivot_mode"), "online");
+    EXPECT_EQ(json.at("pivot_layer"), 4);
+    EXPECT_EQ(json.at("decided_at_layer"), 5);
+    EXPECT_EQ(json.at("skeleton_from_layer"), 6);
+    EXPECT_EQ(json.at("skeleton_layers"), 6);
+    // Six layers of 800 rows of keys and values, less six times 200 positions.
+    EXPECT_EQ(json.at("input_bytes_not_sent"), 6 * (800 * 2 * 2 * 32 * 2 - 200 * 4));
+  }
+  const auto a = SafetensorsFile::Open(served);
+  const auto b = SafetensorsFile::Open(alone);
+  ASSERT_TRUE(a.ok() && b.ok()) << a.status() << b.status();
+  for (const auto& [name, info] : (*a)->tensors()) {
+    const auto* other = (*b)->Find(name);
+    ASSERT_NE(other, nullptr) << name;
+    EXPECT_TRUE((*a)->Data(info) == (*b)->Data(*other)) << name;
+  }
+  const std::string svg = directory_.Path("plot.svg");
+  EXPECT_EQ(RunCommand("plot " + served + " --out " + svg).code, 0);
+  EXPECT_THAT(Read(svg), HasSubstr("decided online at layer 5"));
+  EXPECT_THAT(RunCommand("info " + served).output, HasSubstr("skeleton_from_layer"));
+  const Ran exact = RunCommand(std::string("compress ") + kCapture +
+                               " --in-process --skeleton-layers --out " + alone);
+  EXPECT_EQ(exact.code, 2);
+  EXPECT_THAT(exact.output, HasSubstr("--pivot online"));
+  const Ran large = RunCommand(std::string("compress ") + kCapture +
+                               " --in-process --pivot online --skeleton-layers --kv-budget 0.3 "
+                               "--out " +
+                               alone);
+  EXPECT_EQ(large.code, 2);
+  EXPECT_THAT(large.output, HasSubstr("skeleton has 200"));
+}
+
 TEST_F(CommandTest, InfoAndPlotReadWhatCompressWrote) {
   const std::string out = directory_.Path("out.safetensors");
   const std::string svg = directory_.Path("plot.svg");

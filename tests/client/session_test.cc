@@ -113,6 +113,69 @@ TEST_F(SessionTest, FillsInAnIdempotencyKey) {
   EXPECT_EQ((*session)->open().idempotency_key(), "mine");
 }
 
+// Sends layer 1 as skeleton rows of `skeleton_tokens`; the server answers as ever.
+struct SkeletonRun {
+  Received received;
+  absl::Status status;
+};
+
+SkeletonRun RunSkeletonRows(uint32_t skeleton_tokens) {
+  SkeletonRun run;
+  FakeServer server([&](int, grpc::ServerContext*, Stream* stream) {
+    if (!ReadOpen(stream, &run.received)) return grpc::Status::CANCELLED;
+    v1::Opened opened = OpenedFor(run.received.open);
+    opened.set_skeleton_tokens(skeleton_tokens);
+    SendOpened(stream, opened);
+    ReadToCommit(stream, &run.received);
+    for (uint32_t layer = 0; layer < 2; ++layer) {
+      stream->Write(LayerResponse(run.received.open, layer));
+    }
+    SendSummary(stream, SummaryFor(run.received.open, opened, run.received.commit.input_bytes()));
+    return grpc::Status::OK;
+  });
+  auto client = *Client::Connect(server.address());
+  auto session = client->OpenPrompt(SmallOpen());
+  if (!session.ok()) return {run.received, session.status()};
+  const std::vector<int32_t> skeleton(skeleton_tokens, 5);
+  for (uint32_t layer = 0; layer < 2; ++layer) {
+    std::vector<std::string> data;
+    for (v1::Tensor tensor : kInputs) {
+      const auto& opened = (*session)->opened();
+      const uint64_t bytes = layer == 0 ? InputTensorBytes((*session)->open(), opened, tensor)
+                                        : SkeletonTensorBytes((*session)->open(), opened, tensor);
+      data.push_back(TestTensor(layer, tensor, bytes));
+    }
+    LayerTensors tensors;
+    tensors.window_queries = AsBytes(data[0]);
+    tensors.keys = AsBytes(data[1]);
+    tensors.values = AsBytes(data[2]);
+    if (layer == 1) tensors.positions = skeleton;
+    run.status.Update((*session)->SendLayer(layer, tensors));
+  }
+  run.status.Update((*session)->Commit());
+  run.status.Update((*session)->Collect().status());
+  return run;
+}
+
+TEST(SkeletonRowsTest, PositionsAreSentAndCounted) {
+  const SkeletonRun run = RunSkeletonRows(4);
+  ASSERT_TRUE(run.status.ok()) << run.status;
+  const auto& tensors = run.received.tensors;
+  EXPECT_EQ(tensors.at({1, v1::TENSOR_POSITIONS}),
+            std::string("\5\0\0\0\5\0\0\0\5\0\0\0\5\0\0\0", 16));
+  EXPECT_EQ(tensors.at({1, v1::TENSOR_KEYS}).size(), 4 * 4 * sizeof(float));
+  EXPECT_EQ(tensors.at({0, v1::TENSOR_KEYS}).size(), 6 * 4 * sizeof(float));
+  uint64_t bytes = 0;
+  for (const auto& [key, tensor] : tensors) bytes += tensor.size();
+  EXPECT_EQ(run.received.commit.input_bytes(), bytes);
+}
+
+TEST(SkeletonRowsTest, ALayerKeepsAtMostTheSkeleton) {
+  const SkeletonRun run = RunSkeletonRows(2);
+  EXPECT_EQ(run.status.code(), absl::StatusCode::kDataLoss);
+  EXPECT_THAT(std::string(run.status.message()), HasSubstr("layer 1 keeps 3 tokens"));
+}
+
 TEST_F(SessionTest, PacksASmallLayerIntoOneMessage) {
   auto session = client_->OpenPrompt(SmallOpen());
   ASSERT_TRUE(session.ok());

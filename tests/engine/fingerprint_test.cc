@@ -55,6 +55,24 @@ TEST(FingerprintTest, EveryParameterCounts) {
         s.method.pivot.mode = method::PivotMode::kFixed;
         s.method.pivot.fixed_layer = 3;
       },
+      [](PromptSpec& s) { s.method.pivot.mode = method::PivotMode::kOnline; },
+      [](PromptSpec& s) {
+        s.method.pivot.mode = method::PivotMode::kOnline;
+        s.method.pivot.patience = 3;
+      },
+      [](PromptSpec& s) {
+        s.method.pivot.mode = method::PivotMode::kOnline;
+        s.method.pivot.deadline = 0.5;
+      },
+      [](PromptSpec& s) {
+        s.method.pivot.mode = method::PivotMode::kOnline;
+        s.method.pivot.confirm_score = 0.25;
+      },
+      [](PromptSpec& s) { s.method.pivot.mode = method::PivotMode::kProfiled; },
+      [](PromptSpec& s) {
+        s.method.pivot.mode = method::PivotMode::kProfiled;
+        s.method.pivot.profile_min_prompts = 3;
+      },
       [](PromptSpec& s) { s.method.pivot.sparsity_ratio = 0.2; },
       [](PromptSpec& s) { s.method.pivot.entropy_weight = 0.3; },
       [](PromptSpec& s) { s.method.pivot.sparsity_weight = 0.2; },
@@ -80,6 +98,8 @@ TEST(FingerprintTest, WhatDoesNotChangeTheMethodDoesNotCount) {
       [](PromptSpec& s) { s.method.pooling_kernel = 7; },     // without pooling
       [](PromptSpec& s) { s.method.sink_tokens = 7; },        // StreamingLLM's
       [](PromptSpec& s) { s.method.pivot.fixed_layer = 7; },  // FIXED's
+      [](PromptSpec& s) { s.method.pivot.patience = 7; },     // ONLINE's
+      [](PromptSpec& s) { s.method.pivot.profiled_layer = 7; },
   };
   for (size_t i = 0; i < changes.size(); ++i) {
     PromptSpec spec = LlamaSpec();

@@ -102,6 +102,24 @@ TEST(MemoryPlanTest, AddsUp) {
   EXPECT_LT(PlanMemory(spec, *backend).state_bytes, 2 * 131072 * 4);
 }
 
+TEST(MemoryPlanTest, SkeletonRowsNeedNoMoreThanFullLayers) {
+  const std::unique_ptr<Backend> backend = *CreateBackend("reference");
+  PromptSpec spec = LlamaSpec();
+  EXPECT_FALSE(spec.may_have_skeleton_layers());
+  const MemoryPlan exact = PlanMemory(spec, *backend);
+  spec.method.pivot.mode = method::PivotMode::kOnline;
+  EXPECT_TRUE(spec.may_have_skeleton_layers());
+  const MemoryPlan online = PlanMemory(spec, *backend);
+  EXPECT_EQ(online.layer_input_bytes, exact.layer_input_bytes);
+  // Decided with layer 24 at most, and what skeleton rows are held to.
+  EXPECT_EQ(online.state_bytes, exact.state_bytes - 131072 * 4 + 26215 * 4);
+  EXPECT_EQ(spec.SkeletonInputBytes(InputTensor::kPositions), 26215 * 4);
+  EXPECT_EQ(spec.SkeletonInputBytes(InputTensor::kKeys), int64_t{26215} * 8 * 128 * 2);
+  EXPECT_EQ(spec.InputBytes(InputTensor::kPositions), 0);
+  EXPECT_EQ(spec.SkeletonInputBytes(InputTensor::kWindowQueries),
+            spec.InputBytes(InputTensor::kWindowQueries));
+}
+
 TEST(MemoryPlanTest, MethodsWithoutStatisticsTakeNoScratch) {
   const std::unique_ptr<Backend> backend = *CreateBackend("reference");
   for (const auto method : {method::Method::kStreamingLlm, method::Method::kFull}) {

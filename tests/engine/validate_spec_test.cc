@@ -138,6 +138,36 @@ INSTANTIATE_TEST_SUITE_P(
                   s.method.pivot.mode = method::PivotMode::kFixed;
                   s.method.pivot.fixed_layer = 32;
                 }},
+        BadSpec{"open.method.structkv.pivot.patience: 0 is out of range [1, 512]",
+                [](PromptSpec& s) {
+                  s.method.pivot.mode = method::PivotMode::kOnline;
+                  s.method.pivot.patience = 0;
+                }},
+        BadSpec{"open.method.structkv.pivot.deadline: 1.5 is out of range [0, 1]",
+                [](PromptSpec& s) {
+                  s.method.pivot.mode = method::PivotMode::kOnline;
+                  s.method.pivot.deadline = 1.5;
+                }},
+        BadSpec{"open.method.structkv.pivot.deadline: 0.2 is below search_begin, 0.25",
+                [](PromptSpec& s) {
+                  s.method.pivot.mode = method::PivotMode::kOnline;
+                  s.method.pivot.deadline = 0.2;
+                }},
+        BadSpec{"open.method.structkv.pivot.confirm_score: nan is out of range [0, 1]",
+                [](PromptSpec& s) {
+                  s.method.pivot.mode = method::PivotMode::kOnline;
+                  s.method.pivot.confirm_score = kNan;
+                }},
+        BadSpec{"open.method.structkv.pivot.profile_min_prompts: 0 is out of range [1, 1000000]",
+                [](PromptSpec& s) {
+                  s.method.pivot.mode = method::PivotMode::kProfiled;
+                  s.method.pivot.profile_min_prompts = 0;
+                }},
+        BadSpec{"open.model_id: is empty; PIVOT_MODE_PROFILED needs",
+                [](PromptSpec& s) {
+                  s.method.pivot.mode = method::PivotMode::kProfiled;
+                  s.model_id.clear();
+                }},
         BadSpec{"open.method.structkv.pivot.sparsity_ratio: 0 is out of range (0, 1]",
                 [](PromptSpec& s) { s.method.pivot.sparsity_ratio = 0; }},
         BadSpec{"open.method.structkv.pivot.entropy_weight: -1 is not a finite number of 0 or more",

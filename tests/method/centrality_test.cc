@@ -55,6 +55,21 @@ TEST_F(CentralityTest, LayersInOrderUpToTheFirstPivotTakeOneVector) {
   }
 }
 
+TEST_F(CentralityTest, WhatNoDecisionNeedsIsSummedUpAsItComes) {
+  Centrality centrality(0.5, 1, 1, 6, backend_.get());
+  for (const int64_t layer : {2, 0, 1, 3}) {
+    centrality.Add(layer, {static_cast<float>(layer + 1)}, SerialFor);
+  }
+  EXPECT_EQ(centrality.vectors(), 3) << "C(1), and layers 2 and 3";
+  centrality.NotBelow(3, SerialFor);
+  EXPECT_EQ(centrality.vectors(), 1);
+  centrality.NotBelow(4, SerialFor);
+  centrality.Add(4, {5.0F}, SerialFor);
+  EXPECT_EQ(centrality.vectors(), 1);
+  EXPECT_THAT(centrality.Take(4, SerialFor),
+              ElementsAre(5.0F + 4 * 0.5F + 3 * 0.25F + 2 * 0.125F + 0.0625F));
+}
+
 // Any order of arrival gives the same bits as ascending order, for every possible pivot.
 TEST_F(CentralityTest, OrderOfArrivalLeavesNoTrace) {
   constexpr int64_t kLayers = 12;

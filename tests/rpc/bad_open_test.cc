@@ -107,9 +107,21 @@ INSTANTIATE_TEST_SUITE_P(
         BadOpen{"method { streaming_llm { kv_budget { kind: BUDGET_KIND_WINDOW_ON_TOP } } }",
                 "open.method.streaming_llm.kv_budget.kind is BUDGET_KIND_WINDOW_ON_TOP (2); "
                 "allowed: BUDGET_KIND_INCLUDES_WINDOW, or unset"},
-        BadOpen{"method { structkv { pivot { mode: 3 } } }",
-                "open.method.structkv.pivot.mode is 3; allowed: PIVOT_MODE_EXACT, "
-                "PIVOT_MODE_FIXED"},
+        BadOpen{"method { structkv { pivot { mode: 5 } } }",
+                "open.method.structkv.pivot.mode is 5; allowed: PIVOT_MODE_EXACT, "
+                "PIVOT_MODE_FIXED, PIVOT_MODE_ONLINE, PIVOT_MODE_PROFILED"},
+        BadOpen{"method { structkv { pivot { patience: 3 } } }",
+                "open.method.structkv.pivot.patience is 3; only PIVOT_MODE_ONLINE and "
+                "PIVOT_MODE_PROFILED take it"},
+        BadOpen{"method { structkv { pivot { deadline: 0.5 } } }",
+                "open.method.structkv.pivot.deadline is 0.5; only PIVOT_MODE_ONLINE and "
+                "PIVOT_MODE_PROFILED take it"},
+        BadOpen{"method { structkv { pivot { confirm_score: 0.5 } } }",
+                "open.method.structkv.pivot.confirm_score is 0.5; only PIVOT_MODE_ONLINE and "
+                "PIVOT_MODE_PROFILED take it"},
+        BadOpen{"method { structkv { pivot { mode: PIVOT_MODE_ONLINE profile_min_prompts: 1 } } }",
+                "open.method.structkv.pivot.profile_min_prompts is 1; only PIVOT_MODE_PROFILED "
+                "takes it"},
         BadOpen{"method { structkv { pivot { mode: PIVOT_MODE_FIXED } } }",
                 "open.method.structkv.pivot.fixed_layer is not set; PIVOT_MODE_FIXED needs it"},
         BadOpen{"method { structkv { pivot { fixed_layer: 0 } } }",

@@ -51,7 +51,8 @@ TEST_F(CapabilitiesTest, ListsWhatTheApiHas) {
   EXPECT_THAT(response.statistics(),
               ElementsAre(v1::STATISTIC_NONE, v1::STATISTIC_WINDOW_QUERIES, v1::STATISTIC_SALIENCY,
                           v1::STATISTIC_SALIENCY_PER_KV_HEAD));
-  EXPECT_THAT(response.pivot_modes(), ElementsAre(v1::PIVOT_MODE_EXACT, v1::PIVOT_MODE_FIXED));
+  EXPECT_THAT(response.pivot_modes(), ElementsAre(v1::PIVOT_MODE_EXACT, v1::PIVOT_MODE_FIXED,
+                                                  v1::PIVOT_MODE_ONLINE, v1::PIVOT_MODE_PROFILED));
   EXPECT_THAT(response.transports(), ElementsAre("inline"));
   EXPECT_EQ(response.key_dims().min(), 32);
   EXPECT_EQ(response.key_dims().max(), 256);

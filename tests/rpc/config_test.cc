@@ -102,6 +102,7 @@ TEST_F(ConfigTest, FlagsSetEveryOption) {
                               "--threads=3",
                               "--memory-budget=1.5GB",
                               "--idle-buffers=0",
+                              "--pivot-profile=/var/lib/structkv/pivots",
                               "--max-sessions=4",
                               "--max-prompt-tokens=5000",
                               "--max-layers=6",
@@ -126,6 +127,7 @@ TEST_F(ConfigTest, FlagsSetEveryOption) {
   EXPECT_EQ(server.sessions.threads, 3);
   EXPECT_EQ(server.sessions.memory_budget_bytes, 1'500'000'000);
   EXPECT_EQ(server.sessions.idle_buffer_bytes, 0);
+  EXPECT_EQ(server.pivot_profile, "/var/lib/structkv/pivots");
   EXPECT_EQ(server.sessions.max_sessions, 4);
   EXPECT_EQ(server.sessions.limits.max_prompt_tokens, 5000);
   EXPECT_EQ(server.sessions.limits.max_layers, 6);

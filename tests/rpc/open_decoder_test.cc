@@ -144,11 +144,22 @@ constexpr char kStructKvOther[] =
     "pivot { mode: PIVOT_MODE_FIXED fixed_layer: 7 sparsity_ratio: 1 entropy_weight: 0 "
     "sparsity_weight: 0 variance_weight: 1 search_begin: 0 search_end: 1 } }";
 
+constexpr char kProfiled[] =
+    "structkv { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } window_tokens: 8 "
+    "granularity: GRANULARITY_PER_LAYER pooling: POOLING_NONE decay: 0.9 "
+    "skeleton_budget { ratio: 0.2 kind: BUDGET_KIND_INCLUDES_WINDOW } "
+    "pivot { mode: PIVOT_MODE_PROFILED sparsity_ratio: 0.1 entropy_weight: 0.2 "
+    "sparsity_weight: 0.3 variance_weight: 0.5 search_begin: 0.25 search_end: 0.6 patience: 3 "
+    "deadline: 0.6 profile_min_prompts: 8 confirm_score: 0.25 } }";
+
 INSTANTIATE_TEST_SUITE_P(
     Methods, EchoTest,
     ::testing::Values(
         Echo{"", kStructKvDefaults}, Echo{"structkv {}", kStructKvDefaults},
         Echo{kStructKvOther, kStructKvOther},
+        Echo{"structkv { pivot { mode: PIVOT_MODE_PROFILED search_end: 0.6 patience: 3 "
+             "confirm_score: 0.25 } }",
+             kProfiled},
         Echo{"snapkv {}",
              "snapkv { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } "
              "window_tokens: 32 granularity: GRANULARITY_PER_KV_HEAD pooling: POOLING_AVG "
@@ -210,6 +221,15 @@ TEST(EncodePivotTest, CarriesScoresAndTransition) {
   EXPECT_EQ(pivot.layers(1).layer(), 1);
   EXPECT_EQ(pivot.layers(1).entropy(), 3);
   EXPECT_EQ(pivot.layers(1).transition(), -0.25);
+  EXPECT_FALSE(pivot.has_skeleton_from_layer());
+  decision = {.mode = method::PivotMode::kProfiled, .pivot_layer = 4, .decided_at_layer = 6};
+  decision.skeleton_from_layer = 7;
+  decision.profiled_prompts = 9;
+  const v1::PivotDecision profiled = EncodePivot(decision);
+  EXPECT_EQ(profiled.mode(), v1::PIVOT_MODE_PROFILED);
+  EXPECT_EQ(profiled.decided_at_layer(), 6);
+  EXPECT_EQ(profiled.skeleton_from_layer(), 7);
+  EXPECT_EQ(profiled.profiled_prompts(), 9);
   const v1::PivotDecision fixed = EncodePivot({.mode = method::PivotMode::kFixed});
   EXPECT_EQ(fixed.mode(), v1::PIVOT_MODE_FIXED);
   EXPECT_FALSE(fixed.has_transition_layer());
@@ -222,7 +242,7 @@ TEST(TensorTest, InputTensorsGoBothWaysAndOthersAreNone) {
     const std::string name(engine::InputTensorName(tensor));
     EXPECT_EQ(absl::AsciiStrToLower(v1::Tensor_Name(EncodeTensor(tensor))), "tensor_" + name);
   }
-  for (int tensor : {-1, 0, 6, 7, 8, 9, 1000}) {
+  for (int tensor : {-1, 0, 7, 8, 9, 1000}) {
     EXPECT_EQ(DecodeTensor(tensor), std::nullopt) << tensor;
   }
 }

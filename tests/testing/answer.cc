@@ -147,7 +147,10 @@ std::string ResultBytes(const Answer& answer) {
   if (answer.pivot) {
     const v1::PivotDecision& decision = answer.pivot->decision;
     absl::StrAppend(&out, ";pivot ", decision.pivot_layer(), ":",
-                    decision.has_transition_layer() ? decision.transition_layer() : -1.0, ":");
+                    decision.has_transition_layer() ? decision.transition_layer() : -1.0, ":",
+                    decision.decided_at_layer(), ":",
+                    decision.has_skeleton_from_layer() ? decision.skeleton_from_layer() : -1.0,
+                    ":");
     for (const v1::LayerMetrics& m : decision.layers()) metrics(m);
     tensors(answer.pivot->tensors);
   }

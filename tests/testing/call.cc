@@ -1,6 +1,7 @@
 #include "tests/testing/call.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "grpcpp/create_channel.h"
@@ -95,6 +96,21 @@ bool Call::WaitForLayer(uint32_t layer) {
   };
   changed_.wait(lock, [&] { return ended_ || answered(); });
   return answered();
+}
+
+std::vector<int32_t> Call::Skeleton() {
+  const std::lock_guard lock(mutex_);
+  std::string bytes;
+  bool complete = false;
+  for (const v1::CompressResponse& response : responses_) {
+    for (const v1::TensorPiece& piece : response.pivot().pieces()) {
+      if (piece.tensor() == v1::TENSOR_SKELETON_POSITIONS) bytes += piece.data();
+    }
+    complete = complete || response.pivot().complete();
+  }
+  std::vector<int32_t> skeleton(complete ? bytes.size() / sizeof(int32_t) : 0);
+  std::memcpy(skeleton.data(), bytes.data(), skeleton.size() * sizeof(int32_t));
+  return skeleton;
 }
 
 Outcome Call::Finish() {

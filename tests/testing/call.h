@@ -60,6 +60,8 @@ class Call {
   std::optional<v1::Opened> WaitForOpened();
   // Waits until `layer` was answered completely; false where the stream ended without.
   bool WaitForLayer(uint32_t layer);
+  // The skeleton, where the pivot has come; empty otherwise.
+  std::vector<int32_t> Skeleton();
   // Waits for the end of the stream. Once.
   Outcome Finish();
 

@@ -69,14 +69,14 @@ class Comparison {
   }
 
   // `scores` rank the tokens before the window; the last window's tokens must be there too.
-  void Positions(const std::vector<int32_t>& got, const std::vector<double>& scores, size_t keep,
-                 bool exact, const std::string& what) {
+  void Positions(const std::vector<int32_t>& got, const std::vector<double>& scores,
+                 uint32_t tokens, size_t keep, bool exact, const std::string& what) {
     Equal(got.size(), keep, what);
     std::vector<bool> kept(scores.size());
     size_t window = 0;
     int32_t previous = -1;
     for (int32_t position : got) {
-      if (position <= previous || position >= static_cast<int32_t>(data_.open().prompt_tokens())) {
+      if (position <= previous || position >= static_cast<int32_t>(tokens)) {
         faults_.push_back(absl::StrCat(what, ": ", position, " after ", previous));
         return;
       }
@@ -87,7 +87,7 @@ class Comparison {
         ++window;
       }
     }
-    Equal(window, data_.open().prompt_tokens() - scores.size(), what + ", window");
+    Equal(window, tokens - scores.size(), what + ", window");
     std::vector<size_t> order(scores.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),
@@ -116,12 +116,11 @@ class Comparison {
   }
 
   void Rows(const std::string& got, v1::Tensor tensor, uint32_t layer, size_t dim,
-            const std::vector<int32_t>& positions, const std::string& what) {
+            const std::vector<int32_t>& positions, size_t kept, const std::string& what) {
     const std::string& source = data_.tensor(layer, tensor);
     const size_t row = dim * ElementBytes(data_.open().dtype());
     const size_t heads = data_.open().geometry().kv_head_count();
-    const size_t kept = effective_.kept;
-    const size_t tokens = data_.open().prompt_tokens();
+    const size_t tokens = data_.tokens(layer);
     const bool head_first = data_.open().layout() == v1::LAYOUT_HEAD_TOKEN_DIM;
     Equal(got.size(), heads * kept * row, what + " bytes");
     if (got.size() != heads * kept * row) return;
@@ -138,6 +137,22 @@ class Comparison {
     }
   }
 
+  // Positions of the prompt as rows of the layer.
+  std::vector<int32_t> Local(uint32_t index, std::vector<int32_t> positions,
+                             const std::string& name) {
+    const std::vector<int32_t>& rows = data_.rows(index);
+    if (rows.empty()) return positions;
+    for (int32_t& position : positions) {
+      const auto at = std::lower_bound(rows.begin(), rows.end(), position);
+      if (at == rows.end() || *at != position) {
+        faults_.push_back(absl::StrCat(name, ": token ", position, " is not of the skeleton"));
+        return {};
+      }
+      position = static_cast<int32_t>(at - rows.begin());
+    }
+    return positions;
+  }
+
   void Layer(uint32_t index) {
     const auto it = answer_.layers.find(index);
     const std::string name = absl::StrCat("layer ", index);
@@ -146,15 +161,18 @@ class Comparison {
       return;
     }
     const LayerAnswer& layer = it->second;
-    Equal(layer.kept_tokens, effective_.kept, name + " kept_tokens");
+    const uint32_t tokens = data_.tokens(index);
+    const uint32_t kept = std::min(effective_.kept, tokens);
+    Equal(layer.kept_tokens, kept, name + " kept_tokens");
     const size_t rows = effective_.per_head ? data_.open().geometry().kv_head_count() : 1;
-    const std::vector<int32_t> positions = AsInts(Tensor(layer.tensors, v1::TENSOR_POSITIONS));
-    Equal(positions.size(), rows * effective_.kept, name + " positions");
-    if (positions.size() != rows * effective_.kept) return;
+    const std::vector<int32_t> positions =
+        Local(index, AsInts(Tensor(layer.tensors, v1::TENSOR_POSITIONS)), name);
+    Equal(positions.size(), size_t{rows * kept}, name + " positions");
+    if (positions.size() != rows * kept) return;
     for (size_t row = 0; row < rows; ++row) {
-      const std::vector<int32_t> part(positions.begin() + row * effective_.kept,
-                                      positions.begin() + (row + 1) * effective_.kept);
-      Positions(part, RowScores(index, row), effective_.kept,
+      const std::vector<int32_t> part(positions.begin() + row * kept,
+                                      positions.begin() + (row + 1) * kept);
+      Positions(part, RowScores(index, row), tokens, kept,
                 exact_ || effective_.statistic == v1::STATISTIC_NONE,
                 absl::StrCat(name, " row ", row));
     }
@@ -164,9 +182,9 @@ class Comparison {
             name + " tensors of a plan");
     } else {
       Rows(Tensor(layer.tensors, v1::TENSOR_KEYS), v1::TENSOR_KEYS, index,
-           data_.open().geometry().key_dim(), positions, name + " keys");
+           data_.open().geometry().key_dim(), positions, kept, name + " keys");
       Rows(Tensor(layer.tensors, v1::TENSOR_VALUES), v1::TENSOR_VALUES, index, effective_.value_dim,
-           positions, name + " values");
+           positions, kept, name + " values");
     }
     Equal(layer.metrics.has_value(), effective_.statistic != v1::STATISTIC_NONE, name + " metrics");
     if (layer.metrics) Metrics(*layer.metrics, index, name);
@@ -204,11 +222,17 @@ class Comparison {
           "transition_layer");
     Equal(decision.transition_layer(), oracle_.pivot->transition_layer.value_or(0),
           "transition_layer");
-    const bool fixed = decision.mode() == v1::PIVOT_MODE_FIXED;
-    Equal(fixed, data_.open().method().structkv().pivot().mode() == v1::PIVOT_MODE_FIXED,
-          "pivot mode FIXED");
-    if (!fixed) {
-      Equal(decision.layers_size(), static_cast<int>(data_.layers()), "pivot layers");
+    Equal(static_cast<int>(decision.mode()), static_cast<int>(oracle_.pivot->mode), "pivot mode");
+    Equal(decision.decided_at_layer(), oracle_.pivot->decided_at, "decided_at_layer");
+    Equal(decision.has_skeleton_from_layer(), oracle_.pivot->skeleton_from.has_value(),
+          "skeleton_from_layer");
+    Equal(decision.skeleton_from_layer(), oracle_.pivot->skeleton_from.value_or(0),
+          "skeleton_from_layer");
+    Equal(decision.profiled_prompts() > 0, decision.mode() == v1::PIVOT_MODE_PROFILED,
+          "profiled_prompts");
+    Equal(decision.layers_size(), static_cast<int>(oracle_.pivot->transition.size()),
+          "pivot layers");
+    if (decision.layers_size() == static_cast<int>(oracle_.pivot->transition.size())) {
       for (const v1::LayerMetrics& metrics : decision.layers()) {
         const std::string name = absl::StrCat("pivot layer ", metrics.layer());
         Metrics(metrics, metrics.layer(), name);
@@ -224,7 +248,7 @@ class Comparison {
     std::vector<double> ranked = oracle_.pivot->centrality;
     ranked.resize(ranked.size() - effective_.window);
     Positions(AsInts(Tensor(answer_.pivot->tensors, v1::TENSOR_SKELETON_POSITIONS)), ranked,
-              effective_.skeleton, /*exact=*/false, "skeleton");
+              data_.open().prompt_tokens(), effective_.skeleton, /*exact=*/false, "skeleton");
     if (!data_.open().return_centrality()) return;
     const std::vector<float> got = AsFloats(Tensor(answer_.pivot->tensors, v1::TENSOR_CENTRALITY));
     Equal(got.size(), oracle_.pivot->centrality.size(), "centrality");

@@ -11,7 +11,7 @@ namespace {
 std::vector<double> RowScores(const PromptData& data, uint32_t layer, uint32_t head, uint32_t row) {
   const v1::ModelGeometry& geometry = data.open().geometry();
   const v1::DType dtype = data.open().dtype();
-  const uint64_t tokens = data.open().prompt_tokens();
+  const uint64_t tokens = data.tokens(layer);
   const uint64_t dim = geometry.key_dim();
   const uint64_t heads = geometry.kv_head_count();
   const uint64_t kv_head = head / (geometry.query_head_count() / heads);
@@ -46,7 +46,7 @@ std::vector<std::vector<double>> Attention(const PromptData& data, uint32_t laye
   const uint32_t group = geometry.query_head_count() / geometry.kv_head_count();
   const uint32_t window = data.effective().window;
   std::vector<std::vector<double>> out(geometry.kv_head_count(),
-                                       std::vector<double>(data.open().prompt_tokens()));
+                                       std::vector<double>(data.tokens(layer)));
   for (uint32_t head = 0; head < geometry.query_head_count(); ++head) {
     for (uint32_t row = 0; row < window; ++row) {
       const std::vector<double> scores = RowScores(data, layer, head, row);
@@ -61,7 +61,7 @@ std::vector<std::vector<double>> Attention(const PromptData& data, uint32_t laye
 
 std::vector<std::vector<double>> Given(const PromptData& data, uint32_t layer) {
   const std::string& bytes = data.tensor(layer, v1::TENSOR_SALIENCY);
-  const size_t tokens = data.open().prompt_tokens();
+  const size_t tokens = data.tokens(layer);
   std::vector<std::vector<double>> out(bytes.size() / 4 / tokens, std::vector<double>(tokens));
   for (size_t i = 0; i < out.size() * tokens; ++i) {
     out[i / tokens][i % tokens] = ElementAt(v1::DTYPE_F32, bytes, i);
@@ -114,50 +114,88 @@ std::vector<double> Gradient(const std::vector<double>& x) {
   return d;
 }
 
-OraclePivot FindPivot(const PromptData& data, const std::vector<OracleLayer>& layers) {
-  const v1::StructKvMethod& method = data.open().method().structkv();
-  const v1::Pivot& pivot = method.pivot();
-  const auto count = static_cast<int64_t>(layers.size());
+// T of the first `seen` layers, normalised over these.
+std::vector<double> Transitions(const v1::Pivot& pivot, const std::vector<OracleLayer>& layers,
+                                int64_t seen) {
   std::vector<double> entropy;
   std::vector<double> sparsity;
   std::vector<double> variance;
-  for (const OracleLayer& layer : layers) {
-    entropy.push_back(-layer.entropy);
-    sparsity.push_back(layer.sparsity);
-    variance.push_back(layer.variance);
+  for (int64_t l = 0; l < seen; ++l) {
+    entropy.push_back(-layers[l].entropy);
+    sparsity.push_back(layers[l].sparsity);
+    variance.push_back(layers[l].variance);
   }
   entropy = Gradient(entropy);
   sparsity = Gradient(sparsity);
   variance = Gradient(variance);
+  std::vector<double> transition(seen);
+  for (int64_t l = 1; l < seen; ++l) {
+    transition[l] = (pivot.has_entropy_weight() ? pivot.entropy_weight() : 0.2) * entropy[l] +
+                    (pivot.has_sparsity_weight() ? pivot.sparsity_weight() : 0.3) * sparsity[l] +
+                    (pivot.has_variance_weight() ? pivot.variance_weight() : 0.5) * variance[l];
+  }
+  return transition;
+}
+
+OraclePivot FindPivot(const PromptData& data, const std::vector<OracleLayer>& layers) {
+  const v1::StructKvMethod& method = data.open().method().structkv();
+  const v1::Pivot& pivot = method.pivot();
+  const auto count = static_cast<int64_t>(layers.size());
+  const double depth = static_cast<double>(count);
+  const double end = pivot.has_search_end() ? pivot.search_end() : 0.75;
+  const auto first = std::max<int64_t>(
+      1, static_cast<int64_t>(
+             std::ceil((pivot.has_search_begin() ? pivot.search_begin() : 0.25) * depth)));
+  const auto last = std::min(count - 2, static_cast<int64_t>(std::floor(end * depth)));
   OraclePivot result;
-  result.transition.resize(count);
-  for (int64_t l = 1; l < count; ++l) {
-    result.transition[l] =
-        (pivot.has_entropy_weight() ? pivot.entropy_weight() : 0.2) * entropy[l] +
-        (pivot.has_sparsity_weight() ? pivot.sparsity_weight() : 0.3) * sparsity[l] +
-        (pivot.has_variance_weight() ? pivot.variance_weight() : 0.5) * variance[l];
+  result.mode = pivot.mode() == v1::PIVOT_MODE_UNSPECIFIED ? v1::PIVOT_MODE_EXACT : pivot.mode();
+  std::optional<uint32_t> given;
+  if (pivot.mode() == v1::PIVOT_MODE_FIXED) given = pivot.fixed_layer();
+  if (pivot.mode() == v1::PIVOT_MODE_PROFILED) {
+    given = data.profiled_layer;
+    if (!given) result.mode = v1::PIVOT_MODE_ONLINE;
   }
-  if (pivot.mode() == v1::PIVOT_MODE_FIXED) {
-    result.pivot_layer = pivot.fixed_layer();
-  } else {
-    const double begin = pivot.has_search_begin() ? pivot.search_begin() : 0.25;
-    const double end = pivot.has_search_end() ? pivot.search_end() : 0.75;
-    const auto first =
-        std::max<int64_t>(1, static_cast<int64_t>(std::ceil(begin * static_cast<double>(count))));
-    const auto last =
-        std::min(count - 2, static_cast<int64_t>(std::floor(end * static_cast<double>(count))));
-    result.pivot_layer = static_cast<uint32_t>(count - 1);
-    for (int64_t l = first; l <= last; ++l) {
-      if (!result.transition_layer ||
-          result.transition[l] > result.transition[*result.transition_layer]) {
-        result.transition_layer = static_cast<uint32_t>(l);
-        result.pivot_layer = static_cast<uint32_t>(l + 1);
-      }
+  const bool online = result.mode == v1::PIVOT_MODE_ONLINE;
+  // The best layer after `seen` layers; nullopt where there is none to choose from.
+  const auto best = [&](int64_t seen) {
+    std::optional<uint32_t> top;
+    for (int64_t l = first; l <= std::min(last, seen - 1); ++l) {
+      if (!top || result.transition[l] > result.transition[*top]) top = static_cast<uint32_t>(l);
     }
+    return top;
+  };
+  uint32_t summed = 0;  // the layer of the skeleton's centrality
+  if (given) {
+    result.pivot_layer = result.decided_at = summed = *given;
+    result.transition = Transitions(pivot, layers, *given + 1);
+  } else {
+    const int64_t deadline = std::clamp<int64_t>(
+        static_cast<int64_t>(std::floor((pivot.has_deadline() ? pivot.deadline() : end) * depth)),
+        first, count - 1);
+    const int64_t patience = pivot.has_patience() ? pivot.patience() : 2;
+    double needed = (pivot.has_entropy_weight() ? pivot.entropy_weight() : 0.2) +
+                    (pivot.has_sparsity_weight() ? pivot.sparsity_weight() : 0.3) +
+                    (pivot.has_variance_weight() ? pivot.variance_weight() : 0.5);
+    needed *= pivot.has_confirm_score() ? pivot.confirm_score() : 0.5;
+    for (int64_t seen = 1; seen <= count; ++seen) {
+      result.decided_at = static_cast<uint32_t>(seen - 1);
+      result.transition = Transitions(pivot, layers, seen);
+      result.transition_layer = best(seen);
+      if (!online || first > last || !result.transition_layer) continue;
+      const double score = result.transition[*result.transition_layer];
+      const bool confirmed =
+          score > 0 && score >= needed && seen - 1 - *result.transition_layer >= patience;
+      if (confirmed || seen - 1 >= deadline) break;
+    }
+    result.pivot_layer =
+        result.transition_layer ? *result.transition_layer + 1 : static_cast<uint32_t>(count - 1);
+    summed = online ? result.decided_at : result.pivot_layer;
   }
+  const uint32_t from = std::max(result.pivot_layer, result.decided_at) + 1;
+  if (from < count) result.skeleton_from = from;
   const double decay = method.has_decay() ? method.decay() : 0.9;
   result.centrality.assign(data.open().prompt_tokens(), 0);
-  for (uint32_t l = 0; l <= result.pivot_layer; ++l) {
+  for (uint32_t l = 0; l <= summed; ++l) {
     for (size_t j = 0; j < result.centrality.size(); ++j) {
       result.centrality[j] = decay * result.centrality[j] + layers[l].saliency[j];
     }
@@ -185,7 +223,7 @@ Oracle::Oracle(const PromptData& data) {
     OracleLayer layer;
     layer.per_head =
         effective.statistic == v1::STATISTIC_WINDOW_QUERIES ? Attention(data, l) : Given(data, l);
-    layer.saliency.assign(data.open().prompt_tokens(), 0);
+    layer.saliency.assign(data.tokens(l), 0);
     for (const auto& head : layer.per_head) {
       for (size_t j = 0; j < head.size(); ++j) layer.saliency[j] += head[j];
     }

@@ -25,7 +25,10 @@ struct OracleLayer {
 struct OraclePivot {
   uint32_t pivot_layer = 0;
   std::optional<uint32_t> transition_layer;
-  std::vector<double> transition;  // by layer; layer 0: 0
+  v1::PivotMode mode = v1::PIVOT_MODE_UNSPECIFIED;  // what really answers
+  uint32_t decided_at = 0;
+  std::optional<uint32_t> skeleton_from;
+  std::vector<double> transition;  // by layer, of those that the decision saw; layer 0: 0
   std::vector<double> centrality;  // [N]
 };
 

@@ -79,6 +79,7 @@ Effective::Effective(const v1::Open& open) {
 }
 
 PromptData::PromptData(const v1::Open& open, uint64_t seed) : open_(open), effective_(open) {
+  rows_.resize(layers());
   tensors_.assign(layers(), std::vector<std::string>(v1::Tensor_MAX + 1));
   for (uint32_t layer = 0; layer < layers(); ++layer) {
     Random random(seed * 1000003 + layer);
@@ -136,6 +137,33 @@ std::string* PromptData::mutable_tensor(uint32_t layer, v1::Tensor tensor) {
   return &tensors_[layer][tensor];
 }
 
+void PromptData::KeepRows(uint32_t layer, const std::vector<int32_t>& skeleton) {
+  const uint64_t tokens = open_.prompt_tokens();
+  const uint64_t heads = open_.geometry().kv_head_count();
+  const bool head_first = open_.layout() == v1::LAYOUT_HEAD_TOKEN_DIM;
+  for (const v1::Tensor tensor : {v1::TENSOR_KEYS, v1::TENSOR_VALUES, v1::TENSOR_SALIENCY}) {
+    std::string& bytes = tensors_[layer][tensor];
+    if (bytes.empty()) continue;
+    uint64_t runs = head_first ? heads : 1;
+    if (tensor == v1::TENSOR_SALIENCY) {
+      runs = effective_.statistic == v1::STATISTIC_SALIENCY ? 1 : heads;
+    }
+    const uint64_t row = bytes.size() / runs / tokens;
+    std::string kept;
+    for (uint64_t run = 0; run < runs; ++run) {
+      for (const int32_t token : skeleton) kept += bytes.substr((run * tokens + token) * row, row);
+    }
+    bytes = kept;
+  }
+  std::string& positions = tensors_[layer][v1::TENSOR_POSITIONS];
+  positions.assign(reinterpret_cast<const char*>(skeleton.data()), skeleton.size() * 4);
+  rows_[layer] = skeleton;
+  std::string& lse = tensors_[layer][v1::TENSOR_WINDOW_LSE];
+  if (lse.empty()) return;
+  lse.clear();
+  for (const float value : WindowLse(*this, layer)) AppendElement(v1::DTYPE_F32, value, &lse);
+}
+
 uint64_t PromptData::total_bytes() const {
   uint64_t bytes = 0;
   for (const auto& layer : tensors_) {
@@ -172,6 +200,9 @@ v1::CompressRequest PieceMessage(v1::TensorPiece piece) {
 
 v1::CompressRequest LayerMessage(const PromptData& data, uint32_t layer) {
   v1::CompressRequest request;
+  if (!data.rows(layer).empty()) {
+    *request.mutable_pieces()->add_pieces() = MakePiece(data, layer, v1::TENSOR_POSITIONS);
+  }
   for (v1::Tensor tensor : data.effective().tensors) {
     *request.mutable_pieces()->add_pieces() = MakePiece(data, layer, tensor);
   }

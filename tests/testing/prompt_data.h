@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -53,12 +54,25 @@ class PromptData {
   // Bytes of all tensors.
   uint64_t total_bytes() const;
 
+  // Leaves a layer the rows of `skeleton` alone, with the skeleton as TENSOR_POSITIONS.
+  void KeepRows(uint32_t layer, const std::vector<int32_t>& skeleton);
+  // The tokens of a layer that KeepRows has cut; empty: all.
+  const std::vector<int32_t>& rows(uint32_t layer) const { return rows_[layer]; }
+  // Tokens that a layer has.
+  uint32_t tokens(uint32_t layer) const {
+    return rows_[layer].empty() ? open_.prompt_tokens()
+                                : static_cast<uint32_t>(rows_[layer].size());
+  }
+  // What a profile says for a prompt of PIVOT_MODE_PROFILED; unset: ONLINE answers.
+  std::optional<uint32_t> profiled_layer;
+
  private:
   void FillLayer(uint32_t layer, Random* random);
 
   v1::Open open_;
   Effective effective_;
   std::vector<std::vector<std::string>> tensors_;  // by layer and v1::Tensor
+  std::vector<std::vector<int32_t>> rows_;         // by layer
 };
 
 // A piece of a tensor, by copy.

@@ -63,6 +63,12 @@ void ServiceTest::StartAlone(ServerOptions options) {
   channel_ = NewChannel(target_);
 }
 
+void ServiceTest::Restart(ServerOptions options) {
+  ExpectNothingHeld();
+  server_.reset();
+  StartAlone(std::move(options));
+}
+
 void ServiceTest::Start(ServerOptions options) {
   StartAlone(std::move(options));
   ASSERT_NE(server_, nullptr);

@@ -42,6 +42,9 @@ class ServiceTest : public ::testing::Test {
   // Starts the server alone, for limits that a neighbour who waits would meet as well.
   void StartAlone(ServerOptions options);
 
+  // Stops the server, which must hold nothing, and starts another.
+  void Restart(ServerOptions options);
+
   // Ends the neighbour and checks that its result is the undisturbed one, to the byte, and that the
   // server then holds no memory, no session and no stream. Called at the end of a test at the
   // latest.
