@@ -488,7 +488,8 @@ TEST_F(ServiceTestPlain, Capabilities) {
               ::testing::UnorderedElementsAre("structkv", "snapkv", "streaming_llm", "full"));
   EXPECT_THAT(response.statistics(), ::testing::SizeIs(4));
   EXPECT_THAT(response.pivot_modes(),
-              ::testing::UnorderedElementsAre(v1::PIVOT_MODE_EXACT, v1::PIVOT_MODE_FIXED));
+              ::testing::UnorderedElementsAre(v1::PIVOT_MODE_EXACT, v1::PIVOT_MODE_FIXED,
+                                              v1::PIVOT_MODE_ONLINE, v1::PIVOT_MODE_PROFILED));
   EXPECT_THAT(response.transports(), ::testing::ElementsAre("inline"));
   EXPECT_EQ(response.key_dims().min(), 32U);
   EXPECT_EQ(response.key_dims().max(), 256U);
