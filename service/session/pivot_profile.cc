@@ -100,7 +100,7 @@ class PivotProfile::Impl {
       dirty_ = false;
       records = Snapshot();
     }
-    const absl::Status status = WritePivotFile(options_.file, EncodePivotFile(records));
+    absl::Status status = WritePivotFile(options_.file, EncodePivotFile(records));
     bool first_failure = false;
     {
       const std::lock_guard lock(mutex_);

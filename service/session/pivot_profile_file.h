@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -19,7 +20,10 @@ struct PivotModel {
   // Sparsity ratio, weights of entropy, sparsity and variance, begin and end of the search.
   std::array<double, 6> detection{};
 
-  auto operator<=>(const PivotModel&) const = default;
+  bool operator<(const PivotModel& other) const {
+    return std::tie(model_id, layers, detection) <
+           std::tie(other.model_id, other.layers, other.detection);
+  }
 };
 
 // Prompts by pivot layer.
