@@ -149,7 +149,7 @@ class SessionManager {
   //   INVALID_ARGUMENT    the spec, or more memory than the whole budget
   //   RESOURCE_EXHAUSTED  the budget or the session limit is taken
   //   UNAVAILABLE         draining
-  absl::StatusOr<std::shared_ptr<Session>> Open(const SessionRequest& request);
+  absl::StatusOr<std::shared_ptr<Session>> Open(const SessionRequest& wanted);
 
   // Refuses new sessions from now on.
   void StartDraining();

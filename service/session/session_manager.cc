@@ -77,13 +77,14 @@ SessionManager::~SessionManager() {
   FailAll(absl::UnavailableError("the server is gone"));
 }
 
-absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionRequest& request) {
+absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionRequest& wanted) {
   const absl::Status draining = absl::UnavailableError("the server is draining");
   if (this->draining()) return draining;
   const SessionManagerOptions& options = impl_->options;
   absl::Status valid =
-      engine::ValidateSpec(request.spec, options.limits, impl_->backend->capabilities());
+      engine::ValidateSpec(wanted.spec, options.limits, impl_->backend->capabilities());
   if (!valid.ok()) return valid;
+  SessionRequest request = wanted;
   impl_->pivot_profile->Resolve(&request.spec);
   const absl::StatusOr<SessionPlan> plan = PlanSession(request, *impl_->backend);
   if (!plan.ok()) return plan.status();

@@ -88,6 +88,8 @@ v1::Tensor ProtoTensor(engine::InputTensor tensor) {
       return v1::TENSOR_WINDOW_LSE;
     case engine::InputTensor::kSaliency:
       return v1::TENSOR_SALIENCY;
+    case engine::InputTensor::kPositions:
+      return v1::TENSOR_POSITIONS;
   }
   return v1::TENSOR_UNSPECIFIED;
 }
