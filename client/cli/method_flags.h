@@ -31,6 +31,11 @@ struct MethodFlags {
   std::optional<double> sparsity_ratio;
   std::optional<std::vector<double>> pivot_weights;
   std::optional<std::vector<double>> pivot_search;
+  std::optional<std::string> group_reduce;
+  std::optional<double> beta;
+  std::optional<uint32_t> tsp_layer;
+  std::optional<uint32_t> filter_layer;
+  std::optional<double> recent_share;
 };
 
 // Names of the methods, as in `Method.kind`.

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "service/engine/layer_saliency.h"
+#include "service/engine/layer_skeleton.h"
 #include "service/method/centrality.h"
 #include "service/method/selection_policy.h"
 
@@ -40,7 +41,7 @@ class Prompt::Impl {
         policy_(method::MakeSelectionPolicy(spec_.method)),
         answered_(spec_.geometry.layers, false) {
     if (spec_.method.needs_statistics()) metrics_.resize(spec_.geometry.layers);
-    if (!spec_.method.has_skeleton()) return;
+    if (!spec_.method.has_centrality()) return;
     const auto range = method::PossiblePivots(spec_.geometry.layers, spec_.method.pivot);
     centrality_ = std::make_unique<method::Centrality>(spec_.method.decay, spec_.prompt_tokens,
                                                        range.first, range.last, backend);
@@ -56,7 +57,7 @@ class Prompt::Impl {
     output.layer = input.layer;
     output.kept_tokens = spec_.kept_tokens(input.layer);
     LayerSaliency saliency;
-    if (spec_.method.needs_statistics()) {
+    if (spec_.method.needs_statistics() && spec_.has_input(input.layer)) {
       absl::StatusOr<LayerSaliency> computed =
           ComputeLayerSaliency(spec_, backend_, pool_, input, parallel);
       if (!computed.ok()) {
@@ -78,12 +79,15 @@ class Prompt::Impl {
       const auto tokens = static_cast<size_t>(spec_.prompt_tokens);
       centrality_->Add(input.layer, {saliency.sum_scores(), tokens}, parallel);
       DecideIfKnown(parallel);
+    } else if (input.layer == spec_.method.skeleton_layer()) {
+      pivot_ = LayerSkeleton(spec_, saliency, output.positions, backend_, pool_, parallel);
     }
-    if (spec_.return_saliency) {
+    if (spec_.return_saliency && spec_.has_input(input.layer)) {
       // Of a single KV head there is one vector, under either name.
       const bool per_head =
           saliency.sum.empty() || (spec_.per_kv_head() && !saliency.per_head.empty());
       output.saliency = std::move(per_head ? saliency.per_head : saliency.sum);
+      ScaleReturned(output.saliency.as<float>(), output.saliency.size() / sizeof(float));
     }
     return output;
   }
@@ -105,17 +109,19 @@ class Prompt::Impl {
     for (int i = 0; i < kInputTensors; ++i) {
       const auto tensor = static_cast<InputTensor>(i);
       const auto came = static_cast<int64_t>(TensorOf(input, tensor).size());
-      if (came == spec_.InputBytes(tensor)) continue;
+      const int64_t needed = spec_.has_input(input.layer) ? spec_.InputBytes(tensor) : 0;
+      if (came == needed) continue;
       const std::string_view name = InputTensorName(tensor);
       return absl::InvalidArgumentError(
           absl::StrCat("layer ", input.layer, ": ", absl::string_view(name.data(), name.size()),
-                       ": ", came, " bytes came, ", spec_.InputBytes(tensor), " are needed"));
+                       ": ", came, " bytes came, ", needed, " are needed"));
     }
     return absl::OkStatus();
   }
 
   void Select(const LayerSaliency& saliency, LayerOutput& output, ParallelFor parallel) {
-    method::SelectionInput input{.tokens = spec_.prompt_tokens};
+    method::SelectionInput input{
+        .tokens = spec_.prompt_tokens, .layer = output.layer, .layers = spec_.geometry.layers};
     switch (policy_->input()) {
       case method::PolicyInput::kNothing:
         break;
@@ -132,6 +138,14 @@ class Prompt::Impl {
     output.positions.resize(input.heads * output.kept_tokens);
     policy_->Select(input, backend_, parallel, {scratch.as<float>(), static_cast<size_t>(floats)},
                     absl::MakeSpan(output.positions));
+  }
+
+  // The mean over a group is its sum over the group's size: the order is the same, so only what is
+  // returned is scaled.
+  void ScaleReturned(float* values, size_t count) const {
+    if (spec_.method.group_reduce != method::GroupReduce::kMean) return;
+    const auto group = static_cast<float>(spec_.geometry.group());
+    for (size_t i = 0; i < count; ++i) values[i] /= group;
   }
 
   // The rows of `source` that stay; `source` itself where all do.
@@ -170,6 +184,7 @@ class Prompt::Impl {
                      .keep = spec_.skeleton_tokens()},
                     result.skeleton.data());
     if (!spec_.return_centrality) result.centrality = std::vector<float>();
+    ScaleReturned(result.centrality.data(), result.centrality.size());
     pivot_ = std::move(result);
   }
 

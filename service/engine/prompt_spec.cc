@@ -24,8 +24,12 @@ std::string_view InputTensorName(InputTensor tensor) {
 
 int64_t PromptSpec::window_rows() const { return method::WindowRows(method, prompt_tokens); }
 
-int64_t PromptSpec::kept_tokens(int64_t /*layer*/) const {
-  return method::KeptTokens(method, prompt_tokens);
+int64_t PromptSpec::kept_tokens(int64_t layer) const {
+  return method::KeptTokens(method, prompt_tokens, layer, geometry.layers);
+}
+
+int64_t PromptSpec::largest_kept_tokens() const {
+  return method::LargestKeptTokens(method, prompt_tokens, geometry.layers);
 }
 
 int64_t PromptSpec::skeleton_tokens() const {
@@ -34,6 +38,10 @@ int64_t PromptSpec::skeleton_tokens() const {
 
 bool PromptSpec::per_kv_head() const {
   return method.needs_statistics() && method.granularity == method::Granularity::kPerKvHead;
+}
+
+bool PromptSpec::has_input(int64_t layer) const {
+  return method.method != method::Method::kGemFilter || layer == method.filter_layer;
 }
 
 int64_t PromptSpec::InputBytes(InputTensor tensor) const {
