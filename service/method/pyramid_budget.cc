@@ -57,15 +57,19 @@ int64_t PyramidTokens(const MethodSpec& spec, int64_t tokens, int64_t layer, int
   if (layers == 1) return window + mean;
   const Pyramid pyramid = MakePyramid(static_cast<double>(mean),
                                       static_cast<double>(tokens - window), spec.beta, layers);
-  // Rounded down, a hair early so that rounding errors never lift a sum above the total; what is
-  // left goes to the first layers, one token each.
+  // Rounded down, but a whole number is not taken for a little less than it is; what is left goes
+  // to the first layers that are not full, one token each.
   constexpr double kSlack = 1e-6;
   const auto whole = [&](int64_t l) {
-    return std::max<int64_t>(0, static_cast<int64_t>(std::floor(pyramid.At(l) - kSlack)));
+    return static_cast<int64_t>(std::floor(pyramid.At(l) + kSlack));
   };
   int64_t left = mean * layers;
-  for (int64_t l = 0; l < layers; ++l) left -= whole(l);
-  return window + whole(layer) + (layer < left ? 1 : 0);
+  int64_t full = 0;
+  for (int64_t l = 0; l < layers; ++l) {
+    left -= whole(l);
+    if (whole(l) >= tokens - window) ++full;
+  }
+  return window + whole(layer) + (layer >= full && layer < full + left ? 1 : 0);
 }
 
 }  // namespace structkv::method
