@@ -54,7 +54,10 @@ class Comparison {
     }
     const v1::Opened& opened = *answer_.opened;
     Equal(opened.kept_tokens_size(), static_cast<int>(data_.layers()), "opened.kept_tokens");
-    for (uint32_t kept : opened.kept_tokens()) Equal(kept, effective_.kept, "opened.kept_tokens");
+    for (int l = 0; l < std::min(opened.kept_tokens_size(), static_cast<int>(data_.layers()));
+         ++l) {
+      Equal(opened.kept_tokens(l), effective_.layers[l], "opened.kept_tokens");
+    }
     Equal(opened.skeleton_tokens(), effective_.skeleton, "opened.skeleton_tokens");
     Equal(opened.window_tokens(), effective_.window, "opened.window_tokens");
     Equal(static_cast<int>(opened.statistic()), static_cast<int>(effective_.statistic),
@@ -120,7 +123,7 @@ class Comparison {
     const std::string& source = data_.tensor(layer, tensor);
     const size_t row = dim * ElementBytes(data_.open().dtype());
     const size_t heads = data_.open().geometry().kv_head_count();
-    const size_t kept = effective_.kept;
+    const size_t kept = effective_.layers[layer];
     const size_t tokens = data_.open().prompt_tokens();
     const bool head_first = data_.open().layout() == v1::LAYOUT_HEAD_TOKEN_DIM;
     Equal(got.size(), heads * kept * row, what + " bytes");
@@ -146,15 +149,21 @@ class Comparison {
       return;
     }
     const LayerAnswer& layer = it->second;
-    Equal(layer.kept_tokens, effective_.kept, name + " kept_tokens");
+    const uint32_t kept = effective_.layers[index];
+    Equal(layer.kept_tokens, kept, name + " kept_tokens");
+    if (kept == 0) {
+      Equal(layer.tensors.size(), 0U, name + " tensors");
+      Equal(layer.metrics.has_value(), false, name + " metrics");
+      return;
+    }
     const size_t rows = effective_.per_head ? data_.open().geometry().kv_head_count() : 1;
     const std::vector<int32_t> positions = AsInts(Tensor(layer.tensors, v1::TENSOR_POSITIONS));
-    Equal(positions.size(), rows * effective_.kept, name + " positions");
-    if (positions.size() != rows * effective_.kept) return;
+    Equal(positions.size(), size_t{kept} * rows, name + " positions");
+    if (positions.size() != size_t{kept} * rows) return;
     for (size_t row = 0; row < rows; ++row) {
-      const std::vector<int32_t> part(positions.begin() + row * effective_.kept,
-                                      positions.begin() + (row + 1) * effective_.kept);
-      Positions(part, RowScores(index, row), effective_.kept,
+      const std::vector<int32_t> part(positions.begin() + row * kept,
+                                      positions.begin() + (row + 1) * kept);
+      Positions(part, RowScores(index, row), kept,
                 exact_ || effective_.statistic == v1::STATISTIC_NONE,
                 absl::StrCat(name, " row ", row));
     }
@@ -205,8 +214,17 @@ class Comparison {
     Equal(decision.transition_layer(), oracle_.pivot->transition_layer.value_or(0),
           "transition_layer");
     const bool fixed = decision.mode() == v1::PIVOT_MODE_FIXED;
-    Equal(fixed, data_.open().method().structkv().pivot().mode() == v1::PIVOT_MODE_FIXED,
+    Equal(fixed,
+          effective_.skeleton_layer.has_value() ||
+              data_.open().method().structkv().pivot().mode() == v1::PIVOT_MODE_FIXED,
           "pivot mode FIXED");
+    if (effective_.skeleton_layer) {
+      Equal(decision.layers_size(), 1, "pivot layers");
+      for (const v1::LayerMetrics& metrics : decision.layers()) {
+        Metrics(metrics, *effective_.skeleton_layer, "pivot layer");
+        Equal(metrics.has_transition(), false, "pivot layer has transition");
+      }
+    }
     if (!fixed) {
       Equal(decision.layers_size(), static_cast<int>(data_.layers()), "pivot layers");
       for (const v1::LayerMetrics& metrics : decision.layers()) {
@@ -222,10 +240,10 @@ class Comparison {
       }
     }
     std::vector<double> ranked = oracle_.pivot->centrality;
-    ranked.resize(ranked.size() - effective_.window);
+    ranked.resize(ranked.size() - effective_.always);
     Positions(AsInts(Tensor(answer_.pivot->tensors, v1::TENSOR_SKELETON_POSITIONS)), ranked,
               effective_.skeleton, /*exact=*/false, "skeleton");
-    if (!data_.open().return_centrality()) return;
+    if (!data_.open().return_centrality() || !effective_.structkv) return;
     const std::vector<float> got = AsFloats(Tensor(answer_.pivot->tensors, v1::TENSOR_CENTRALITY));
     Equal(got.size(), oracle_.pivot->centrality.size(), "centrality");
     for (size_t j = 0; j < std::min(got.size(), oracle_.pivot->centrality.size()); ++j) {
@@ -250,7 +268,7 @@ class Comparison {
     Equal(summary.input_bytes(), data_.total_bytes(), "summary.input_bytes");
     Equal(summary.output_bytes(), output, "summary.output_bytes");
     Equal(summary.logical_length(), data_.open().prompt_tokens(), "summary.logical_length");
-    Equal(summary.kv_length(), effective_.kept, "summary.kv_length");
+    Equal(summary.kv_length(), effective_.largest, "summary.kv_length");
     Equal(summary.transport(), "inline", "summary.transport");
     if (answer_.opened) {
       Equal(summary.fingerprint(), answer_.opened->fingerprint(), "summary.fingerprint");
