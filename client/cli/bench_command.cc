@@ -94,13 +94,17 @@ absl::StatusOr<v1::Open> MakeOpen(const BenchFlags& flags) {
                                         : v1::DTYPE_BF16);
   open.set_layout(flags.layout == "token-head-dim" ? v1::LAYOUT_TOKEN_HEAD_DIM
                                                    : v1::LAYOUT_HEAD_TOKEN_DIM);
-  if (open.method().has_structkv() || open.method().has_snapkv()) {
+  if (open.method().has_h2o()) {
+    open.set_statistic(flags.statistic == "saliency" ? v1::STATISTIC_SALIENCY
+                                                     : v1::STATISTIC_SALIENCY_PER_KV_HEAD);
+  } else if (!open.method().has_streaming_llm() && !open.method().has_full()) {
     open.set_statistic(flags.statistic == "saliency" ? v1::STATISTIC_SALIENCY
                        : flags.statistic == "saliency-per-kv-head"
                            ? v1::STATISTIC_SALIENCY_PER_KV_HEAD
                            : v1::STATISTIC_WINDOW_QUERIES);
   }
-  open.set_output(flags.plan ? v1::OUTPUT_PLAN : v1::OUTPUT_COMPACT);
+  open.set_output(flags.plan || open.method().has_gemfilter() ? v1::OUTPUT_PLAN
+                                                              : v1::OUTPUT_COMPACT);
   open.set_layers_in_flight(flags.layers_in_flight);
   open.set_model_id(absl::StrCat("bench/", flags.geometry));
   return open;

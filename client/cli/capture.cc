@@ -170,6 +170,10 @@ absl::Status Capture::ReadTensors() {
     statistic_ =
         saliency->shape.size() == 1 ? v1::STATISTIC_SALIENCY : v1::STATISTIC_SALIENCY_PER_KV_HEAD;
   }
+  if (file_->Find(Name(0, "column_sums")) != nullptr) {
+    absl::Status sums = UseColumnSums(file_);
+    if (!sums.ok()) return sums;
+  }
   const TensorInfo* future = file_->Find(Name(0, "q_future"));
   if (future != nullptr) {
     if (future->shape.size() != 3 || future->shape[1] < 1 || future->shape[1] > kMaxCount) {
@@ -183,6 +187,50 @@ absl::Status Capture::ReadTensors() {
     absl::Status status = CheckLayer(layer);
     if (!status.ok()) return status;
   }
+  return absl::OkStatus();
+}
+
+absl::Status Capture::SetStatistic(v1::Open* open) const {
+  open->clear_statistic();
+  open->clear_window_lse();
+  const v1::Method& method = open->method();
+  if (method.has_streaming_llm() || method.has_full()) return absl::OkStatus();
+  if (method.has_h2o()) {
+    if (column_sums_ == nullptr) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          path(), ": the capture has no column_sums, the attention of all queries that h2o needs"));
+    }
+    open->set_statistic(v1::STATISTIC_SALIENCY_PER_KV_HEAD);
+    return absl::OkStatus();
+  }
+  if (statistic_ == v1::STATISTIC_NONE) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        path(), ": the capture has neither q_window nor saliency, which the method needs"));
+  }
+  open->set_statistic(statistic_);
+  open->set_window_lse(has_lse_);
+  return absl::OkStatus();
+}
+
+absl::Status Capture::ReadColumnSums(const std::string& path) {
+  absl::StatusOr<std::shared_ptr<const SafetensorsFile>> file = SafetensorsFile::Open(path);
+  if (!file.ok()) return file.status();
+  return UseColumnSums(*std::move(file));
+}
+
+absl::Status Capture::UseColumnSums(std::shared_ptr<const SafetensorsFile> file) {
+  const std::vector<int64_t> shape = {geometry_.kv_head_count(), prompt_tokens_};
+  for (uint32_t layer = 0; layer < geometry_.layer_count(); ++layer) {
+    const std::string name = Name(layer, "column_sums");
+    const TensorInfo* info = file->Find(name);
+    if (info == nullptr || info->dtype != "F32" || info->shape != shape) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(file->path(), ": tensor '", name, "' is ",
+                       info == nullptr ? "missing" : info->dtype + " " + ShapeText(info->shape),
+                       ", F32 ", ShapeText(shape), " expected"));
+    }
+  }
+  column_sums_ = std::move(file);
   return absl::OkStatus();
 }
 
@@ -236,10 +284,12 @@ absl::StatusOr<client::LayerTensors> Capture::Layer(uint32_t layer,
   // Owns the file and what had to be copied.
   struct Owned {
     std::shared_ptr<const SafetensorsFile> file;
+    std::shared_ptr<const SafetensorsFile> column_sums;
     std::vector<std::shared_ptr<std::vector<std::byte>>> copies;
   };
   auto owned = std::make_shared<Owned>();
   owned->file = file_;
+  owned->column_sums = column_sums_;
   const uint32_t rows = opened.window_tokens();
   const auto window = [&](const char* suffix) -> absl::Span<const std::byte> {
     const absl::Span<const std::byte> all = Data(layer, suffix);
@@ -269,6 +319,10 @@ absl::StatusOr<client::LayerTensors> Capture::Layer(uint32_t layer,
         }
         break;
       case v1::TENSOR_SALIENCY:
+        if (opened.method().has_h2o() && column_sums_ != nullptr) {
+          tensors.saliency = column_sums_->Data(*column_sums_->Find(Name(layer, "column_sums")));
+          break;
+        }
         if (file_->Find(Name(layer, "saliency")) == nullptr) {
           return absl::InvalidArgumentError(absl::StrCat(path(), ": the capture has no saliency"));
         }

@@ -25,9 +25,10 @@ struct FutureTensors {
 };
 
 // Tensors `layer.{i}.k`, `.v`, `.q_window` or `.saliency`, and optionally `.lse`, `.q_future`,
-// `.k_future`, `.v_future`; metadata `layers`, `query_heads`, `kv_heads`, `head_dim`,
-// `prompt_tokens`, `window_tokens`, `layout` and optionally `value_dim`, `model_id`. Copies share
-// the file.
+// `.k_future`, `.v_future`, `.column_sums` (the attention that each token draws from all queries of
+// the prompt, [kv_heads, N] float32, which H2O needs); metadata `layers`, `query_heads`,
+// `kv_heads`, `head_dim`, `prompt_tokens`, `window_tokens`, `layout` and optionally `value_dim`,
+// `model_id`. Copies share the file.
 class Capture {
  public:
   // Validates everything: INVALID_ARGUMENT names the file, the tensor and its shape or the metadata
@@ -50,8 +51,15 @@ class Capture {
   // Bytes of all keys and values.
   uint64_t kv_bytes() const;
 
-  // `Open` for this prompt: everything but the method and the output.
+  // `Open` for this prompt: everything but the method, its statistic and the output.
   v1::Open MakeOpen() const;
+
+  // Sets the statistic that `open`'s method takes of this capture. FAILED_PRECONDITION where the
+  // capture does not have what the method needs.
+  absl::Status SetStatistic(v1::Open* open) const;
+
+  // Takes H2O's column sums from another file, with tensors `layer.{i}.column_sums`.
+  absl::Status ReadColumnSums(const std::string& path);
 
   // The tensors that `opened` requires of a layer. A window shorter than the capture's takes its
   // last rows. INVALID_ARGUMENT where the capture does not have them.
@@ -73,10 +81,12 @@ class Capture {
   absl::Status Check(const std::string& name, const std::string& dtype,
                      absl::Span<const int64_t> shape) const;
   absl::Status CheckLayer(uint32_t layer) const;
+  absl::Status UseColumnSums(std::shared_ptr<const SafetensorsFile> file);
   absl::Span<const std::byte> Data(uint32_t layer, const char* suffix) const;
   std::vector<int64_t> KvShape(int64_t tokens, int64_t dim) const;
 
   std::shared_ptr<const SafetensorsFile> file_;
+  std::shared_ptr<const SafetensorsFile> column_sums_;  // may be null
   v1::ModelGeometry geometry_;
   uint32_t prompt_tokens_ = 0;
   uint32_t window_tokens_ = 0;

@@ -28,9 +28,11 @@ absl::StatusOr<std::unique_ptr<CompactedFile>> CompactedFile::Create(
   const bool per_head =
       client::EffectiveGranularity(opened.method()) == v1::GRANULARITY_PER_KV_HEAD;
   file->has_metrics_ = opened.statistic() != v1::STATISTIC_NONE;
-  file->has_pivot_ = opened.method().has_structkv();
+  file->has_transition_ = opened.method().has_structkv();
+  file->has_pivot_ = opened.method().has_structkv() || opened.method().has_fastkv() ||
+                     opened.method().has_gemfilter();
   file->return_saliency_ = open.return_saliency() && file->has_metrics_;
-  file->return_centrality_ = open.return_centrality() && file->has_pivot_;
+  file->return_centrality_ = open.return_centrality() && file->has_transition_;
   file->plan_ = open.output() == v1::OUTPUT_PLAN;
 
   // Tensors of four-byte elements come first, so that every tensor is aligned.
@@ -40,8 +42,8 @@ absl::StatusOr<std::unique_ptr<CompactedFile>> CompactedFile::Create(
       tensors.push_back({name, "F32", {layers}});
     }
   }
+  if (file->has_transition_) tensors.push_back({"metrics.transition", "F32", {layers}});
   if (file->has_pivot_) {
-    tensors.push_back({"metrics.transition", "F32", {layers}});
     tensors.push_back({"skeleton.positions", "I32", {opened.skeleton_tokens()}});
   }
   if (file->return_centrality_) tensors.push_back({"centrality", "F32", {tokens}});
@@ -54,7 +56,8 @@ absl::StatusOr<std::unique_ptr<CompactedFile>> CompactedFile::Create(
       saliency.insert(saliency.begin(), heads);
     }
     tensors.push_back({Name(layer, "positions"), "I32", positions});
-    if (file->return_saliency_) tensors.push_back({Name(layer, "saliency"), "F32", saliency});
+    if (file->return_saliency_ && kept > 0)
+      tensors.push_back({Name(layer, "saliency"), "F32", saliency});
   }
   const std::string dtype(SafetensorsName(open.dtype()));
   for (uint32_t layer = 0; layer < layers && !file->plan_; ++layer) {
@@ -92,7 +95,7 @@ absl::Status CompactedFile::Add(const client::LayerResult& layer) {
     status.Update(writer_->Write(Name(layer.layer, "k"), layer.keys.span()));
     status.Update(writer_->Write(Name(layer.layer, "v"), layer.values.span()));
   }
-  if (return_saliency_) {
+  if (return_saliency_ && layer.kept_tokens > 0) {
     status.Update(writer_->Write(Name(layer.layer, "saliency"), layer.saliency.span()));
   }
   if (layer.metrics.has_value() && layer.layer < entropy_.size()) {
@@ -139,7 +142,7 @@ absl::Status CompactedFile::Finish(const v1::Summary& summary) {
     metric("metrics.sparsity", sparsity_);
     metric("metrics.variance", variance_);
   }
-  if (has_pivot_) metric("metrics.transition", transition_);
+  if (has_transition_) metric("metrics.transition", transition_);
   if (!status.ok()) return status;
   metadata_["logical_length"] = absl::StrCat(summary.logical_length());
   metadata_["kv_length"] = absl::StrCat(summary.kv_length());

@@ -16,8 +16,9 @@ namespace structkv::cli {
 
 // Takes the events of one prompt. Tensors: `layer.{i}.k`, `.v`, `.positions`, on request
 // `.saliency`; `metrics.entropy`, `.sparsity`, `.variance` where the method has statistics;
-// `metrics.transition` (NaN for layer 0), `skeleton.positions` and on request `centrality` where it
-// has a pivot. A plan has no keys and values. Not thread-safe.
+// `metrics.transition` (NaN for layer 0) and on request `centrality` of StructKV;
+// `skeleton.positions` where the method has a pivot. A plan has no keys and values; of GemFilter
+// the filter layer alone has positions, metrics (NaN elsewhere) and saliency. Not thread-safe.
 class CompactedFile {
  public:
   // `metadata` is the input's; the rest is added to it. Keys: `method`, `method.*` for every
@@ -40,6 +41,7 @@ class CompactedFile {
   std::map<std::string, std::string> metadata_;
   bool has_metrics_ = false;
   bool has_pivot_ = false;
+  bool has_transition_ = false;
   bool return_saliency_ = false;
   bool return_centrality_ = false;
   bool plan_ = false;

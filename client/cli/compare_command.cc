@@ -13,17 +13,26 @@
 #include "client/cli/capture.h"
 #include "client/cli/commands.h"
 #include "client/cli/compressor.h"
+#include "client/cli/kept.h"
 #include "client/cli/method_flags.h"
+#include "client/cli/overlap.h"
 #include "client/cli/text.h"
 #include "nlohmann/json.hpp"
 
 namespace structkv::cli {
 namespace {
 
+// Where the papers' layers lie in Llama-3.1-8B's 32.
+constexpr double kTspDepth = 15.0 / 32;
+constexpr double kFilterDepth = 13.0 / 32;
+
 struct CompareFlags {
   std::string input;
   std::vector<std::string> methods = MethodNames();
   double kv_budget = 0.10;
+  std::optional<uint32_t> tsp_layer;
+  std::optional<uint32_t> filter_layer;
+  std::string column_sums;
   ConnectionFlags connection;
   bool json = false;
 };
@@ -31,9 +40,11 @@ struct CompareFlags {
 // One method's row.
 struct Comparison {
   std::string method;
-  uint32_t kept = 0;
+  Kept kept;
   uint64_t bytes = 0;
-  AttentionError error;
+  std::optional<AttentionError> error;  // none where there is no compacted cache
+  std::optional<double> overlap;        // none without structkv in the comparison
+  KeptSets sets;
   std::optional<client::PivotResult> pivot;
 };
 
@@ -82,22 +93,33 @@ void PrintTable(const CompareFlags& flags, const Capture& capture,
               g.key_dim(), CountText(capture.prompt_tokens()).c_str(),
               capture.dtype_name().c_str());
   Table table({"method", "kept tokens", "bytes before", "bytes after", "share", "error, mean",
-               "error, worst layer", "pivot"});
+               "error, worst layer", "overlap", "pivot"});
   for (const Comparison& row : rows) {
     table.Add(
-        {row.method, CountText(row.kept), CountText(capture.kv_bytes()), CountText(row.bytes),
+        {row.method, KeptText(row.kept.least, row.kept.most), CountText(capture.kv_bytes()),
+         CountText(row.bytes),
          PercentText(static_cast<double>(row.bytes) / static_cast<double>(capture.kv_bytes())),
-         PercentText(row.error.mean),
-         absl::StrCat(PercentText(row.error.worst), " (", row.error.worst_layer, ")"),
+         row.error.has_value() ? PercentText(row.error->mean) : "-",
+         row.error.has_value()
+             ? absl::StrCat(PercentText(row.error->worst), " (", row.error->worst_layer, ")")
+             : "-",
+         row.overlap.has_value() ? PercentText(*row.overlap) : "-",
          row.pivot.has_value() ? absl::StrCat("layer ", row.pivot->pivot_layer) : "-"});
   }
   std::fputs(table.Text("  ").c_str(), stdout);
   std::printf(
       "\nError: attention outputs of the %u tokens after the prompt, against the full cache\n"
-      "(relative L2 over heads and queries, per layer).\n",
+      "(relative L2 over heads and queries, per layer). Overlap: the share of structkv's tokens,\n"
+      "over layers and KV heads, that the method keeps as well.\n",
       capture.future_tokens());
   for (const Comparison& row : rows) {
-    if (row.pivot.has_value()) PrintPivot(*row.pivot);
+    if (!row.error.has_value()) {
+      std::printf("%s prefills again with its tokens: there is no compacted cache to measure.\n",
+                  row.method.c_str());
+    }
+  }
+  for (const Comparison& row : rows) {
+    if (row.method == "structkv" && row.pivot.has_value()) PrintPivot(*row.pivot);
   }
 }
 
@@ -113,12 +135,16 @@ void PrintJson(const CompareFlags& flags, const Capture& capture,
   for (const Comparison& row : rows) {
     nlohmann::ordered_json entry;
     entry["method"] = row.method;
-    entry["kept_tokens"] = row.kept;
+    entry["kept_tokens"] = row.kept.most;
+    entry["least_kept_tokens"] = row.kept.least;
     entry["kv_bytes_after"] = row.bytes;
-    entry["error_mean"] = row.error.mean;
-    entry["error_worst"] = row.error.worst;
-    entry["error_worst_layer"] = row.error.worst_layer;
-    entry["error_layers"] = row.error.layers;
+    if (row.error.has_value()) {
+      entry["error_mean"] = row.error->mean;
+      entry["error_worst"] = row.error->worst;
+      entry["error_worst_layer"] = row.error->worst_layer;
+      entry["error_layers"] = row.error->layers;
+    }
+    if (row.overlap.has_value()) entry["overlap_with_structkv"] = *row.overlap;
     if (row.pivot.has_value()) {
       entry["pivot_layer"] = row.pivot->pivot_layer;
       if (row.pivot->transition_layer.has_value()) {
@@ -140,20 +166,29 @@ void PrintJson(const CompareFlags& flags, const Capture& capture,
   std::printf("%s\n", json.dump(2).c_str());
 }
 
+// The layer that is `share` of the way up, where none is given.
+uint32_t LayerAt(std::optional<uint32_t> given, double share, uint32_t layers) {
+  if (given.has_value()) return *given;
+  return std::min(layers - 1, static_cast<uint32_t>(share * layers + 0.5));
+}
+
 absl::StatusOr<Comparison> CompareMethod(const CompareFlags& flags, const Capture& capture,
                                          const AttentionOutputs& full, const std::string& name,
                                          Compressor& compressor) {
   MethodFlags method_flags;
   method_flags.method = name;
   if (name != "full") method_flags.kv_budget = flags.kv_budget;
+  const uint32_t layers = capture.geometry().layer_count();
+  if (name == "fastkv") method_flags.tsp_layer = LayerAt(flags.tsp_layer, kTspDepth, layers);
+  if (name == "gemfilter") {
+    method_flags.filter_layer = LayerAt(flags.filter_layer, kFilterDepth, layers);
+  }
   absl::StatusOr<v1::Method> method = BuildMethod(method_flags);
   if (!method.ok()) return method.status();
   v1::Open open = capture.MakeOpen();
   *open.mutable_method() = *method;
-  if (method->has_structkv() || method->has_snapkv()) {
-    open.set_statistic(capture.statistic());
-    open.set_window_lse(capture.has_lse());
-  }
+  if (absl::Status status = capture.SetStatistic(&open); !status.ok()) return status;
+  if (method->has_gemfilter()) open.set_output(v1::OUTPUT_PLAN);
   v1::Opened opened;
   client::SessionOptions options = MakeSessionOptions(flags.connection);
   options.on_opened = [&opened](const v1::Opened& o) { opened = o; };
@@ -163,35 +198,55 @@ absl::StatusOr<Comparison> CompareMethod(const CompareFlags& flags, const Captur
     return absl::Status(compressed.status().code(),
                         absl::StrCat(name, ": ", compressed.status().message()));
   }
-  absl::StatusOr<AttentionOutputs> outputs = CompactedAttention(capture, *compressed);
-  if (!outputs.ok()) return outputs.status();
   Comparison row;
   row.method = name;
-  row.kept = compressed->summary.kv_length();
-  for (const client::LayerResult& layer : compressed->layers) {
-    row.bytes += layer.keys.size() + layer.values.size();
+  row.kept = KeptOf(compressed->opened);
+  row.bytes = capture.kv_bytes() / layers / capture.prompt_tokens() * row.kept.total;
+  row.sets = KeptSetsOf(*compressed, capture.geometry().kv_head_count());
+  if (open.output() != v1::OUTPUT_PLAN) {
+    absl::StatusOr<AttentionOutputs> outputs = CompactedAttention(capture, *compressed);
+    if (!outputs.ok()) return outputs.status();
+    row.error = CompareAttention(full, *outputs);
   }
-  row.error = CompareAttention(full, *outputs);
   row.pivot = std::move(compressed->pivot);
   return row;
+}
+
+void SetOverlaps(std::vector<Comparison>* rows) {
+  const auto base = std::find_if(rows->begin(), rows->end(),
+                                 [](const Comparison& row) { return row.method == "structkv"; });
+  if (base == rows->end()) return;
+  for (Comparison& row : *rows) row.overlap = Overlap(base->sets, row.sets);
 }
 
 absl::Status RunCompare(const CompareFlags& flags) {
   absl::StatusOr<Capture> capture = Capture::Open(flags.input);
   if (!capture.ok()) return capture.status();
+  if (!flags.column_sums.empty()) {
+    absl::Status sums = capture->ReadColumnSums(flags.column_sums);
+    if (!sums.ok()) return sums;
+  }
   absl::StatusOr<std::unique_ptr<Compressor>> compressor = MakeCompressor(flags.connection);
   if (!compressor.ok()) return compressor.status();
   absl::StatusOr<AttentionOutputs> full = FullAttention(*capture);
   if (!full.ok()) return full.status();
   Progress progress("comparing");
   std::vector<Comparison> rows;
+  std::vector<std::string> left_out;
   for (const std::string& method : flags.methods) {
     progress.Update(rows.size(), flags.methods.size(), method);
     absl::StatusOr<Comparison> row = CompareMethod(flags, *capture, *full, method, **compressor);
+    if (row.status().code() == absl::StatusCode::kFailedPrecondition) {
+      // The capture lacks what this method needs; the others still compare.
+      left_out.push_back(absl::StrCat(method, " was left out: ", row.status().message()));
+      continue;
+    }
     if (!row.ok()) return row.status();
     rows.push_back(*std::move(row));
   }
   progress.Clear();
+  SetOverlaps(&rows);
+  for (const std::string& text : left_out) std::fprintf(stderr, "%s\n", text.c_str());
   if (flags.json) {
     PrintJson(flags, *capture, rows);
   } else {
@@ -214,6 +269,12 @@ Command AddCompare(CLI::App* app) {
       ->capture_default_str();
   sub->add_option("--kv-budget", flags->kv_budget, "Share of the tokens that each layer keeps")
       ->capture_default_str();
+  sub->add_option("--tsp-layer", flags->tsp_layer,
+                  "The layer that chooses fastkv's skeleton (15/32 of the depth)");
+  sub->add_option("--filter-layer", flags->filter_layer,
+                  "The layer that chooses gemfilter's tokens (13/32 of the depth)");
+  sub->add_option("--column-sums", flags->column_sums,
+                  "What h2o needs where the capture lacks it (safetensors)");
   AddConnectionFlags(sub, &flags->connection);
   sub->add_flag("--json", flags->json, "Print JSON");
   return {sub, [flags] { return RunCompare(*flags); }};

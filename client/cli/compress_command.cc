@@ -12,6 +12,7 @@
 #include "client/cli/commands.h"
 #include "client/cli/compacted_file.h"
 #include "client/cli/compressor.h"
+#include "client/cli/kept.h"
 #include "client/cli/method_flags.h"
 #include "client/cli/text.h"
 #include "nlohmann/json.hpp"
@@ -23,6 +24,7 @@ namespace {
 struct CompressFlags {
   std::string input;
   std::string output;
+  std::string column_sums;
   MethodFlags method;
   ConnectionFlags connection;
   bool plan = false;
@@ -48,16 +50,7 @@ absl::StatusOr<v1::Open> MakeOpen(const CompressFlags& flags, const Capture& cap
   if (!method.ok()) return method.status();
   v1::Open open = capture.MakeOpen();
   *open.mutable_method() = *std::move(method);
-  if (open.method().has_structkv() || open.method().has_snapkv()) {
-    if (capture.statistic() == v1::STATISTIC_NONE) {
-      return absl::InvalidArgumentError(capture.path() +
-                                        ": the capture has neither q_window nor saliency, which "
-                                        "the method needs");
-    }
-    open.set_statistic(capture.statistic());
-    // A layer of skeleton rows would need the log-sum-exp over the skeleton's keys.
-    open.set_window_lse(capture.has_lse() && !flags.skeleton_layers);
-  }
+  if (absl::Status status = capture.SetStatistic(&open); !status.ok()) return status;
   if (flags.skeleton_layers) {
     const v1::PivotMode mode = open.method().structkv().pivot().mode();
     if (!open.method().has_structkv() || mode == v1::PIVOT_MODE_UNSPECIFIED ||
@@ -65,8 +58,11 @@ absl::StatusOr<v1::Open> MakeOpen(const CompressFlags& flags, const Capture& cap
       return absl::InvalidArgumentError(
           "--skeleton-layers needs the method structkv with --pivot online, fixed or profiled");
     }
+    // A layer of skeleton rows would need the log-sum-exp over the skeleton's keys.
+    open.set_window_lse(false);
   }
-  open.set_output(flags.plan ? v1::OUTPUT_PLAN : v1::OUTPUT_COMPACT);
+  const bool plan = flags.plan || open.method().has_gemfilter();
+  open.set_output(plan ? v1::OUTPUT_PLAN : v1::OUTPUT_COMPACT);
   open.set_return_saliency(flags.saliency);
   open.set_return_centrality(flags.centrality);
   return open;
@@ -93,22 +89,30 @@ uint64_t FullBytes(const v1::Open& open, const v1::Opened& opened) {
   return bytes * open.geometry().layer_count();
 }
 
+uint64_t BytesAfter(const Capture& capture, const v1::Opened& opened) {
+  const uint64_t rows = uint64_t{capture.prompt_tokens()} * capture.geometry().layer_count();
+  return capture.kv_bytes() / rows * KeptOf(opened).total;
+}
+
 void PrintOutcome(const CompressFlags& flags, const Capture& capture, const Outcome& outcome) {
   const v1::Summary& summary = outcome.summary;
   const v1::ModelGeometry& g = capture.geometry();
   const uint64_t before = capture.kv_bytes();
-  const uint64_t after = before / summary.logical_length() * summary.kv_length();
+  const uint64_t after = BytesAfter(capture, outcome.opened);
+  const Kept kept = KeptOf(outcome.opened);
   std::printf("input     %s: %s layers, %s query and %s KV heads of %s, %s tokens, %s\n",
               std::filesystem::path(flags.input).filename().c_str(),
               CountText(g.layer_count()).c_str(), CountText(g.query_head_count()).c_str(),
               CountText(g.kv_head_count()).c_str(), CountText(g.key_dim()).c_str(),
               CountText(capture.prompt_tokens()).c_str(), capture.dtype_name().c_str());
   std::printf("method    %s, %s of %s tokens kept in each layer\n",
-              MethodKind(outcome.opened.method()).c_str(), CountText(summary.kv_length()).c_str(),
+              MethodKind(outcome.opened.method()).c_str(), KeptText(kept.least, kept.most).c_str(),
               CountText(summary.logical_length()).c_str());
   std::printf("KV cache  %s -> %s (%s)%s\n", BytesText(before).c_str(), BytesText(after).c_str(),
               PercentText(static_cast<double>(after) / static_cast<double>(before)).c_str(),
-              flags.plan ? ", positions only" : "");
+              outcome.opened.method().has_gemfilter() ? " after a second prefill; positions only"
+              : flags.plan                            ? ", positions only"
+                                                      : "");
   if (outcome.pivot.has_value()) {
     std::printf("pivot     layer %u of %u, skeleton of %s tokens%s\n", outcome.pivot->pivot_layer,
                 g.layer_count(), CountText(outcome.pivot->skeleton.size()).c_str(),
@@ -134,7 +138,7 @@ void PrintJson(const CompressFlags& flags, const Capture& capture, const Outcome
   json["output"] = flags.output;
   for (const auto& [key, value] : MethodMetadata(outcome.opened.method())) json[key] = value;
   json["kv_bytes_before"] = capture.kv_bytes();
-  json["kv_bytes_after"] = capture.kv_bytes() / summary.logical_length() * summary.kv_length();
+  json["kv_bytes_after"] = BytesAfter(capture, outcome.opened);
   json["logical_length"] = summary.logical_length();
   json["kv_length"] = summary.kv_length();
   json["input_bytes"] = summary.input_bytes();
@@ -179,6 +183,10 @@ absl::Status CheckSkeletonFits(const CompressFlags& flags, const v1::Opened& ope
 absl::Status RunCompress(const CompressFlags& flags) {
   absl::StatusOr<Capture> capture = Capture::Open(flags.input);
   if (!capture.ok()) return capture.status();
+  if (!flags.column_sums.empty()) {
+    absl::Status sums = capture->ReadColumnSums(flags.column_sums);
+    if (!sums.ok()) return sums;
+  }
   absl::StatusOr<v1::Open> open = MakeOpen(flags, *capture);
   if (!open.ok()) return open.status();
   absl::StatusOr<std::unique_ptr<Compressor>> compressor = MakeCompressor(flags.connection);
@@ -254,6 +262,8 @@ Command AddCompress(CLI::App* app) {
   sub->add_option("--out,-o", flags->output, "Compacted cache to write (safetensors)")->required();
   AddMethodFlags(sub, &flags->method);
   AddConnectionFlags(sub, &flags->connection);
+  sub->add_option("--column-sums", flags->column_sums,
+                  "What h2o needs where the capture lacks it (safetensors)");
   sub->add_flag("--plan", flags->plan, "Positions only, no keys and values");
   CLI::Option* saliency =
       sub->add_flag("--saliency", flags->saliency, "Also write each layer's saliency");

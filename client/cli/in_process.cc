@@ -64,8 +64,10 @@ class LocalPrompt {
 absl::StatusOr<engine::Buffer> LocalPrompt::Input(uint32_t layer, engine::InputTensor tensor,
                                                   absl::Span<const std::byte> data, bool skeleton,
                                                   bool borrowed) {
-  const int64_t expected =
-      skeleton ? prompt_.spec().SkeletonInputBytes(tensor) : prompt_.spec().InputBytes(tensor);
+  const engine::PromptSpec& spec = prompt_.spec();
+  const int64_t expected = !spec.has_input(layer) ? 0
+                           : skeleton             ? spec.SkeletonInputBytes(tensor)
+                                                  : spec.InputBytes(tensor);
   if (static_cast<int64_t>(data.size()) < expected) {
     return absl::InvalidArgumentError(
         absl::StrCat("layer ", layer, ": ", std::string(engine::InputTensorName(tensor)), " has ",
@@ -224,7 +226,8 @@ absl::StatusOr<v1::Summary> InProcessCompressor::Run(const v1::Open& open,
       return absl::DeadlineExceededError(absl::StrCat("layer ", layer, " was reached after ",
                                                       absl::FormatDuration(options.timeout)));
     }
-    absl::StatusOr<client::LayerTensors> tensors = source(layer);
+    absl::StatusOr<client::LayerTensors> tensors = client::LayerTensors();
+    if (spec.has_input(layer)) tensors = source(layer);
     if (!tensors.ok()) return tensors.status();
     status = prompt.RunLayer(layer, *tensors);
     if (!status.ok()) return status;
@@ -232,7 +235,7 @@ absl::StatusOr<v1::Summary> InProcessCompressor::Run(const v1::Open& open,
   if (const std::optional<int64_t> exact = prompt.ExactPivot()) profile_->Record(spec, *exact);
   v1::Summary& summary = *prompt.summary();
   summary.set_logical_length(open.prompt_tokens());
-  summary.set_kv_length(static_cast<uint32_t>(spec.kept_tokens(0)));
+  summary.set_kv_length(static_cast<uint32_t>(spec.largest_kept_tokens()));
   summary.set_fingerprint(opened.fingerprint());
   summary.set_backend(opened.backend());
   summary.set_transport("in-process");

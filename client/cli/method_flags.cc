@@ -5,6 +5,7 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/strip.h"
 #include "google/protobuf/descriptor.h"
 #include "google/protobuf/message.h"
@@ -16,6 +17,7 @@ constexpr char kPivotGroup[] = "Pivot (structkv)";
 constexpr char kMethodGroup[] = "Method";
 
 v1::BudgetKind ParseBudgetKind(const std::string& text) {
+  if (text == "kvpress") return v1::BUDGET_KIND_KVPRESS;
   return text == "window-on-top" ? v1::BUDGET_KIND_WINDOW_ON_TOP : v1::BUDGET_KIND_INCLUDES_WINDOW;
 }
 
@@ -32,6 +34,11 @@ v1::PivotMode ParsePivotMode(const std::string& text) {
   if (text == "fixed") return v1::PIVOT_MODE_FIXED;
   if (text == "online") return v1::PIVOT_MODE_ONLINE;
   return text == "profiled" ? v1::PIVOT_MODE_PROFILED : v1::PIVOT_MODE_EXACT;
+}
+
+v1::GroupReduce ParseGroupReduce(const std::string& text) {
+  if (text == "mean") return v1::GROUP_REDUCE_MEAN;
+  return text == "max" ? v1::GROUP_REDUCE_MAX : v1::GROUP_REDUCE_SUM;
 }
 
 // The flags that were given and no method parameter has taken.
@@ -57,17 +64,37 @@ class Remaining {
   std::map<std::string, bool> given_;
 };
 
-// Parameters that StructKV and SnapKV share.
 template <typename Kind>
-void TakeScoring(const MethodFlags& flags, Remaining* rest, Kind* kind) {
+void TakeBudget(const MethodFlags& flags, Remaining* rest, Kind* kind) {
   rest->Take("--kv-budget", flags.kv_budget,
              [&](double v) { kind->mutable_kv_budget()->set_ratio(v); });
   rest->Take("--budget-kind", flags.budget_kind, [&](const std::string& v) {
     kind->mutable_kv_budget()->set_kind(ParseBudgetKind(v));
   });
-  rest->Take("--window", flags.window, [&](uint32_t v) { kind->set_window_tokens(v); });
+}
+
+template <typename Kind>
+void TakeGranularity(const MethodFlags& flags, Remaining* rest, Kind* kind) {
   rest->Take("--granularity", flags.granularity,
              [&](const std::string& v) { kind->set_granularity(ParseGranularity(v)); });
+}
+
+template <typename Kind>
+void TakeSkeletonBudget(const MethodFlags& flags, Remaining* rest, Kind* kind) {
+  rest->Take("--skeleton-budget", flags.skeleton_budget,
+             [&](double v) { kind->mutable_skeleton_budget()->set_ratio(v); });
+  rest->Take("--skeleton-budget-kind", flags.skeleton_budget_kind, [&](const std::string& v) {
+    kind->mutable_skeleton_budget()->set_kind(ParseBudgetKind(v));
+  });
+}
+
+// Parameters that the methods with an observation window share.
+template <typename Kind>
+void TakeScoring(const MethodFlags& flags, Remaining* rest, Kind* kind) {
+  TakeBudget(flags, rest, kind);
+  rest->Take("--window", flags.window, [&](uint32_t v) { kind->set_window_tokens(v); });
+  rest->Take("--group-reduce", flags.group_reduce,
+             [&](const std::string& v) { kind->set_group_reduce(ParseGroupReduce(v)); });
   rest->Take("--pooling", flags.pooling,
              [&](const std::string& v) { kind->set_pooling(ParsePooling(v)); });
   rest->Take("--pooling-kernel", flags.pooling_kernel,
@@ -76,12 +103,9 @@ void TakeScoring(const MethodFlags& flags, Remaining* rest, Kind* kind) {
 
 void TakeStructKv(const MethodFlags& flags, Remaining* rest, v1::StructKvMethod* kind) {
   TakeScoring(flags, rest, kind);
+  TakeGranularity(flags, rest, kind);
   rest->Take("--decay", flags.decay, [&](double v) { kind->set_decay(v); });
-  rest->Take("--skeleton-budget", flags.skeleton_budget,
-             [&](double v) { kind->mutable_skeleton_budget()->set_ratio(v); });
-  rest->Take("--skeleton-budget-kind", flags.skeleton_budget_kind, [&](const std::string& v) {
-    kind->mutable_skeleton_budget()->set_kind(ParseBudgetKind(v));
-  });
+  TakeSkeletonBudget(flags, rest, kind);
   rest->Take("--pivot", flags.pivot,
              [&](const std::string& v) { kind->mutable_pivot()->set_mode(ParsePivotMode(v)); });
   rest->Take("--pivot-layer", flags.pivot_layer,
@@ -105,6 +129,30 @@ void TakeStructKv(const MethodFlags& flags, Remaining* rest, v1::StructKvMethod*
              [&](double v) { kind->mutable_pivot()->set_confirm_score(v); });
   rest->Take("--profile-prompts", flags.profile_prompts,
              [&](uint32_t v) { kind->mutable_pivot()->set_profile_min_prompts(v); });
+}
+
+void TakePyramidKv(const MethodFlags& flags, Remaining* rest, v1::PyramidKvMethod* kind) {
+  TakeScoring(flags, rest, kind);
+  TakeGranularity(flags, rest, kind);
+  rest->Take("--beta", flags.beta, [&](double v) { kind->set_beta(v); });
+}
+
+void TakeFastKv(const MethodFlags& flags, Remaining* rest, v1::FastKvMethod* kind) {
+  TakeScoring(flags, rest, kind);
+  TakeGranularity(flags, rest, kind);
+  TakeSkeletonBudget(flags, rest, kind);
+  rest->Take("--tsp-layer", flags.tsp_layer, [&](uint32_t v) { kind->set_tsp_layer(v); });
+}
+
+void TakeGemFilter(const MethodFlags& flags, Remaining* rest, v1::GemFilterMethod* kind) {
+  TakeScoring(flags, rest, kind);
+  rest->Take("--filter-layer", flags.filter_layer, [&](uint32_t v) { kind->set_filter_layer(v); });
+}
+
+void TakeH2o(const MethodFlags& flags, Remaining* rest, v1::H2oMethod* kind) {
+  TakeBudget(flags, rest, kind);
+  TakeGranularity(flags, rest, kind);
+  rest->Take("--recent-share", flags.recent_share, [&](double v) { kind->set_recent_share(v); });
 }
 
 // "GRANULARITY_PER_LAYER" of enum Granularity -> "per_layer".
@@ -148,36 +196,53 @@ void Flatten(const google::protobuf::Message& message, const std::string& prefix
 }  // namespace
 
 const std::vector<std::string>& MethodNames() {
-  static const auto& names =
-      *new std::vector<std::string>{"structkv", "snapkv", "streaming_llm", "full"};
+  static const auto& names = *new std::vector<std::string>{
+      "structkv", "snapkv", "pyramidkv", "fastkv", "gemfilter", "h2o", "streaming_llm", "full"};
   return names;
 }
 
 void AddMethodFlags(CLI::App* app, MethodFlags* f) {
-  const CLI::IsMember kinds({"includes-window", "window-on-top"});
-  app->add_option("--method", f->method, "structkv, snapkv, streaming_llm or full")
+  const CLI::IsMember kinds({"includes-window", "window-on-top", "kvpress"});
+  app->add_option("--method", f->method, absl::StrJoin(MethodNames(), ", "))
       ->check(CLI::IsMember(MethodNames()))
       ->capture_default_str()
       ->group(kMethodGroup);
   app->add_option("--kv-budget", f->kv_budget, "Share of the tokens that each layer keeps (0.10)")
       ->group(kMethodGroup);
   app->add_option("--budget-kind", f->budget_kind,
-                  "Whether the window counts: includes-window (default) or window-on-top")
+                  "Whether the window counts: includes-window (default), window-on-top, or kvpress "
+                  "to count as that package does")
       ->check(kinds)
       ->group(kMethodGroup);
-  app->add_option("--window", f->window, "Observation window in tokens (structkv 8, snapkv 32)")
+  app->add_option("--window", f->window,
+                  "Observation window in tokens (structkv and fastkv 8, snapkv and pyramidkv 32, "
+                  "gemfilter 1)")
       ->group(kMethodGroup);
   app->add_option("--granularity", f->granularity,
-                  "per-layer (structkv's default) or per-kv-head (snapkv's)")
+                  "per-layer (structkv's default) or per-kv-head (the others')")
       ->check(CLI::IsMember({"per-layer", "per-kv-head"}))
       ->group(kMethodGroup);
   app->add_option("--pooling", f->pooling,
-                  "Smoothing before selection: none (structkv's default), avg (snapkv's) or max")
+                  "Smoothing before selection: none (structkv's default), avg (snapkv's, "
+                  "pyramidkv's, gemfilter's) or max (fastkv's)")
       ->check(CLI::IsMember({"none", "avg", "max"}))
       ->group(kMethodGroup);
-  app->add_option("--pooling-kernel", f->pooling_kernel, "Odd number of tokens (5)")
+  app->add_option("--pooling-kernel", f->pooling_kernel, "Odd number of tokens (5, fastkv 7)")
+      ->group(kMethodGroup);
+  app->add_option("--group-reduce", f->group_reduce,
+                  "How a KV head's query heads become one: sum (default), mean or max")
+      ->check(CLI::IsMember({"sum", "mean", "max"}))
       ->group(kMethodGroup);
   app->add_option("--sinks", f->sinks, "First tokens that streaming_llm keeps (4)")
+      ->group(kMethodGroup);
+  app->add_option("--beta", f->beta, "How many times pyramidkv's mean budget is the last's (20)")
+      ->group(kMethodGroup);
+  app->add_option("--tsp-layer", f->tsp_layer, "The layer that chooses fastkv's skeleton")
+      ->group(kMethodGroup);
+  app->add_option("--filter-layer", f->filter_layer, "The layer that chooses gemfilter's tokens")
+      ->group(kMethodGroup);
+  app->add_option("--recent-share", f->recent_share,
+                  "Share of h2o's budget for the latest tokens (0.5)")
       ->group(kMethodGroup);
   app->add_option("--decay", f->decay, "Decay of the centrality per layer (0.9)")
       ->group(kPivotGroup);
@@ -225,7 +290,12 @@ absl::StatusOr<v1::Method> BuildMethod(const MethodFlags& flags) {
   rest.Add("--granularity", flags.granularity);
   rest.Add("--pooling", flags.pooling);
   rest.Add("--pooling-kernel", flags.pooling_kernel);
+  rest.Add("--group-reduce", flags.group_reduce);
   rest.Add("--sinks", flags.sinks);
+  rest.Add("--beta", flags.beta);
+  rest.Add("--tsp-layer", flags.tsp_layer);
+  rest.Add("--filter-layer", flags.filter_layer);
+  rest.Add("--recent-share", flags.recent_share);
   rest.Add("--decay", flags.decay);
   rest.Add("--skeleton-budget", flags.skeleton_budget);
   rest.Add("--skeleton-budget-kind", flags.skeleton_budget_kind);
@@ -244,10 +314,18 @@ absl::StatusOr<v1::Method> BuildMethod(const MethodFlags& flags) {
     TakeStructKv(flags, &rest, method.mutable_structkv());
   } else if (flags.method == "snapkv") {
     TakeScoring(flags, &rest, method.mutable_snapkv());
+    TakeGranularity(flags, &rest, method.mutable_snapkv());
+  } else if (flags.method == "pyramidkv") {
+    TakePyramidKv(flags, &rest, method.mutable_pyramidkv());
+  } else if (flags.method == "fastkv") {
+    TakeFastKv(flags, &rest, method.mutable_fastkv());
+  } else if (flags.method == "gemfilter") {
+    TakeGemFilter(flags, &rest, method.mutable_gemfilter());
+  } else if (flags.method == "h2o") {
+    TakeH2o(flags, &rest, method.mutable_h2o());
   } else if (flags.method == "streaming_llm") {
     v1::StreamingLlmMethod* kind = method.mutable_streaming_llm();
-    rest.Take("--kv-budget", flags.kv_budget,
-              [&](double v) { kind->mutable_kv_budget()->set_ratio(v); });
+    TakeBudget(flags, &rest, kind);
     rest.Take("--sinks", flags.sinks, [&](uint32_t v) { kind->set_sink_tokens(v); });
   } else if (flags.method == "full") {
     method.mutable_full();

@@ -35,6 +35,11 @@ struct MethodFlags {
   std::optional<double> pivot_deadline;
   std::optional<double> pivot_score;
   std::optional<uint32_t> profile_prompts;
+  std::optional<std::string> group_reduce;
+  std::optional<double> beta;
+  std::optional<uint32_t> tsp_layer;
+  std::optional<uint32_t> filter_layer;
+  std::optional<double> recent_share;
 };
 
 // Names of the methods, as in `Method.kind`.

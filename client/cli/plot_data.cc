@@ -1,5 +1,6 @@
 #include "client/cli/plot_data.h"
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
@@ -42,9 +43,13 @@ absl::Status ReadPositions(const SafetensorsFile& file, PlotData* data) {
           file, absl::StrCat("tensor '", name, "' is ", info->dtype, " ", ShapeText(info->shape),
                              ", I32 [kept] or [kv_heads, kept] expected"));
     }
-    if (layer == 0) {
+    const auto kept = static_cast<uint32_t>(info->shape.back());
+    if (layer == 0)
       data->heads = info->shape.size() == 2 ? static_cast<uint32_t>(info->shape[0]) : 1;
-      data->kept_tokens = static_cast<uint32_t>(info->shape.back());
+    if (kept > 0) {
+      data->kept_tokens = std::max(data->kept_tokens, kept);
+      data->least_kept_tokens =
+          data->least_kept_tokens == 0 ? kept : std::min(data->least_kept_tokens, kept);
     }
     data->positions.push_back(file.Values<int32_t>(*info));
     for (int32_t position : data->positions.back()) {

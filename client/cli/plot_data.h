@@ -21,7 +21,9 @@ struct PlotData {
   uint32_t heads = 1;
   std::vector<int32_t> skeleton;
   uint32_t prompt_tokens = 0;
-  uint32_t kept_tokens = 0;  // in each KV head of a layer
+  // In each KV head of a layer: the most and the least of the layers that keep any.
+  uint32_t kept_tokens = 0;
+  uint32_t least_kept_tokens = 0;
   std::optional<uint32_t> pivot_layer;
   std::optional<uint32_t> transition_layer;
   std::string pivot_mode;  // "exact", "online" and so on; empty in older files

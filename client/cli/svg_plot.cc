@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "client/cli/kept.h"
 #include "client/cli/svg.h"
 #include "client/cli/text.h"
 
@@ -312,8 +313,9 @@ class TokenMap {
 std::string Title(const PlotData& data) {
   return absl::StrCat(data.method.empty() ? "Compacted cache" : data.method,
                       data.model.empty() ? "" : absl::StrCat(" on ", data.model), ": ",
-                      CountText(data.kept_tokens), " of ", CountText(data.prompt_tokens),
-                      " tokens kept in each of ", data.positions.size(), " layers");
+                      KeptText(data.least_kept_tokens, data.kept_tokens), " of ",
+                      CountText(data.prompt_tokens), " tokens kept in each of ",
+                      data.positions.size(), " layers");
 }
 
 std::string Subtitle(const PlotData& data) {

@@ -21,6 +21,10 @@ absl::Status Disagrees(const char* field, const Args&... args) {
       absl::StrCat("the server's summary disagrees: Summary.", field, " is ", args...));
 }
 
+bool HasSkeleton(const v1::Method& method) {
+  return method.has_structkv() || method.has_fastkv() || method.has_gemfilter();
+}
+
 template <typename T>
 std::vector<T> Values(const Bytes& bytes) {
   const absl::Span<const T> values = bytes.as<T>();
@@ -226,7 +230,7 @@ Assembler::MaybeEvent Assembler::AddPivot(const v1::PivotDecision& message,
     pending.result.layers.assign(message.layers().begin(), message.layers().end());
     pending.skeleton.expected = sizeof(int32_t) * uint64_t{opened_->skeleton_tokens()};
     pending.skeleton.bytes = pool_->Acquire(pending.skeleton.expected);
-    if (open_.return_centrality()) {
+    if (open_.return_centrality() && opened_->method().has_structkv()) {
       pending.centrality.expected = sizeof(float) * uint64_t{open_.prompt_tokens()};
       pending.centrality.bytes = pool_->Acquire(pending.centrality.expected);
     }
@@ -284,7 +288,7 @@ absl::StatusOr<v1::Summary> Assembler::Finish(uint64_t sent_bytes) const {
   if (answered_.size() != layers) {
     return Broken("a summary came after ", answered_.size(), " of ", layers, " layers");
   }
-  if (opened_->method().has_structkv() && !pivot_done_) {
+  if (HasSkeleton(opened_->method()) && !pivot_done_) {
     return Broken("a summary came without a pivot");
   }
   if (summary_->input_bytes() != sent_bytes) {
@@ -297,9 +301,10 @@ absl::StatusOr<v1::Summary> Assembler::Finish(uint64_t sent_bytes) const {
     return Disagrees("logical_length", summary_->logical_length(), ", the prompt has ",
                      open_.prompt_tokens(), " tokens");
   }
-  if (layers > 0 && summary_->kv_length() != opened_->kept_tokens(0)) {
-    return Disagrees("kv_length", summary_->kv_length(), ", Opened.kept_tokens says ",
-                     opened_->kept_tokens(0));
+  const auto& kept = opened_->kept_tokens();
+  const uint32_t largest = kept.empty() ? 0 : *std::max_element(kept.begin(), kept.end());
+  if (summary_->kv_length() != largest) {
+    return Disagrees("kv_length", summary_->kv_length(), ", Opened.kept_tokens says ", largest);
   }
   if (summary_->fingerprint() != opened_->fingerprint()) {
     return Disagrees("fingerprint", summary_->fingerprint(), ", Opened said ",

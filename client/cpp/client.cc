@@ -109,6 +109,7 @@ absl::StatusOr<std::unique_ptr<CompressSession>> Client::OpenPrompt(const v1::Op
     const absl::Status status = core->WaitOpened();
     if (status.ok()) {
       if (options.on_opened) options.on_opened(core->opened());
+      core->StartEvents();
       return std::unique_ptr<CompressSession>(new CompressSession(std::move(core)));
     }
     const std::optional<absl::Duration> delay =

@@ -17,6 +17,7 @@ namespace {
 absl::Status SendAll(CompressSession& session, LayerSource source) {
   const uint32_t layers = session.open().geometry().layer_count();
   for (uint32_t layer = 0; layer < layers; ++layer) {
+    if (session.opened().kept_tokens(static_cast<int>(layer)) == 0) continue;  // needs no tensors
     absl::StatusOr<LayerTensors> tensors = source(layer);
     if (!tensors.ok()) return tensors.status();
     absl::Status status = session.SendLayer(layer, *tensors);

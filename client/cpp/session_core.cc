@@ -38,6 +38,11 @@ absl::Status FromGrpc(const grpc::Status& status) {
   return {static_cast<absl::StatusCode>(status.error_code()), status.error_message()};
 }
 
+// A layer that needs none is as good as sent.
+bool NeedsTensors(const v1::Opened& opened, uint32_t layer) {
+  return opened.required_tensors_size() > 0 && opened.kept_tokens(static_cast<int>(layer)) > 0;
+}
+
 }  // namespace
 
 SessionCore::SessionCore(v1::Open open, SessionOptions options, std::shared_ptr<BytesPool> pool)
@@ -100,6 +105,18 @@ absl::Status SessionCore::WaitOpened() {
   return FinalStatus();
 }
 
+void SessionCore::StartEvents() {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (!options_.on_event || !paused_ || closed_) return;
+    paused_ = false;
+    ++starting_;
+  }
+  incoming_.Clear();
+  StartRead(&incoming_);
+  DoneStarting();
+}
+
 absl::Status SessionCore::FinalStatus() const { return status_; }
 
 absl::Status SessionCore::CheckSending() const {
@@ -154,7 +171,11 @@ absl::Status SessionCore::Commit() {
     absl::MutexLock lock(&mutex_);
     if (committed_) return absl::FailedPreconditionError("the prompt was committed already");
     committed_ = true;
-    request.mutable_commit()->set_layer_count(sent_.layers());
+    uint32_t layers = sent_.layers();
+    for (uint32_t layer = 0; layer < open_.geometry().layer_count(); ++layer) {
+      if (!NeedsTensors(opened_, layer) && !sent_.has_layer(layer)) ++layers;
+    }
+    request.mutable_commit()->set_layer_count(layers);
     request.mutable_commit()->set_input_bytes(sent_.bytes());
   }
   return Write(wire::Encode(request), 0, /*last=*/true);
@@ -214,6 +235,10 @@ void SessionCore::OnReadDone(bool ok) {
       absl::MutexLock lock(&mutex_);
       opened_ = assembler_.opened();
       opened_set_ = true;
+      // Layers that need nothing sent are answered at once; who takes the events must know first
+      // what was opened.
+      paused_ = options_.on_event != nullptr && !closed_ && !cancelled_;
+      read_on = !paused_;
       changed_.SignalAll();
     }
   }

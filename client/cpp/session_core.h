@@ -43,6 +43,8 @@ class SessionCore final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc:
 
   // Waits until the server has answered; the stream's status where it ended before that.
   absl::Status WaitOpened();
+  // After it: lets events come to `SessionOptions.on_event`.
+  void StartEvents();
 
   // Queues a message with `bytes` of tensor data; blocks while too many wait. `last`: half-closes
   // after it.

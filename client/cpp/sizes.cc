@@ -10,6 +10,11 @@ uint64_t Heads(const v1::Open& open, const v1::Opened& opened) {
   return per_head ? open.geometry().kv_head_count() : 1;
 }
 
+v1::Granularity PerHeadUnlessPerLayer(v1::Granularity granularity) {
+  return granularity == v1::GRANULARITY_PER_LAYER ? v1::GRANULARITY_PER_LAYER
+                                                  : v1::GRANULARITY_PER_KV_HEAD;
+}
+
 uint64_t ValueDim(const v1::ModelGeometry& geometry) {
   return geometry.value_dim() == 0 ? geometry.key_dim() : geometry.value_dim();
 }
@@ -61,9 +66,13 @@ v1::Granularity EffectiveGranularity(const v1::Method& method) {
                  ? v1::GRANULARITY_PER_KV_HEAD
                  : v1::GRANULARITY_PER_LAYER;
     case v1::Method::kSnapkv:
-      return method.snapkv().granularity() == v1::GRANULARITY_PER_LAYER
-                 ? v1::GRANULARITY_PER_LAYER
-                 : v1::GRANULARITY_PER_KV_HEAD;
+      return PerHeadUnlessPerLayer(method.snapkv().granularity());
+    case v1::Method::kPyramidkv:
+      return PerHeadUnlessPerLayer(method.pyramidkv().granularity());
+    case v1::Method::kFastkv:
+      return PerHeadUnlessPerLayer(method.fastkv().granularity());
+    case v1::Method::kH2O:
+      return PerHeadUnlessPerLayer(method.h2o().granularity());
     default:
       return v1::GRANULARITY_PER_LAYER;
   }
@@ -100,7 +109,7 @@ uint64_t AnswerTensorBytes(const v1::Open& open, const v1::Opened& opened, v1::T
       return plan ? 0 : row * ValueDim(geometry);
     case v1::TENSOR_SALIENCY: {
       const bool scored = opened.statistic() != v1::STATISTIC_NONE;
-      if (!open.return_saliency() || !scored) return 0;
+      if (!open.return_saliency() || !scored || kept == 0) return 0;
       return sizeof(float) * Heads(open, opened) * tokens;
     }
     default:

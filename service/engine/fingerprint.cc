@@ -24,10 +24,20 @@ absl::string_view PoolingName(Pooling pooling) {
   return "?";
 }
 
+absl::string_view BudgetKindName(method::BudgetKind kind) {
+  switch (kind) {
+    case method::BudgetKind::kIncludesWindow:
+      return "includes_window";
+    case method::BudgetKind::kWindowOnTop:
+      return "window_on_top";
+    case method::BudgetKind::kKvpress:
+      return "kvpress";
+  }
+  return "?";
+}
+
 void AddBudget(absl::string_view name, const method::Budget& budget, std::string& text) {
-  absl::StrAppendFormat(
-      &text, "%s=%.17g %s\n", name, budget.ratio,
-      budget.kind == method::BudgetKind::kIncludesWindow ? "includes_window" : "window_on_top");
+  absl::StrAppendFormat(&text, "%s=%.17g %s\n", name, budget.ratio, BudgetKindName(budget.kind));
 }
 
 void AddScoring(const method::MethodSpec& spec, std::string& text) {
@@ -37,6 +47,32 @@ void AddScoring(const method::MethodSpec& spec, std::string& text) {
       PoolingName(spec.pooling));
   if (spec.pooling != Pooling::kNone) absl::StrAppend(&text, " ", spec.pooling_kernel);
   absl::StrAppend(&text, "\n");
+  // A sum has no line: it is what caches were stored under before there was a choice.
+  if (spec.group_reduce != method::GroupReduce::kSum) {
+    absl::StrAppend(&text, "group_reduce=",
+                    spec.group_reduce == method::GroupReduce::kMean ? "mean" : "max", "\n");
+  }
+}
+
+// What one method alone has.
+void AddOwn(const method::MethodSpec& spec, std::string& text) {
+  switch (spec.method) {
+    case method::Method::kPyramidKv:
+      absl::StrAppendFormat(&text, "beta=%.17g\n", spec.beta);
+      break;
+    case method::Method::kFastKv:
+      AddBudget("skeleton_budget", spec.skeleton_budget, text);
+      absl::StrAppend(&text, "tsp_layer=", spec.tsp_layer, "\n");
+      break;
+    case method::Method::kGemFilter:
+      absl::StrAppend(&text, "filter_layer=", spec.filter_layer, "\n");
+      break;
+    case method::Method::kH2o:
+      absl::StrAppendFormat(&text, "recent_share=%.17g\n", spec.recent_share);
+      break;
+    default:
+      break;
+  }
 }
 
 void AddPivot(const method::PivotSpec& pivot, std::string& text) {
@@ -77,7 +113,8 @@ std::string CanonicalText(const PromptSpec& spec) {
   if (method.method == method::Method::kStreamingLlm) {
     absl::StrAppendFormat(&text, "sinks=%d\n", method.sink_tokens);
   }
-  if (method.has_skeleton()) {
+  AddOwn(method, text);
+  if (method.has_centrality()) {
     absl::StrAppendFormat(&text, "decay=%.17g\n", method.decay);
     AddBudget("skeleton_budget", method.skeleton_budget, text);
     AddPivot(method.pivot, text);

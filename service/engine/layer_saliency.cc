@@ -8,6 +8,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "service/engine/group_max.h"
 #include "service/method/budget.h"
 
 namespace structkv::engine {
@@ -26,8 +27,8 @@ absl::Status BadValue(const LayerInput& input, const BadStatistic& bad) {
       "layer %d: saliency of token %d (KV head %d) is %g", input.layer, token, bad.head, value));
 }
 
-absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, const LayerInput& input,
-                            float* out, ParallelFor parallel) {
+absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, BufferPool& pool,
+                            const LayerInput& input, float* out, ParallelFor parallel) {
   const ModelGeometry& geometry = spec.geometry;
   SaliencyParams params;
   params.queries = TensorView::Dense(input.window_queries.data(), spec.dtype, Layout::kHeadTokenDim,
@@ -37,7 +38,9 @@ absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, cons
   params.lse = input.window_lse.as<const float>();
   constexpr int64_t kNoHead = -1;
   BadStatistic bad{.head = kNoHead};
-  absl::Status status = backend.Saliency(params, out, &bad, parallel);
+  absl::Status status = spec.method.group_reduce == method::GroupReduce::kMax
+                            ? GroupMaxSaliency(params, backend, pool, out, &bad, parallel)
+                            : backend.Saliency(params, out, &bad, parallel);
   if (status.ok()) return status;
   if (absl::IsInvalidArgument(status) && bad.head != kNoHead) {
     // The backend knows whether a query, a log-sum-exp or a score was at fault.
@@ -67,7 +70,7 @@ absl::StatusOr<LayerSaliency> ComputeLayerSaliency(const PromptSpec& spec, const
   switch (spec.statistic) {
     case Statistic::kWindowQueries:
       saliency.per_head = pool.Acquire(kv_heads * tokens * sizeof(float));
-      status = ComputePerHead(spec, backend, input, saliency.per_head.as<float>(), parallel);
+      status = ComputePerHead(spec, backend, pool, input, saliency.per_head.as<float>(), parallel);
       break;
     case Statistic::kSaliencyPerKvHead:
       saliency.per_head = std::move(input.saliency);

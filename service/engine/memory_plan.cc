@@ -1,3 +1,5 @@
+#include "service/engine/group_max.h"
+#include "service/engine/layer_skeleton.h"
 #include "service/engine/prompt_spec.h"
 #include "service/method/centrality.h"
 #include "service/method/pivot_detector.h"
@@ -17,7 +19,7 @@ int64_t InputOfOneLayer(const PromptSpec& spec) {
 
 int64_t OutputOfOneLayer(const PromptSpec& spec) {
   const ModelGeometry& geometry = spec.geometry;
-  const int64_t kept = spec.kept_tokens(0);
+  const int64_t kept = spec.largest_kept_tokens();
   const int64_t sets = spec.per_kv_head() ? geometry.kv_heads : 1;
   int64_t bytes = sets * kept * kPosition;
   if (!spec.plan_only) {
@@ -33,12 +35,15 @@ int64_t State(const PromptSpec& spec) {
                                 ? static_cast<int64_t>(sizeof(method::LayerScore))
                                 : int64_t{1};
   int64_t bytes = spec.geometry.layers * per_layer;
-  if (spec.method.has_skeleton()) {
+  if (spec.method.has_centrality()) {
     const auto range = method::PossibleCentralities(spec.geometry.layers, spec.method.pivot);
     bytes += method::Centrality::MaxVectors(range.last) * spec.prompt_tokens * kFloat;
-    // The result, and what layers of skeleton rows are held to.
-    bytes += (spec.may_have_skeleton_layers() ? 2 : 1) * spec.skeleton_tokens() * kPosition;
   }
+  // What layers of skeleton rows are held to.
+  if (spec.may_have_skeleton_layers()) {
+    bytes += spec.skeleton_tokens() * kPosition;
+  }
+  bytes += spec.skeleton_tokens() * kPosition;
   return bytes;
 }
 
@@ -54,11 +59,15 @@ int64_t Scratch(const PromptSpec& spec, const Backend& backend) {
     params.keys = TensorView::Dense(nullptr, spec.dtype, spec.layout, geometry.kv_heads, tokens,
                                     geometry.key_dim);
     bytes += geometry.kv_heads * tokens * kFloat;
+    if (spec.method.group_reduce == method::GroupReduce::kMax) {
+      params = OneHeadOf(params);
+      bytes += params.keys.heads * tokens * kFloat;
+    }
     bytes += backend.SaliencyScratchBytes(params);
   }
   const int64_t sets = spec.per_kv_head() ? geometry.kv_heads : 1;
   bytes += method::MakeSelectionPolicy(spec.method)->ScratchFloats(tokens, sets) * kFloat;
-  return bytes;
+  return bytes + LayerSkeletonScratchBytes(spec);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "service/engine/layer_saliency.h"
+#include "service/engine/layer_skeleton.h"
 #include "service/method/centrality.h"
 #include "service/method/selection_policy.h"
 
@@ -42,7 +43,7 @@ class Prompt::Impl {
         policy_(method::MakeSelectionPolicy(spec_.method)),
         answered_(spec_.geometry.layers, false) {
     if (spec_.method.needs_statistics()) metrics_.resize(spec_.geometry.layers);
-    if (!spec_.method.has_skeleton()) return;
+    if (!spec_.method.has_centrality()) return;
     const auto range = method::PossibleCentralities(spec_.geometry.layers, spec_.method.pivot);
     centrality_ = std::make_unique<method::Centrality>(spec_.method.decay, spec_.prompt_tokens,
                                                        range.first, range.last, backend);
@@ -60,7 +61,7 @@ class Prompt::Impl {
     output.layer = input.layer;
     output.kept_tokens = std::min(spec_.kept_tokens(input.layer), tokens);
     LayerSaliency saliency;
-    if (spec_.method.needs_statistics()) {
+    if (spec_.method.needs_statistics() && spec_.has_input(input.layer)) {
       absl::StatusOr<LayerSaliency> computed =
           ComputeLayerSaliency(spec_, backend_, pool_, input, parallel);
       if (!computed.ok()) {
@@ -86,12 +87,15 @@ class Prompt::Impl {
     if (centrality_ != nullptr) {
       centrality_->Add(input.layer, {saliency.sum_scores(), static_cast<size_t>(tokens)}, parallel);
       DecideIfKnown(parallel);
+    } else if (input.layer == spec_.method.skeleton_layer()) {
+      pivot_ = LayerSkeleton(spec_, saliency, output.positions, backend_, pool_, parallel);
     }
-    if (spec_.return_saliency) {
+    if (spec_.return_saliency && spec_.has_input(input.layer)) {
       // Of a single KV head there is one vector, under either name.
       const bool per_head =
           saliency.sum.empty() || (spec_.per_kv_head() && !saliency.per_head.empty());
       output.saliency = std::move(per_head ? saliency.per_head : saliency.sum);
+      ScaleReturned(output.saliency.as<float>(), output.saliency.size() / sizeof(float));
     }
     return output;
   }
@@ -124,8 +128,9 @@ class Prompt::Impl {
       const auto tensor = static_cast<InputTensor>(i);
       if (tensor == InputTensor::kPositions) continue;
       const auto came = static_cast<int64_t>(TensorOf(input, tensor).size());
-      const int64_t needed =
-          input.positions.empty() ? spec_.InputBytes(tensor) : spec_.SkeletonInputBytes(tensor);
+      const int64_t needed = !spec_.has_input(input.layer) ? 0
+                             : input.positions.empty()     ? spec_.InputBytes(tensor)
+                                                           : spec_.SkeletonInputBytes(tensor);
       if (came == needed) continue;
       const std::string_view name = InputTensorName(tensor);
       return absl::InvalidArgumentError(
@@ -156,7 +161,10 @@ class Prompt::Impl {
 
   void Select(const LayerSaliency& saliency, int64_t tokens, LayerOutput& output,
               ParallelFor parallel) {
-    method::SelectionInput input{.tokens = tokens, .budget_tokens = spec_.prompt_tokens};
+    method::SelectionInput input{.tokens = tokens,
+                                 .budget_tokens = spec_.prompt_tokens,
+                                 .layer = output.layer,
+                                 .layers = spec_.geometry.layers};
     switch (policy_->input()) {
       case method::PolicyInput::kNothing:
         break;
@@ -173,6 +181,14 @@ class Prompt::Impl {
     output.positions.resize(input.heads * output.kept_tokens);
     policy_->Select(input, backend_, parallel, {scratch.as<float>(), static_cast<size_t>(floats)},
                     absl::MakeSpan(output.positions));
+  }
+
+  // The mean over a group is its sum over the group's size: the order is the same, so only what is
+  // returned is scaled.
+  void ScaleReturned(float* values, size_t count) const {
+    if (spec_.method.group_reduce != method::GroupReduce::kMean) return;
+    const auto group = static_cast<float>(spec_.geometry.group());
+    for (size_t i = 0; i < count; ++i) values[i] /= group;
   }
 
   // The rows of `source` that stay; `source` itself where all do.
@@ -222,6 +238,7 @@ class Prompt::Impl {
           Skeleton{result.decision.skeleton_from_layer, result.skeleton});
     }
     if (!spec_.return_centrality) result.centrality = std::vector<float>();
+    ScaleReturned(result.centrality.data(), result.centrality.size());
     pivot_ = std::move(result);
   }
 

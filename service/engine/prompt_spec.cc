@@ -26,8 +26,12 @@ std::string_view InputTensorName(InputTensor tensor) {
 
 int64_t PromptSpec::window_rows() const { return method::WindowRows(method, prompt_tokens); }
 
-int64_t PromptSpec::kept_tokens(int64_t /*layer*/) const {
-  return method::KeptTokens(method, prompt_tokens);
+int64_t PromptSpec::kept_tokens(int64_t layer) const {
+  return method::KeptTokens(method, prompt_tokens, layer, geometry.layers);
+}
+
+int64_t PromptSpec::largest_kept_tokens() const {
+  return method::LargestKeptTokens(method, prompt_tokens, geometry.layers);
 }
 
 int64_t PromptSpec::skeleton_tokens() const {
@@ -39,7 +43,11 @@ bool PromptSpec::per_kv_head() const {
 }
 
 bool PromptSpec::may_have_skeleton_layers() const {
-  return method.has_skeleton() && method.pivot.mode != method::PivotMode::kExact;
+  return method.has_centrality() && method.pivot.mode != method::PivotMode::kExact;
+}
+
+bool PromptSpec::has_input(int64_t layer) const {
+  return method.method != method::Method::kGemFilter || layer == method.filter_layer;
 }
 
 int64_t PromptSpec::InputBytes(InputTensor tensor) const {

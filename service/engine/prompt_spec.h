@@ -64,8 +64,10 @@ struct PromptSpec {
 
   // Rows of the observation window: min(w, N); 0 for methods without one.
   int64_t window_rows() const;
-  // Tokens that each layer keeps in every KV head.
+  // Tokens that the layer keeps in every KV head; 0 in a layer without input.
   int64_t kept_tokens(int64_t layer) const;
+  // The largest of the layers' counts.
+  int64_t largest_kept_tokens() const;
   // Tokens in the skeleton; 0 where the method has none.
   int64_t skeleton_tokens() const;
   bool per_kv_head() const;
@@ -73,6 +75,9 @@ struct PromptSpec {
   // skeleton rows.
   bool may_have_skeleton_layers() const;
   // Bytes of an input tensor of one full layer; 0: not part of it.
+  // Whether the layer's tensors are part of the prompt: GemFilter looks at one layer alone.
+  bool has_input(int64_t layer) const;
+  // Bytes of an input tensor of one layer that has input; 0: not part of this prompt.
   int64_t InputBytes(InputTensor tensor) const;
   // The same of a layer of skeleton rows, which has positions too.
   int64_t SkeletonInputBytes(InputTensor tensor) const;

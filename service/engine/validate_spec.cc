@@ -151,6 +151,50 @@ absl::Status CheckScoring(const std::string& prefix, const MethodSpec& method,
   return absl::OkStatus();
 }
 
+// Methods without an observation window.
+absl::Status CheckNoWindow(const std::string& prefix, const MethodSpec& method,
+                           const PromptLimits& limits) {
+  if (method.kv_budget.kind == BudgetKind::kWindowOnTop) {
+    return Invalid(prefix + ".kv_budget.kind",
+                   "WINDOW_ON_TOP is not allowed: the method has no observation window");
+  }
+  if (method.method == Method::kH2o) {
+    return CheckShare(prefix + ".recent_share", method.recent_share);
+  }
+  return CheckRange(prefix + ".sink_tokens", method.sink_tokens, 0, limits.max_prompt_tokens);
+}
+
+// What one method alone has.
+absl::Status CheckOwn(const std::string& prefix, const PromptSpec& spec,
+                      const PromptLimits& limits) {
+  const MethodSpec& method = spec.method;
+  const int64_t last_layer = spec.geometry.layers - 1;
+  switch (method.method) {
+    case Method::kStructKv:
+      return First({
+          CheckShare(prefix + ".decay", method.decay),
+          CheckPositiveShare(prefix + ".skeleton_budget.ratio", method.skeleton_budget.ratio),
+          CheckPivot(method.pivot, spec.geometry.layers, limits),
+      });
+    case Method::kPyramidKv:
+      if (method.beta >= 1 && std::isfinite(method.beta)) return absl::OkStatus();
+      return Invalid(prefix + ".beta", method.beta, " is not a finite number of 1 or more");
+    case Method::kFastKv:
+      return First({
+          CheckPositiveShare(prefix + ".skeleton_budget.ratio", method.skeleton_budget.ratio),
+          CheckRange(prefix + ".tsp_layer", method.tsp_layer, 0, last_layer),
+      });
+    case Method::kGemFilter:
+      if (!spec.plan_only) {
+        return Invalid("open.output", "COMPACT, but gemfilter prefills again with the tokens it ",
+                       "chose, so there is no cache to compact; it must be PLAN");
+      }
+      return CheckRange(prefix + ".filter_layer", method.filter_layer, 0, last_layer);
+    default:
+      return absl::OkStatus();
+  }
+}
+
 absl::Status CheckMethod(const PromptSpec& spec, const PromptLimits& limits,
                          const BackendCapabilities& capabilities) {
   const MethodSpec& method = spec.method;
@@ -159,21 +203,34 @@ absl::Status CheckMethod(const PromptSpec& spec, const PromptLimits& limits,
   absl::Status budget = CheckPositiveShare(prefix + ".kv_budget.ratio", method.kv_budget.ratio);
   if (!budget.ok()) return budget;
 
-  if (method.method == Method::kStreamingLlm) {
-    if (method.kv_budget.kind != BudgetKind::kIncludesWindow) {
-      return Invalid(prefix + ".kv_budget.kind",
-                     "WINDOW_ON_TOP is not allowed: the method has no observation window");
-    }
-    return CheckRange(prefix + ".sink_tokens", method.sink_tokens, 0, limits.max_prompt_tokens);
+  if (method.method == Method::kStreamingLlm || method.method == Method::kH2o) {
+    return CheckNoWindow(prefix, method, limits);
   }
-
   absl::Status scoring = CheckScoring(prefix, method, limits, capabilities);
-  if (!scoring.ok() || !method.has_skeleton()) return scoring;
-  return First({
-      CheckShare(prefix + ".decay", method.decay),
-      CheckPositiveShare(prefix + ".skeleton_budget.ratio", method.skeleton_budget.ratio),
-      CheckPivot(method.pivot, spec.geometry.layers, limits),
-  });
+  return scoring.ok() ? CheckOwn(prefix, spec, limits) : scoring;
+}
+
+// Statistics that one method or parameter cannot do with.
+absl::Status CheckStatisticFits(const PromptSpec& spec) {
+  const MethodSpec& method = spec.method;
+  const bool queries = spec.statistic == Statistic::kWindowQueries;
+  if (method.method == Method::kH2o && queries) {
+    return Invalid("open.statistic", "WINDOW_QUERIES, but h2o needs the attention of all queries, ",
+                   "which the worker alone has: SALIENCY or SALIENCY_PER_KV_HEAD");
+  }
+  if (method.method == Method::kFastKv && spec.statistic == Statistic::kSaliency &&
+      spec.geometry.kv_heads > 1) {
+    return Invalid("open.statistic", "SALIENCY, but fastkv smooths each of ",
+                   spec.geometry.kv_heads, " KV heads for its skeleton; it needs ",
+                   "SALIENCY_PER_KV_HEAD");
+  }
+  if (method.needs_statistics() && method.group_reduce != method::GroupReduce::kSum && !queries) {
+    return Invalid(
+        absl::StrCat("open.method.", View(method::MethodName(method.method)), ".group_reduce"),
+        method.group_reduce == method::GroupReduce::kMax ? "MAX" : "MEAN",
+        " needs the statistic WINDOW_QUERIES: the worker's saliency is reduced already");
+  }
+  return absl::OkStatus();
 }
 
 absl::Status CheckStatistic(const PromptSpec& spec) {
@@ -186,6 +243,7 @@ absl::Status CheckStatistic(const PromptSpec& spec) {
   if (!needed && spec.statistic != Statistic::kNone) {
     return Invalid("open.statistic", "method ", method, " needs none; it must be NONE or unset");
   }
+  if (absl::Status fits = CheckStatisticFits(spec); !fits.ok()) return fits;
   // One vector for several heads cannot tell them apart.
   if (spec.statistic == Statistic::kSaliency && spec.per_kv_head() && spec.geometry.kv_heads > 1) {
     return Invalid("open.statistic", "SALIENCY has one value per token, but selection per KV head ",
@@ -197,7 +255,7 @@ absl::Status CheckStatistic(const PromptSpec& spec) {
   if (spec.return_saliency && !needed) {
     return Invalid("open.return_saliency", "true, but method ", method, " has no saliency");
   }
-  if (spec.return_centrality && !spec.method.has_skeleton()) {
+  if (spec.return_centrality && !spec.method.has_centrality()) {
     return Invalid("open.return_centrality", "true, but method ", method, " has no centrality");
   }
   return absl::OkStatus();

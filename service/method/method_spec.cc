@@ -12,6 +12,14 @@ std::string_view MethodName(Method method) {
       return "streaming_llm";
     case Method::kFull:
       return "full";
+    case Method::kPyramidKv:
+      return "pyramidkv";
+    case Method::kFastKv:
+      return "fastkv";
+    case Method::kGemFilter:
+      return "gemfilter";
+    case Method::kH2o:
+      return "h2o";
   }
   return "?";
 }
@@ -23,6 +31,7 @@ MethodSpec MethodSpec::Defaults(Method method) {
     case Method::kStructKv:
       break;
     case Method::kSnapKv:
+    case Method::kPyramidKv:
       spec.window = 32;
       spec.granularity = Granularity::kPerKvHead;
       spec.pooling = Pooling::kAvg;
@@ -35,6 +44,19 @@ MethodSpec MethodSpec::Defaults(Method method) {
     case Method::kFull:
       spec.window = 0;
       spec.kv_budget.ratio = 1.0;
+      break;
+    case Method::kFastKv:
+      spec.granularity = Granularity::kPerKvHead;
+      spec.pooling = Pooling::kMax;
+      spec.pooling_kernel = 7;
+      break;
+    case Method::kGemFilter:
+      spec.window = 1;
+      spec.pooling = Pooling::kAvg;
+      break;
+    case Method::kH2o:
+      spec.window = 0;
+      spec.granularity = Granularity::kPerKvHead;
       break;
   }
   return spec;

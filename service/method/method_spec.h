@@ -10,15 +10,28 @@
 
 namespace structkv::method {
 
-enum class Method : uint8_t { kStructKv, kSnapKv, kStreamingLlm, kFull };
+enum class Method : uint8_t {
+  kStructKv,
+  kSnapKv,
+  kStreamingLlm,
+  kFull,
+  kPyramidKv,
+  kFastKv,
+  kGemFilter,
+  kH2o,
+};
 
-// Lower-case name, as in the proto's `Method.kind`: "structkv", "snapkv", "streaming_llm", "full".
+// Lower-case name, as in the proto's `Method.kind`: "structkv", "snapkv", "streaming_llm", "full",
+// "pyramidkv", "fastkv", "gemfilter", "h2o".
 std::string_view MethodName(Method method);
 
 enum class Granularity : uint8_t { kPerLayer, kPerKvHead };
 
 // How the observation window counts in a budget (docs/method.md, section 4).
-enum class BudgetKind : uint8_t { kIncludesWindow, kWindowOnTop };
+enum class BudgetKind : uint8_t { kIncludesWindow, kWindowOnTop, kKvpress };
+
+// How the attention of a KV head's query heads becomes one score (docs/method.md, section 4).
+enum class GroupReduce : uint8_t { kSum, kMean, kMax };
 
 struct Budget {
   double ratio = 0.10;  // share of the prompt's tokens, (0, 1]
@@ -68,14 +81,28 @@ struct MethodSpec {
   double decay = 0.9;          // lambda of the centrality, [0, 1]
   Budget skeleton_budget = {.ratio = 0.20};
   PivotSpec pivot;
+  GroupReduce group_reduce = GroupReduce::kSum;
+  double beta = 20;           // PyramidKV: how many times the mean budget is the last layer's, >= 1
+  int64_t tsp_layer = 0;      // FastKV: the layer whose scores choose the skeleton
+  int64_t filter_layer = 0;   // GemFilter: the layer whose scores choose the tokens
+  double recent_share = 0.5;  // H2O: share of the budget for the latest tokens, [0, 1]
 
   // The method's published defaults (docs/method.md, section 5).
   static MethodSpec Defaults(Method method);
 
   // Whether the method scores tokens, so that statistics must come with every layer.
-  bool needs_statistics() const { return method == Method::kStructKv || method == Method::kSnapKv; }
-  // Whether the method has centrality, pivot and skeleton.
-  bool has_skeleton() const { return method == Method::kStructKv; }
+  bool needs_statistics() const {
+    return method != Method::kStreamingLlm && method != Method::kFull;
+  }
+  // Whether the method has centrality and looks for a pivot.
+  bool has_centrality() const { return method == Method::kStructKv; }
+  // The layer whose scores alone choose the skeleton, of methods that have such a layer.
+  std::optional<int64_t> skeleton_layer() const {
+    if (method == Method::kFastKv) return tsp_layer;
+    if (method == Method::kGemFilter) return filter_layer;
+    return std::nullopt;
+  }
+  bool has_skeleton() const { return has_centrality() || skeleton_layer().has_value(); }
 };
 
 }  // namespace structkv::method

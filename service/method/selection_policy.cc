@@ -14,6 +14,14 @@ std::unique_ptr<SelectionPolicy> MakeSelectionPolicy(const MethodSpec& spec) {
       return MakeStreamingLlmPolicy(spec);
     case Method::kFull:
       return MakeFullPolicy();
+    case Method::kPyramidKv:
+      return MakePyramidKvPolicy(spec);
+    case Method::kFastKv:
+      return MakeFastKvPolicy(spec);
+    case Method::kGemFilter:
+      return MakeGemFilterPolicy(spec);
+    case Method::kH2o:
+      return MakeH2oPolicy(spec);
   }
   return nullptr;
 }

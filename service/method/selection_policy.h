@@ -27,6 +27,9 @@ struct SelectionInput {
   int64_t heads = 1;
   // [heads, tokens], finite and not negative; may be null for kNothing.
   const float* scores = nullptr;
+  // Which layer it is, for methods whose layers differ: 0 .. layers - 1.
+  int64_t layer = 0;
+  int64_t layers = 1;
 };
 
 // One per method. Immutable and thread-safe.
@@ -39,9 +42,9 @@ class SelectionPolicy {
   // Scratch that Select needs, in floats.
   virtual int64_t ScratchFloats(int64_t tokens, int64_t heads) const = 0;
 
-  // Writes the kept positions of each score vector, [heads, min(KeptTokens(spec, budget_tokens),
-  // tokens)], ascending in each row; counts are exact. Ties go to the lower position. `scratch` has
-  // ScratchFloats elements.
+  // Writes the kept positions of each score vector, [heads, min(kept, tokens)], with the layer's
+  // KeptTokens of `budget_tokens`, ascending in each row; counts are exact. Ties go to the lower
+  // position. `scratch` has ScratchFloats elements.
   virtual void Select(const SelectionInput& input, const Backend& backend, ParallelFor parallel,
                       absl::Span<float> scratch, absl::Span<int32_t> positions) const = 0;
 };

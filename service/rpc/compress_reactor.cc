@@ -165,7 +165,7 @@ void CompressReactor::SendOpened(const session::Session& session) {
   opened->set_backend(std::string(shared_->sessions->backend().name()));
 
   summary_.set_logical_length(static_cast<uint32_t>(spec.prompt_tokens));
-  summary_.set_kv_length(static_cast<uint32_t>(spec.kept_tokens(spec.geometry.layers - 1)));
+  summary_.set_kv_length(static_cast<uint32_t>(spec.largest_kept_tokens()));
   summary_.set_fingerprint(opened->fingerprint());
   summary_.set_backend(opened->backend());
   summary_.set_transport("inline");

@@ -26,10 +26,25 @@ absl::Status DecodeBudget(const v1::Budget& budget, absl::string_view kind, absl
     case v1::BUDGET_KIND_WINDOW_ON_TOP:
       spec->kind = method::BudgetKind::kWindowOnTop;
       return absl::OkStatus();
+    case v1::BUDGET_KIND_KVPRESS:
+      spec->kind = method::BudgetKind::kKvpress;
+      return absl::OkStatus();
     default:
-      return Invalid(kind, absl::StrCat(field, ".kind"), EnumText(budget.kind()),
-                     "allowed: BUDGET_KIND_INCLUDES_WINDOW, BUDGET_KIND_WINDOW_ON_TOP");
+      return Invalid(
+          kind, absl::StrCat(field, ".kind"), EnumText(budget.kind()),
+          "allowed: BUDGET_KIND_INCLUDES_WINDOW, BUDGET_KIND_WINDOW_ON_TOP, BUDGET_KIND_KVPRESS");
   }
+}
+
+// The budget of a method without an observation window.
+absl::Status DecodeWindowlessBudget(const v1::Budget& budget, absl::string_view kind,
+                                    method::Budget* spec) {
+  absl::Status status = DecodeBudget(budget, kind, "kv_budget", spec);
+  if (status.ok() && spec->kind == method::BudgetKind::kWindowOnTop) {
+    return Invalid(kind, "kv_budget.kind", EnumText(budget.kind()),
+                   "allowed: BUDGET_KIND_INCLUDES_WINDOW, BUDGET_KIND_KVPRESS, or unset");
+  }
+  return status;
 }
 
 absl::Status DecodeGranularity(v1::Granularity granularity, absl::string_view kind,
@@ -68,12 +83,44 @@ absl::Status DecodePooling(v1::Pooling pooling, absl::string_view kind, method::
   }
 }
 
-// The parameters that StructKV and SnapKV share.
+absl::Status DecodeGroupReduce(v1::GroupReduce reduce, absl::string_view kind,
+                               method::MethodSpec* spec) {
+  switch (reduce) {
+    case v1::GROUP_REDUCE_UNSPECIFIED:
+      return absl::OkStatus();
+    case v1::GROUP_REDUCE_SUM:
+      spec->group_reduce = method::GroupReduce::kSum;
+      return absl::OkStatus();
+    case v1::GROUP_REDUCE_MEAN:
+      spec->group_reduce = method::GroupReduce::kMean;
+      return absl::OkStatus();
+    case v1::GROUP_REDUCE_MAX:
+      spec->group_reduce = method::GroupReduce::kMax;
+      return absl::OkStatus();
+    default:
+      return Invalid(kind, "group_reduce", EnumText(reduce),
+                     "allowed: GROUP_REDUCE_SUM, GROUP_REDUCE_MEAN, GROUP_REDUCE_MAX");
+  }
+}
+
+// A layer that must be given.
+absl::Status DecodeLayer(bool given, uint32_t layer, int64_t layers, absl::string_view kind,
+                         absl::string_view field, int64_t* spec) {
+  if (!given) return Invalid(kind, field, "not set", "the method needs it");
+  if (layer >= layers) {
+    return Invalid(kind, field, absl::StrCat(layer),
+                   absl::StrCat("0 to ", layers - 1, " are allowed"));
+  }
+  *spec = layer;
+  return absl::OkStatus();
+}
+
+// The parameters that the methods with an observation window share.
 template <typename Kind>
 absl::Status DecodeScoring(const Kind& method, absl::string_view kind, method::MethodSpec* spec) {
   absl::Status status = DecodeBudget(method.kv_budget(), kind, "kv_budget", &spec->kv_budget);
-  if (status.ok()) status = DecodeGranularity(method.granularity(), kind, spec);
   if (status.ok()) status = DecodePooling(method.pooling(), kind, spec);
+  if (status.ok()) status = DecodeGroupReduce(method.group_reduce(), kind, spec);
   if (!status.ok()) return status;
   if (method.has_window_tokens()) {
     spec->window = method.window_tokens();
@@ -157,7 +204,8 @@ absl::Status DecodePivot(const v1::Pivot& pivot, int64_t layers, method::PivotSp
 absl::StatusOr<method::MethodSpec> DecodeStructKv(const v1::StructKvMethod& method,
                                                   int64_t layers) {
   method::MethodSpec spec = method::MethodSpec::Defaults(method::Method::kStructKv);
-  absl::Status status = DecodeScoring(method, "structkv", &spec);
+  absl::Status status = DecodeGranularity(method.granularity(), "structkv", &spec);
+  if (status.ok()) status = DecodeScoring(method, "structkv", &spec);
   if (status.ok()) {
     status = DecodeBudget(method.skeleton_budget(), "structkv", "skeleton_budget",
                           &spec.skeleton_budget);
@@ -168,21 +216,65 @@ absl::StatusOr<method::MethodSpec> DecodeStructKv(const v1::StructKvMethod& meth
   return spec;
 }
 
-absl::StatusOr<method::MethodSpec> DecodeSnapKv(const v1::SnapKvMethod& method) {
-  method::MethodSpec spec = method::MethodSpec::Defaults(method::Method::kSnapKv);
-  if (absl::Status status = DecodeScoring(method, "snapkv", &spec); !status.ok()) return status;
+// SnapKV, and what the methods made after it share with it.
+template <typename Kind>
+absl::StatusOr<method::MethodSpec> DecodeSnapKv(const Kind& method, absl::string_view kind,
+                                                method::Method which) {
+  method::MethodSpec spec = method::MethodSpec::Defaults(which);
+  absl::Status status = DecodeGranularity(method.granularity(), kind, &spec);
+  if (status.ok()) status = DecodeScoring(method, kind, &spec);
+  if (!status.ok()) return status;
+  return spec;
+}
+
+absl::StatusOr<method::MethodSpec> DecodePyramidKv(const v1::PyramidKvMethod& method) {
+  absl::StatusOr<method::MethodSpec> spec =
+      DecodeSnapKv(method, "pyramidkv", method::Method::kPyramidKv);
+  if (spec.ok() && method.has_beta()) spec->beta = method.beta();
+  return spec;
+}
+
+absl::StatusOr<method::MethodSpec> DecodeFastKv(const v1::FastKvMethod& method, int64_t layers) {
+  absl::StatusOr<method::MethodSpec> spec = DecodeSnapKv(method, "fastkv", method::Method::kFastKv);
+  if (!spec.ok()) return spec;
+  absl::Status status =
+      DecodeBudget(method.skeleton_budget(), "fastkv", "skeleton_budget", &spec->skeleton_budget);
+  if (status.ok()) {
+    status = DecodeLayer(method.has_tsp_layer(), method.tsp_layer(), layers, "fastkv", "tsp_layer",
+                         &spec->tsp_layer);
+  }
+  if (!status.ok()) return status;
+  return spec;
+}
+
+absl::StatusOr<method::MethodSpec> DecodeGemFilter(const v1::GemFilterMethod& method,
+                                                   int64_t layers) {
+  method::MethodSpec spec = method::MethodSpec::Defaults(method::Method::kGemFilter);
+  absl::Status status = DecodeScoring(method, "gemfilter", &spec);
+  if (status.ok()) {
+    status = DecodeLayer(method.has_filter_layer(), method.filter_layer(), layers, "gemfilter",
+                         "filter_layer", &spec.filter_layer);
+  }
+  if (!status.ok()) return status;
+  return spec;
+}
+
+absl::StatusOr<method::MethodSpec> DecodeH2o(const v1::H2oMethod& method, v1::Statistic statistic) {
+  method::MethodSpec spec = method::MethodSpec::Defaults(method::Method::kH2o);
+  // One vector cannot tell the heads apart.
+  if (statistic == v1::STATISTIC_SALIENCY) spec.granularity = method::Granularity::kPerLayer;
+  absl::Status status = DecodeWindowlessBudget(method.kv_budget(), "h2o", &spec.kv_budget);
+  if (status.ok()) status = DecodeGranularity(method.granularity(), "h2o", &spec);
+  if (!status.ok()) return status;
+  if (method.has_recent_share()) spec.recent_share = method.recent_share();
   return spec;
 }
 
 absl::StatusOr<method::MethodSpec> DecodeStreamingLlm(const v1::StreamingLlmMethod& method) {
   method::MethodSpec spec = method::MethodSpec::Defaults(method::Method::kStreamingLlm);
   absl::Status status =
-      DecodeBudget(method.kv_budget(), "streaming_llm", "kv_budget", &spec.kv_budget);
+      DecodeWindowlessBudget(method.kv_budget(), "streaming_llm", &spec.kv_budget);
   if (!status.ok()) return status;
-  if (spec.kv_budget.kind != method::BudgetKind::kIncludesWindow) {
-    return Invalid("streaming_llm", "kv_budget.kind", EnumText(method.kv_budget().kind()),
-                   "allowed: BUDGET_KIND_INCLUDES_WINDOW, or unset");
-  }
   if (method.has_sink_tokens()) spec.sink_tokens = method.sink_tokens();
   return spec;
 }
@@ -190,10 +282,35 @@ absl::StatusOr<method::MethodSpec> DecodeStreamingLlm(const v1::StreamingLlmMeth
 v1::Budget EncodeBudget(const method::Budget& budget) {
   v1::Budget encoded;
   encoded.set_ratio(budget.ratio);
-  encoded.set_kind(budget.kind == method::BudgetKind::kWindowOnTop
-                       ? v1::BUDGET_KIND_WINDOW_ON_TOP
-                       : v1::BUDGET_KIND_INCLUDES_WINDOW);
+  switch (budget.kind) {
+    case method::BudgetKind::kIncludesWindow:
+      encoded.set_kind(v1::BUDGET_KIND_INCLUDES_WINDOW);
+      break;
+    case method::BudgetKind::kWindowOnTop:
+      encoded.set_kind(v1::BUDGET_KIND_WINDOW_ON_TOP);
+      break;
+    case method::BudgetKind::kKvpress:
+      encoded.set_kind(v1::BUDGET_KIND_KVPRESS);
+      break;
+  }
   return encoded;
+}
+
+v1::GroupReduce EncodeGroupReduce(method::GroupReduce reduce) {
+  switch (reduce) {
+    case method::GroupReduce::kSum:
+      return v1::GROUP_REDUCE_SUM;
+    case method::GroupReduce::kMean:
+      return v1::GROUP_REDUCE_MEAN;
+    case method::GroupReduce::kMax:
+      return v1::GROUP_REDUCE_MAX;
+  }
+  return v1::GROUP_REDUCE_UNSPECIFIED;
+}
+
+v1::Granularity EncodeGranularity(method::Granularity granularity) {
+  return granularity == method::Granularity::kPerKvHead ? v1::GRANULARITY_PER_KV_HEAD
+                                                        : v1::GRANULARITY_PER_LAYER;
 }
 
 v1::Pooling EncodePooling(Pooling pooling) {
@@ -212,9 +329,7 @@ template <typename Kind>
 void EncodeScoring(const method::MethodSpec& spec, Kind* method) {
   *method->mutable_kv_budget() = EncodeBudget(spec.kv_budget);
   method->set_window_tokens(static_cast<uint32_t>(spec.window));
-  method->set_granularity(spec.granularity == method::Granularity::kPerKvHead
-                              ? v1::GRANULARITY_PER_KV_HEAD
-                              : v1::GRANULARITY_PER_LAYER);
+  method->set_group_reduce(EncodeGroupReduce(spec.group_reduce));
   method->set_pooling(EncodePooling(spec.pooling));
   if (spec.pooling != Pooling::kNone) {
     method->set_pooling_kernel(static_cast<uint32_t>(spec.pooling_kernel));
@@ -256,14 +371,23 @@ v1::PivotMode EncodePivotMode(method::PivotMode mode) {
   return v1::PIVOT_MODE_UNSPECIFIED;
 }
 
-absl::StatusOr<method::MethodSpec> DecodeMethod(const v1::Method& method, int64_t layers) {
+absl::StatusOr<method::MethodSpec> DecodeMethod(const v1::Method& method, int64_t layers,
+                                                v1::Statistic statistic) {
   switch (method.kind_case()) {
     case v1::Method::kSnapkv:
-      return DecodeSnapKv(method.snapkv());
+      return DecodeSnapKv(method.snapkv(), "snapkv", method::Method::kSnapKv);
     case v1::Method::kStreamingLlm:
       return DecodeStreamingLlm(method.streaming_llm());
     case v1::Method::kFull:
       return method::MethodSpec::Defaults(method::Method::kFull);
+    case v1::Method::kPyramidkv:
+      return DecodePyramidKv(method.pyramidkv());
+    case v1::Method::kFastkv:
+      return DecodeFastKv(method.fastkv(), layers);
+    case v1::Method::kGemfilter:
+      return DecodeGemFilter(method.gemfilter(), layers);
+    case v1::Method::kH2O:
+      return DecodeH2o(method.h2o(), statistic);
     case v1::Method::kStructkv:
     case v1::Method::KIND_NOT_SET:
       break;
@@ -276,12 +400,14 @@ v1::Method EncodeMethod(const method::MethodSpec& spec) {
   switch (spec.method) {
     case method::Method::kStructKv:
       EncodeScoring(spec, method.mutable_structkv());
+      method.mutable_structkv()->set_granularity(EncodeGranularity(spec.granularity));
       method.mutable_structkv()->set_decay(spec.decay);
       *method.mutable_structkv()->mutable_skeleton_budget() = EncodeBudget(spec.skeleton_budget);
       EncodePivotSpec(spec.pivot, method.mutable_structkv()->mutable_pivot());
       break;
     case method::Method::kSnapKv:
       EncodeScoring(spec, method.mutable_snapkv());
+      method.mutable_snapkv()->set_granularity(EncodeGranularity(spec.granularity));
       break;
     case method::Method::kStreamingLlm:
       *method.mutable_streaming_llm()->mutable_kv_budget() = EncodeBudget(spec.kv_budget);
@@ -289,6 +415,26 @@ v1::Method EncodeMethod(const method::MethodSpec& spec) {
       break;
     case method::Method::kFull:
       method.mutable_full();
+      break;
+    case method::Method::kPyramidKv:
+      EncodeScoring(spec, method.mutable_pyramidkv());
+      method.mutable_pyramidkv()->set_granularity(EncodeGranularity(spec.granularity));
+      method.mutable_pyramidkv()->set_beta(spec.beta);
+      break;
+    case method::Method::kFastKv:
+      EncodeScoring(spec, method.mutable_fastkv());
+      method.mutable_fastkv()->set_granularity(EncodeGranularity(spec.granularity));
+      method.mutable_fastkv()->set_tsp_layer(static_cast<uint32_t>(spec.tsp_layer));
+      *method.mutable_fastkv()->mutable_skeleton_budget() = EncodeBudget(spec.skeleton_budget);
+      break;
+    case method::Method::kGemFilter:
+      EncodeScoring(spec, method.mutable_gemfilter());
+      method.mutable_gemfilter()->set_filter_layer(static_cast<uint32_t>(spec.filter_layer));
+      break;
+    case method::Method::kH2o:
+      *method.mutable_h2o()->mutable_kv_budget() = EncodeBudget(spec.kv_budget);
+      method.mutable_h2o()->set_recent_share(spec.recent_share);
+      method.mutable_h2o()->set_granularity(EncodeGranularity(spec.granularity));
       break;
   }
   return method;

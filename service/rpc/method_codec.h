@@ -23,8 +23,10 @@ std::string EnumText(Enum value) {
 
 // Fills unset parameters with the method's defaults. INVALID_ARGUMENT for unknown enum values and
 // parameters that contradict each other; ranges are engine::ValidateSpec's, save those that the
-// number's type would hide. `layers` is the model's.
-absl::StatusOr<method::MethodSpec> DecodeMethod(const v1::Method& method, int64_t layers);
+// number's type would hide. `layers` is the model's; `statistic` is
+// the one asked for, which a default may depend on.
+absl::StatusOr<method::MethodSpec> DecodeMethod(const v1::Method& method, int64_t layers,
+                                                v1::Statistic statistic);
 
 v1::PivotMode EncodePivotMode(method::PivotMode mode);
 

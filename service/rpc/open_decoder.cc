@@ -44,6 +44,7 @@ absl::StatusOr<engine::Statistic> DecodeStatistic(v1::Statistic statistic,
   engine::Statistic decoded = engine::Statistic::kNone;
   switch (statistic) {
     case v1::STATISTIC_UNSPECIFIED:
+      if (method.method == method::Method::kH2o) return engine::Statistic::kSaliencyPerKvHead;
       return needed ? engine::Statistic::kWindowQueries : engine::Statistic::kNone;
     case v1::STATISTIC_NONE:
       break;
@@ -140,7 +141,8 @@ absl::StatusOr<OpenRequest> DecodeOpen(const v1::Open& open, int64_t max_message
   if (!layout.ok()) return layout.status();
   spec.layout = *layout;
 
-  absl::StatusOr<method::MethodSpec> method = DecodeMethod(open.method(), spec.geometry.layers);
+  absl::StatusOr<method::MethodSpec> method =
+      DecodeMethod(open.method(), spec.geometry.layers, open.statistic());
   if (!method.ok()) return method.status();
   spec.method = *method;
   absl::StatusOr<engine::Statistic> statistic = DecodeStatistic(open.statistic(), spec.method);
@@ -162,7 +164,7 @@ absl::StatusOr<OpenRequest> DecodeOpen(const v1::Open& open, int64_t max_message
       return Invalid("output", EnumText(open.output()), "allowed: OUTPUT_COMPACT, OUTPUT_PLAN");
   }
   spec.return_saliency = open.return_saliency() && spec.method.needs_statistics();
-  spec.return_centrality = open.return_centrality() && spec.method.has_skeleton();
+  spec.return_centrality = open.return_centrality() && spec.method.has_centrality();
   if (absl::Status rest = DecodeRest(open, max_message_bytes, &request); !rest.ok()) return rest;
   return request;
 }

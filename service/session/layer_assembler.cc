@@ -61,14 +61,25 @@ LayerAssembler::LayerAssembler(const engine::PromptSpec* spec, engine::BufferPoo
     skeleton_bytes_[i] = spec_.SkeletonInputBytes(static_cast<engine::InputTensor>(i));
     if (tensor_bytes_[i] > 0) ++required;
   }
-  for (Layer& layer : layers_) layer.missing = required;
-  // Nothing has to come (a plan of a method without statistics): every layer is complete as it is.
-  if (required > 0) return;
   for (int64_t layer = 0; layer < spec_.geometry.layers; ++layer) {
+    if (required > 0 && spec_.has_input(layer)) {
+      layers_[static_cast<size_t>(layer)].missing = required;
+      continue;
+    }
+    // Nothing has to come (a plan of a method without statistics, a layer that the method does not
+    // look at): the layer is complete as it is.
     complete_.emplace_back().layer = layer;
     ++buffers_used_;
+    ++received_layers_;
   }
-  lowest_unfinished_ = received_layers_ = spec_.geometry.layers;
+  SkipFinished();
+}
+
+void LayerAssembler::SkipFinished() {
+  while (lowest_unfinished_ < spec_.geometry.layers &&
+         layers_[static_cast<size_t>(lowest_unfinished_)].missing == 0) {
+    ++lowest_unfinished_;
+  }
 }
 
 std::string LayerAssembler::Name(const InputPiece& piece) const {
@@ -182,6 +193,10 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Take(const InputPiece& pie
                                               spec_.geometry.layers - 1));
   }
   const auto index = static_cast<size_t>(piece.tensor);
+  if (!spec_.has_input(piece.layer)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        Name(piece), ": this prompt needs no tensor of the layer; see Opened.kept_tokens"));
+  }
   const bool positions = piece.tensor == engine::InputTensor::kPositions;
   if (index >= tensor_bytes_.size() || (tensor_bytes_[index] == 0 && !positions)) {
     return absl::InvalidArgumentError(
@@ -232,10 +247,7 @@ void LayerAssembler::Complete(int64_t layer) {
   complete_.push_back(std::move(found->second));
   partial_.erase(found);
   ++received_layers_;
-  while (lowest_unfinished_ < spec_.geometry.layers &&
-         layers_[static_cast<size_t>(lowest_unfinished_)].missing == 0) {
-    ++lowest_unfinished_;
-  }
+  SkipFinished();
 }
 
 std::optional<engine::LayerInput> LayerAssembler::PopComplete() {

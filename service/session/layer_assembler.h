@@ -83,6 +83,8 @@ class LayerAssembler {
   engine::LayerInput* Buffers(int64_t layer, bool skeleton_rows);
   engine::Buffer& BufferOf(engine::LayerInput& input, engine::InputTensor tensor) const;
   void Complete(int64_t layer);
+  // Moves lowest_unfinished_ past layers that are complete.
+  void SkipFinished();
 
   const engine::PromptSpec& spec_;
   engine::BufferPool* pool_;

@@ -159,6 +159,79 @@ TEST_F(CommandTest, ComparesTheMethods) {
   }
 }
 
+constexpr char kColumnSums[] = STRUCTKV_TEST_DATA "/column-sums-tiny-llama-1000.safetensors";
+
+TEST_F(CommandTest, ComparesEveryMethodGivenTheColumnSums) {
+  const Ran ran = RunCommand(std::string("compare ") + kCapture + " --in-process --json" +
+                             " --column-sums " + kColumnSums);
+  ASSERT_EQ(ran.code, 0) << ran.output;
+  const auto json = nlohmann::json::parse(ran.output);
+  std::vector<std::string> names;
+  for (const auto& method : json.at("methods")) {
+    const std::string name = method.at("method");
+    names.push_back(name);
+    EXPECT_EQ(method.at("kv_bytes_after"), name == "full" ? 3072000 : 307200) << name;
+    EXPECT_EQ(method.contains("error_mean"), name != "gemfilter") << name;
+    const double overlap = method.at("overlap_with_structkv");
+    if (name == "structkv" || name == "full") {
+      EXPECT_EQ(overlap, 1) << name;
+    } else {
+      EXPECT_GT(overlap, 0.1) << name;
+      EXPECT_LT(overlap, 1) << name;
+    }
+    if (name == "pyramidkv") {
+      EXPECT_EQ(method.at("kept_tokens"), 165);
+      EXPECT_EQ(method.at("least_kept_tokens"), 35);
+    }
+  }
+  EXPECT_THAT(names, ::testing::ElementsAre("structkv", "snapkv", "pyramidkv", "fastkv",
+                                            "gemfilter", "h2o", "streaming_llm", "full"));
+  const Ran without = RunCommand(std::string("compare ") + kCapture + " --in-process");
+  EXPECT_EQ(without.code, 0) << without.output;
+  EXPECT_THAT(without.output, HasSubstr("h2o was left out"));
+}
+
+// Every method over the service, and its file drawn.
+TEST_F(CommandTest, EveryMethodIsServedAndPlotted) {
+  const std::string address = "unix:" + directory_.Path("socket");
+  testkit::Process server({STRUCTKV_SERVER, "--listen", address});
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.error();
+  const std::string out = directory_.Path("out.safetensors");
+  const std::string svg = directory_.Path("plot.svg");
+  for (const auto& [flags, title] : std::vector<std::pair<std::string, std::string>>{
+           {"snapkv --group-reduce max", "snapkv on tiny-llama: 100 of 1,000"},
+           {"pyramidkv --beta 10", "pyramidkv on tiny-llama: 38 to 162 of 1,000"},
+           {"fastkv --tsp-layer 6 --saliency", "fastkv on tiny-llama: 100 of 1,000"},
+           {"gemfilter --filter-layer 5 --saliency", "gemfilter on tiny-llama: 100 of 1,000"},
+           {std::string("h2o --recent-share 0.2 --column-sums ") + kColumnSums,
+            "h2o on tiny-llama: 100 of 1,000"},
+           {"streaming_llm --sinks 2", "streaming_llm on tiny-llama: 100 of 1,000"},
+           // A plan for which no layer has anything to send.
+           {"streaming_llm --plan", "streaming_llm on tiny-llama: 100 of 1,000"}}) {
+    const Ran ran = RunCommand(std::string("compress ") + kCapture + " --server " + address +
+                               " --out " + out + " --method " + flags);
+    ASSERT_EQ(ran.code, 0) << ran.output;
+    const Ran plot = RunCommand("plot " + out + " --out " + svg);
+    ASSERT_EQ(plot.code, 0) << plot.output;
+    EXPECT_THAT(Read(svg), HasSubstr(title)) << flags;
+  }
+}
+
+TEST_F(CommandTest, RefusesFlagsThatAMethodDoesNotHave) {
+  const std::string run = std::string("compress ") + kCapture + " --in-process --out " +
+                          directory_.Path("out.safetensors") + " --method ";
+  EXPECT_THAT(RunCommand(run + "snapkv --beta 3").output,
+              HasSubstr("--beta is no parameter of the method snapkv"));
+  EXPECT_THAT(RunCommand(run + "h2o --window 3").output,
+              HasSubstr("--window is no parameter of the method h2o"));
+  EXPECT_THAT(RunCommand(run + "h2o").output, HasSubstr("no column_sums"));
+  EXPECT_THAT(RunCommand(run + "fastkv").output, HasSubstr("tsp_layer is not set"));
+  EXPECT_THAT(RunCommand(run + "gemfilter --granularity per-layer").output,
+              HasSubstr("--granularity is no parameter of the method gemfilter"));
+  EXPECT_THAT(RunCommand(run + "h2o --column-sums " + kCapture).output,
+              HasSubstr("layer.0.column_sums' is missing"));
+}
+
 TEST_F(CommandTest, BenchMeasuresASyntheticPrompt) {
   const Ran ran = RunCommand(
       "bench --in-process --geometry tiny-llama --tokens 500 --prompts 4 --concurrency 2 --json");

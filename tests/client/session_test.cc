@@ -268,6 +268,47 @@ TEST_F(SessionTest, HandsEventsToTheCallback) {
   EXPECT_EQ((*session)->NextEvent().status().code(), absl::StatusCode::kFailedPrecondition);
 }
 
+// Nothing has to be sent: the answers may be there before the caller knows what was opened.
+TEST(PlanOfNothingTest, NoEventComesBeforeOnOpenedHasReturned) {
+  absl::Notification answered;
+  Received received;
+  FakeServer server([&](int, grpc::ServerContext*, Stream* stream) -> grpc::Status {
+    ReadOpen(stream, &received);
+    v1::Opened opened = OpenedFor(received.open);
+    opened.clear_required_tensors();
+    SendOpened(stream, opened);
+    for (uint32_t layer = 0; layer < 2; ++layer) {
+      stream->Write(LayerResponse(received.open, layer));
+    }
+    answered.Notify();
+    ReadToCommit(stream, &received);
+    SendSummary(stream, SummaryFor(received.open, opened, 0));
+    return grpc::Status::OK;
+  });
+  const auto client = *Client::Connect(server.address());
+  std::atomic<bool> opened{false};
+  std::atomic<int> early{0};
+  std::atomic<int> events{0};
+  SessionOptions options;
+  options.on_opened = [&](const v1::Opened&) {
+    answered.WaitForNotification();
+    absl::SleepFor(absl::Milliseconds(50));  // for what should not come
+    opened = true;
+  };
+  options.on_event = [&](const Event&) {
+    if (!opened) ++early;
+    ++events;
+  };
+  auto session = client->OpenPrompt(SmallOpen(), options);
+  ASSERT_TRUE(session.ok()) << session.status();
+  ASSERT_TRUE((*session)->Commit().ok());
+  const auto summary = (*session)->Wait();
+  ASSERT_TRUE(summary.ok()) << summary.status();
+  EXPECT_EQ(early, 0);
+  EXPECT_EQ(events, 3);
+  EXPECT_EQ(received.commit.layer_count(), 2) << "layers that need nothing count as sent";
+}
+
 TEST_F(SessionTest, KeepsTheOwnerUntilTheBytesAreSentAndNoLonger) {
   const v1::Open open = SmallOpen();
   std::weak_ptr<std::string> watch;

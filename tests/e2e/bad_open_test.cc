@@ -307,6 +307,88 @@ std::vector<OpenCase> StreamingLlmCases() {
   };
 }
 
+std::vector<OpenCase> OtherMethodCases() {
+  const auto pyramid_beta = [](double beta) {
+    return [=](v1::Open* open) { open->mutable_method()->mutable_pyramidkv()->set_beta(beta); };
+  };
+  const auto recent = [](double share) {
+    return [=](v1::Open* open) { open->mutable_method()->mutable_h2o()->set_recent_share(share); };
+  };
+  const auto fastkv = [](std::function<void(v1::FastKvMethod*)> change) {
+    return [=](v1::Open* open) {
+      open->mutable_method()->mutable_fastkv()->set_tsp_layer(1);
+      change(open->mutable_method()->mutable_fastkv());
+    };
+  };
+  return {
+      {"PyramidBetaBelowOne", pyramid_beta(0.5), "beta"},
+      {"PyramidBetaNan", pyramid_beta(kNan), "beta"},
+      {"PyramidBetaInfinite", pyramid_beta(kInf), "beta"},
+      {"FastKvWithoutLayer", [](v1::Open* open) { open->mutable_method()->mutable_fastkv(); },
+       "tsp_layer"},
+      {"FastKvPastTheEnd", fastkv([](v1::FastKvMethod* m) { m->set_tsp_layer(4); }), "tsp_layer"},
+      {"FastKvZeroSkeleton",
+       fastkv([](v1::FastKvMethod* m) { m->mutable_skeleton_budget()->set_ratio(0); }),
+       "skeleton_budget.ratio"},
+      {"FastKvUnknownReduce",
+       fastkv([](v1::FastKvMethod* m) { m->set_group_reduce(static_cast<v1::GroupReduce>(9)); }),
+       "group_reduce"},
+      {"FastKvOnSummedSaliency",
+       [](v1::Open* open) {
+         open->mutable_method()->mutable_fastkv()->set_tsp_layer(1);
+         open->mutable_method()->mutable_fastkv()->set_granularity(v1::GRANULARITY_PER_LAYER);
+         open->set_statistic(v1::STATISTIC_SALIENCY);
+       },
+       "statistic"},
+      {"GemFilterWithoutLayer",
+       [](v1::Open* open) {
+         open->mutable_method()->mutable_gemfilter();
+         open->set_output(v1::OUTPUT_PLAN);
+       },
+       "filter_layer"},
+      {"GemFilterPastTheEnd",
+       [](v1::Open* open) {
+         open->mutable_method()->mutable_gemfilter()->set_filter_layer(4);
+         open->set_output(v1::OUTPUT_PLAN);
+       },
+       "filter_layer"},
+      {"GemFilterCompacts",
+       [](v1::Open* open) { open->mutable_method()->mutable_gemfilter()->set_filter_layer(1); },
+       "open.output"},
+      {"H2oOnWindowQueries",
+       [](v1::Open* open) {
+         open->mutable_method()->mutable_h2o();
+         open->set_statistic(v1::STATISTIC_WINDOW_QUERIES);
+       },
+       "attention of all queries"},
+      {"H2oPerHeadOnSummedSaliency",
+       [](v1::Open* open) {
+         open->mutable_method()->mutable_h2o()->set_granularity(v1::GRANULARITY_PER_KV_HEAD);
+         open->set_statistic(v1::STATISTIC_SALIENCY);
+       },
+       "statistic"},
+      {"H2oWindowOnTop",
+       [](v1::Open* open) {
+         open->mutable_method()->mutable_h2o()->mutable_kv_budget()->set_kind(
+             v1::BUDGET_KIND_WINDOW_ON_TOP);
+       },
+       "kv_budget.kind"},
+      {"H2oNegativeRecent", recent(-0.1), "recent_share"},
+      {"H2oRecentAboveOne", recent(1.1), "recent_share"},
+      {"H2oRecentNan", recent(kNan), "recent_share"},
+      {"GroupMaxOfGivenSaliency",
+       [](v1::Open* open) {
+         StructKv(open)->set_group_reduce(v1::GROUP_REDUCE_MAX);
+         open->set_statistic(v1::STATISTIC_SALIENCY);
+       },
+       "group_reduce"},
+  };
+}
+
+v1::PyramidKvMethod* PyramidKv(v1::Open* open) {
+  return open->mutable_method()->mutable_pyramidkv();
+}
+
 std::string CaseName(const ::testing::TestParamInfo<OpenCase>& instance) {
   return instance.param.name;
 }
@@ -316,6 +398,11 @@ INSTANTIATE_TEST_SUITE_P(Field, BadOpenTest, ::testing::ValuesIn(FieldCases()), 
 INSTANTIATE_TEST_SUITE_P(StructKv, BadOpenTest, ::testing::ValuesIn(StructKvCases()), CaseName);
 INSTANTIATE_TEST_SUITE_P(SnapKv, BadOpenTest,
                          ::testing::ValuesIn(ScoringCases<v1::SnapKvMethod>("", SnapKv)), CaseName);
+INSTANTIATE_TEST_SUITE_P(PyramidKv, BadOpenTest,
+                         ::testing::ValuesIn(ScoringCases<v1::PyramidKvMethod>("", PyramidKv)),
+                         CaseName);
+INSTANTIATE_TEST_SUITE_P(OtherMethods, BadOpenTest, ::testing::ValuesIn(OtherMethodCases()),
+                         CaseName);
 INSTANTIATE_TEST_SUITE_P(StreamingLlm, BadOpenTest, ::testing::ValuesIn(StreamingLlmCases()),
                          CaseName);
 

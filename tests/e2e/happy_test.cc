@@ -123,6 +123,62 @@ std::vector<MethodCase> Methods() {
          method->mutable_kv_budget()->set_ratio(0.3);
        }},
       {"Full", [](v1::Open* open) { open->mutable_method()->mutable_full(); }},
+      {"StructKvGroupMax",
+       [](v1::Open* open) {
+         open->mutable_method()->mutable_structkv()->set_group_reduce(v1::GROUP_REDUCE_MAX);
+         open->set_return_saliency(true);
+         open->set_return_centrality(true);
+         open->set_window_lse(true);
+       }},
+      {"SnapKvGroupMean",
+       [](v1::Open* open) {
+         open->mutable_method()->mutable_snapkv()->set_group_reduce(v1::GROUP_REDUCE_MEAN);
+         open->set_return_saliency(true);
+       }},
+      {"SnapKvKvpress",
+       [](v1::Open* open) {
+         v1::SnapKvMethod* method = open->mutable_method()->mutable_snapkv();
+         method->mutable_kv_budget()->set_ratio(0.5);
+         method->mutable_kv_budget()->set_kind(v1::BUDGET_KIND_KVPRESS);
+       }},
+      {"PyramidKv",
+       [](v1::Open* open) {
+         v1::PyramidKvMethod* method = open->mutable_method()->mutable_pyramidkv();
+         method->mutable_kv_budget()->set_ratio(0.3);
+         open->set_return_saliency(true);
+       }},
+      {"PyramidKvSteepPerLayer",
+       [](v1::Open* open) {
+         v1::PyramidKvMethod* method = open->mutable_method()->mutable_pyramidkv();
+         method->mutable_kv_budget()->set_ratio(0.7);
+         method->set_window_tokens(5);
+         method->set_granularity(v1::GRANULARITY_PER_LAYER);
+         method->set_pooling(v1::POOLING_MAX);
+         method->set_beta(100);
+       }},
+      {"FastKv",
+       [](v1::Open* open) {
+         open->mutable_method()->mutable_fastkv()->set_tsp_layer(2);
+         open->set_return_saliency(true);
+       }},
+      {"FastKvOnGivenSaliencyPerLayer",
+       [](v1::Open* open) {
+         v1::FastKvMethod* method = open->mutable_method()->mutable_fastkv();
+         method->set_tsp_layer(0);
+         method->set_granularity(v1::GRANULARITY_PER_LAYER);
+         method->set_pooling(v1::POOLING_NONE);
+         method->mutable_skeleton_budget()->set_ratio(0.4);
+         open->set_statistic(v1::STATISTIC_SALIENCY_PER_KV_HEAD);
+       }},
+      {"H2o", [](v1::Open* open) { open->mutable_method()->mutable_h2o(); }},
+      {"H2oPerLayer",
+       [](v1::Open* open) {
+         v1::H2oMethod* method = open->mutable_method()->mutable_h2o();
+         method->set_recent_share(0.1);
+         method->mutable_kv_budget()->set_ratio(0.33);
+         open->set_statistic(v1::STATISTIC_SALIENCY);
+         open->set_return_saliency(true);
+       }},
   };
 }
 
@@ -170,13 +226,53 @@ TEST_P(ShortPromptTest, KeepsEverythingUpToTheWindow) {
     const PromptData data(open, 3);
     const Outcome outcome = Run(AllMessages(data));
     ExpectSuccess(data, outcome);
-    if (GetParam() <= 4) {
+    if (GetParam() <= 4 && !open.method().has_h2o()) {
       EXPECT_EQ(Assemble(outcome).summary.value_or(v1::Summary()).kv_length(), GetParam());
     }
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(, ShortPromptTest, ::testing::Values(1, 2, 4, 7, 8, 9, 33));
+
+// The one method whose layers need nothing but for one; its output is a plan always.
+class GemFilterTest : public ServiceTest,
+                      public ::testing::WithParamInterface<std::tuple<uint32_t, v1::Statistic>> {};
+
+TEST_P(GemFilterTest, TheFilterLayerChoosesForAll) {
+  Start();
+  const auto& [layer, statistic] = GetParam();
+  v1::Open open = SmallOpen(211);
+  open.mutable_method()->mutable_gemfilter()->set_filter_layer(layer);
+  open.set_output(v1::OUTPUT_PLAN);
+  open.set_statistic(statistic);
+  open.set_return_saliency(true);
+  open.set_layers_in_flight(1);
+  const PromptData data(open, 5);
+  const Outcome outcome = Run(AllMessages(data));
+  ExpectSuccess(data, outcome);
+  const Answer answer = Assemble(outcome);
+  ASSERT_TRUE(answer.pivot.has_value());
+  EXPECT_EQ(AsInts(answer.pivot->tensors.at(v1::TENSOR_SKELETON_POSITIONS)),
+            AsInts(answer.layers.at(layer).tensors.at(v1::TENSOR_POSITIONS)));
+}
+
+INSTANTIATE_TEST_SUITE_P(, GemFilterTest,
+                         ::testing::Combine(::testing::Values(0, 2, 3),
+                                            ::testing::Values(v1::STATISTIC_WINDOW_QUERIES,
+                                                              v1::STATISTIC_SALIENCY,
+                                                              v1::STATISTIC_SALIENCY_PER_KV_HEAD)));
+
+TEST_F(ServiceTest, GemFilterTakesNoTensorOfAnotherLayer) {
+  Start();
+  v1::Open open = SmallOpen(211);
+  open.mutable_method()->mutable_gemfilter()->set_filter_layer(2);
+  open.set_output(v1::OUTPUT_PLAN);
+  const PromptData data(open, 5);
+  v1::TensorPiece piece = MakePiece(data, 2, v1::TENSOR_KEYS);
+  piece.set_layer(1);
+  const Outcome outcome = Run({OpenMessage(open), PieceMessage(std::move(piece))});
+  ExpectFailure(outcome, grpc::StatusCode::INVALID_ARGUMENT, {"layer 1", "needs no tensor"});
+}
 
 struct ShapeCase {
   std::string name;
@@ -485,7 +581,8 @@ TEST_F(ServiceTestPlain, Capabilities) {
   EXPECT_THAT(response.layouts(), ::testing::UnorderedElementsAre(v1::LAYOUT_HEAD_TOKEN_DIM,
                                                                   v1::LAYOUT_TOKEN_HEAD_DIM));
   EXPECT_THAT(response.methods(),
-              ::testing::UnorderedElementsAre("structkv", "snapkv", "streaming_llm", "full"));
+              ::testing::UnorderedElementsAre("structkv", "snapkv", "streaming_llm", "full",
+                                              "pyramidkv", "fastkv", "gemfilter", "h2o"));
   EXPECT_THAT(response.statistics(), ::testing::SizeIs(4));
   EXPECT_THAT(response.pivot_modes(),
               ::testing::UnorderedElementsAre(v1::PIVOT_MODE_EXACT, v1::PIVOT_MODE_FIXED,

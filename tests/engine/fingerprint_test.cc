@@ -79,6 +79,33 @@ TEST(FingerprintTest, EveryParameterCounts) {
       [](PromptSpec& s) { s.method.pivot.variance_weight = 0.4; },
       [](PromptSpec& s) { s.method.pivot.search_begin = 0.2; },
       [](PromptSpec& s) { s.method.pivot.search_end = 0.8; },
+      [](PromptSpec& s) { s.method.kv_budget.kind = method::BudgetKind::kKvpress; },
+      [](PromptSpec& s) { s.method.group_reduce = method::GroupReduce::kMean; },
+      [](PromptSpec& s) { s.method.group_reduce = method::GroupReduce::kMax; },
+      [](PromptSpec& s) { s.method = method::MethodSpec::Defaults(Method::kPyramidKv); },
+      [](PromptSpec& s) {
+        s.method = method::MethodSpec::Defaults(Method::kPyramidKv);
+        s.method.beta = 10;
+      },
+      [](PromptSpec& s) { s.method = method::MethodSpec::Defaults(Method::kFastKv); },
+      [](PromptSpec& s) {
+        s.method = method::MethodSpec::Defaults(Method::kFastKv);
+        s.method.tsp_layer = 15;
+      },
+      [](PromptSpec& s) {
+        s.method = method::MethodSpec::Defaults(Method::kFastKv);
+        s.method.skeleton_budget.ratio = 0.3;
+      },
+      [](PromptSpec& s) { s.method = method::MethodSpec::Defaults(Method::kGemFilter); },
+      [](PromptSpec& s) {
+        s.method = method::MethodSpec::Defaults(Method::kGemFilter);
+        s.method.filter_layer = 13;
+      },
+      [](PromptSpec& s) { s.method = method::MethodSpec::Defaults(Method::kH2o); },
+      [](PromptSpec& s) {
+        s.method = method::MethodSpec::Defaults(Method::kH2o);
+        s.method.recent_share = 0.25;
+      },
   };
   std::set<std::string> seen;
   for (size_t i = 0; i < changes.size(); ++i) {
@@ -100,6 +127,10 @@ TEST(FingerprintTest, WhatDoesNotChangeTheMethodDoesNotCount) {
       [](PromptSpec& s) { s.method.pivot.fixed_layer = 7; },  // FIXED's
       [](PromptSpec& s) { s.method.pivot.patience = 7; },     // ONLINE's
       [](PromptSpec& s) { s.method.pivot.profiled_layer = 7; },
+      [](PromptSpec& s) { s.method.beta = 7; },            // PyramidKV's
+      [](PromptSpec& s) { s.method.tsp_layer = 7; },       // FastKV's
+      [](PromptSpec& s) { s.method.filter_layer = 7; },    // GemFilter's
+      [](PromptSpec& s) { s.method.recent_share = 0.7; },  // H2O's
   };
   for (size_t i = 0; i < changes.size(); ++i) {
     PromptSpec spec = LlamaSpec();

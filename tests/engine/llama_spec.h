@@ -14,6 +14,8 @@ inline PromptSpec LlamaSpec(method::Method method = method::Method::kStructKv) {
   spec.prompt_tokens = 131072;
   spec.method = method::MethodSpec::Defaults(method);
   spec.statistic = spec.method.needs_statistics() ? Statistic::kWindowQueries : Statistic::kNone;
+  if (method == method::Method::kH2o) spec.statistic = Statistic::kSaliencyPerKvHead;
+  spec.plan_only = method == method::Method::kGemFilter;
   spec.model_id = "llama";
   return spec;
 }

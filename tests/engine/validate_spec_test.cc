@@ -29,7 +29,8 @@ absl::Status Validate(const PromptSpec& spec, const PromptLimits& limits = {}) {
 
 TEST(ValidateSpecTest, DefaultsOfEveryMethodAreValid) {
   for (const Method method :
-       {Method::kStructKv, Method::kSnapKv, Method::kStreamingLlm, Method::kFull}) {
+       {Method::kStructKv, Method::kSnapKv, Method::kStreamingLlm, Method::kFull,
+        Method::kPyramidKv, Method::kFastKv, Method::kGemFilter, Method::kH2o}) {
     EXPECT_EQ(Validate(LlamaSpec(method)), absl::OkStatus());
   }
 }
@@ -207,6 +208,50 @@ INSTANTIATE_TEST_SUITE_P(
                 [](PromptSpec& s) { s.return_saliency = true; }, Method::kStreamingLlm},
         BadSpec{"open.return_centrality: true, but method snapkv",
                 [](PromptSpec& s) { s.return_centrality = true; }, Method::kSnapKv}));
+
+INSTANTIATE_TEST_SUITE_P(
+    OtherMethods, ValidateSpecBadTest,
+    ::testing::Values(
+        BadSpec{"open.method.pyramidkv.beta: 0.99 is not a finite number of 1 or more",
+                [](PromptSpec& s) { s.method.beta = 0.99; }, Method::kPyramidKv},
+        BadSpec{"open.method.pyramidkv.beta: nan is not",
+                [](PromptSpec& s) { s.method.beta = kNan; }, Method::kPyramidKv},
+        BadSpec{"open.method.fastkv.tsp_layer: 32 is out of range [0, 31]",
+                [](PromptSpec& s) { s.method.tsp_layer = 32; }, Method::kFastKv},
+        BadSpec{"open.method.fastkv.skeleton_budget.ratio: 0 is out of range (0, 1]",
+                [](PromptSpec& s) { s.method.skeleton_budget.ratio = 0; }, Method::kFastKv},
+        BadSpec{"open.statistic: SALIENCY, but fastkv smooths each of 8 KV heads",
+                [](PromptSpec& s) {
+                  s.statistic = Statistic::kSaliency;
+                  s.method.granularity = method::Granularity::kPerLayer;
+                },
+                Method::kFastKv},
+        BadSpec{"open.method.gemfilter.filter_layer: -1 is out of range [0, 31]",
+                [](PromptSpec& s) { s.method.filter_layer = -1; }, Method::kGemFilter},
+        BadSpec{"open.output: COMPACT, but gemfilter prefills again",
+                [](PromptSpec& s) { s.plan_only = false; }, Method::kGemFilter},
+        BadSpec{"open.return_centrality: true, but method gemfilter",
+                [](PromptSpec& s) { s.return_centrality = true; }, Method::kGemFilter},
+        BadSpec{"open.statistic: WINDOW_QUERIES, but h2o needs the attention of all queries",
+                [](PromptSpec& s) { s.statistic = Statistic::kWindowQueries; }, Method::kH2o},
+        BadSpec{"open.statistic: SALIENCY has one value per token",
+                [](PromptSpec& s) { s.statistic = Statistic::kSaliency; }, Method::kH2o},
+        BadSpec{"open.method.h2o.recent_share: 1.01 is out of range [0, 1]",
+                [](PromptSpec& s) { s.method.recent_share = 1.01; }, Method::kH2o},
+        BadSpec{"open.method.h2o.kv_budget.kind: WINDOW_ON_TOP is not allowed",
+                [](PromptSpec& s) { s.method.kv_budget.kind = method::BudgetKind::kWindowOnTop; },
+                Method::kH2o},
+        BadSpec{"open.method.structkv.group_reduce: MAX needs the statistic WINDOW_QUERIES",
+                [](PromptSpec& s) {
+                  s.statistic = Statistic::kSaliency;
+                  s.method.group_reduce = method::GroupReduce::kMax;
+                }},
+        BadSpec{"open.method.fastkv.group_reduce: MEAN needs the statistic WINDOW_QUERIES",
+                [](PromptSpec& s) {
+                  s.statistic = Statistic::kSaliencyPerKvHead;
+                  s.method.group_reduce = method::GroupReduce::kMean;
+                },
+                Method::kFastKv}));
 
 TEST(ValidateSpecTest, OneVectorIsEnoughForOneKvHead) {
   PromptSpec spec = LlamaSpec(Method::kSnapKv);

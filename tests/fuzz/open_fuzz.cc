@@ -27,7 +27,9 @@ session::SessionManager& Sessions() {
 void CheckSpec(const engine::PromptSpec& spec) {
   const int64_t tokens = spec.prompt_tokens;
   for (int64_t layer = 0; layer < spec.geometry.layers; ++layer) {
-    FUZZ_CHECK(spec.kept_tokens(layer) >= 1 && spec.kept_tokens(layer) <= tokens);
+    FUZZ_CHECK(spec.kept_tokens(layer) >= (spec.has_input(layer) ? 1 : 0));
+    FUZZ_CHECK(spec.kept_tokens(layer) <= spec.largest_kept_tokens());
+    FUZZ_CHECK(spec.largest_kept_tokens() <= tokens);
   }
   FUZZ_CHECK(spec.skeleton_tokens() >= 0 && spec.skeleton_tokens() <= tokens);
   FUZZ_CHECK(spec.window_rows() >= 0 && spec.window_rows() <= tokens);
@@ -43,7 +45,7 @@ void CheckSpec(const engine::PromptSpec& spec) {
   const v1::Opened opened = rpc::EncodeOpened(spec);
   FUZZ_CHECK(opened.kept_tokens_size() == spec.geometry.layers);
   // The parameters in force ask for themselves again.
-  const auto again = rpc::DecodeMethod(opened.method(), spec.geometry.layers);
+  const auto again = rpc::DecodeMethod(opened.method(), spec.geometry.layers, opened.statistic());
   FUZZ_CHECK(again.ok());
   FUZZ_CHECK(rpc::EncodeMethod(*again).SerializeAsString() == opened.method().SerializeAsString());
 }

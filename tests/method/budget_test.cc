@@ -81,6 +81,46 @@ TEST(BudgetTest, StreamingLlmKeepsItsSinksAndAtLeastOneToken) {
   EXPECT_EQ(KeptTokens(spec, 1), 1);
 }
 
+// int(1000 * (1 - 0.9)) is 99 in double precision, and so it is here.
+TEST(BudgetTest, KvpressRoundsTheProductDown) {
+  const Budget budget{.ratio = 1 - 0.9, .kind = BudgetKind::kKvpress};
+  EXPECT_EQ(BudgetTokens(budget, 8, 1000), 99);
+  EXPECT_EQ(BudgetTokens({.ratio = 0.1, .kind = BudgetKind::kKvpress}, 8, 1009), 100);
+  EXPECT_EQ(BudgetTokens(budget, 8, 50), 8);
+  EXPECT_EQ(BudgetTokens(budget, 0, 5), 1);
+  EXPECT_EQ(BudgetTokens({.ratio = 1, .kind = BudgetKind::kKvpress}, 8, 50), 50);
+}
+
+TEST(BudgetTest, GemFilterKeepsTokensInItsLayerAlone) {
+  MethodSpec spec = MethodSpec::Defaults(Method::kGemFilter);
+  spec.filter_layer = 2;
+  EXPECT_EQ(KeptTokens(spec, 1000, 1, 4), 0);
+  EXPECT_EQ(KeptTokens(spec, 1000, 2, 4), 100);
+  EXPECT_EQ(KeptTokens(spec, 1000, 3, 4), 0);
+  EXPECT_EQ(LargestKeptTokens(spec, 1000, 4), 100);
+  EXPECT_EQ(SkeletonTokens(spec, 1000), 100);
+}
+
+TEST(BudgetTest, FastKvHasASkeleton) {
+  const MethodSpec spec = MethodSpec::Defaults(Method::kFastKv);
+  EXPECT_EQ(KeptTokens(spec, 1000, 0, 4), 100);
+  EXPECT_EQ(SkeletonTokens(spec, 1000), 200);
+  EXPECT_EQ(SkeletonTokens(MethodSpec::Defaults(Method::kPyramidKv), 1000), 0);
+  EXPECT_EQ(SkeletonTokens(MethodSpec::Defaults(Method::kH2o), 1000), 0);
+}
+
+TEST(BudgetTest, TheRecentShareIsRoundedDown) {
+  MethodSpec spec = MethodSpec::Defaults(Method::kH2o);
+  EXPECT_EQ(WindowRows(spec, 1000), 0);
+  EXPECT_EQ(RecentTokens(spec, 101), 50);
+  spec.recent_share = 0.1;
+  EXPECT_EQ(RecentTokens(spec, 30), 3) << "whatever the rounding of 0.1";
+  spec.recent_share = 0;
+  EXPECT_EQ(RecentTokens(spec, 100), 0);
+  spec.recent_share = 1;
+  EXPECT_EQ(RecentTokens(spec, 100), 100);
+}
+
 TEST(BudgetTest, FullKeepsEverything) {
   MethodSpec spec = MethodSpec::Defaults(Method::kFull);
   spec.kv_budget.ratio = 0.1;  // has no meaning here

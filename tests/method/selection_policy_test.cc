@@ -21,12 +21,16 @@ class SelectionPolicyTest : public ::testing::Test {
  protected:
   // Runs the policy of `spec` over `heads` score vectors.
   std::vector<int32_t> Run(const MethodSpec& spec, const std::vector<float>& scores, int64_t tokens,
-                           int64_t heads = 1) {
+                           int64_t heads = 1, int64_t layer = 0, int64_t layers = 1) {
     const auto policy = MakeSelectionPolicy(spec);
     std::vector<float> scratch(policy->ScratchFloats(tokens, heads));
-    std::vector<int32_t> positions(heads * KeptTokens(spec, tokens), -1);
-    policy->Select({.tokens = tokens, .heads = heads, .scores = scores.data()}, *backend_,
-                   SerialFor, absl::MakeSpan(scratch), absl::MakeSpan(positions));
+    std::vector<int32_t> positions(heads * KeptTokens(spec, tokens, layer, layers), -1);
+    policy->Select({.tokens = tokens,
+                    .heads = heads,
+                    .scores = scores.data(),
+                    .layer = layer,
+                    .layers = layers},
+                   *backend_, SerialFor, absl::MakeSpan(scratch), absl::MakeSpan(positions));
     return positions;
   }
 
@@ -49,6 +53,14 @@ TEST_F(SelectionPolicyTest, SaysWhatItNeeds) {
             PolicyInput::kNothing);
   EXPECT_EQ(MakeSelectionPolicy(MethodSpec::Defaults(Method::kFull))->input(),
             PolicyInput::kNothing);
+  EXPECT_EQ(MakeSelectionPolicy(MethodSpec::Defaults(Method::kGemFilter))->input(),
+            PolicyInput::kSaliency);
+  for (const Method method : {Method::kPyramidKv, Method::kFastKv, Method::kH2o}) {
+    MethodSpec spec = MethodSpec::Defaults(method);
+    EXPECT_EQ(MakeSelectionPolicy(spec)->input(), PolicyInput::kPerKvHead);
+    spec.granularity = Granularity::kPerLayer;
+    EXPECT_EQ(MakeSelectionPolicy(spec)->input(), PolicyInput::kSaliency);
+  }
 }
 
 TEST_F(SelectionPolicyTest, TheWindowAndTheBestOfTheOthers) {
@@ -115,6 +127,47 @@ TEST_F(SelectionPolicyTest, StreamingLlmKeepsTheFirstAndTheLast) {
 
 TEST_F(SelectionPolicyTest, FullKeepsEverything) {
   EXPECT_THAT(Run(MethodSpec::Defaults(Method::kFull), {}, 4), ElementsAre(0, 1, 2, 3));
+}
+
+// k = 5 of 10, w = 1, m = 4, beta 4: 7 and 1 beside the window.
+TEST_F(SelectionPolicyTest, PyramidKvKeepsMoreInTheFirstLayers) {
+  MethodSpec spec = Spec(Method::kPyramidKv, 1, 0.5);
+  spec.pooling = Pooling::kNone;
+  spec.granularity = Granularity::kPerLayer;
+  spec.beta = 4;
+  const std::vector<float> scores = {1, 9, 3, 7, 2, 8, 4, 5, 6, 0};
+  EXPECT_THAT(Run(spec, scores, 10, 1, 0, 2), ElementsAre(1, 2, 3, 5, 6, 7, 8, 9));
+  EXPECT_THAT(Run(spec, scores, 10, 1, 1, 2), ElementsAre(1, 9));
+}
+
+// The maximum over three: 9 9 9 2 5 5 | window, each head for itself.
+TEST_F(SelectionPolicyTest, FastKvSmoothsByTheMaximum) {
+  MethodSpec spec = Spec(Method::kFastKv, 1, 4.0 / 7.0);
+  spec.pooling_kernel = 3;
+  EXPECT_THAT(Run(spec, {0, 9, 0, 0, 2, 5, 1, 5, 0, 2, 0, 0, 9, 1}, 7, 2),
+              ElementsAre(0, 1, 2, 6, 0, 4, 5, 6));
+}
+
+TEST_F(SelectionPolicyTest, GemFilterSelectsInItsLayerAlone) {
+  MethodSpec spec = Spec(Method::kGemFilter, 1, 0.5);
+  spec.pooling = Pooling::kNone;
+  spec.filter_layer = 1;
+  const std::vector<float> scores = {1, 9, 3, 7, 2, 0};
+  EXPECT_THAT(Run(spec, scores, 6, 1, 0, 3), ElementsAre());
+  EXPECT_THAT(Run(spec, scores, 6, 1, 1, 3), ElementsAre(1, 3, 5));
+  EXPECT_THAT(Run(spec, scores, 6, 1, 2, 3), ElementsAre());
+}
+
+// Half of five is two: the latest two, and the best three of the others.
+TEST_F(SelectionPolicyTest, H2oKeepsTheLatestAndTheHeavyHitters) {
+  MethodSpec spec = MethodSpec::Defaults(Method::kH2o);
+  spec.kv_budget.ratio = 0.5;
+  const std::vector<float> scores = {9, 1, 8, 7, 2, 3, 1, 6, 0, 0};
+  EXPECT_THAT(Run(spec, scores, 10), ElementsAre(0, 2, 3, 8, 9));
+  spec.recent_share = 1;
+  EXPECT_THAT(Run(spec, scores, 10), ElementsAre(5, 6, 7, 8, 9));
+  spec.recent_share = 0;
+  EXPECT_THAT(Run(spec, scores, 10), ElementsAre(0, 2, 3, 5, 7));
 }
 
 // Against sorting by (score, position), over methods, poolings, kinds and lengths.

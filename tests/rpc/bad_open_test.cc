@@ -86,12 +86,12 @@ INSTANTIATE_TEST_SUITE_P(
 INSTANTIATE_TEST_SUITE_P(
     Method, BadOpenTest,
     ::testing::Values(
-        BadOpen{"method { structkv { kv_budget { kind: 3 } } }",
-                "open.method.structkv.kv_budget.kind is 3; allowed: BUDGET_KIND_INCLUDES_WINDOW, "
-                "BUDGET_KIND_WINDOW_ON_TOP"},
+        BadOpen{"method { structkv { kv_budget { kind: 4 } } }",
+                "open.method.structkv.kv_budget.kind is 4; allowed: BUDGET_KIND_INCLUDES_WINDOW, "
+                "BUDGET_KIND_WINDOW_ON_TOP, BUDGET_KIND_KVPRESS"},
         BadOpen{"method { structkv { skeleton_budget { kind: -7 } } }",
                 "open.method.structkv.skeleton_budget.kind is -7; allowed: "
-                "BUDGET_KIND_INCLUDES_WINDOW, BUDGET_KIND_WINDOW_ON_TOP"},
+                "BUDGET_KIND_INCLUDES_WINDOW, BUDGET_KIND_WINDOW_ON_TOP, BUDGET_KIND_KVPRESS"},
         BadOpen{"method { snapkv { granularity: 3 } }",
                 "open.method.snapkv.granularity is 3; allowed: GRANULARITY_PER_LAYER, "
                 "GRANULARITY_PER_KV_HEAD"},
@@ -106,7 +106,7 @@ INSTANTIATE_TEST_SUITE_P(
                 "open.method.snapkv.pooling_kernel is 7; it is allowed only with a pooling"},
         BadOpen{"method { streaming_llm { kv_budget { kind: BUDGET_KIND_WINDOW_ON_TOP } } }",
                 "open.method.streaming_llm.kv_budget.kind is BUDGET_KIND_WINDOW_ON_TOP (2); "
-                "allowed: BUDGET_KIND_INCLUDES_WINDOW, or unset"},
+                "allowed: BUDGET_KIND_INCLUDES_WINDOW, BUDGET_KIND_KVPRESS, or unset"},
         BadOpen{"method { structkv { pivot { mode: 5 } } }",
                 "open.method.structkv.pivot.mode is 5; allowed: PIVOT_MODE_EXACT, "
                 "PIVOT_MODE_FIXED, PIVOT_MODE_ONLINE, PIVOT_MODE_PROFILED"},
@@ -127,7 +127,30 @@ INSTANTIATE_TEST_SUITE_P(
         BadOpen{"method { structkv { pivot { fixed_layer: 0 } } }",
                 "open.method.structkv.pivot.fixed_layer is 0; only PIVOT_MODE_FIXED takes it"},
         BadOpen{"method { structkv { pivot { mode: PIVOT_MODE_FIXED fixed_layer: 8 } } }",
-                "open.method.structkv.pivot.fixed_layer is 8; 0 to 7 are allowed"}));
+                "open.method.structkv.pivot.fixed_layer is 8; 0 to 7 are allowed"},
+        BadOpen{"method { snapkv { group_reduce: 4 } }",
+                "open.method.snapkv.group_reduce is 4; allowed: GROUP_REDUCE_SUM, "
+                "GROUP_REDUCE_MEAN, GROUP_REDUCE_MAX"},
+        BadOpen{"method { pyramidkv { granularity: 9 } }",
+                "open.method.pyramidkv.granularity is 9; allowed: GRANULARITY_PER_LAYER, "
+                "GRANULARITY_PER_KV_HEAD"},
+        BadOpen{"method { fastkv {} }",
+                "open.method.fastkv.tsp_layer is not set; the method needs it"},
+        BadOpen{"method { fastkv { tsp_layer: 8 } }",
+                "open.method.fastkv.tsp_layer is 8; 0 to 7 are allowed"},
+        BadOpen{"method { fastkv { tsp_layer: 1 skeleton_budget { kind: 9 } } }",
+                "open.method.fastkv.skeleton_budget.kind is 9; allowed: "
+                "BUDGET_KIND_INCLUDES_WINDOW, BUDGET_KIND_WINDOW_ON_TOP, BUDGET_KIND_KVPRESS"},
+        BadOpen{"method { gemfilter {} } output: OUTPUT_PLAN",
+                "open.method.gemfilter.filter_layer is not set; the method needs it"},
+        BadOpen{"method { gemfilter { filter_layer: 4294967295 } } output: OUTPUT_PLAN",
+                "open.method.gemfilter.filter_layer is 4294967295; 0 to 7 are allowed"},
+        BadOpen{"method { h2o { kv_budget { kind: BUDGET_KIND_WINDOW_ON_TOP } } }",
+                "open.method.h2o.kv_budget.kind is BUDGET_KIND_WINDOW_ON_TOP (2); allowed: "
+                "BUDGET_KIND_INCLUDES_WINDOW, BUDGET_KIND_KVPRESS, or unset"},
+        BadOpen{"method { h2o { granularity: -1 } }",
+                "open.method.h2o.granularity is -1; allowed: GRANULARITY_PER_LAYER, "
+                "GRANULARITY_PER_KV_HEAD"}));
 
 TEST(DecodeOpenTest, GeometryIsRequired) {
   v1::Open open = ValidOpen();

@@ -47,7 +47,8 @@ TEST_F(CapabilitiesTest, ListsWhatTheApiHas) {
   EXPECT_THAT(response.dtypes(), ElementsAre(v1::DTYPE_F32, v1::DTYPE_F16, v1::DTYPE_BF16));
   EXPECT_THAT(response.layouts(),
               ElementsAre(v1::LAYOUT_HEAD_TOKEN_DIM, v1::LAYOUT_TOKEN_HEAD_DIM));
-  EXPECT_THAT(response.methods(), ElementsAre("structkv", "snapkv", "streaming_llm", "full"));
+  EXPECT_THAT(response.methods(), ElementsAre("structkv", "snapkv", "streaming_llm", "full",
+                                              "pyramidkv", "fastkv", "gemfilter", "h2o"));
   EXPECT_THAT(response.statistics(),
               ElementsAre(v1::STATISTIC_NONE, v1::STATISTIC_WINDOW_QUERIES, v1::STATISTIC_SALIENCY,
                           v1::STATISTIC_SALIENCY_PER_KV_HEAD));

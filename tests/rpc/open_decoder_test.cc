@@ -132,21 +132,24 @@ TEST_P(EchoTest, EveryParameterInForceIsEchoed) {
 
 constexpr char kStructKvDefaults[] =
     "structkv { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } window_tokens: 8 "
-    "granularity: GRANULARITY_PER_LAYER pooling: POOLING_NONE decay: 0.9 "
+    "granularity: GRANULARITY_PER_LAYER pooling: POOLING_NONE group_reduce: GROUP_REDUCE_SUM "
+    "decay: 0.9 "
     "skeleton_budget { ratio: 0.2 kind: BUDGET_KIND_INCLUDES_WINDOW } "
     "pivot { mode: PIVOT_MODE_EXACT sparsity_ratio: 0.1 entropy_weight: 0.2 "
     "sparsity_weight: 0.3 variance_weight: 0.5 search_begin: 0.25 search_end: 0.75 } }";
 
 constexpr char kStructKvOther[] =
     "structkv { kv_budget { ratio: 0.5 kind: BUDGET_KIND_WINDOW_ON_TOP } window_tokens: 64 "
-    "granularity: GRANULARITY_PER_KV_HEAD pooling: POOLING_MAX pooling_kernel: 63 decay: 0 "
+    "granularity: GRANULARITY_PER_KV_HEAD pooling: POOLING_MAX pooling_kernel: 63 "
+    "group_reduce: GROUP_REDUCE_MAX decay: 0 "
     "skeleton_budget { ratio: 1 kind: BUDGET_KIND_WINDOW_ON_TOP } "
     "pivot { mode: PIVOT_MODE_FIXED fixed_layer: 7 sparsity_ratio: 1 entropy_weight: 0 "
     "sparsity_weight: 0 variance_weight: 1 search_begin: 0 search_end: 1 } }";
 
 constexpr char kProfiled[] =
     "structkv { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } window_tokens: 8 "
-    "granularity: GRANULARITY_PER_LAYER pooling: POOLING_NONE decay: 0.9 "
+    "granularity: GRANULARITY_PER_LAYER pooling: POOLING_NONE "
+    "group_reduce: GROUP_REDUCE_SUM decay: 0.9 "
     "skeleton_budget { ratio: 0.2 kind: BUDGET_KIND_INCLUDES_WINDOW } "
     "pivot { mode: PIVOT_MODE_PROFILED sparsity_ratio: 0.1 entropy_weight: 0.2 "
     "sparsity_weight: 0.3 variance_weight: 0.5 search_begin: 0.25 search_end: 0.6 patience: 3 "
@@ -163,17 +166,63 @@ INSTANTIATE_TEST_SUITE_P(
         Echo{"snapkv {}",
              "snapkv { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } "
              "window_tokens: 32 granularity: GRANULARITY_PER_KV_HEAD pooling: POOLING_AVG "
-             "pooling_kernel: 5 }"},
+             "pooling_kernel: 5 group_reduce: GROUP_REDUCE_SUM }"},
         Echo{"snapkv { window_tokens: 1 granularity: GRANULARITY_PER_LAYER pooling: POOLING_NONE }",
              "snapkv { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } "
-             "window_tokens: 1 granularity: GRANULARITY_PER_LAYER pooling: POOLING_NONE }"},
+             "window_tokens: 1 granularity: GRANULARITY_PER_LAYER pooling: POOLING_NONE "
+             "group_reduce: GROUP_REDUCE_SUM }"},
         Echo{"streaming_llm {}",
              "streaming_llm { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } "
              "sink_tokens: 4 }"},
         Echo{"streaming_llm { kv_budget { ratio: 0.3 } sink_tokens: 0 }",
              "streaming_llm { kv_budget { ratio: 0.3 kind: BUDGET_KIND_INCLUDES_WINDOW } "
              "sink_tokens: 0 }"},
-        Echo{"full {}", "full {}"}));
+        Echo{"full {}", "full {}"},
+        Echo{"pyramidkv {}",
+             "pyramidkv { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } "
+             "window_tokens: 32 granularity: GRANULARITY_PER_KV_HEAD pooling: POOLING_AVG "
+             "pooling_kernel: 5 group_reduce: GROUP_REDUCE_SUM beta: 20 }"},
+        Echo{"pyramidkv { kv_budget { kind: BUDGET_KIND_KVPRESS } beta: 1.5 "
+             "group_reduce: GROUP_REDUCE_MEAN }",
+             "pyramidkv { kv_budget { ratio: 0.1 kind: BUDGET_KIND_KVPRESS } "
+             "window_tokens: 32 granularity: GRANULARITY_PER_KV_HEAD pooling: POOLING_AVG "
+             "pooling_kernel: 5 group_reduce: GROUP_REDUCE_MEAN beta: 1.5 }"},
+        Echo{"fastkv { tsp_layer: 3 }",
+             "fastkv { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } "
+             "window_tokens: 8 granularity: GRANULARITY_PER_KV_HEAD pooling: POOLING_MAX "
+             "pooling_kernel: 7 group_reduce: GROUP_REDUCE_SUM tsp_layer: 3 "
+             "skeleton_budget { ratio: 0.2 kind: BUDGET_KIND_INCLUDES_WINDOW } }"},
+        Echo{"gemfilter { filter_layer: 7 }",
+             "gemfilter { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } "
+             "window_tokens: 1 pooling: POOLING_AVG pooling_kernel: 5 filter_layer: 7 "
+             "group_reduce: GROUP_REDUCE_SUM }"},
+        Echo{"h2o {}",
+             "h2o { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } recent_share: 0.5 "
+             "granularity: GRANULARITY_PER_KV_HEAD }"},
+        Echo{"h2o { recent_share: 0 granularity: GRANULARITY_PER_LAYER }",
+             "h2o { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } recent_share: 0 "
+             "granularity: GRANULARITY_PER_LAYER }"}));
+
+TEST(DecodeOpenTest, H2oFollowsTheStatistic) {
+  EXPECT_EQ(DecodeWith("method { h2o {} }").spec.statistic, engine::Statistic::kSaliencyPerKvHead);
+  EXPECT_TRUE(DecodeWith("method { h2o {} }").spec.per_kv_head());
+  const OpenRequest summed = DecodeWith("method { h2o {} } statistic: STATISTIC_SALIENCY");
+  EXPECT_EQ(summed.spec.statistic, engine::Statistic::kSaliency);
+  EXPECT_FALSE(summed.spec.per_kv_head());
+}
+
+TEST(EncodeOpenedTest, LayersMayKeepDifferentCounts) {
+  const v1::Opened pyramid =
+      EncodeOpened(DecodeWith("method { pyramidkv { kv_budget { ratio: 0.06 } window_tokens: 10 "
+                              "beta: 5 } } geometry { layer_count: 5 }")
+                       .spec);
+  EXPECT_THAT(pyramid.kept_tokens(), ElementsAre(100, 80, 60, 40, 20));
+  const v1::Opened filter =
+      EncodeOpened(DecodeWith("method { gemfilter { filter_layer: 2 } } output: OUTPUT_PLAN").spec);
+  EXPECT_THAT(filter.kept_tokens(), ElementsAre(0, 0, 100, 0, 0, 0, 0, 0));
+  EXPECT_EQ(filter.skeleton_tokens(), 100);
+  EXPECT_THAT(filter.required_tensors(), ElementsAre(v1::TENSOR_KEYS, v1::TENSOR_WINDOW_QUERIES));
+}
 
 TEST(EncodeOpenedTest, SaysWhatFollowsFromTheSpec) {
   const engine::PromptSpec spec =

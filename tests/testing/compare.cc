@@ -54,7 +54,10 @@ class Comparison {
     }
     const v1::Opened& opened = *answer_.opened;
     Equal(opened.kept_tokens_size(), static_cast<int>(data_.layers()), "opened.kept_tokens");
-    for (uint32_t kept : opened.kept_tokens()) Equal(kept, effective_.kept, "opened.kept_tokens");
+    for (int l = 0; l < std::min(opened.kept_tokens_size(), static_cast<int>(data_.layers()));
+         ++l) {
+      Equal(opened.kept_tokens(l), effective_.layers[l], "opened.kept_tokens");
+    }
     Equal(opened.skeleton_tokens(), effective_.skeleton, "opened.skeleton_tokens");
     Equal(opened.window_tokens(), effective_.window, "opened.window_tokens");
     Equal(static_cast<int>(opened.statistic()), static_cast<int>(effective_.statistic),
@@ -162,13 +165,18 @@ class Comparison {
     }
     const LayerAnswer& layer = it->second;
     const uint32_t tokens = data_.tokens(index);
-    const uint32_t kept = std::min(effective_.kept, tokens);
+    const uint32_t kept = std::min(effective_.layers[index], tokens);
     Equal(layer.kept_tokens, kept, name + " kept_tokens");
+    if (kept == 0) {
+      Equal(layer.tensors.size(), 0U, name + " tensors");
+      Equal(layer.metrics.has_value(), false, name + " metrics");
+      return;
+    }
     const size_t rows = effective_.per_head ? data_.open().geometry().kv_head_count() : 1;
     const std::vector<int32_t> positions =
         Local(index, AsInts(Tensor(layer.tensors, v1::TENSOR_POSITIONS)), name);
-    Equal(positions.size(), size_t{rows * kept}, name + " positions");
-    if (positions.size() != rows * kept) return;
+    Equal(positions.size(), size_t{kept} * rows, name + " positions");
+    if (positions.size() != size_t{kept} * rows) return;
     for (size_t row = 0; row < rows; ++row) {
       const std::vector<int32_t> part(positions.begin() + row * kept,
                                       positions.begin() + (row + 1) * kept);
@@ -230,9 +238,18 @@ class Comparison {
           "skeleton_from_layer");
     Equal(decision.profiled_prompts() > 0, decision.mode() == v1::PIVOT_MODE_PROFILED,
           "profiled_prompts");
-    Equal(decision.layers_size(), static_cast<int>(oracle_.pivot->transition.size()),
-          "pivot layers");
-    if (decision.layers_size() == static_cast<int>(oracle_.pivot->transition.size())) {
+    if (effective_.skeleton_layer) {
+      Equal(decision.layers_size(), 1, "pivot layers");
+      for (const v1::LayerMetrics& metrics : decision.layers()) {
+        Metrics(metrics, *effective_.skeleton_layer, "pivot layer");
+        Equal(metrics.has_transition(), false, "pivot layer has transition");
+      }
+    } else {
+      Equal(decision.layers_size(), static_cast<int>(oracle_.pivot->transition.size()),
+            "pivot layers");
+    }
+    if (!effective_.skeleton_layer &&
+        decision.layers_size() == static_cast<int>(oracle_.pivot->transition.size())) {
       for (const v1::LayerMetrics& metrics : decision.layers()) {
         const std::string name = absl::StrCat("pivot layer ", metrics.layer());
         Metrics(metrics, metrics.layer(), name);
@@ -246,10 +263,10 @@ class Comparison {
       }
     }
     std::vector<double> ranked = oracle_.pivot->centrality;
-    ranked.resize(ranked.size() - effective_.window);
+    ranked.resize(ranked.size() - effective_.always);
     Positions(AsInts(Tensor(answer_.pivot->tensors, v1::TENSOR_SKELETON_POSITIONS)), ranked,
               data_.open().prompt_tokens(), effective_.skeleton, /*exact=*/false, "skeleton");
-    if (!data_.open().return_centrality()) return;
+    if (!data_.open().return_centrality() || !effective_.structkv) return;
     const std::vector<float> got = AsFloats(Tensor(answer_.pivot->tensors, v1::TENSOR_CENTRALITY));
     Equal(got.size(), oracle_.pivot->centrality.size(), "centrality");
     for (size_t j = 0; j < std::min(got.size(), oracle_.pivot->centrality.size()); ++j) {
@@ -274,7 +291,7 @@ class Comparison {
     Equal(summary.input_bytes(), data_.total_bytes(), "summary.input_bytes");
     Equal(summary.output_bytes(), output, "summary.output_bytes");
     Equal(summary.logical_length(), data_.open().prompt_tokens(), "summary.logical_length");
-    Equal(summary.kv_length(), effective_.kept, "summary.kv_length");
+    Equal(summary.kv_length(), effective_.largest, "summary.kv_length");
     Equal(summary.transport(), "inline", "summary.transport");
     if (answer_.opened) {
       Equal(summary.fingerprint(), answer_.opened->fingerprint(), "summary.fingerprint");

@@ -47,12 +47,20 @@ std::vector<std::vector<double>> Attention(const PromptData& data, uint32_t laye
   const uint32_t window = data.effective().window;
   std::vector<std::vector<double>> out(geometry.kv_head_count(),
                                        std::vector<double>(data.tokens(layer)));
+  const v1::GroupReduce reduce = data.effective().reduce;
   for (uint32_t head = 0; head < geometry.query_head_count(); ++head) {
+    std::vector<double> mean(data.tokens(layer));
     for (uint32_t row = 0; row < window; ++row) {
       const std::vector<double> scores = RowScores(data, layer, head, row);
       const double lse = LogSumExp(scores);
-      for (size_t j = 0; j < scores.size(); ++j) {
-        out[head / group][j] += std::exp(scores[j] - lse) / window;
+      for (size_t j = 0; j < scores.size(); ++j) mean[j] += std::exp(scores[j] - lse) / window;
+    }
+    std::vector<double>& to = out[head / group];
+    for (size_t j = 0; j < mean.size(); ++j) {
+      if (reduce == v1::GROUP_REDUCE_MAX) {
+        to[j] = std::max(to[j], mean[j]);
+      } else {
+        to[j] += reduce == v1::GROUP_REDUCE_MEAN ? mean[j] / group : mean[j];
       }
     }
   }
@@ -69,9 +77,9 @@ std::vector<std::vector<double>> Given(const PromptData& data, uint32_t layer) {
   return out;
 }
 
-// Of the tokens before the window.
+// Of the tokens before those that are kept anyway.
 std::vector<double> Pooled(const std::vector<double>& in, const Effective& effective) {
-  const auto tokens = static_cast<int64_t>(in.size()) - effective.window;
+  const auto tokens = static_cast<int64_t>(in.size()) - effective.always;
   const int64_t half = effective.kernel / 2;
   std::vector<double> out(in.begin(), in.begin() + tokens);
   if (effective.pooling == v1::POOLING_NONE) return out;
@@ -203,6 +211,21 @@ OraclePivot FindPivot(const PromptData& data, const std::vector<OracleLayer>& la
   return result;
 }
 
+// What the method's one layer makes of its scores: their sum over the heads, smoothed where that is
+// what the heads are ranked by.
+OraclePivot PivotOfLayer(const PromptData& data, const std::vector<OracleLayer>& layers) {
+  OraclePivot result;
+  result.pivot_layer = result.decided_at = *data.effective().skeleton_layer;
+  result.mode = v1::PIVOT_MODE_FIXED;
+  const OracleLayer& layer = layers[result.pivot_layer];
+  result.centrality.assign(data.open().prompt_tokens(), 0);
+  for (const auto& head : layer.per_head) {
+    const std::vector<double> scores = Pooled(head, data.effective());
+    for (size_t j = 0; j < scores.size(); ++j) result.centrality[j] += scores[j];
+  }
+  return result;
+}
+
 }  // namespace
 
 std::vector<float> WindowLse(const PromptData& data, uint32_t layer) {
@@ -220,6 +243,10 @@ Oracle::Oracle(const PromptData& data) {
   if (effective.statistic == v1::STATISTIC_NONE) return;
   const v1::Pivot& parameters = data.open().method().structkv().pivot();
   for (uint32_t l = 0; l < data.layers(); ++l) {
+    if (effective.layers[l] == 0) {
+      layers.emplace_back();
+      continue;
+    }
     OracleLayer layer;
     layer.per_head =
         effective.statistic == v1::STATISTIC_WINDOW_QUERIES ? Attention(data, l) : Given(data, l);
@@ -236,6 +263,7 @@ Oracle::Oracle(const PromptData& data) {
     layers.push_back(std::move(layer));
   }
   if (effective.structkv) pivot = FindPivot(data, layers);
+  if (effective.skeleton_layer) pivot = PivotOfLayer(data, layers);
 }
 
 }  // namespace structkv::testkit

@@ -13,7 +13,38 @@ uint32_t Kept(const v1::Budget& budget, double default_ratio, uint32_t window, u
   const double ratio = budget.has_ratio() ? budget.ratio() : default_ratio;
   const auto share = static_cast<uint32_t>(std::ceil(ratio * tokens - 1e-9));
   if (budget.kind() == v1::BUDGET_KIND_WINDOW_ON_TOP) return std::min(tokens, share + window);
+  if (budget.kind() == v1::BUDGET_KIND_KVPRESS) {
+    return std::clamp(static_cast<uint32_t>(ratio * tokens), std::max(window, 1U), tokens);
+  }
   return std::clamp(share, window, tokens);
+}
+
+// PyramidKV's counts, layer by layer.
+std::vector<uint32_t> PyramidLayers(uint32_t kept, uint32_t window, uint32_t tokens, double beta,
+                                    uint32_t layers) {
+  const double mean = kept - window;
+  const double most = tokens - window;
+  double bottom = mean / beta;
+  double top = 2 * mean - bottom;
+  if (top > most) {
+    top = most;
+    bottom = 2 * mean - most;
+  }
+  std::vector<uint32_t> counts(layers, window);
+  auto missing = static_cast<int64_t>(mean) * layers;
+  for (uint32_t l = 0; l < layers; ++l) {
+    const double ideal = layers == 1 ? mean : top - l * (top - bottom) / (layers - 1);
+    // A whole number must not be taken for a little less than it is.
+    const auto whole = static_cast<uint32_t>(std::floor(ideal + 1e-9));
+    counts[l] += whole;
+    missing -= whole;
+  }
+  for (uint32_t l = 0; l < layers && missing > 0; ++l) {
+    if (counts[l] == tokens) continue;
+    ++counts[l];
+    --missing;
+  }
+  return counts;
 }
 
 }  // namespace
@@ -41,22 +72,55 @@ Effective::Effective(const v1::Open& open) {
   snapkv = method.has_snapkv();
   streaming = method.has_streaming_llm();
   full = method.has_full();
-  structkv = !snapkv && !streaming && !full;
+  pyramidkv = method.has_pyramidkv();
+  fastkv = method.has_fastkv();
+  gemfilter = method.has_gemfilter();
+  h2o = method.has_h2o();
+  structkv = method.has_structkv() || method.kind_case() == v1::Method::KIND_NOT_SET;
+  // What the methods with an observation window share.
+  const auto scoring = [&](const auto& m, uint32_t default_window, v1::Pooling default_pooling,
+                           uint32_t default_kernel) {
+    window = std::min(m.has_window_tokens() ? m.window_tokens() : default_window, tokens);
+    kept = Kept(m.kv_budget(), 0.10, window, tokens);
+    pooling = m.pooling() != v1::POOLING_UNSPECIFIED ? m.pooling() : default_pooling;
+    kernel = m.has_pooling_kernel() ? m.pooling_kernel() : default_kernel;
+    if (m.group_reduce() != v1::GROUP_REDUCE_UNSPECIFIED) reduce = m.group_reduce();
+  };
   if (structkv) {
     const v1::StructKvMethod& m = method.structkv();
-    window = std::min(m.has_window_tokens() ? m.window_tokens() : 8, tokens);
-    kept = Kept(m.kv_budget(), 0.10, window, tokens);
+    scoring(m, 8, v1::POOLING_NONE, 5);
     skeleton = Kept(m.skeleton_budget(), 0.20, window, tokens);
     per_head = m.granularity() == v1::GRANULARITY_PER_KV_HEAD;
-    if (m.pooling() != v1::POOLING_UNSPECIFIED) pooling = m.pooling();
-    if (m.has_pooling_kernel()) kernel = m.pooling_kernel();
   } else if (snapkv) {
     const v1::SnapKvMethod& m = method.snapkv();
-    window = std::min(m.has_window_tokens() ? m.window_tokens() : 32, tokens);
-    kept = Kept(m.kv_budget(), 0.10, window, tokens);
+    scoring(m, 32, v1::POOLING_AVG, 5);
     per_head = m.granularity() != v1::GRANULARITY_PER_LAYER;
-    pooling = m.pooling() != v1::POOLING_UNSPECIFIED ? m.pooling() : v1::POOLING_AVG;
-    if (m.has_pooling_kernel()) kernel = m.pooling_kernel();
+  } else if (pyramidkv) {
+    const v1::PyramidKvMethod& m = method.pyramidkv();
+    scoring(m, 32, v1::POOLING_AVG, 5);
+    per_head = m.granularity() != v1::GRANULARITY_PER_LAYER;
+    layers = PyramidLayers(kept, window, tokens, m.has_beta() ? m.beta() : 20,
+                           open.geometry().layer_count());
+  } else if (fastkv) {
+    const v1::FastKvMethod& m = method.fastkv();
+    scoring(m, 8, v1::POOLING_MAX, 7);
+    per_head = m.granularity() != v1::GRANULARITY_PER_LAYER;
+    skeleton = Kept(m.skeleton_budget(), 0.20, window, tokens);
+    skeleton_layer = m.tsp_layer();
+  } else if (gemfilter) {
+    scoring(method.gemfilter(), 1, v1::POOLING_AVG, 5);
+    skeleton = kept;
+    skeleton_layer = method.gemfilter().filter_layer();
+    layers.assign(open.geometry().layer_count(), 0);
+    layers[*skeleton_layer] = kept;
+  } else if (h2o) {
+    const v1::H2oMethod& m = method.h2o();
+    kept = std::max(1U, Kept(m.kv_budget(), 0.10, 0, tokens));
+    const double share = m.has_recent_share() ? m.recent_share() : 0.5;
+    always = static_cast<uint32_t>(std::floor(share * kept + 1e-9));
+    per_head = m.granularity() == v1::GRANULARITY_PER_KV_HEAD ||
+               (m.granularity() == v1::GRANULARITY_UNSPECIFIED &&
+                open.statistic() != v1::STATISTIC_SALIENCY);
   } else if (streaming) {
     const v1::StreamingLlmMethod& m = method.streaming_llm();
     sinks = std::min(m.has_sink_tokens() ? m.sink_tokens() : 4, tokens);
@@ -64,10 +128,14 @@ Effective::Effective(const v1::Open& open) {
   } else {
     kept = tokens;
   }
-  if (structkv || snapkv) {
+  if (!streaming && !full) {
     statistic = open.statistic() != v1::STATISTIC_UNSPECIFIED ? open.statistic()
+                : h2o                                         ? v1::STATISTIC_SALIENCY_PER_KV_HEAD
                                                               : v1::STATISTIC_WINDOW_QUERIES;
   }
+  if (!h2o) always = window;
+  if (layers.empty()) layers.assign(open.geometry().layer_count(), kept);
+  for (uint32_t count : layers) largest = std::max(largest, count);
   const bool queries = statistic == v1::STATISTIC_WINDOW_QUERIES;
   if (!plan || queries) tensors.push_back(v1::TENSOR_KEYS);
   if (!plan) tensors.push_back(v1::TENSOR_VALUES);
@@ -97,6 +165,7 @@ void PromptData::FillLayer(uint32_t layer, Random* random) {
       AppendElement(open_.dtype(), static_cast<float>(random->Between(-span, span)) / 64, &out);
     }
   };
+  if (effective_.layers[layer] == 0) return;
   for (v1::Tensor tensor : effective_.tensors) {
     switch (tensor) {
       case v1::TENSOR_KEYS:
@@ -204,6 +273,7 @@ v1::CompressRequest LayerMessage(const PromptData& data, uint32_t layer) {
     *request.mutable_pieces()->add_pieces() = MakePiece(data, layer, v1::TENSOR_POSITIONS);
   }
   for (v1::Tensor tensor : data.effective().tensors) {
+    if (data.effective().layers[layer] == 0) continue;
     *request.mutable_pieces()->add_pieces() = MakePiece(data, layer, tensor);
   }
   return request;

@@ -25,17 +25,26 @@ struct Effective {
   bool snapkv = false;
   bool streaming = false;
   bool full = false;
+  bool pyramidkv = false;
+  bool fastkv = false;
+  bool gemfilter = false;
+  bool h2o = false;
   v1::Statistic statistic = v1::STATISTIC_NONE;
   bool plan = false;
   bool per_head = false;
-  uint32_t window = 0;  // min(w, N)
-  uint32_t kept = 0;
+  uint32_t window = 0;                     // min(w, N)
+  uint32_t kept = 0;                       // the mean of the layers
+  uint32_t largest = 0;                    // of the layers
+  uint32_t always = 0;                     // last tokens that are kept whatever their scores
+  std::vector<uint32_t> layers;            // tokens that each layer keeps
+  std::optional<uint32_t> skeleton_layer;  // that alone chooses the skeleton
+  v1::GroupReduce reduce = v1::GROUP_REDUCE_SUM;
   uint32_t skeleton = 0;
   uint32_t sinks = 0;
   v1::Pooling pooling = v1::POOLING_NONE;
   uint32_t kernel = 5;
   uint32_t value_dim = 0;
-  // Tensors that every layer needs, in the order of their numbers.
+  // Tensors that every layer needs that keeps tokens, in the order of their numbers.
   std::vector<v1::Tensor> tensors;
 };
 

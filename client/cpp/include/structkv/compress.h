@@ -14,8 +14,8 @@
 
 namespace structkv::client {
 
-// Gives a layer's tensors, asked for in ascending order. Where an attempt fails before its first
-// result, the next one asks from layer 0 again.
+// Gives a layer's tensors, asked for in ascending order, for the layers that keep tokens. Where an
+// attempt fails before its first result, the next one asks from layer 0 again.
 using LayerSource = absl::FunctionRef<absl::StatusOr<LayerTensors>(uint32_t layer)>;
 
 // Compresses a prompt and collects its results. Fails with the source's status where that fails.

@@ -63,7 +63,8 @@ struct SessionOptions {
   std::vector<std::pair<std::string, std::string>> metadata;
   // Where results go; null: memory from the client's pool.
   ResultAllocator allocate;
-  // Called when an attempt was admitted, on the thread that opens, before anything is sent.
+  // Called when an attempt was admitted, on the thread that opens, before anything is sent
+  // and before any event.
   std::function<void(const v1::Opened&)> on_opened;
   // Takes the events as they arrive, one at a time, on a library thread, in place of NextEvent().
   // The stream is not read further while it runs. It must not destroy the session.

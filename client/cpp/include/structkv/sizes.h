@@ -10,10 +10,12 @@ namespace structkv::client {
 // Bytes of one element; 0 for an unknown type.
 uint64_t ElementBytes(v1::DType dtype);
 
-// The method's granularity in force: PER_LAYER where the method has none.
+// The granularity of a method with every parameter in force, as `Opened` has it: PER_LAYER where
+// the method has none.
 v1::Granularity EffectiveGranularity(const v1::Method& method);
 
-// Bytes of one layer's tensor on the way to the server; 0 where this prompt has no such tensor.
+// Bytes of one layer's tensor on the way to the server, for a layer that keeps tokens (the others
+// send nothing); 0 where this prompt has no such tensor.
 uint64_t InputTensorBytes(const v1::Open& open, const v1::Opened& opened, v1::Tensor tensor);
 
 // The same of a layer of skeleton rows, which has TENSOR_POSITIONS too.
