@@ -169,7 +169,7 @@ void PrintJson(const CompareFlags& flags, const Capture& capture,
 // The layer that is `share` of the way up, where none is given.
 uint32_t LayerAt(std::optional<uint32_t> given, double share, uint32_t layers) {
   if (given.has_value()) return *given;
-  return std::min(layers - 1, static_cast<uint32_t>(share * layers + 0.5));
+  return std::min(layers - 1, static_cast<uint32_t>(std::lround(share * layers)));
 }
 
 absl::StatusOr<Comparison> CompareMethod(const CompareFlags& flags, const Capture& capture,
