@@ -75,7 +75,12 @@ void CompressPrompt(const std::shared_ptr<grpc::Channel>& channel, uint32_t toke
     const Clock::time_point start = Clock::now();
     const grpc::ByteBuffer message = wire::EncodeRequest({&piece, 1});
     if (!stream->Write(message) || !stream->Read(&answer)) FinishOrDie(stream.get(), "Compress");
-    const absl::StatusOr<wire::Response> response = wire::DecodeResponse(answer);
+    absl::StatusOr<wire::Response> response = wire::DecodeResponse(answer);
+    // The pivot comes before the last layer's answer, in as many messages as it needs.
+    while (response.ok() && response->message.has_pivot()) {
+      if (!stream->Read(&answer)) FinishOrDie(stream.get(), "Compress");
+      response = wire::DecodeResponse(answer);
+    }
     const double micros = MicrosSince(start);
     if (!response.ok() || !response->message.layer().complete()) Die("Compress: no layer's answer");
     if (layer >= kWarmUp) sample->micros.push_back(micros);
