@@ -16,9 +16,6 @@
 namespace structkv::session {
 namespace {
 
-// Copied and hashed at a time: small enough that the bytes are read from memory once.
-constexpr size_t kStepBytes = size_t{8} << 10;
-
 int64_t SizeOf(const InputPiece& piece) {
   int64_t size = 0;
   for (const absl::Span<const std::byte> run : piece.data) {
@@ -27,24 +24,51 @@ int64_t SizeOf(const InputPiece& piece) {
   return size;
 }
 
-// XXH3 of the piece's bytes, which are copied to `to` unless it is null. nullopt: stopped.
-std::optional<uint64_t> CopyAndHash(const InputPiece& piece, std::byte* to,
-                                    const std::atomic<bool>& stop) {
-  XXH3_state_t state;
-  XXH3_64bits_reset(&state);
+// Looked at between two looks at `stop`, and small enough that bytes which are hashed and copied
+// are read from memory once.
+constexpr size_t kStepBytes = size_t{8} << 10;
+
+// Calls step(part) for each part of the piece in turn; false: stopped.
+template <typename Step>
+bool ForEachPart(const InputPiece& piece, const std::atomic<bool>& stop, Step step) {
   for (absl::Span<const std::byte> run : piece.data) {
-    if (stop.load(std::memory_order_relaxed)) return std::nullopt;
+    if (stop.load(std::memory_order_relaxed)) return false;
     while (!run.empty()) {
       const size_t size = std::min(run.size(), kStepBytes);
-      XXH3_64bits_update(&state, run.data(), size);
-      if (to != nullptr) {
-        std::memcpy(to, run.data(), size);
-        to += size;
-      }
+      step(run.subspan(0, size));
       run.remove_prefix(size);
     }
   }
-  return XXH3_64bits_digest(&state);
+  return true;
+}
+
+// Copies the piece's bytes to `to` unless it is null, and computes their XXH3 where the piece has
+// one to compare it with. `xxh3` is 0 elsewhere. False: stopped.
+bool CopyAndHash(const InputPiece& piece, std::byte* to, const std::atomic<bool>& stop,
+                 uint64_t* xxh3) {
+  const auto copy = [&to](absl::Span<const std::byte> part) {
+    if (to == nullptr) return;
+    std::memcpy(to, part.data(), part.size());
+    to += part.size();
+  };
+  *xxh3 = PieceMap::kNoChecksum;
+  if (!piece.xxh3_64.has_value()) return ForEachPart(piece, stop, copy);
+  XXH3_state_t state;
+  XXH3_64bits_reset(&state);
+  const bool all = ForEachPart(piece, stop, [&](absl::Span<const std::byte> part) {
+    XXH3_64bits_update(&state, part.data(), part.size());
+    copy(part);
+  });
+  *xxh3 = XXH3_64bits_digest(&state);
+  return all;
+}
+
+bool SameBytes(const InputPiece& piece, const std::byte* bytes) {
+  for (const absl::Span<const std::byte> run : piece.data) {
+    if (std::memcmp(run.data(), bytes, run.size()) != 0) return false;
+    bytes += run.size();
+  }
+  return true;
 }
 
 }  // namespace
@@ -185,6 +209,18 @@ engine::LayerInput* LayerAssembler::Buffers(int64_t layer, bool skeleton_rows) {
   return &input;
 }
 
+bool LayerAssembler::IsKnownAgain(const InputPiece& piece, uint64_t known, uint64_t xxh3) {
+  if (piece.tensor == engine::InputTensor::kPositions) {
+    const auto* skeleton = reinterpret_cast<const std::byte*>(skeleton_->positions.data());
+    return SameBytes(piece, skeleton + piece.offset_bytes);
+  }
+  const auto held = partial_.find(piece.layer);
+  if (held != partial_.end()) {
+    return SameBytes(piece, BufferOf(held->second, piece.tensor).data() + piece.offset_bytes);
+  }
+  return known == PieceMap::kNoChecksum || xxh3 == PieceMap::kNoChecksum || known == xxh3;
+}
+
 absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Take(const InputPiece& piece,
                                                            const std::atomic<bool>& stop) {
   if (piece.layer < 0 || piece.layer >= spec_.geometry.layers) {
@@ -217,16 +253,16 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Take(const InputPiece& pie
     if (input == nullptr) return Taken::kNoBuffer;
     if (!positions) to = BufferOf(*input, piece.tensor).data() + piece.offset_bytes;
   }
-  const std::optional<uint64_t> xxh3 = CopyAndHash(piece, to, stop);
-  if (!xxh3.has_value()) return Taken::kStopped;
-  if (piece.xxh3_64.has_value() && *piece.xxh3_64 != *xxh3) {
+  uint64_t xxh3 = 0;
+  if (!CopyAndHash(piece, to, stop, &xxh3)) return Taken::kStopped;
+  if (piece.xxh3_64.has_value() && *piece.xxh3_64 != xxh3) {
     return absl::DataLossError(absl::StrFormat(
         "%s: the piece of %d bytes at offset_bytes %d has the checksum 0x%016x, its xxh3_64 says "
         "0x%016x",
-        Name(piece), size, piece.offset_bytes, *xxh3, *piece.xxh3_64));
+        Name(piece), size, piece.offset_bytes, xxh3, *piece.xxh3_64));
   }
   if (known->has_value()) {
-    if (**known == *xxh3) return Taken::kYes;
+    if (IsKnownAgain(piece, **known, xxh3)) return Taken::kYes;
     return absl::AlreadyExistsError(absl::StrCat(Name(piece), ": the piece of ", size,
                                                  " bytes at offset_bytes ", piece.offset_bytes,
                                                  " came before with other bytes"));
@@ -236,7 +272,7 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Take(const InputPiece& pie
     if (!layer.skeleton) ++layer.missing;
     layer.skeleton = true;
   }
-  map.Add(piece.offset_bytes, size, *xxh3);
+  map.Add(piece.offset_bytes, size, xxh3);
   received_bytes_ += size;
   if (map.bytes() == tensor_bytes && --layer.missing == 0) Complete(piece.layer);
   return Taken::kYes;

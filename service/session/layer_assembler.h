@@ -25,7 +25,8 @@ namespace structkv::session {
 // Holds the buffers of at most `layers_in_flight` layers, each from its first piece until
 // LayerDone(). A layer whose first pieces are positions holds skeleton rows, and is smaller. What
 // came is remembered for all layers until the end, so that a piece that is sent again is known
-// whenever it comes. Not thread-safe.
+// whenever it comes; its bytes are compared with those that came first while the layer is
+// incomplete, and afterwards by the checksums that both were sent with. Not thread-safe.
 class LayerAssembler {
  public:
   // `spec` and `pool` outlive the object. 1 <= layers_in_flight <= layers.
@@ -76,6 +77,9 @@ class LayerAssembler {
   absl::Status CheckWindow(const InputPiece& piece) const;
   absl::Status CheckSkeletonOrder(const InputPiece& piece, const Layer& layer) const;
   absl::Status CheckPositionValues(const InputPiece& piece) const;
+  // Whether a piece whose place is known holds what came there, as far as can be told. `known` and
+  // `xxh3` are the checksums then and now.
+  bool IsKnownAgain(const InputPiece& piece, uint64_t known, uint64_t xxh3);
   int64_t TensorBytes(const Layer& layer, size_t tensor) const {
     return (layer.skeleton ? skeleton_bytes_ : tensor_bytes_)[tensor];
   }

@@ -20,14 +20,17 @@ class PieceMap {
   // here. 1,024, and one for each 16 KiB.
   static constexpr int64_t MaxPieces(int64_t tensor_bytes) { return 1024 + tensor_bytes / 16384; }
 
+  // The checksum of a piece that was sent without one. (A piece whose XXH3 is zero counts as such.)
+  static constexpr uint64_t kNoChecksum = 0;
+
   // What is known of a piece before its bytes are read: nullopt where it is new, or else the XXH3
-  // of the same piece when it came first.
+  // that the same piece was added with.
   //   INVALID_ARGUMENT  the piece is empty, leaves the tensor, overlaps a different one, or is one
   //                     too many; the text begins with `name`
   absl::StatusOr<std::optional<uint64_t>> Find(int64_t tensor_bytes, int64_t offset, int64_t size,
                                                absl::string_view name) const;
 
-  // Records a piece for which Find said that it is new.
+  // Records a piece for which Find said that it is new. `xxh3`: kNoChecksum where it is not known.
   void Add(int64_t offset, int64_t size, uint64_t xxh3);
 
   // Bytes recorded; all of the tensor once this equals its size, as pieces do not overlap.

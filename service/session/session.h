@@ -101,7 +101,8 @@ class Session : public std::enable_shared_from_this<Session> {
   //                     (PieceMap::MaxPieces); positions that are not the skeleton, that come
   //                     before the pivot, for a layer that must be full, or not before all else of
   //                     their layer; anything after the commit
-  //   ALREADY_EXISTS    a piece again with other bytes (the same again is ignored)
+  //   ALREADY_EXISTS    a piece again with other bytes (the same again is ignored); told by the
+  //                     bytes while the layer is incomplete, later by checksums that both came with
   //   DATA_LOSS         a checksum that does not match
   void Append(InputMessage message);
 

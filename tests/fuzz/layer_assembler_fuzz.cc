@@ -38,8 +38,8 @@ engine::PromptSpec MakeSpec(FuzzInput* input) {
 // One tensor of one layer.
 struct ModelTensor {
   std::string bytes;
-  std::vector<int> piece_of;  // of each byte; 0: did not come
-  std::map<std::pair<int64_t, int64_t>, int> pieces;
+  std::vector<int> piece_of;                           // of each byte; 0: did not come
+  std::map<std::pair<int64_t, int64_t>, bool> pieces;  // offset, size; with a checksum
 
   int64_t missing() const { return std::count(piece_of.begin(), piece_of.end(), 0); }
 };
@@ -105,10 +105,12 @@ class Model {
     }
     *taken = Taken::kYes;
     if (known) {
-      return tensor->bytes.compare(at, data.size(), data) == 0 ? absl::StatusCode::kOk
-                                                               : absl::StatusCode::kAlreadyExists;
+      const bool same = tensor->bytes.compare(at, data.size(), data) == 0;
+      const bool told = !IsComplete(static_cast<size_t>(piece.layer)) ||
+                        (tensor->pieces[{piece.offset_bytes, size}] && piece.xxh3_64.has_value());
+      return same || !told ? absl::StatusCode::kOk : absl::StatusCode::kAlreadyExists;
     }
-    tensor->pieces[{piece.offset_bytes, size}] = 1;
+    tensor->pieces[{piece.offset_bytes, size}] = piece.xxh3_64.has_value();
     std::fill_n(tensor->piece_of.begin() + piece.offset_bytes, size, 1);
     tensor->bytes.replace(at, data.size(), data);
     received_ += size;

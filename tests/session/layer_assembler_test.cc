@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "proto/structkv/v1/piece_codec.h"
 #include "tests/session/session_probe.h"
 #include "tests/testing/engine_answer.h"
 #include "tests/testing/prompt_cases.h"
@@ -37,6 +38,10 @@ class LayerAssemblerTest : public ::testing::Test {
   }
   PieceBytes Piece(int64_t layer, InputTensor tensor) const {
     return PieceOf(*data_, layer, tensor, 0, spec_.InputBytes(tensor));
+  }
+  static void SetChecksum(PieceBytes& piece) {
+    piece.xxh3_64 = wire::Checksum({absl::MakeConstSpan(
+        reinterpret_cast<const std::byte*>(piece.bytes.data()), piece.bytes.size())});
   }
   void TakeLayer(int64_t layer) {
     for (const PieceBytes& piece : LayerPieces(*data_, spec_, layer)) {
@@ -177,14 +182,26 @@ TEST_F(LayerAssemblerTest, APieceAgainIsIgnoredOrRefused) {
 
 // Also when the layer was answered, and when no layer has room.
 TEST_F(LayerAssemblerTest, PiecesOfLayersThatAreDoneAreRemembered) {
+  PieceBytes values = Piece(0, InputTensor::kValues);
+  SetChecksum(values);
+  ASSERT_TRUE(Take(values).ok());
   TakeLayer(0);
   assembler_->PopComplete();
   assembler_->LayerDone();
   TakeLayer(1);
   TakeLayer(2);
-  EXPECT_EQ(*Take(Piece(0, InputTensor::kValues)), Taken::kYes);
-  PieceBytes other = Piece(0, InputTensor::kValues);
+  const int64_t received = assembler_->received_bytes();
+  EXPECT_EQ(*Take(values), Taken::kYes);
+  PieceBytes other = values;
   other.bytes[0] ^= 1;
+  other.xxh3_64.reset();
+  EXPECT_EQ(*Take(other), Taken::kYes);  // its bytes are not known any more
+  SetChecksum(other);
+  PieceBytes keys = Piece(0, InputTensor::kKeys);  // came without a checksum
+  keys.bytes[0] ^= 1;
+  SetChecksum(keys);
+  EXPECT_EQ(*Take(keys), Taken::kYes);
+  EXPECT_EQ(assembler_->received_bytes(), received);
   ExpectRefused(other, absl::StatusCode::kAlreadyExists, {"layer 0, values"});
 }
 

@@ -144,13 +144,17 @@ SessionModel::Verdict SessionModel::Take(const PieceBytes& piece) {
   }
   const auto at = static_cast<size_t>(piece.offset);
   if (known) {
-    if (tensor.bytes.compare(at, piece.bytes.size(), piece.bytes) == 0) return Verdict::kTaken;
+    const bool told = !IsComplete(piece.layer) ||
+                      (tensor.pieces[{piece.offset, size}] && piece.xxh3_64.has_value());
+    if (!told || tensor.bytes.compare(at, piece.bytes.size(), piece.bytes) == 0) {
+      return Verdict::kTaken;
+    }
     return Refuse(absl::StatusCode::kAlreadyExists);
   }
   tensor.bytes.replace(at, piece.bytes.size(), piece.bytes);
   std::fill_n(begin, size, 1);
   tensor.missing -= size;
-  tensor.pieces.insert({piece.offset, size});
+  tensor.pieces[{piece.offset, size}] = piece.xxh3_64.has_value();
   received_bytes_ += size;
   if (IsComplete(piece.layer)) complete_.push_back(piece.layer);
   return Verdict::kTaken;

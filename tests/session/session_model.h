@@ -75,7 +75,7 @@ class SessionModel {
     std::string bytes;
     std::vector<char> came;  // of each byte
     int64_t missing = 0;
-    std::set<std::pair<int64_t, int64_t>> pieces;  // offset, size
+    std::map<std::pair<int64_t, int64_t>, bool> pieces;  // offset, size; with a checksum
   };
   enum class Verdict : uint8_t { kTaken, kNoBuffer, kRefused };
 
