@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "client/cpp/session_core.h"
+#include "structkv/sizes.h"
 #include "structkv/v1/piece_codec.h"
 
 namespace structkv::client {
@@ -139,6 +140,39 @@ absl::Status CompressSession::SendLayer(uint32_t layer, const LayerTensors& tens
   for (const auto& [tensor, data] : all) {
     status = packer.Add(layer, tensor, data, 0, tensors.owner);
     if (!status.ok()) return status;
+  }
+  return packer.Flush();
+}
+
+absl::Status CompressSession::SendChunk(uint32_t layer, uint32_t first_token, uint32_t tokens,
+                                        const ChunkTensors& chunk) {
+  absl::Status status = core_->CheckSending();
+  if (!status.ok()) return status;
+  const v1::Open& open = core_->open();
+  const uint64_t prompt_tokens = open.prompt_tokens();
+  if (tokens == 0 || first_token >= prompt_tokens || tokens > prompt_tokens - first_token) {
+    return absl::InvalidArgumentError(absl::StrCat("SendChunk: ", tokens, " tokens from ",
+                                                   first_token, " on are not within the prompt's ",
+                                                   prompt_tokens));
+  }
+  // Rows of all heads that lie together, and how often such a run comes in the tensor.
+  const bool head_first = open.layout() == v1::LAYOUT_HEAD_TOKEN_DIM;
+  const uint64_t runs = head_first ? open.geometry().kv_head_count() : 1;
+  Packer packer(core_.get(), ChunkBytes(*core_));
+  for (const auto& [tensor, data] :
+       {std::pair(v1::TENSOR_KEYS, chunk.keys), std::pair(v1::TENSOR_VALUES, chunk.values)}) {
+    const uint64_t run_bytes = InputTensorBytes(open, core_->opened(), tensor) / runs;
+    const uint64_t size = run_bytes / prompt_tokens * tokens;
+    if (data.size() != runs * size) {
+      return absl::InvalidArgumentError(absl::StrCat("SendChunk: ", v1::Tensor_Name(tensor), " of ",
+                                                     tokens, " tokens has ", data.size(),
+                                                     " bytes; ", runs * size, " are needed"));
+    }
+    for (uint64_t run = 0; run < runs && size > 0; ++run) {
+      status = packer.Add(layer, tensor, data.subspan(run * size, size),
+                          run * run_bytes + run_bytes / prompt_tokens * first_token, chunk.owner);
+      if (!status.ok()) return status;
+    }
   }
   return packer.Flush();
 }

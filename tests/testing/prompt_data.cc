@@ -255,6 +255,21 @@ v1::TensorPiece MakePiece(const PromptData& data, uint32_t layer, v1::Tensor ten
   return MakePiece(data, layer, tensor, 0, data.tensor(layer, tensor).size());
 }
 
+std::vector<v1::TensorPiece> ChunkPieces(const PromptData& data, uint32_t layer, uint32_t first,
+                                         uint32_t tokens) {
+  const bool head_first = data.open().layout() == v1::LAYOUT_HEAD_TOKEN_DIM;
+  const uint64_t runs = head_first ? data.open().geometry().kv_head_count() : 1;
+  const uint64_t all = data.open().prompt_tokens();
+  std::vector<v1::TensorPiece> pieces;
+  for (const v1::Tensor tensor : {v1::TENSOR_KEYS, v1::TENSOR_VALUES}) {
+    const uint64_t row = data.tensor(layer, tensor).size() / runs / all;
+    for (uint64_t run = 0; run < runs && row > 0; ++run) {
+      pieces.push_back(MakePiece(data, layer, tensor, (run * all + first) * row, tokens * row));
+    }
+  }
+  return pieces;
+}
+
 v1::CompressRequest OpenMessage(const v1::Open& open) {
   v1::CompressRequest request;
   *request.mutable_open() = open;

@@ -90,6 +90,11 @@ v1::TensorPiece MakePiece(const PromptData& data, uint32_t layer, v1::Tensor ten
 // A whole tensor in one piece.
 v1::TensorPiece MakePiece(const PromptData& data, uint32_t layer, v1::Tensor tensor);
 
+// The keys and values of tokens [first, first + tokens) of a full layer: a piece for each run that
+// lies together in its tensor.
+std::vector<v1::TensorPiece> ChunkPieces(const PromptData& data, uint32_t layer, uint32_t first,
+                                         uint32_t tokens);
+
 // Messages.
 v1::CompressRequest OpenMessage(const v1::Open& open);
 v1::CompressRequest PieceMessage(v1::TensorPiece piece);

@@ -33,6 +33,16 @@ struct LayerTensors {
   std::shared_ptr<const void> owner;
 };
 
+// Consecutive tokens of one layer's keys and values, as chunked prefill computes them: each dense,
+// in the layout of `Open`, with the chunk's tokens in place of N. Empty where the prompt has no
+// such tensor.
+struct ChunkTensors {
+  absl::Span<const std::byte> keys;
+  absl::Span<const std::byte> values;
+  // As in LayerTensors.
+  std::shared_ptr<const void> owner;
+};
+
 // A session that the server has admitted. Made by Client::OpenPrompt.
 //
 // Errors: every call on a failed session returns the status of its stream, which is the server's
@@ -62,6 +72,13 @@ class CompressSession {
   // Sends all tensors of a layer, small ones together in one message; positions, where it has them,
   // first.
   absl::Status SendLayer(uint32_t layer, const LayerTensors& tensors);
+
+  // Sends the keys and values of tokens [first_token, first_token + tokens) of a full layer; with
+  // [kv_head, token, dim] that is a piece for each KV head. The layer's other tensors go by Send or
+  // SendLayer, at any time. INVALID_ARGUMENT where the tokens leave the prompt, or a tensor has
+  // another size than theirs.
+  absl::Status SendChunk(uint32_t layer, uint32_t first_token, uint32_t tokens,
+                         const ChunkTensors& chunk);
 
   // Ends the prompt: says how many layers and bytes were sent. FAILED_PRECONDITION where that was
   // done before.
