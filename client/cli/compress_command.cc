@@ -53,10 +53,12 @@ absl::StatusOr<v1::Open> MakeOpen(const CompressFlags& flags, const Capture& cap
   if (absl::Status status = capture.SetStatistic(&open); !status.ok()) return status;
   if (flags.skeleton_layers) {
     const v1::PivotMode mode = open.method().structkv().pivot().mode();
-    if (!open.method().has_structkv() || mode == v1::PIVOT_MODE_UNSPECIFIED ||
-        mode == v1::PIVOT_MODE_EXACT) {
+    const bool early = open.method().has_structkv() && mode != v1::PIVOT_MODE_UNSPECIFIED &&
+                       mode != v1::PIVOT_MODE_EXACT;
+    if (!early && !open.method().has_fastkv()) {
       return absl::InvalidArgumentError(
-          "--skeleton-layers needs the method structkv with --pivot online, fixed or profiled");
+          "--skeleton-layers needs the method structkv with --pivot online, fixed or profiled, or "
+          "fastkv");
     }
     // A layer of skeleton rows would need the log-sum-exp over the skeleton's keys.
     open.set_window_lse(false);
@@ -271,7 +273,7 @@ Command AddCompress(CLI::App* app) {
   sub->add_flag("--checksums", flags->checksums, "Send a checksum with every piece");
   sub->add_flag("--skeleton-layers", flags->skeleton_layers,
                 "Layer by layer, as a worker that cuts its prefill: skeleton rows alone past the "
-                "pivot (--pivot online, fixed, profiled)")
+                "pivot (--pivot online, fixed, profiled; fastkv)")
       ->excludes(saliency);
   sub->add_flag("--json", flags->json, "Print JSON");
   return {sub, [flags] { return RunCompress(*flags); }};

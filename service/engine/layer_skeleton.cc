@@ -42,6 +42,9 @@ PivotResult LayerSkeleton(const PromptSpec& spec, const LayerSaliency& saliency,
     result.skeleton = positions;
     return result;
   }
+  if (result.decision.pivot_layer + 1 < spec.geometry.layers) {
+    result.decision.skeleton_from_layer = result.decision.pivot_layer + 1;
+  }
   const Buffer scratch = pool.Acquire(LayerSkeletonScratchBytes(spec));
   auto* sum = scratch.as<float>();
   SumOfSmoothed(spec, saliency.head_scores(), backend, sum + spec.prompt_tokens, sum, parallel);

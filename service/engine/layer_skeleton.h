@@ -16,8 +16,8 @@ namespace structkv::engine {
 int64_t LayerSkeletonScratchBytes(const PromptSpec& spec);
 
 // The skeleton that the spec's skeleton layer chooses, as a FIXED pivot without a transition layer.
-// FastKV: the best tokens by the sum over KV heads of the smoothed saliency. GemFilter:
-// `positions`, what the layer keeps.
+// FastKV: the best tokens by the sum over KV heads of the smoothed saliency; the layers after it
+// may come as skeleton rows. GemFilter: `positions`, what the layer keeps.
 PivotResult LayerSkeleton(const PromptSpec& spec, const LayerSaliency& saliency,
                           const std::vector<int32_t>& positions, const Backend& backend,
                           BufferPool& pool, ParallelFor parallel);

@@ -89,6 +89,7 @@ class Prompt::Impl {
       DecideIfKnown(parallel);
     } else if (input.layer == spec_.method.skeleton_layer()) {
       pivot_ = LayerSkeleton(spec_, saliency, output.positions, backend_, pool_, parallel);
+      AllowSkeletonRows();
     }
     if (spec_.return_saliency && spec_.has_input(input.layer)) {
       // Of a single KV head there is one vector, under either name.
@@ -104,7 +105,7 @@ class Prompt::Impl {
   std::shared_ptr<const Skeleton> skeleton() const { return skeleton_; }
 
   std::optional<int64_t> ExactPivot() const {
-    if (!done() || skeleton_came_ || !spec_.method.has_skeleton()) return std::nullopt;
+    if (!done() || skeleton_came_ || !spec_.method.has_centrality()) return std::nullopt;
     const method::PivotDecision exact = method::DecideExact(metrics_, spec_.method.pivot);
     if (!exact.transition_layer.has_value()) return std::nullopt;
     return exact.pivot_layer;
@@ -233,13 +234,17 @@ class Prompt::Impl {
                      .window = spec_.window_rows(),
                      .keep = spec_.skeleton_tokens()},
                     result.skeleton.data());
-    if (spec_.may_have_skeleton_layers()) {
-      skeleton_ = std::make_shared<const Skeleton>(
-          Skeleton{result.decision.skeleton_from_layer, result.skeleton});
-    }
     if (!spec_.return_centrality) result.centrality = std::vector<float>();
     ScaleReturned(result.centrality.data(), result.centrality.size());
     pivot_ = std::move(result);
+    AllowSkeletonRows();
+  }
+
+  // Later layers may come as the rows of the pivot's skeleton.
+  void AllowSkeletonRows() {
+    if (!spec_.may_have_skeleton_layers()) return;
+    skeleton_ = std::make_shared<const Skeleton>(
+        Skeleton{pivot_->decision.skeleton_from_layer, pivot_->skeleton});
   }
 
   const PromptSpec spec_;
@@ -247,7 +252,8 @@ class Prompt::Impl {
   BufferPool& pool_;
   const std::unique_ptr<method::SelectionPolicy> policy_;
   // The centrality is that of the layer which decides, so that what lies before it is summed up.
-  const bool online_ = spec_.may_have_skeleton_layers() && !spec_.method.pivot.given_layer();
+  const bool online_ = spec_.method.has_centrality() && spec_.may_have_skeleton_layers() &&
+                       !spec_.method.pivot.given_layer();
   std::vector<bool> answered_;
   int64_t answered_count_ = 0;
   int64_t complete_prefix_ = 0;  // layers 0 .. complete_prefix_ - 1 were answered

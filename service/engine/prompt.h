@@ -82,12 +82,13 @@ class Prompt {
   // The pivot, once, as soon as it is known: after the call that made it so. nullopt otherwise.
   std::optional<PivotResult> TakePivot();
 
-  // What layers of skeleton rows are held to. Null until the pivot is known, and where the method
-  // or its pivot mode (EXACT) has none.
+  // What layers of skeleton rows are held to. Null until the pivot is known, and where no layer may
+  // be one: with EXACT, and with all methods but StructKV and FastKV.
   std::shared_ptr<const Skeleton> skeleton() const;
 
-  // The transition layer + 1 that EXACT would have found, whatever the mode. nullopt until every
-  // layer was answered, where one came as skeleton rows, and where there was nothing to search.
+  // The transition layer + 1 that EXACT would have found, whatever the mode of StructKV. nullopt
+  // with other methods, until every layer was answered, where one came as skeleton rows, and where
+  // there was nothing to search.
   std::optional<int64_t> ExactPivot() const;
 
   // Whether every layer was answered.

@@ -43,7 +43,8 @@ bool PromptSpec::per_kv_head() const {
 }
 
 bool PromptSpec::may_have_skeleton_layers() const {
-  return method.has_centrality() && method.pivot.mode != method::PivotMode::kExact;
+  if (method.has_centrality()) return method.pivot.mode != method::PivotMode::kExact;
+  return method.method == method::Method::kFastKv;
 }
 
 bool PromptSpec::has_input(int64_t layer) const {

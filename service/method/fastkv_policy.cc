@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "service/method/budget.h"
 #include "service/method/policies.h"
 #include "service/method/top_scores.h"
@@ -22,8 +24,9 @@ class FastKvPolicy final : public SelectionPolicy {
 
   void Select(const SelectionInput& input, const Backend& backend, ParallelFor parallel,
               absl::Span<float> scratch, absl::Span<int32_t> positions) const override {
+    const int64_t budget = input.budget_tokens > 0 ? input.budget_tokens : input.tokens;
     SelectTopScores({.window = WindowRows(spec_, input.tokens),
-                     .keep = KeptTokens(spec_, input.tokens),
+                     .keep = std::min(KeptTokens(spec_, budget), input.tokens),
                      .pooling = spec_.pooling,
                      .pooling_kernel = spec_.pooling_kernel},
                     input, backend, parallel, scratch, positions);

@@ -133,9 +133,9 @@ absl::Status LayerAssembler::CheckSkeletonOrder(const InputPiece& piece, const L
   if (layer.skeleton) return absl::OkStatus();
   absl::string_view fault;
   if (!spec_.may_have_skeleton_layers()) {
-    fault = spec_.method.has_skeleton()
+    fault = spec_.method.has_centrality()
                 ? "the pivot is decided after the last layer, so full layers alone are allowed"
-                : "the method has no skeleton, so full layers alone are allowed";
+                : "the method has no skeleton rows, so full layers alone are allowed";
   } else if (skeleton_ == nullptr) {
     fault = "the pivot is not decided yet; full layers alone are allowed until then";
   } else if (!skeleton_->from_layer.has_value()) {

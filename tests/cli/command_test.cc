@@ -121,6 +121,14 @@ TEST_F(CommandTest, SendsSkeletonRowsPastThePivot) {
   EXPECT_EQ(RunCommand("plot " + served + " --out " + svg).code, 0);
   EXPECT_THAT(Read(svg), HasSubstr("decided online at layer 5"));
   EXPECT_THAT(RunCommand("info " + served).output, HasSubstr("skeleton_from_layer"));
+  const Ran fastkv = RunCommand(std::string("compress ") + kCapture +
+                                " --in-process --method fastkv --tsp-layer 5 --skeleton-layers "
+                                "--json --out " +
+                                alone);
+  ASSERT_EQ(fastkv.code, 0) << fastkv.output;
+  const auto json = nlohmann::json::parse(fastkv.output);
+  EXPECT_EQ(json.at("skeleton_from_layer"), 6);
+  EXPECT_EQ(json.at("skeleton_layers"), 6);
   const Ran exact = RunCommand(std::string("compress ") + kCapture +
                                " --in-process --skeleton-layers --out " + alone);
   EXPECT_EQ(exact.code, 2);

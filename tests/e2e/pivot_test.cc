@@ -1,5 +1,7 @@
 // The pivot in mid-prefill: it comes before later layers are sent, and these may then be skeleton
 // rows. What a worker makes of it, what it may get wrong, and what a model's profile remembers.
+#include <google/protobuf/text_format.h>
+
 #include <algorithm>
 #include <functional>
 #include <limits>
@@ -128,6 +130,77 @@ INSTANTIATE_TEST_SUITE_P(
                       CutCase{"KeepsAllOfTheSkeleton", v1::PIVOT_MODE_FIXED, kQueries,
                               v1::OUTPUT_COMPACT, kTokenFirst, false, false, 0.5}),
     [](const auto& instance) { return instance.param.name; });
+
+// FastKV's pivot is its tsp_layer, whatever the layers before and after say.
+struct FastKvCase {
+  std::string name;
+  uint32_t tsp_layer;
+  std::string open;  // what else differs, as text
+};
+
+void PrintTo(const FastKvCase& fastkv, std::ostream* out) { *out << fastkv.name; }
+
+class FastKvCutTest : public PivotTest, public ::testing::WithParamInterface<FastKvCase> {};
+
+v1::Open FastKvOpen(uint32_t tsp_layer) {
+  v1::Open open = SmallOpen(300);
+  open.mutable_geometry()->set_layer_count(kLayers);
+  open.mutable_method()->mutable_fastkv()->set_tsp_layer(tsp_layer);
+  return open;
+}
+
+TEST_P(FastKvCutTest, SkeletonRowsMatchTheOracle) {
+  const FastKvCase& fastkv = GetParam();
+  Start();
+  v1::Open open = FastKvOpen(fastkv.tsp_layer);
+  v1::Open changes;
+  ASSERT_TRUE(google::protobuf::TextFormat::ParseFromString(fastkv.open, &changes));
+  open.MergeFrom(changes);
+  open.set_return_saliency(true);
+  PromptData data(open, 31);
+  const uint64_t full_bytes = data.total_bytes();
+  const Outcome outcome = SendCut(&data);
+  ExpectSuccess(data, outcome);
+  EXPECT_LT(data.total_bytes(), full_bytes);
+  const Answer answer = Assemble(outcome);
+  ASSERT_TRUE(answer.pivot);
+  EXPECT_EQ(answer.layers_before_pivot, fastkv.tsp_layer);
+  EXPECT_EQ(answer.pivot->decision.skeleton_from_layer(), fastkv.tsp_layer + 1);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    , FastKvCutTest,
+    ::testing::Values(
+        FastKvCase{"Default", 4, ""},
+        FastKvCase{"FirstLayerPerLayerPlan", 0,
+                   "output: OUTPUT_PLAN layout: LAYOUT_TOKEN_HEAD_DIM "
+                   "method { fastkv { granularity: GRANULARITY_PER_LAYER } }"},
+        FastKvCase{"SaliencyBeforeTheLast", kLayers - 2,
+                   "statistic: STATISTIC_SALIENCY_PER_KV_HEAD layout: LAYOUT_TOKEN_HEAD_DIM"},
+        FastKvCase{"WindowLse", 6, "window_lse: true dtype: DTYPE_F32"},
+        // A layer's budget stays that of the whole prompt.
+        FastKvCase{"KeepsMostOfTheSkeleton", 3, "method { fastkv { kv_budget { ratio: 0.17 } } }"},
+        FastKvCase{"KeepsAllOfTheSkeleton", 3, "method { fastkv { kv_budget { ratio: 0.5 } } }"}),
+    [](const auto& instance) { return instance.param.name; });
+
+TEST_F(PivotTest, FastKvTakesSkeletonRowsPastItsLayerAlone) {
+  Start();
+  const auto refused = [&](uint32_t tsp_layer, uint32_t at, const std::string& text) {
+    PromptData data(FastKvOpen(tsp_layer), 5);
+    Call call(channel());
+    call.Send(OpenMessage(data.open()));
+    for (uint32_t layer = 0; layer < at; ++layer) SendLayer(call, data, layer);
+    data.KeepRows(at, std::vector<int32_t>(60, 1));
+    call.Send(LayerMessage(data, at));
+    call.HalfClose();
+    ExpectFailure(call.Finish(), grpc::StatusCode::INVALID_ARGUMENT,
+                  {"layer " + std::to_string(at), "positions", text});
+  };
+  refused(4, 0, "not decided yet");
+  refused(4, 4, "not decided yet");
+  refused(4, 5, "differs from the skeleton's");
+  refused(kLayers - 1, kLayers - 1, "not decided yet");
+}
 
 TEST_F(PivotTest, AWorkerMayIgnoreThePivotOrSendBoth) {
   Start();
@@ -382,6 +455,12 @@ TEST_F(PivotTest, ProfiledLearnsFromEveryModeAndSurvivesARestart) {
   // Layers of skeleton rows teach nothing.
   PromptData cut(PivotOpen(v1::PIVOT_MODE_FIXED), 5);
   ExpectSuccess(cut, SendCut(&cut));
+  // Nor do methods whose one layer is given.
+  Pivot(PromptData(FastKvOpen(4), 5));
+  v1::Open gemfilter = FastKvOpen(4);
+  gemfilter.mutable_method()->mutable_gemfilter()->set_filter_layer(4);
+  gemfilter.set_output(v1::OUTPUT_PLAN);
+  Pivot(PromptData(gemfilter, 5));
   EXPECT_EQ(Pivot(unknown).mode(), v1::PIVOT_MODE_ONLINE) << "two were seen";
 
   Restart(options);

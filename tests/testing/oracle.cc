@@ -217,6 +217,10 @@ OraclePivot PivotOfLayer(const PromptData& data, const std::vector<OracleLayer>&
   OraclePivot result;
   result.pivot_layer = result.decided_at = *data.effective().skeleton_layer;
   result.mode = v1::PIVOT_MODE_FIXED;
+  // FastKV's worker may cut what follows; GemFilter's begins again.
+  if (data.effective().fastkv && result.pivot_layer + 1 < data.layers()) {
+    result.skeleton_from = result.pivot_layer + 1;
+  }
   const OracleLayer& layer = layers[result.pivot_layer];
   result.centrality.assign(data.open().prompt_tokens(), 0);
   for (const auto& head : layer.per_head) {
