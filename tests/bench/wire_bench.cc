@@ -10,6 +10,7 @@
 #include "nlohmann/json.hpp"
 #include "tests/bench/wire_bare.h"
 #include "tests/bench/wire_peer.h"
+#include "tests/bench/wire_plan.h"
 #include "tests/bench/wire_round_trip.h"
 #include "tests/bench/wire_stream.h"
 #include "tests/testing/process.h"
@@ -19,6 +20,8 @@ namespace {
 
 constexpr double kThroughputBar = 0.85;   // of the bare stream's rate
 constexpr double kLatencyBarMicros = 50;  // above the bare round trip and the arithmetic
+constexpr double kPlanBarMicros = 1000;   // of a layer in plan mode, above the arithmetic
+constexpr uint32_t kPlanTokens = 131072;
 
 struct Flags {
   StreamOptions stream;
@@ -27,6 +30,8 @@ struct Flags {
   int repeats = 5;
   int prompts = 6;
   uint32_t tokens = 16384;  // 64 KiB of saliency
+  int plan_prompts = 0;
+  uint32_t plan_piece_kib = 2048;  // as the client library sends
   std::string server = STRUCTKV_SERVER;
   std::string serve_bare;
   bool json = false;
@@ -128,6 +133,37 @@ void PrintLatency(const nlohmann::json& result) {
       kLatencyBarMicros);
 }
 
+nlohmann::json MeasurePlanMode(const Flags& flags, const std::string& name, const PlanCase& plan,
+                               const std::string& bare, const std::string& compress) {
+  const PlanTimes times = MeasurePlan(plan, bare, compress, kPlanTokens, flags.plan_prompts,
+                                      uint64_t{flags.plan_piece_kib} << 10);
+  return {{"socket", name},
+          {"case", plan.name},
+          {"tokens", kPlanTokens},
+          {"request_bytes", times.request_bytes},
+          {"answer_bytes", times.answer_bytes},
+          {"compress", ToJson(times.compress)},
+          {"arithmetic", ToJson(times.arithmetic)},
+          {"bare", ToJson(times.bare)},
+          {"echo", ToJson(times.echo)},
+          {"beyond_arithmetic_p50_micros", times.compress.p50_micros - times.arithmetic.p50_micros},
+          {"beyond_arithmetic_p99_micros", times.compress.p99_micros - times.arithmetic.p99_micros},
+          {"bar_micros", kPlanBarMicros}};
+}
+
+void PrintPlan(const nlohmann::json& result) {
+  std::printf("%-5s plan of %u tokens, %s: microseconds of a layer, p50 / p99\n",
+              result["socket"].get<std::string>().c_str(), result["tokens"].get<unsigned>(),
+              result["case"].get<std::string>().c_str());
+  for (const char* row : {"compress", "arithmetic", "bare", "echo"}) {
+    std::printf("      %-11s %7.0f / %7.0f\n", row, result[row]["p50_micros"].get<double>(),
+                result[row]["p99_micros"].get<double>());
+  }
+  std::printf("      beyond the arithmetic: %.0f / %.0f (bar %.0f)\n",
+              result["beyond_arithmetic_p50_micros"].get<double>(),
+              result["beyond_arithmetic_p99_micros"].get<double>(), kPlanBarMicros);
+}
+
 int Measure(const char* self, const Flags& flags) {
   const Servers servers(self, flags);
   nlohmann::json report;
@@ -152,6 +188,18 @@ int Measure(const char* self, const Flags& flags) {
       report["round_trips"].push_back(result);
     }
   }
+  if (flags.plan_prompts > 0) {
+    for (const auto& [name, bare, compress] :
+         {std::tuple("tcp", servers.bare_tcp(), servers.tcp()),
+          std::tuple("unix", servers.bare_unix(), servers.unix_socket())}) {
+      for (const PlanCase& plan : PlanCases()) {
+        const nlohmann::json result = MeasurePlanMode(flags, name, plan, bare, compress);
+        passed = passed && result["beyond_arithmetic_p50_micros"].get<double>() <= kPlanBarMicros;
+        if (!flags.json) PrintPlan(result);
+        report["plans"].push_back(result);
+      }
+    }
+  }
   report["passed"] = passed;
   if (flags.json) std::printf("%s\n", report.dump(2).c_str());
   return flags.check && !passed ? 1 : 0;
@@ -170,6 +218,12 @@ int Main(int argc, char** argv) {
   app.add_option("--prompts", flags.prompts, "Prompts of 512 round trips; 0: none")
       ->capture_default_str();
   app.add_option("--tokens", flags.tokens, "Saliency values per round trip")->capture_default_str();
+  app.add_option("--plan", flags.plan_prompts,
+                 "Prompts of 32 layers of 131,072 tokens in plan mode; 0: none")
+      ->capture_default_str();
+  app.add_option("--plan-piece-kib", flags.plan_piece_kib, "KiB of statistics per message there")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
   app.add_option("--server", flags.server, "The server program")->capture_default_str();
   app.add_flag("--json", flags.json, "Print JSON");
   app.add_flag("--check", flags.check, "Fail where a bar is missed");

@@ -97,27 +97,27 @@ void CompressPrompt(const std::shared_ptr<grpc::Channel>& channel, uint32_t toke
   FinishOrDie(stream.get(), "Compress");
 }
 
-void BarePrompt(const std::shared_ptr<grpc::Channel>& channel, const char* method,
-                uint64_t request_bytes, uint64_t answer_bytes, Sample* sample) {
+}  // namespace
+
+void BareRoundTrips(const std::shared_ptr<grpc::Channel>& channel, const char* method,
+                    uint64_t request_bytes, uint64_t answer_bytes, uint32_t count, uint32_t warm_up,
+                    std::vector<double>* micros) {
   grpc::ClientContext context;
   context.AddMetadata(kAnswerBytesKey, std::to_string(answer_bytes));
   const auto stream = StartStream(channel, method, &context);
   const std::string data(request_bytes, 'b');
   grpc::ByteBuffer answer;
-  for (uint32_t layer = 0; layer < kLayers; ++layer) {
+  for (uint32_t i = 0; i < count; ++i) {
     const Clock::time_point start = Clock::now();
     const grpc::Slice slice(data.data(), data.size(), grpc::Slice::STATIC_SLICE);
     if (!stream->Write(grpc::ByteBuffer(&slice, 1)) || !stream->Read(&answer)) {
       FinishOrDie(stream.get(), "bare service");
     }
-    const double micros = MicrosSince(start);
-    if (layer >= kWarmUp) sample->micros.push_back(micros);
+    if (i >= warm_up) micros->push_back(MicrosSince(start));
   }
   stream->WritesDone();
   FinishOrDie(stream.get(), "bare service");
 }
-
-}  // namespace
 
 RoundTrip Summarise(std::vector<double> micros) {
   std::sort(micros.begin(), micros.end());
@@ -133,17 +133,18 @@ RoundTrips MeasureRoundTrips(const std::string& bare_address, const std::string&
   const auto channel = Connect(address);
   const std::vector<float> saliency = Saliency(tokens);
   Sample compress;
-  Sample bare;
-  Sample echo;
+  std::vector<double> bare;
+  std::vector<double> echo;
   for (int i = 0; i < prompts; ++i) {
     CompressPrompt(channel, tokens, saliency, &compress);
-    BarePrompt(bare_channel, kAnswerMethod, compress.request_bytes, compress.answer_bytes, &bare);
-    BarePrompt(bare_channel, kEchoMethod, compress.request_bytes, 0, &echo);
+    BareRoundTrips(bare_channel, kAnswerMethod, compress.request_bytes, compress.answer_bytes,
+                   kLayers, kWarmUp, &bare);
+    BareRoundTrips(bare_channel, kEchoMethod, compress.request_bytes, 0, kLayers, kWarmUp, &echo);
   }
   RoundTrips result;
   result.compress = Summarise(std::move(compress.micros));
-  result.bare = Summarise(std::move(bare.micros));
-  result.echo = Summarise(std::move(echo.micros));
+  result.bare = Summarise(std::move(bare));
+  result.echo = Summarise(std::move(echo));
   result.request_bytes = compress.request_bytes;
   result.answer_bytes = compress.answer_bytes;
   return result;

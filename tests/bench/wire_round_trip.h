@@ -2,8 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
+
+#include "grpcpp/channel.h"
 
 namespace structkv::bench {
 
@@ -28,6 +31,12 @@ struct RoundTrips {
 // `prompts` prompts of 512 layers on one connection each, in turns with the bare service.
 RoundTrips MeasureRoundTrips(const std::string& bare_address, const std::string& address,
                              uint32_t tokens, int prompts);
+
+// `count` round trips of a request and an answer of these lengths on one stream of the bare service
+// (see wire_bare.h for `method`); adds the microseconds of all but the first `warm_up`.
+void BareRoundTrips(const std::shared_ptr<grpc::Channel>& channel, const char* method,
+                    uint64_t request_bytes, uint64_t answer_bytes, uint32_t count, uint32_t warm_up,
+                    std::vector<double>* micros);
 
 // What the backend computes for such a layer, called directly and serially in this process: check,
 // sums for the metrics, centrality, selection.
