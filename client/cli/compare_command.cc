@@ -1,6 +1,9 @@
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
+#include <fstream>
 #include <memory>
 #include <optional>
 #include <string>
@@ -16,6 +19,7 @@
 #include "client/cli/kept.h"
 #include "client/cli/method_flags.h"
 #include "client/cli/overlap.h"
+#include "client/cli/svg_compare.h"
 #include "client/cli/text.h"
 #include "nlohmann/json.hpp"
 
@@ -33,6 +37,7 @@ struct CompareFlags {
   std::optional<uint32_t> tsp_layer;
   std::optional<uint32_t> filter_layer;
   std::string column_sums;
+  std::string output;  // the picture; none where it is empty
   ConnectionFlags connection;
   bool json = false;
 };
@@ -145,6 +150,9 @@ void PrintJson(const CompareFlags& flags, const Capture& capture,
       entry["error_layers"] = row.error->layers;
     }
     if (row.overlap.has_value()) entry["overlap_with_structkv"] = *row.overlap;
+    for (const Comparison& other : rows) {
+      entry["kept_too_by"][other.method] = Overlap(row.sets, other.sets);
+    }
     if (row.pivot.has_value()) {
       entry["pivot_layer"] = row.pivot->pivot_layer;
       if (row.pivot->transition_layer.has_value()) {
@@ -219,6 +227,33 @@ void SetOverlaps(std::vector<Comparison>* rows) {
   for (Comparison& row : *rows) row.overlap = Overlap(base->sets, row.sets);
 }
 
+absl::Status Draw(const CompareFlags& flags, const Capture& capture,
+                  const std::vector<Comparison>& rows) {
+  ComparisonPicture picture;
+  const auto model = capture.metadata().find("model_id");
+  if (model != capture.metadata().end()) picture.model = model->second;
+  picture.prompt_tokens = capture.prompt_tokens();
+  picture.future_tokens = capture.future_tokens();
+  picture.kv_budget = flags.kv_budget;
+  picture.full_bytes = capture.kv_bytes();
+  for (const Comparison& row : rows) {
+    ComparedMethod& method = picture.methods.emplace_back();
+    method = {.name = row.method, .bytes = row.bytes, .sets = row.sets};
+    if (row.error.has_value()) {
+      method.error = row.error->mean;
+      method.worst_error = row.error->worst;
+    }
+    if (row.pivot.has_value()) method.pivot_layer = row.pivot->pivot_layer;
+  }
+  std::ofstream out(flags.output, std::ios::binary | std::ios::trunc);
+  out << RenderComparison(picture);
+  out.close();
+  if (!out) {
+    return absl::UnknownError(absl::StrCat(flags.output, ": cannot write: ", std::strerror(errno)));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status RunCompare(const CompareFlags& flags) {
   absl::StatusOr<Capture> capture = Capture::Open(flags.input);
   if (!capture.ok()) return capture.status();
@@ -247,10 +282,14 @@ absl::Status RunCompare(const CompareFlags& flags) {
   progress.Clear();
   SetOverlaps(&rows);
   for (const std::string& text : left_out) std::fprintf(stderr, "%s\n", text.c_str());
+  if (!flags.output.empty()) {
+    if (absl::Status drawn = Draw(flags, *capture, rows); !drawn.ok()) return drawn;
+  }
   if (flags.json) {
     PrintJson(flags, *capture, rows);
   } else {
     PrintTable(flags, *capture, rows);
+    if (!flags.output.empty()) std::printf("\nplot      %s\n", flags.output.c_str());
   }
   return absl::OkStatus();
 }
@@ -275,6 +314,7 @@ Command AddCompare(CLI::App* app) {
                   "The layer that chooses gemfilter's tokens (13/32 of the depth)");
   sub->add_option("--column-sums", flags->column_sums,
                   "What h2o needs where the capture lacks it (safetensors)");
+  sub->add_option("--out,-o", flags->output, "Picture of the comparison to write (SVG)");
   AddConnectionFlags(sub, &flags->connection);
   sub->add_flag("--json", flags->json, "Print JSON");
   return {sub, [flags] { return RunCompare(*flags); }};

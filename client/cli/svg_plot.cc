@@ -2,13 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "client/cli/kept.h"
 #include "client/cli/svg.h"
+#include "client/cli/svg_style.h"
 #include "client/cli/text.h"
+#include "client/cli/token_strips.h"
 
 namespace structkv::cli {
 namespace {
@@ -23,45 +24,6 @@ constexpr double kPanelGap = 52;
 constexpr double kMapTopWithPanels = 336;
 constexpr double kMapTopAlone = 112;
 constexpr double kSkeletonHeight = 16;
-constexpr int kMaxBins = 1000;
-constexpr int kShades = 5;
-
-// One hue carries the data and one marks the pivot; both hold against either ground.
-constexpr char kStyle[] = R"(<style>
-svg { font-family: system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-.ground { fill: #ffffff; }
-.title { font-size: 20px; font-weight: 600; fill: #1f2328; }
-.subtitle { font-size: 13px; fill: #59636e; }
-.head { font-size: 13px; font-weight: 600; fill: #1f2328; }
-.note, .tick { font-size: 11px; fill: #59636e; }
-.grid { stroke: #e4e8ec; stroke-width: 1; }
-.axis { stroke: #b4bcc4; stroke-width: 1; }
-.search { fill: #59636e; fill-opacity: 0.09; }
-.line { fill: none; stroke: #2468c8; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-.dot { fill: #2468c8; }
-.pivot-line { stroke: #d4541a; stroke-width: 1.5; stroke-dasharray: 4 3; }
-.pivot-dot { fill: #d4541a; stroke: #ffffff; stroke-width: 1.5; }
-.pivot-text { font-size: 11px; font-weight: 600; fill: #b9430f; }
-.track { fill: #eef1f4; }
-.kept { fill: #2468c8; }
-.skeleton { fill: #d4541a; }
-@media (prefers-color-scheme: dark) {
-  .ground { fill: #0d1117; }
-  .title, .head { fill: #f0f6fc; }
-  .subtitle, .note, .tick { fill: #9aa4af; }
-  .grid { stroke: #262c34; }
-  .axis { stroke: #4a525c; }
-  .search { fill: #9aa4af; fill-opacity: 0.12; }
-  .line { stroke: #5b9bf0; }
-  .dot, .kept { fill: #5b9bf0; }
-  .pivot-line { stroke: #f0823f; }
-  .pivot-dot { fill: #f0823f; stroke: #0d1117; }
-  .pivot-text { fill: #f79a60; }
-  .track { fill: #1a2028; }
-  .skeleton { fill: #f0823f; }
-}
-</style>
-)";
 
 struct Metric {
   const char* name;
@@ -173,7 +135,7 @@ class TokenMap {
   TokenMap(const PlotData& data, double top)
       : data_(data),
         top_(top),
-        bins_(static_cast<int>(std::min<uint32_t>(data.prompt_tokens, kMaxBins))),
+        strips_(kLeft, kWidth - kLeft - kRight, data.prompt_tokens),
         pitch_(std::clamp(288.0 / static_cast<double>(data.positions.size()), 4.0, 24.0)) {}
 
   double height() const {
@@ -191,7 +153,8 @@ class TokenMap {
     for (size_t layer = 0; layer < layers; ++layer) {
       const double y = top_ + pitch_ * static_cast<double>(layer);
       const bool is_pivot = data_.pivot_layer.has_value() && *data_.pivot_layer == layer;
-      out += Strip(data_.positions[layer], data_.heads, y, pitch_ - gap, "kept");
+      out += strips_.Strip(strips_.Shares(data_.positions[layer], data_.heads), y, pitch_ - gap,
+                           "kept-run");
       // A label next to the pivot's own would collide with it.
       const size_t pivot = data_.pivot_layer.value_or(0);
       const size_t distance = layer > pivot ? layer - pivot : pivot - layer;
@@ -207,72 +170,20 @@ class TokenMap {
     double y = top_ + pitch_ * static_cast<double>(layers);
     if (!data_.skeleton.empty()) {
       y += 8;
-      out += Strip(data_.skeleton, 1, y, kSkeletonHeight, "skeleton");
+      out += strips_.Strip(strips_.Shares(data_.skeleton, 1), y, kSkeletonHeight, "skeleton-run");
       out += SvgText(kLeft - 8, y + kSkeletonHeight / 2 + 4, "pivot-text", "skel.", "end");
       y += kSkeletonHeight + 2;
     }
-    return out + TokenTicks(y) + "</g>\n";
+    return out + strips_.Axis(y + 2) + "</g>\n";
   }
 
  private:
-  double width() const { return kWidth - kLeft - kRight; }
-  double X(double token) const { return kLeft + width() * token / data_.prompt_tokens; }
-
   // Triangles at both ends of the pivot's row.
   static std::string Marker(double y, double height) {
     const std::string middle = Coordinate(y + height / 2);
     const double x = kWidth - kRight + 4;
     return absl::StrCat("<path class=\"skeleton\" d=\"M", Coordinate(x), " ", middle,
                         "l8 -5v10z\"/>\n");
-  }
-
-  std::string Strip(const std::vector<int32_t>& positions, uint32_t heads, double y, double height,
-                    const char* css_class) const {
-    std::vector<double> share(static_cast<size_t>(bins_));
-    const double tokens_per_bin = static_cast<double>(data_.prompt_tokens) / bins_;
-    for (int32_t position : positions) {
-      const auto bin = static_cast<size_t>(static_cast<double>(position) / tokens_per_bin);
-      share[std::min(bin, share.size() - 1)] += 1 / (tokens_per_bin * heads);
-    }
-    // One path for each shade, made of runs of bins.
-    std::map<int, std::string> paths;
-    const double bin_width = width() / bins_;
-    for (size_t bin = 0; bin < share.size();) {
-      const int shade = Shade(share[bin]);
-      size_t end = bin + 1;
-      while (end < share.size() && Shade(share[end]) == shade) ++end;
-      if (shade > 0) {
-        absl::StrAppend(
-            &paths[shade], "M", Coordinate(kLeft + bin_width * static_cast<double>(bin)), " ",
-            Coordinate(y), "h", Coordinate(bin_width * static_cast<double>(end - bin)), "v",
-            Coordinate(height), "h", Coordinate(-bin_width * static_cast<double>(end - bin)), "z");
-      }
-      bin = end;
-    }
-    std::string out = SvgRect(kLeft, y, width(), height, "track");
-    for (const auto& [shade, path] : paths) {
-      absl::StrAppend(&out, "<path class=\"", css_class, "\" fill-opacity=\"",
-                      Coordinate(Opacity(shade)), "\" d=\"", path, "\"/>\n");
-    }
-    return out;
-  }
-
-  static int Shade(double share) {
-    return share <= 0 ? 0 : std::clamp(static_cast<int>(std::ceil(share * kShades)), 1, kShades);
-  }
-  static double Opacity(int shade) { return 0.25 + 0.75 * shade / kShades; }
-
-  std::string TokenTicks(double y) const {
-    std::string out = SvgLine(kLeft, y + 2, kWidth - kRight, y + 2, "axis");
-    const std::vector<double> ticks = Ticks(0, data_.prompt_tokens, 10);
-    const double step = ticks.size() > 1 ? ticks[1] - ticks[0] : 1;
-    for (double tick : ticks) {
-      if (tick != std::floor(tick)) continue;
-      out += SvgLine(X(tick), y + 2, X(tick), y + 6, "axis");
-      out += SvgText(X(tick), y + 19, "tick", TickText(tick, step), "middle");
-    }
-    return out +
-           SvgText(kLeft + width() / 2, y + 36, "note", "token position in the prompt", "middle");
   }
 
   std::string Legend(double y) const {
@@ -290,14 +201,8 @@ class TokenMap {
     if (!data_.skeleton.empty()) {
       entry("in the skeleton", 86, SvgRect(0, 0, 10, 10, "skeleton"), 10);
     }
-    if (bins_ < static_cast<int>(data_.prompt_tokens) || data_.heads > 1) {
-      std::string ramp;
-      for (int shade = 1; shade <= kShades; ++shade) {
-        absl::StrAppend(&ramp, "<rect x=\"", (shade - 1) * 10,
-                        "\" y=\"0\" width=\"10\" height=\"10\" class=\"kept\" fill-opacity=\"",
-                        Coordinate(Opacity(shade)), "\"/>");
-      }
-      entry("few to all kept", 84, ramp, 10 * kShades);
+    if (!strips_.one_bin_a_token() || data_.heads > 1) {
+      entry("few to all kept", 84, TokenStrips::Ramp(), TokenStrips::RampWidth());
     } else {
       entry("kept", 28, SvgRect(0, 0, 10, 10, "kept"), 10);
     }
@@ -306,36 +211,45 @@ class TokenMap {
 
   const PlotData& data_;
   const double top_;
-  const int bins_;
+  const TokenStrips strips_;
   const double pitch_;
 };
 
+// GemFilter looks at one layer; what it chooses there is for all.
+bool ForAllLayers(const PlotData& data) {
+  return data.method == "gemfilter" && data.pivot_layer.has_value();
+}
+
 std::string Title(const PlotData& data) {
-  return absl::StrCat(data.method.empty() ? "Compacted cache" : data.method,
-                      data.model.empty() ? "" : absl::StrCat(" on ", data.model), ": ",
-                      KeptText(data.least_kept_tokens, data.kept_tokens), " of ",
-                      CountText(data.prompt_tokens), " tokens kept in each of ",
-                      data.positions.size(), " layers");
+  return absl::StrCat(
+      data.method.empty() ? "Compacted cache" : data.method,
+      data.model.empty() ? "" : absl::StrCat(" on ", data.model), ": ",
+      KeptText(data.least_kept_tokens, data.kept_tokens), " of ", CountText(data.prompt_tokens),
+      ForAllLayers(data)
+          ? " tokens to prefill again with"
+          : absl::StrCat(" tokens kept in each of ", data.positions.size(), " layers"));
 }
 
 std::string Subtitle(const PlotData& data) {
-  std::string text;
-  if (data.pivot_layer.has_value()) {
-    text = absl::StrCat("Pivot L* at layer ", *data.pivot_layer);
-    if (data.transition_layer.has_value()) {
-      absl::StrAppend(&text, ", after the highest transition score at layer ",
-                      *data.transition_layer, " (the search range is shaded)");
-    } else {
-      text += data.pivot_mode == "profiled" ? ", from the model's profile" : ", as given";
-    }
-    if (data.pivot_mode == "online" && data.decided_at_layer.has_value()) {
-      absl::StrAppend(&text, "; decided online at layer ", *data.decided_at_layer);
-    }
-    if (!data.skeleton.empty()) {
-      absl::StrAppend(&text, "; skeleton of ", CountText(data.skeleton.size()), " tokens");
-    }
-  } else if (data.heads > 1) {
-    text = absl::StrCat("Each of ", data.heads, " KV heads keeps its own tokens");
+  if (ForAllLayers(data)) {
+    return absl::StrCat("Chosen at layer ", *data.pivot_layer, " for all layers");
+  }
+  if (!data.pivot_layer.has_value()) {
+    return data.heads > 1 ? absl::StrCat("Each of ", data.heads, " KV heads keeps its own tokens")
+                          : "";
+  }
+  std::string text = absl::StrCat("Pivot L* at layer ", *data.pivot_layer);
+  if (data.pivot_mode == "online" && data.decided_at_layer.has_value()) {
+    absl::StrAppend(&text, ", decided online at layer ", *data.decided_at_layer);
+  } else if (!data.transition_layer.has_value()) {
+    text += data.pivot_mode == "profiled" ? ", from the model's profile" : ", as given";
+  }
+  if (data.transition_layer.has_value()) {
+    absl::StrAppend(&text, "; highest transition score at layer ", *data.transition_layer,
+                    " (search range shaded)");
+  }
+  if (!data.skeleton.empty()) {
+    absl::StrAppend(&text, "; skeleton of ", CountText(data.skeleton.size()), " tokens");
   }
   return text;
 }
@@ -357,7 +271,7 @@ std::string RenderPlot(const PlotData& data) {
   std::string out = absl::StrCat(
       "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 ", Coordinate(kWidth), " ",
       Coordinate(height), "\" width=\"", Coordinate(kWidth), "\" height=\"", Coordinate(height),
-      "\" role=\"img\">\n<title>", EscapeXml(title), "</title>\n", kStyle);
+      "\" role=\"img\">\n<title>", EscapeXml(title), "</title>\n", SvgStyle());
   out += SvgRect(0, 0, kWidth, height, "ground");
   out += SvgText(kLeft, 38, "title", title);
   out += SvgText(kLeft, 60, "subtitle", Subtitle(data));

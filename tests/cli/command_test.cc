@@ -141,6 +141,58 @@ TEST_F(CommandTest, SendsSkeletonRowsPastThePivot) {
   EXPECT_THAT(large.output, HasSubstr("skeleton has 200"));
 }
 
+// Every method and mode that has a picture of its own to tell.
+TEST_F(CommandTest, PlotKnowsEveryMethodAndMode) {
+  const std::string cache = directory_.Path("cache.safetensors");
+  const std::string svg = directory_.Path("plot.svg");
+  const std::pair<std::string, std::string> methods[] = {
+      {"structkv", "Pivot L* at layer 10; highest transition score at layer 9"},
+      {"structkv --pivot online", "Pivot L* at layer 10, decided online at layer 9; highest"},
+      {"structkv --pivot fixed --pivot-layer 5", "Pivot L* at layer 5, as given; skeleton of 200"},
+      {"structkv --plan", "100 of 1,000 tokens kept in each of 12 layers"},
+      {"snapkv", "Each of 2 KV heads keeps its own tokens"},
+      {"pyramidkv", "35 to 165 of 1,000 tokens kept"},
+      {"fastkv --tsp-layer 5", "Pivot L* at layer 5, as given; skeleton of 200 tokens"},
+      {"gemfilter --filter-layer 4", "Chosen at layer 4 for all layers"},
+      {"h2o --column-sums " STRUCTKV_TEST_DATA "/column-sums-tiny-llama-1000.safetensors",
+       "Each of 2 KV heads"},
+      {"streaming_llm", "100 of 1,000 tokens kept"},
+      {"full", "1,000 of 1,000 tokens kept"}};
+  for (const auto& [method, text] : methods) {
+    SCOPED_TRACE(method);
+    const Ran ran = RunCommand(std::string("compress ") + kCapture + " --in-process --method " +
+                               method + " --out " + cache);
+    ASSERT_EQ(ran.code, 0) << ran.output;
+    ASSERT_EQ(RunCommand("plot " + cache + " --out " + svg).code, 0);
+    const std::string picture = Read(svg);
+    EXPECT_THAT(picture, HasSubstr(text));
+    EXPECT_THAT(picture, HasSubstr("token position in the prompt"));
+  }
+}
+
+TEST_F(CommandTest, CompareDrawsItsRows) {
+  const std::string svg = directory_.Path("compare.svg");
+  const Ran ran = RunCommand(std::string("compare ") + kCapture +
+                             " --in-process --methods structkv,gemfilter,full --json --out " + svg);
+  ASSERT_EQ(ran.code, 0) << ran.output;
+  const auto json = nlohmann::json::parse(ran.output);
+  const auto& methods = json.at("methods");
+  ASSERT_EQ(methods.size(), 3U);
+  EXPECT_EQ(methods[0].at("kept_too_by").at("full"), 1.0);
+  EXPECT_DOUBLE_EQ(methods[2].at("kept_too_by").at("structkv"), 0.1);
+  const std::string picture = Read(svg);
+  EXPECT_THAT(picture, HasSubstr("3 methods on tiny-llama: 10.0 % of 1,000 tokens kept"));
+  EXPECT_THAT(picture, HasSubstr(">no cache to measure<"));
+  EXPECT_THAT(picture, HasSubstr(">307 kB<"));
+  EXPECT_THAT(picture, HasSubstr(">3.07 MB<"));
+  EXPECT_THAT(picture, HasSubstr(">59.4 %, worst 96.8 %<"));
+  const Ran refused =
+      RunCommand(std::string("compare ") + kCapture + " --in-process --methods full --out " +
+                 directory_.Path("none/compare.svg"));
+  EXPECT_NE(refused.code, 0);
+  EXPECT_THAT(refused.output, HasSubstr("cannot write"));
+}
+
 TEST_F(CommandTest, InfoAndPlotReadWhatCompressWrote) {
   const std::string out = directory_.Path("out.safetensors");
   const std::string svg = directory_.Path("plot.svg");
