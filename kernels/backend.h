@@ -42,11 +42,12 @@ inline void SerialFor(int64_t count, absl::FunctionRef<void(int64_t)> task) {
 // Smoothing along the tokens.
 enum class Pooling : uint8_t { kNone, kAvg, kMax };
 
-// What a backend can compute. Head sizes: multiples of `dim_step` in [min_dim, max_dim], and
-// `extra_dims`.
+// What a backend can compute, of keys (`dtypes`) and copy. Head sizes: multiples of `dim_step` in
+// [min_dim, max_dim], and `extra_dims`.
 struct BackendCapabilities {
   std::vector<DType> dtypes;
   std::vector<Layout> layouts;
+  bool paged = false;  // keys and values in blocks of any size, see TensorView
   int64_t min_dim = 32;
   int64_t max_dim = 256;
   int64_t dim_step = 8;
@@ -67,12 +68,16 @@ struct SaliencyParams {
   // [query_heads, window, key_dim]; query_heads is a multiple of the keys' heads. Row r of the
   // window is the query of token `keys.tokens - window + r`; it attends to keys 0 .. that token.
   TensorView queries;
-  // [kv_heads, tokens, key_dim], same dtype as the queries.
+  // [kv_heads, tokens, key_dim], dense or paged, of the queries' dtype; 8-bit keys take queries of
+  // any wider dtype.
   TensorView keys;
   // [query_heads, window], natural log-sum-exp of each row's scaled scores; nullptr: computed.
   const float* lse = nullptr;
   // Factor of the scores; 0: 1 / sqrt(key_dim).
   float scale = 0.0F;
+  // [kv_heads], what one unit of an element of that head's keys stands for, finite and above 0;
+  // nullptr: 1.
+  const float* key_scales = nullptr;
 };
 
 // A value in the statistics that is not finite (or negative, where it came from the worker).
@@ -154,7 +159,8 @@ class Backend {
 
   // Copies the rows at `positions` of every head. `positions` is [kept] for all heads alike or
   // [heads, kept]; `per_head` says which. `destination` has the source's heads, dim and dtype and
-  // `kept` tokens. Positions must lie in the source.
+  // `kept` tokens, and may be paged whether or not the source is; what lies behind its tokens in a
+  // last block is not written. Positions must lie in the source.
   virtual void Gather(const TensorView& source, const int32_t* positions, bool per_head,
                       const MutableTensorView& destination, ParallelFor parallel) const = 0;
 };

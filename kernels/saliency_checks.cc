@@ -24,6 +24,32 @@ absl::Status RowError(const SaliencyParams& params, const char* what, int64_t qu
                       query_head, row, token, value));
 }
 
+absl::Status CheckKeyScales(const SaliencyParams& params) {
+  if (params.key_scales == nullptr) return absl::OkStatus();
+  for (int64_t head = 0; head < params.keys.heads; ++head) {
+    const float scale = params.key_scales[head];
+    if (std::isfinite(scale) && scale > 0 &&
+        std::isfinite(static_cast<float>(SaliencyScale(params, head)))) {
+      continue;
+    }
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "key_scales: kv head %d is %g, must be above 0 and finite, times the scale too", head,
+        scale));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckPages(const TensorView& keys, const BackendCapabilities& capabilities) {
+  if (keys.block_tokens < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("keys: block_tokens ", keys.block_tokens, ", must not be negative"));
+  }
+  if (keys.paged() && !capabilities.paged) {
+    return absl::InvalidArgumentError("keys: paged, which is not supported");
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status CheckSaliencyParams(const SaliencyParams& params,
@@ -34,6 +60,7 @@ absl::Status CheckSaliencyParams(const SaliencyParams& params,
     return absl::InvalidArgumentError(absl::StrCat("keys: shape [", k.heads, ", ", k.tokens, ", ",
                                                    k.dim, "], every size must be at least 1"));
   }
+  if (absl::Status status = CheckPages(k, capabilities); !status.ok()) return status;
   if (!capabilities.SupportsDim(k.dim)) {
     return absl::InvalidArgumentError(
         absl::StrCat("key_dim: ", k.dim, ", must be a multiple of ", capabilities.dim_step, " in [",
@@ -45,10 +72,11 @@ absl::Status CheckSaliencyParams(const SaliencyParams& params,
     return absl::InvalidArgumentError(
         absl::StrCat("queries: dim ", q.dim, ", must be the keys' ", k.dim));
   }
-  if (q.dtype != k.dtype) {
-    return absl::InvalidArgumentError(absl::StrFormat("queries: dtype %s, must be the keys' %s",
-                                                      std::string(DTypeName(q.dtype)),
-                                                      std::string(DTypeName(k.dtype))));
+  if (IsFp8(k.dtype) ? IsFp8(q.dtype) : q.dtype != k.dtype) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("queries: dtype %s, must be %s", std::string(DTypeName(q.dtype)),
+                        IsFp8(k.dtype) ? "f32, f16 or bf16 where keys are 8-bit"
+                                       : "the keys' " + std::string(DTypeName(k.dtype))));
   }
   if (!Contains(capabilities.dtypes, k.dtype)) {
     return absl::InvalidArgumentError(
@@ -66,12 +94,17 @@ absl::Status CheckSaliencyParams(const SaliencyParams& params,
   if (!std::isfinite(params.scale)) {
     return absl::InvalidArgumentError(absl::StrCat("scale: ", params.scale, ", must be finite"));
   }
-  return absl::OkStatus();
+  return CheckKeyScales(params);
 }
 
 double SaliencyScale(const SaliencyParams& params) {
   if (params.scale != 0.0F) return params.scale;
   return 1.0 / std::sqrt(static_cast<double>(params.keys.dim));
+}
+
+double SaliencyScale(const SaliencyParams& params, int64_t head) {
+  const double unit = params.key_scales != nullptr ? params.key_scales[head] : 1.0;
+  return SaliencyScale(params) * unit;
 }
 
 absl::Status BadQueryError(const SaliencyParams& params, int64_t query_head, int64_t row,

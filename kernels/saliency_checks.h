@@ -16,6 +16,9 @@ absl::Status CheckSaliencyParams(const SaliencyParams& params,
 // The factor of the scores in force: `params.scale`, or 1 / sqrt(key_dim) where that is 0.
 double SaliencyScale(const SaliencyParams& params);
 
+// SaliencyScale times what a unit of `head`'s keys stands for.
+double SaliencyScale(const SaliencyParams& params, int64_t head);
+
 // A query row holds `value`, which is not finite. Fills `bad`, if not null, with the KV head and
 // the token of that row.
 absl::Status BadQueryError(const SaliencyParams& params, int64_t query_head, int64_t row,

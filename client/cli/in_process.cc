@@ -267,6 +267,7 @@ absl::StatusOr<v1::GetCapabilitiesResponse> InProcessCompressor::GetCapabilities
   info->set_name(std::string(backend_->name()));
   info->add_devices(backend_->device());
   for (DType dtype : capabilities.dtypes) {
+    if (IsFp8(dtype)) continue;  // has no name in the protocol
     response.add_dtypes(dtype == DType::kF32   ? v1::DTYPE_F32
                         : dtype == DType::kF16 ? v1::DTYPE_F16
                                                : v1::DTYPE_BF16);

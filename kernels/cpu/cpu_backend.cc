@@ -156,8 +156,9 @@ class CpuBackend final : public Backend {
   const KernelTable& table_;
   mutable ScratchPool scratch_{kIdleScratchBytes};
   const BackendCapabilities capabilities_ = {
-      .dtypes = {DType::kF32, DType::kF16, DType::kBF16},
+      .dtypes = {DType::kF32, DType::kF16, DType::kBF16, DType::kF8E4M3, DType::kF8E5M2},
       .layouts = {Layout::kHeadTokenDim, Layout::kTokenHeadDim},
+      .paged = true,
   };
 };
 

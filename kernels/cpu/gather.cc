@@ -1,6 +1,7 @@
 #include "kernels/cpu/gather.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace structkv::cpu {
 namespace {
@@ -11,6 +12,23 @@ constexpr int64_t kTaskBytes = int64_t{1} << 20;
 // reads them there: they are better written past it.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
+// Where blocks scatter the rows of one side or both.
+void GatherPaged(const TensorView& source, const int32_t* positions, bool per_head,
+                 const MutableTensorView& destination, ParallelFor parallel) {
+  const int64_t kept = destination.tokens;
+  const int64_t row_bytes = source.dim * static_cast<int64_t>(DTypeSize(source.dtype));
+  const int64_t task_rows = std::max<int64_t>(1, kTaskBytes / (row_bytes * source.heads));
+  parallel((kept + task_rows - 1) / task_rows, [&](int64_t task) {
+    const int64_t end = std::min(kept, (task + 1) * task_rows);
+    for (int64_t i = task * task_rows; i < end; ++i) {
+      for (int64_t h = 0; h < source.heads; ++h) {
+        const int32_t position = positions[(per_head ? h * kept : 0) + i];
+        std::memcpy(destination.Row(h, i), source.Row(h, position), static_cast<size_t>(row_bytes));
+      }
+    }
+  });
+}
+
 }  // namespace
 
 void Gather(const KernelTable& table, const TensorView& source, const int32_t* positions,
@@ -20,6 +38,9 @@ void Gather(const KernelTable& table, const TensorView& source, const int32_t* p
   int64_t heads = source.heads;
   int64_t row_bytes = source.dim * element;
   if (kept == 0 || heads == 0 || row_bytes == 0) return;
+  if (source.paged() || destination.paged()) {
+    return GatherPaged(source, positions, per_head, destination, parallel);
+  }
   const bool stream = heads * kept * row_bytes >= kStreamBytes;
   int64_t task_heads = 1;
   if (destination.head_stride == source.dim) {

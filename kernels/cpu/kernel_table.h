@@ -102,9 +102,11 @@ struct KernelTable {
   // For bf16 keys, where the set has dot products of bf16 pairs, else null: queries packed as pairs
   // along dim, [dim / 2, rows], the even element in the lower half.
   void (*bf16_scores)(const ScoreTile& tile) = nullptr;
-  // With them, null where they are: bf16_scores and then exponentiate.
-  bool (*bf16_exponentials)(const ScoreTile& tile, float factor, const float* shift,
-                            float* sum) = nullptr;
+  // With them, null where they are: bf16_scores and then exponentiate. A tile may come in pieces,
+  // in order: `sum` is added to, and so is `check`, both [rows] and zero before the first. The last
+  // one's answer holds for the tile.
+  bool (*bf16_exponentials)(const ScoreTile& tile, float factor, const float* shift, float* sum,
+                            float* check) = nullptr;
   // max[r] = the largest of scores[t, r] * factor. Returns whether every product is finite.
   bool (*row_max)(const float* scores, int64_t tokens, int64_t rows, float factor,
                   float* max) = nullptr;

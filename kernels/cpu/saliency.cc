@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "kernels/cpu/key_pieces.h"
 #include "kernels/cpu/query_pack.h"
 #include "kernels/cpu/saliency_plan.h"
 #include "kernels/saliency_checks.h"
@@ -24,7 +25,6 @@ class Job {
       : table_(table),
         params_(params),
         plan_(SaliencyPlan::Make(table, params)),
-        factor_(static_cast<float>(std::fabs(SaliencyScale(params)) * kLog2E)),
         packed_(scratch),
         store_(packed_ + plan_.packed_total()),
         max_(store_ + plan_.batch_units() * plan_.store_floats),
@@ -78,35 +78,44 @@ class Job {
     return absl::OkStatus();
   }
 
-  ScoreTile Tile(int64_t head, int64_t block, int64_t tile, float* out) const {
-    const TensorView& k = params_.keys;
-    return {.queries = Packed(head, block),
-            .rows = plan_.PaddedRows(block),
-            .keys = k.Row(head, tile * kTileTokens),
-            .token_stride_bytes = k.token_stride * static_cast<int64_t>(DTypeSize(k.dtype)),
-            .dtype = k.dtype,
-            .dim = k.dim,
-            .tokens = TileTokens(tile),
-            .tokens_after = plan_.tokens - tile * kTileTokens - TileTokens(tile),
-            .out = out};
+  // A tile yet without its keys.
+  ScoreTile Tile(int64_t head, int64_t block, float* out) const {
+    return {.queries = Packed(head, block), .rows = plan_.PaddedRows(block), .out = out};
+  }
+  KeyPieces Keys(int64_t head, int64_t tile) const {
+    return {params_.keys, head, tile * kTileTokens, TileTokens(tile)};
+  }
+  // Scores to powers of two.
+  float Factor(int64_t head) const {
+    return static_cast<float>(std::fabs(SaliencyScale(params_, head)) * kLog2E);
   }
 
   void Scores(int64_t head, int64_t block, int64_t tile, float* out) const {
     const auto function = plan_.pairs ? table_.bf16_scores : table_.scores;
-    function(Tile(head, block, tile, out));
+    KeyPieces keys = Keys(head, tile);
+    ScoreTile scored = Tile(head, block, out);
+    while (keys.Next(&scored)) function(scored);
   }
 
   // Scores a tile and exponentiates. False: a score may not be finite, or an exponential be.
   bool Exponentials(int64_t head, int64_t block, int64_t tile, const float* shift, float* p,
                     float* sums, const float* p_after = nullptr) const {
     if (plan_.pairs && table_.bf16_exponentials != nullptr) {
-      ScoreTile scored = Tile(head, block, tile, p);
+      ScoreTile scored = Tile(head, block, p);
       scored.out_after = p_after;
-      return table_.bf16_exponentials(scored, factor_, shift, sums);
+      alignas(64) float check[kRowBlock] = {};
+      std::fill(sums, sums + scored.rows, 0.0F);
+      bool finite = true;
+      KeyPieces keys = Keys(head, tile);
+      while (keys.Next(&scored)) {
+        finite = table_.bf16_exponentials(scored, Factor(head), shift, sums, check);
+      }
+      return finite;
     }
     if (p_after != nullptr) PrefetchTile(p_after, TileTokens(tile + 1) * plan_.PaddedRows(block));
     Scores(head, block, tile, p);
-    return table_.exponentiate(p, TileTokens(tile), plan_.PaddedRows(block), factor_, shift, sums);
+    return table_.exponentiate(p, TileTokens(tile), plan_.PaddedRows(block), Factor(head), shift,
+                               sums);
   }
 
   // Sets the scores that the causal mask hides.
@@ -126,11 +135,12 @@ class Job {
     const int64_t rows = plan_.PaddedRows(block);
     const int64_t tokens = TileTokens(tile);
     Scores(head, block, tile, scores);
-    if (!IsMasked(tile)) return table_.row_max(scores, tokens, rows, factor_, max);
+    const float factor = Factor(head);
+    if (!IsMasked(tile)) return table_.row_max(scores, tokens, rows, factor, max);
     Mask(block, tile, 0.0F, scores);
-    const bool finite = table_.row_max(scores, tokens, rows, factor_, max);
+    const bool finite = table_.row_max(scores, tokens, rows, factor, max);
     Mask(block, tile, -kInfinity, scores);
-    table_.row_max(scores, tokens, rows, factor_, max);
+    table_.row_max(scores, tokens, rows, factor, max);
     return finite;
   }
 
@@ -153,7 +163,7 @@ class Job {
         }
         if (IsMasked(tile) || !Exponentials(head, block, tile, shift, scores, ignored)) {
           if (!ScoreAndMax(head, block, tile, scores, ignored)) return Fail();
-          table_.exponentiate(scores, tokens, rows, factor_, shift, ignored);
+          table_.exponentiate(scores, tokens, rows, Factor(head), shift, ignored);
         }
         table_.weigh_rows(scores, tokens, rows, weight, block != 0, out);
       }
@@ -272,7 +282,7 @@ class Job {
     alignas(64) float shift[kRowBlock];
     // A row that sees nothing of this tile has maximum -Inf: nothing is subtracted from -Inf.
     for (int64_t i = 0; i < rows; ++i) shift[i] = max[i] == -kInfinity ? 0.0F : max[i];
-    table_.exponentiate(p, TileTokens(tile), rows, factor_, shift, sums);
+    table_.exponentiate(p, TileTokens(tile), rows, Factor(head), shift, sums);
   }
 
   // Something was not finite: computes again to find the lowest token of any head.
@@ -305,9 +315,9 @@ class Job {
         const int64_t rows = plan_.PaddedRows(block);
         Scores(head, block, tile, scores);
         if (IsMasked(tile)) Mask(block, tile, 0.0F, scores);
-        if (table_.row_max(scores, TileTokens(tile), rows, factor_, ignored)) continue;
+        if (table_.row_max(scores, TileTokens(tile), rows, Factor(head), ignored)) continue;
         for (int64_t i = 0; i < TileTokens(tile) * rows; ++i) {
-          const float value = scores[i] * factor_;
+          const float value = scores[i] * Factor(head);
           const int64_t token = tile * kTileTokens + i / rows;
           if (std::isfinite(value) || (first && first->token <= token)) continue;
           first = BadStatistic{head, token, value};
@@ -323,7 +333,6 @@ class Job {
   const KernelTable& table_;
   const SaliencyParams& params_;
   const SaliencyPlan plan_;
-  const float factor_;  // scores to powers of two
   float* const packed_;
   float* const store_;
   float* const max_;  // after the first pass: weights

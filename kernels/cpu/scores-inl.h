@@ -58,6 +58,30 @@ HWY_INLINE hn::Vec<D> PromoteHalf(D d, const std::byte* in) {
 #endif
 }
 
+// An 8-bit format with kMantissa bits of mantissa and an exponent biased by kBias, in which codes
+// from kFirstSpecial on are infinite or NaN (their sign aside).
+template <int kMantissa, int kBias, int kFirstSpecial, class D>
+HWY_INLINE hn::Vec<D> PromoteFp8(D d, const std::byte* in) {
+  const hn::RebindToUnsigned<D> du;
+  const hn::RebindToSigned<D> di;
+  const auto bits = hn::PromoteTo(du, LoadBytes(hn::Rebind<uint8_t, D>(), in));
+  const auto code = hn::And(bits, hn::Set(du, 0x7FU));
+  const auto sign = hn::ShiftLeft<24>(hn::Xor(bits, code));
+  const auto shifted = hn::ShiftLeft<23 - kMantissa>(code);
+  const auto normal = hn::Add(shifted, hn::Set(du, static_cast<uint32_t>(127 - kBias) << 23));
+  const auto special = hn::Or(shifted, hn::Set(du, 0x7F800000U));
+  // Denormals by way of integers: arithmetic on float32's own is slow.
+  constexpr float kUnit = 1.0F / (1 << (kBias - 1 + kMantissa));
+  const auto small = hn::Mul(hn::ConvertTo(d, hn::BitCast(di, code)), hn::Set(d, kUnit));
+  const auto value =
+      hn::IfThenElse(hn::RebindMask(du, hn::Lt(hn::BitCast(di, code), hn::Set(di, 1 << kMantissa))),
+                     hn::BitCast(du, small), normal);
+  const auto magnitude = hn::IfThenElse(
+      hn::RebindMask(du, hn::Gt(hn::BitCast(di, code), hn::Set(di, kFirstSpecial - 1))), special,
+      value);
+  return hn::BitCast(d, hn::Or(magnitude, sign));
+}
+
 template <class D>
 HWY_INLINE int64_t Promote(D d, DType dtype, const std::byte* in, int64_t begin, int64_t count,
                            float* out) {
@@ -66,6 +90,14 @@ HWY_INLINE int64_t Promote(D d, DType dtype, const std::byte* in, int64_t begin,
   int64_t i = begin;
   if (dtype == DType::kF16) {
     for (; i + lanes <= count; i += lanes) hn::StoreU(PromoteHalf(d, in + 2 * i), d, out + i);
+  } else if (dtype == DType::kF8E4M3) {
+    for (; i + lanes <= count; i += lanes) {
+      hn::StoreU(PromoteFp8<3, 7, 0x7F>(d, in + i), d, out + i);
+    }
+  } else if (dtype == DType::kF8E5M2) {
+    for (; i + lanes <= count; i += lanes) {
+      hn::StoreU(PromoteFp8<2, 15, 0x7C>(d, in + i), d, out + i);
+    }
   } else {
     for (; i + lanes <= count; i += lanes) {
       hn::StoreU(hn::PromoteTo(d, LoadBytes(bfloat, in + 2 * i)), d, out + i);
@@ -158,7 +190,7 @@ void ScoresR(const ScoreTile& tile) {
   const int64_t element = static_cast<int64_t>(DTypeSize(tile.dtype));
   const int64_t near_tokens = kKeysNearBytes / (tile.dim * element);
   const int64_t far_tokens = kKeysFarBytes / (tile.dim * element);
-  // Keys in half precision are converted a block at a time.
+  // Narrower keys are converted a block at a time.
   HWY_ALIGN float converted[kBlock * 576];
   for (int64_t t = 0; t < tile.tokens;) {
     const bool whole = tile.tokens - t >= kBlock;

@@ -152,19 +152,21 @@ void ScoresR(const ScoreTile& tile) {
 }
 
 template <int R>
-bool ExponentialsR(const ScoreTile& tile, float factor, const float* shift, float* sum) {
+bool ExponentialsR(const ScoreTile& tile, float factor, const float* shift, float* sum,
+                   float* check) {
   Exponentials<R> results;
   results.after = tile.out_after == nullptr ? 0 : tile.out_after - tile.out;
   results.factor = _mm512_set1_ps(factor);
   for (int r = 0; r < R; ++r) {
     results.shift[r] = _mm512_loadu_ps(shift + r * 16);
-    results.sum[r] = _mm512_setzero_ps();
-    results.check[r] = _mm512_setzero_ps();
+    results.sum[r] = _mm512_loadu_ps(sum + r * 16);
+    results.check[r] = _mm512_loadu_ps(check + r * 16);
   }
   ForTile<R>(tile, results);
   bool finite = true;
   for (int r = 0; r < R; ++r) {
     _mm512_storeu_ps(sum + r * 16, results.sum[r]);
+    _mm512_storeu_ps(check + r * 16, results.check[r]);
     const __m512 poison = _mm512_mul_ps(results.check[r], _mm512_setzero_ps());
     finite &= _mm512_cmp_ps_mask(poison, _mm512_setzero_ps(), _CMP_EQ_OQ) == 0xFFFF;
   }
@@ -187,9 +189,10 @@ void ScoresAvx512Bf16(const ScoreTile& tile) {
   }
 }
 
-bool ExponentialsAvx512Bf16(const ScoreTile& tile, float factor, const float* shift, float* sum) {
-  return tile.rows == 32 ? ExponentialsR<2>(tile, factor, shift, sum)
-                         : ExponentialsR<1>(tile, factor, shift, sum);
+bool ExponentialsAvx512Bf16(const ScoreTile& tile, float factor, const float* shift, float* sum,
+                            float* check) {
+  return tile.rows == 32 ? ExponentialsR<2>(tile, factor, shift, sum, check)
+                         : ExponentialsR<1>(tile, factor, shift, sum, check);
 }
 
 }  // namespace structkv::cpu
@@ -203,7 +206,7 @@ bool HaveAvx512Bf16() { return false; }
 void ScoresAvx512Bf16(const ScoreTile& /*tile*/) {}
 
 bool ExponentialsAvx512Bf16(const ScoreTile& /*tile*/, float /*factor*/, const float* /*shift*/,
-                            float* /*sum*/) {
+                            float* /*sum*/, float* /*check*/) {
   return false;
 }
 

@@ -12,6 +12,7 @@ bool HaveAvx512Bf16();
 void ScoresAvx512Bf16(const ScoreTile& tile);
 
 // KernelTable::bf16_exponentials. Only where HaveAvx512Bf16().
-bool ExponentialsAvx512Bf16(const ScoreTile& tile, float factor, const float* shift, float* sum);
+bool ExponentialsAvx512Bf16(const ScoreTile& tile, float factor, const float* shift, float* sum,
+                            float* check);
 
 }  // namespace structkv::cpu

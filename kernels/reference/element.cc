@@ -33,6 +33,15 @@ double FromBfloat(uint16_t bits) {
   return value;
 }
 
+double FromE4M3(uint8_t bits) {
+  const double sign = (bits & 0x80) != 0 ? -1.0 : 1.0;
+  const int exponent = (bits >> 3) & 0xF;
+  const int fraction = bits & 0x7;
+  if ((bits & 0x7F) == 0x7F) return std::numeric_limits<double>::quiet_NaN();
+  if (exponent == 0) return sign * std::ldexp(fraction, -9);
+  return sign * std::ldexp(fraction + 8, exponent - 10);
+}
+
 }  // namespace
 
 double Element(const std::byte* row, DType dtype, int64_t index) {
@@ -43,6 +52,10 @@ double Element(const std::byte* row, DType dtype, int64_t index) {
       return FromHalf(Load<uint16_t>(row, index));
     case DType::kBF16:
       return FromBfloat(Load<uint16_t>(row, index));
+    case DType::kF8E4M3:
+      return FromE4M3(Load<uint8_t>(row, index));
+    case DType::kF8E5M2:
+      return FromHalf(static_cast<uint16_t>(Load<uint8_t>(row, index) << 8));
   }
   return std::numeric_limits<double>::quiet_NaN();
 }

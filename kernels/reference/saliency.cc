@@ -65,9 +65,9 @@ absl::Status Saliency(const SaliencyParams& params, float* out, BadStatistic* ba
   const TensorView& k = params.keys;
   const int64_t window = q.tokens;
   const int64_t group = q.heads / k.heads;
-  const double scale = SaliencyScale(params);
   std::optional<BadStatistic> worst;
   for (int64_t g = 0; g < k.heads; ++g) {
+    const double scale = SaliencyScale(params, g);
     std::vector<double> saliency(k.tokens, 0.0);
     for (int64_t h = g * group; h < (g + 1) * group; ++h) {
       for (int64_t r = 0; r < window; ++r) {

@@ -17,6 +17,9 @@ v1::DType EncodeDType(DType dtype) {
       return v1::DTYPE_F16;
     case DType::kBF16:
       return v1::DTYPE_BF16;
+    case DType::kF8E4M3:
+    case DType::kF8E5M2:
+      break;  // have no name in the protocol
   }
   return v1::DTYPE_UNSPECIFIED;
 }
@@ -40,7 +43,9 @@ v1::GetCapabilitiesResponse MakeCapabilities(const session::SessionManager& sess
   response.set_version(kVersion);
   AddBackends(sessions, &response);
   const BackendCapabilities& backend = sessions.backend().capabilities();
-  for (DType dtype : backend.dtypes) response.add_dtypes(EncodeDType(dtype));
+  for (DType dtype : backend.dtypes) {
+    if (!IsFp8(dtype)) response.add_dtypes(EncodeDType(dtype));
+  }
   for (Layout layout : backend.layouts) {
     response.add_layouts(layout == Layout::kHeadTokenDim ? v1::LAYOUT_HEAD_TOKEN_DIM
                                                          : v1::LAYOUT_TOKEN_HEAD_DIM);

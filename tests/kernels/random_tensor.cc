@@ -6,6 +6,8 @@
 #include <iostream>
 #include <limits>
 
+#include "tests/kernels/fp8_codes.h"
+
 namespace structkv::testing {
 namespace {
 
@@ -60,6 +62,9 @@ uint32_t Encode(float value, DType dtype) {
       return EncodeHalf(value);
     case DType::kBF16:
       return EncodeBfloat(value);
+    case DType::kF8E4M3:
+    case DType::kF8E5M2:
+      return EncodeFp8(value, dtype);
   }
   return 0;
 }
@@ -94,7 +99,9 @@ MutableTensorView Tensor::mutable_view() {
           view_.tokens,
           view_.dim,
           view_.head_stride,
-          view_.token_stride};
+          view_.token_stride,
+          view_.block_tokens,
+          view_.block_stride};
 }
 
 }  // namespace structkv::testing
