@@ -19,16 +19,20 @@ int64_t TokensOf(const PromptSpec& spec, const LayerInput& input) {
                                  : static_cast<int64_t>(input.positions.size());
 }
 
-absl::Status BadValue(const LayerInput& input, const BadStatistic& bad) {
+absl::Status BadValue(const LayerInput& input, const BadStatistic& bad, int64_t first_head) {
   // The sign of a NaN means nothing.
   const float value = std::isnan(bad.value) ? std::abs(bad.value) : bad.value;
   const int64_t token = input.positions.empty() ? bad.token : input.positions[bad.token];
-  return absl::InvalidArgumentError(absl::StrFormat(
-      "layer %d: saliency of token %d (KV head %d) is %g", input.layer, token, bad.head, value));
+  return absl::InvalidArgumentError(
+      absl::StrFormat("layer %d: saliency of token %d (KV head %d) is %g", input.layer, token,
+                      first_head + bad.head, value));
 }
 
+}  // namespace
+
 absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, BufferPool& pool,
-                            const LayerInput& input, float* out, ParallelFor parallel) {
+                            const LayerInput& input, int64_t first_head, float* out,
+                            ParallelFor parallel) {
   const ModelGeometry& geometry = spec.geometry;
   SaliencyParams params;
   params.queries = TensorView::Dense(input.window_queries.data(), spec.dtype, Layout::kHeadTokenDim,
@@ -45,20 +49,18 @@ absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, Buff
   if (absl::IsInvalidArgument(status) && bad.head != kNoHead) {
     // The backend knows whether a query, a log-sum-exp or a score was at fault.
     return absl::InvalidArgumentError(
-        absl::StrCat(BadValue(input, bad).message(), " (", status.message(), ")"));
+        absl::StrCat(BadValue(input, bad, first_head).message(), " (", status.message(), ")"));
   }
   return absl::Status(status.code(), absl::StrCat("layer ", input.layer, ": ", status.message()));
 }
 
-// The worker's own values: everything is checked.
-absl::Status CheckGiven(const LayerInput& input, const Buffer& values, int64_t heads,
-                        int64_t tokens, const Backend& backend, ParallelFor parallel) {
+absl::Status CheckGiven(const LayerInput& input, const Buffer& values, int64_t first_head,
+                        int64_t heads, int64_t tokens, const Backend& backend,
+                        ParallelFor parallel) {
   const std::optional<BadStatistic> bad =
       backend.FindBad(values.as<const float>(), heads, tokens, parallel);
-  return bad.has_value() ? BadValue(input, *bad) : absl::OkStatus();
+  return bad.has_value() ? BadValue(input, *bad, first_head) : absl::OkStatus();
 }
-
-}  // namespace
 
 absl::StatusOr<LayerSaliency> ComputeLayerSaliency(const PromptSpec& spec, const Backend& backend,
                                                    BufferPool& pool, LayerInput& input,
@@ -70,22 +72,30 @@ absl::StatusOr<LayerSaliency> ComputeLayerSaliency(const PromptSpec& spec, const
   switch (spec.statistic) {
     case Statistic::kWindowQueries:
       saliency.per_head = pool.Acquire(kv_heads * tokens * sizeof(float));
-      status = ComputePerHead(spec, backend, pool, input, saliency.per_head.as<float>(), parallel);
+      status = ComputePerHead(spec, backend, pool, input, /*first_head=*/0,
+                              saliency.per_head.as<float>(), parallel);
       break;
     case Statistic::kSaliencyPerKvHead:
       saliency.per_head = std::move(input.saliency);
-      status = CheckGiven(input, saliency.per_head, kv_heads, tokens, backend, parallel);
+      status = CheckGiven(input, saliency.per_head, /*first_head=*/0, kv_heads, tokens, backend,
+                          parallel);
       break;
     case Statistic::kSaliency:
       saliency.sum = std::move(input.saliency);
-      status = CheckGiven(input, saliency.sum, 1, tokens, backend, parallel);
+      status = CheckGiven(input, saliency.sum, /*first_head=*/0, 1, tokens, backend, parallel);
       break;
     case Statistic::kNone:
       status = absl::InternalError("a method with statistics was given none");
       break;
   }
   if (!status.ok()) return status;
+  return SumUp(spec, backend, pool, input.layer, tokens, std::move(saliency), parallel);
+}
 
+absl::StatusOr<LayerSaliency> SumUp(const PromptSpec& spec, const Backend& backend,
+                                    BufferPool& pool, int64_t layer, int64_t tokens,
+                                    LayerSaliency saliency, ParallelFor parallel) {
+  const int64_t kv_heads = spec.geometry.kv_heads;
   if (saliency.sum.empty() && kv_heads > 1) {
     saliency.sum = pool.Acquire(tokens * sizeof(float));
     backend.SumHeads(saliency.per_head.as<const float>(), kv_heads, tokens,
@@ -96,11 +106,11 @@ absl::StatusOr<LayerSaliency> ComputeLayerSaliency(const PromptSpec& spec, const
   const SaliencySums sums = backend.Sums(saliency.sum_scores(), tokens, top_count, parallel);
   if (sums.total == 0) {
     return absl::InvalidArgumentError(
-        absl::StrCat("layer ", input.layer, ": saliency is zero for every token"));
+        absl::StrCat("layer ", layer, ": saliency is zero for every token"));
   }
   // Written so that NaN and infinity fail as well.
   if (!(sums.total <= kMaxSaliencyTotal)) {
-    return absl::InvalidArgumentError(absl::StrCat("layer ", input.layer, ": saliency sums to ",
+    return absl::InvalidArgumentError(absl::StrCat("layer ", layer, ": saliency sums to ",
                                                    sums.total, "; at most ", kMaxSaliencyTotal,
                                                    " is allowed"));
   }

@@ -27,6 +27,22 @@ absl::StatusOr<LayerSaliency> ComputeLayerSaliency(const PromptSpec& spec, const
                                                    BufferPool& pool, LayerInput& input,
                                                    ParallelFor parallel);
 
+// The steps of it, for a layer whose heads several ranks hold. `first_head` is the KV head of the
+// prompt that the input's first one is, for the texts of errors.
+//
+// Scores the input's KV heads from its window queries and keys into `out`, [kv_heads, tokens].
+absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, BufferPool& pool,
+                            const LayerInput& input, int64_t first_head, float* out,
+                            ParallelFor parallel);
+// Checks a worker's own values, [heads, tokens].
+absl::Status CheckGiven(const LayerInput& input, const Buffer& values, int64_t first_head,
+                        int64_t heads, int64_t tokens, const Backend& backend,
+                        ParallelFor parallel);
+// Adds the sum over KV heads and the metrics.
+absl::StatusOr<LayerSaliency> SumUp(const PromptSpec& spec, const Backend& backend,
+                                    BufferPool& pool, int64_t layer, int64_t tokens,
+                                    LayerSaliency saliency, ParallelFor parallel);
+
 // Computed saliency sums to the number of query heads. A worker's may have any scale, up to where
 // sums over layers stay far from overflow in float32.
 inline constexpr double kMaxSaliencyTotal = 1e30;

@@ -9,6 +9,7 @@
 #include "absl/strings/string_view.h"
 #include "service/engine/layer_saliency.h"
 #include "service/engine/layer_skeleton.h"
+#include "service/engine/shard_saliency.h"
 #include "service/method/centrality.h"
 #include "service/method/selection_policy.h"
 
@@ -36,12 +37,15 @@ const Buffer& TensorOf(const LayerInput& input, InputTensor tensor) {
 
 class Prompt::Impl {
  public:
-  Impl(PromptSpec spec, const Backend* backend, BufferPool* pool)
+  Impl(PromptSpec spec, const Backend* backend, BufferPool* pool, std::vector<Shard> shards)
       : spec_(std::move(spec)),
+        shards_(std::move(shards)),
         backend_(*backend),
         pool_(*pool),
         policy_(method::MakeSelectionPolicy(spec_.method)),
         answered_(spec_.geometry.layers, false) {
+    for (const Shard& shard : shards_) part_specs_.push_back(ShardSpec(spec_, shard));
+    if (shards_.empty()) part_specs_.push_back(spec_);
     if (spec_.method.needs_statistics()) metrics_.resize(spec_.geometry.layers);
     if (!spec_.method.has_centrality()) return;
     const auto range = method::PossibleCentralities(spec_.geometry.layers, spec_.method.pivot);
@@ -52,53 +56,55 @@ class Prompt::Impl {
   const PromptSpec& spec() const { return spec_; }
   bool done() const { return answered_count_ == spec_.geometry.layers; }
 
-  absl::StatusOr<LayerOutput> CompressLayer(LayerInput input, ParallelFor parallel) {
-    absl::Status status = Check(input);
-    if (!status.ok()) return status;
-    LayerOutput output;
-    const bool full = input.positions.empty();
+  absl::StatusOr<std::vector<LayerOutput>> Compress(absl::Span<LayerInput> parts,
+                                                    ParallelFor parallel, int64_t* culprit) {
+    if (absl::Status status = CheckParts(parts, culprit); !status.ok()) return status;
+    const LayerInput& first = parts[0];
+    LayerOutput whole;
+    const bool full = first.positions.empty();
     const int64_t tokens = full ? spec_.prompt_tokens : spec_.skeleton_tokens();
-    output.layer = input.layer;
-    output.kept_tokens = std::min(spec_.kept_tokens(input.layer), tokens);
+    whole.layer = first.layer;
+    whole.kept_tokens = std::min(spec_.kept_tokens(whole.layer), tokens);
     LayerSaliency saliency;
-    if (spec_.method.needs_statistics() && spec_.has_input(input.layer)) {
+    if (spec_.method.needs_statistics() && spec_.has_input(whole.layer)) {
       absl::StatusOr<LayerSaliency> computed =
-          ComputeLayerSaliency(spec_, backend_, pool_, input, parallel);
+          shards_.empty()
+              ? ComputeLayerSaliency(spec_, backend_, pool_, parts[0], parallel)
+              : ComputeShardedSaliency(spec_, backend_, pool_, shards_, parts, parallel, culprit);
       if (!computed.ok()) {
         failed_ = true;
         return computed.status();
       }
       saliency = *std::move(computed);
-      output.metrics = saliency.metrics;
-      metrics_[input.layer] = saliency.metrics;
+      whole.metrics = saliency.metrics;
+      metrics_[whole.layer] = saliency.metrics;
     }
-    Select(saliency, tokens, output, parallel);
-    if (!spec_.plan_only) {
-      const ModelGeometry& geometry = spec_.geometry;
-      output.keys = Kept(std::move(input.keys), geometry.key_dim, tokens, output, parallel);
-      output.values = Kept(std::move(input.values), geometry.value_dim, tokens, output, parallel);
+    Select(saliency, tokens, whole, parallel);
+    std::vector<LayerOutput> outputs(parts.size());
+    for (size_t i = 0; i < parts.size(); ++i) {
+      TakePart(i, whole, &outputs[i]);
+      if (!spec_.plan_only) Compact(i, parts[i], tokens, outputs[i], parallel);
     }
     if (!full) {
-      for (int32_t& position : output.positions) position = input.positions[position];
       skeleton_came_ = true;
+      for (LayerOutput& output : outputs) {
+        for (int32_t& position : output.positions) position = first.positions[position];
+      }
     }
-    answered_[input.layer] = true;
+    answered_[whole.layer] = true;
     ++answered_count_;
     if (centrality_ != nullptr) {
-      centrality_->Add(input.layer, {saliency.sum_scores(), static_cast<size_t>(tokens)}, parallel);
+      centrality_->Add(whole.layer, {saliency.sum_scores(), static_cast<size_t>(tokens)}, parallel);
       DecideIfKnown(parallel);
-    } else if (input.layer == spec_.method.skeleton_layer()) {
-      pivot_ = LayerSkeleton(spec_, saliency, output.positions, backend_, pool_, parallel);
+    } else if (whole.layer == spec_.method.skeleton_layer()) {
+      // GemFilter's choice, which all parts share.
+      pivot_ = LayerSkeleton(spec_, saliency, outputs[0].positions, backend_, pool_, parallel);
       AllowSkeletonRows();
     }
-    if (spec_.return_saliency && spec_.has_input(input.layer)) {
-      // Of a single KV head there is one vector, under either name.
-      const bool per_head =
-          saliency.sum.empty() || (spec_.per_kv_head() && !saliency.per_head.empty());
-      output.saliency = std::move(per_head ? saliency.per_head : saliency.sum);
-      ScaleReturned(output.saliency.as<float>(), output.saliency.size() / sizeof(float));
+    if (spec_.return_saliency && spec_.has_input(whole.layer)) {
+      ReturnSaliency(std::move(saliency), tokens, outputs);
     }
-    return output;
+    return outputs;
   }
 
   std::optional<PivotResult> TakePivot() { return std::exchange(pivot_, std::nullopt); }
@@ -112,7 +118,32 @@ class Prompt::Impl {
   }
 
  private:
-  absl::Status Check(const LayerInput& input) const {
+  absl::Status CheckParts(absl::Span<const LayerInput> parts, int64_t* culprit) const {
+    if (parts.size() != part_specs_.size()) {
+      return absl::InvalidArgumentError(absl::StrCat(parts.size(), " parts of a layer came; ",
+                                                     part_specs_.size(), " are needed"));
+    }
+    for (size_t i = 0; i < parts.size(); ++i) {
+      absl::Status status = Check(parts[i], part_specs_[i]);
+      if (!status.ok()) {
+        *culprit = static_cast<int64_t>(i);
+        return status;
+      }
+      if (parts[i].layer != parts[0].layer) {
+        return absl::InvalidArgumentError(absl::StrCat("parts of layers ", parts[0].layer, " and ",
+                                                       parts[i].layer, " came together"));
+      }
+      if (parts[i].positions.empty() == parts[0].positions.empty()) continue;
+      const bool first = parts[i].positions.empty();
+      return absl::InvalidArgumentError(absl::StrCat(
+          "layer ", parts[0].layer, ": shard ", first ? 0 : i, " sent skeleton rows and shard ",
+          first ? i : 0, " all tokens; all shards must send the same"));
+    }
+    return absl::OkStatus();
+  }
+
+  // `spec`: with the heads that the input has.
+  absl::Status Check(const LayerInput& input, const PromptSpec& spec) const {
     if (failed_) return absl::FailedPreconditionError("the prompt failed at an earlier layer");
     const int64_t layers = spec_.geometry.layers;
     if (input.layer < 0 || input.layer >= layers) {
@@ -130,8 +161,8 @@ class Prompt::Impl {
       if (tensor == InputTensor::kPositions) continue;
       const auto came = static_cast<int64_t>(TensorOf(input, tensor).size());
       const int64_t needed = !spec_.has_input(input.layer) ? 0
-                             : input.positions.empty()     ? spec_.InputBytes(tensor)
-                                                           : spec_.SkeletonInputBytes(tensor);
+                             : input.positions.empty()     ? spec.InputBytes(tensor)
+                                                           : spec.SkeletonInputBytes(tensor);
       if (came == needed) continue;
       const std::string_view name = InputTensorName(tensor);
       return absl::InvalidArgumentError(
@@ -184,6 +215,50 @@ class Prompt::Impl {
                     absl::MakeSpan(output.positions));
   }
 
+  // What part `index` answers of the whole layer's choice.
+  void TakePart(size_t index, LayerOutput& whole, LayerOutput* part) const {
+    if (shards_.empty()) {
+      *part = std::move(whole);
+      return;
+    }
+    part->layer = whole.layer;
+    part->kept_tokens = whole.kept_tokens;
+    part->metrics = whole.metrics;
+    const HeadRange heads = spec_.per_kv_head() ? shards_[index].kv_heads : HeadRange{0, 1};
+    const auto begin = whole.positions.begin() + heads.begin * whole.kept_tokens;
+    part->positions.assign(begin, begin + heads.count * whole.kept_tokens);
+  }
+
+  // The kept rows of part `index`.
+  void Compact(size_t index, LayerInput& input, int64_t tokens, LayerOutput& output,
+               ParallelFor parallel) {
+    const ModelGeometry& geometry = spec_.geometry;
+    const HeadRange heads = shards_.empty() ? HeadRange{0, geometry.kv_heads}  // all
+                                            : shards_[index].kv_heads;
+    output.keys = Kept(heads, std::move(input.keys), geometry.key_dim, tokens, output, parallel);
+    output.values =
+        Kept(heads, std::move(input.values), geometry.value_dim, tokens, output, parallel);
+  }
+
+  void ReturnSaliency(LayerSaliency saliency, int64_t tokens, std::vector<LayerOutput>& outputs) {
+    // Of a single KV head there is one vector, under either name.
+    const bool per_head =
+        saliency.sum.empty() || (spec_.per_kv_head() && !saliency.per_head.empty());
+    Buffer& all = per_head ? saliency.per_head : saliency.sum;
+    ScaleReturned(all.as<float>(), all.size() / sizeof(float));
+    if (shards_.empty()) {
+      outputs[0].saliency = std::move(all);
+      return;
+    }
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      const HeadRange heads = spec_.per_kv_head() ? shards_[i].kv_heads : HeadRange{0, 1};
+      outputs[i].saliency =
+          pool_.Acquire(static_cast<size_t>(heads.count * tokens) * sizeof(float));
+      std::copy_n(all.as<const float>() + heads.begin * tokens, heads.count * tokens,
+                  outputs[i].saliency.as<float>());
+    }
+  }
+
   // The mean over a group is its sum over the group's size: the order is the same, so only what is
   // returned is scaled.
   void ScaleReturned(float* values, size_t count) const {
@@ -192,18 +267,26 @@ class Prompt::Impl {
     for (size_t i = 0; i < count; ++i) values[i] /= group;
   }
 
-  // The rows of `source` that stay; `source` itself where all do.
-  Buffer Kept(Buffer source, int64_t dim, int64_t tokens, const LayerOutput& output,
-              ParallelFor parallel) {
+  // The rows of `source`, the tensor of those KV heads, that stay; `source` itself where all do.
+  Buffer Kept(const HeadRange& heads, Buffer source, int64_t dim, int64_t tokens,
+              const LayerOutput& output, ParallelFor parallel) {
     const int64_t kept = output.kept_tokens;
-    if (kept == tokens) return source;
-    const int64_t heads = spec_.geometry.kv_heads;
-    Buffer rows = pool_.Acquire(heads * kept * dim * DTypeSize(spec_.dtype));
-    backend_.Gather(
-        TensorView::Dense(source.data(), spec_.dtype, spec_.layout, heads, tokens, dim),
-        output.positions.data(), spec_.per_kv_head(),
-        MutableTensorView::Dense(rows.data(), spec_.dtype, spec_.layout, heads, kept, dim),
-        parallel);
+    const std::vector<HeadRange> runs = DecodeRuns(spec_, heads);
+    if (kept == tokens && runs.size() == 1) return source;
+    const auto row_bytes = dim * static_cast<int64_t>(DTypeSize(spec_.dtype));
+    Buffer rows = pool_.Acquire(heads.count * kept * row_bytes);
+    const TensorView all =
+        TensorView::Dense(source.data(), spec_.dtype, spec_.layout, heads.count, tokens, dim);
+    for (const HeadRange& run : runs) {
+      TensorView from = all;
+      from.data = all.Row(run.begin, 0);
+      from.heads = run.count;
+      const int64_t sets_before = spec_.per_kv_head() ? run.begin : 0;
+      backend_.Gather(from, output.positions.data() + sets_before * kept, spec_.per_kv_head(),
+                      MutableTensorView::Dense(rows.data() + run.begin * kept * row_bytes,
+                                               spec_.dtype, spec_.layout, run.count, kept, dim),
+                      parallel);
+    }
     return rows;
   }
 
@@ -248,6 +331,8 @@ class Prompt::Impl {
   }
 
   const PromptSpec spec_;
+  const std::vector<Shard> shards_;     // empty: one part holds all heads
+  std::vector<PromptSpec> part_specs_;  // with each part's heads
   const Backend& backend_;
   BufferPool& pool_;
   const std::unique_ptr<method::SelectionPolicy> policy_;
@@ -265,14 +350,25 @@ class Prompt::Impl {
   bool skeleton_came_ = false;                // a layer came as skeleton rows
 };
 
-Prompt::Prompt(PromptSpec spec, const Backend* backend, BufferPool* pool)
-    : impl_(std::make_unique<Impl>(std::move(spec), backend, pool)) {}
+Prompt::Prompt(PromptSpec spec, const Backend* backend, BufferPool* pool, std::vector<Shard> shards)
+    : impl_(std::make_unique<Impl>(std::move(spec), backend, pool, std::move(shards))) {}
 Prompt::~Prompt() = default;
 
 const PromptSpec& Prompt::spec() const { return impl_->spec(); }
 
 absl::StatusOr<LayerOutput> Prompt::CompressLayer(LayerInput input, ParallelFor parallel) {
-  return impl_->CompressLayer(std::move(input), parallel);
+  int64_t culprit = -1;
+  absl::StatusOr<std::vector<LayerOutput>> outputs =
+      impl_->Compress(absl::MakeSpan(&input, 1), parallel, &culprit);
+  if (!outputs.ok()) return outputs.status();
+  return std::move(outputs->front());
+}
+
+absl::StatusOr<std::vector<LayerOutput>> Prompt::CompressShards(std::vector<LayerInput> parts,
+                                                                ParallelFor parallel,
+                                                                int64_t* culprit) {
+  *culprit = -1;
+  return impl_->Compress(absl::MakeSpan(parts), parallel, culprit);
 }
 
 std::optional<PivotResult> Prompt::TakePivot() { return impl_->TakePivot(); }

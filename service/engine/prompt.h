@@ -13,6 +13,7 @@
 #include "kernels/backend.h"
 #include "service/engine/buffer_pool.h"
 #include "service/engine/prompt_spec.h"
+#include "service/engine/shard.h"
 #include "service/method/layer_metrics.h"
 #include "service/method/pivot_detector.h"
 
@@ -61,8 +62,9 @@ struct PivotResult {
 // same.
 class Prompt {
  public:
-  // `spec` was validated; `backend` and `pool` outlive the prompt.
-  Prompt(PromptSpec spec, const Backend* backend, BufferPool* pool);
+  // `spec` was validated; `backend` and `pool` outlive the prompt. `shards`, where there are any,
+  // are valid, apart from each other and complete: the ranks that hold the prompt together.
+  Prompt(PromptSpec spec, const Backend* backend, BufferPool* pool, std::vector<Shard> shards = {});
   ~Prompt();
 
   const PromptSpec& spec() const;
@@ -78,6 +80,13 @@ class Prompt {
   //   ALREADY_EXISTS       the layer was answered
   //   FAILED_PRECONDITION  an earlier layer's statistics were bad
   absl::StatusOr<LayerOutput> CompressLayer(LayerInput input, ParallelFor parallel);
+
+  // The same of a layer that the ranks hold: parts[i] has the tensors of shards[i]'s heads alone,
+  // and answer i its heads' rows, all at the positions that the whole layer would keep. Also
+  //   INVALID_ARGUMENT  some parts are skeleton rows and others are not
+  // `culprit` is set to the shard whose part is at fault, and -1 where that is none alone.
+  absl::StatusOr<std::vector<LayerOutput>> CompressShards(std::vector<LayerInput> parts,
+                                                          ParallelFor parallel, int64_t* culprit);
 
   // The pivot, once, as soon as it is known: after the call that made it so. nullopt otherwise.
   std::optional<PivotResult> TakePivot();

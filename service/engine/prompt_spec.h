@@ -60,6 +60,9 @@ struct PromptSpec {
   bool plan_only = false;  // positions alone
   bool return_saliency = false;
   bool return_centrality = false;
+  // Decode ranks that kept rows are arranged for: each one's KV heads together, in the layout. 0 or
+  // 1: all heads together.
+  int64_t decode_shards = 0;
   std::string model_id;
 
   // Rows of the observation window: min(w, N); 0 for methods without one.

@@ -299,6 +299,12 @@ absl::Status ValidateSpec(const PromptSpec& spec, const PromptLimits& limits,
   if (!method.ok()) return method;
   absl::Status statistic = CheckStatistic(spec);
   if (!statistic.ok()) return statistic;
+  const int64_t kv_heads = spec.geometry.kv_heads;
+  if (spec.decode_shards > 1 && kv_heads % spec.decode_shards != 0 &&
+      spec.decode_shards % kv_heads != 0) {
+    return Invalid("open.shard_group.decode_shard_count", spec.decode_shards,
+                   " neither divides the ", kv_heads, " KV heads nor is a multiple of them");
+  }
   if (spec.model_id.size() > kMaxModelIdBytes) {
     return Invalid("open.model_id", spec.model_id.size(), " bytes; at most ", kMaxModelIdBytes,
                    " are allowed");

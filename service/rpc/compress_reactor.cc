@@ -123,6 +123,10 @@ void CompressReactor::TakeOpen(const v1::Open& open) {
     End(request.status());
     return;
   }
+  if (request->shard.has_value() && request->shard->shard_count > 1) {
+    End(absl::UnimplementedError("open.shard_group: groups of several shards are not served yet"));
+    return;
+  }
   absl::StatusOr<std::shared_ptr<session::Session>> opened =
       shared_->sessions->Open({.spec = request->spec,
                                .layers_in_flight = request->layers_in_flight,

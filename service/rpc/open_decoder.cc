@@ -92,6 +92,34 @@ engine::ModelGeometry DecodeGeometry(const v1::ModelGeometry& geometry) {
           .value_dim = geometry.value_dim() == 0 ? geometry.key_dim() : geometry.value_dim()};
 }
 
+absl::Status DecodeShardGroup(const v1::ShardGroup& group, OpenRequest* request) {
+  if (group.shard_count() == 0) {
+    return Invalid("shard_group.shard_count", "0", "at least 1 is allowed");
+  }
+  if (group.has_kv_heads() != group.has_query_heads()) {
+    return Invalid("shard_group", group.has_kv_heads() ? "kv_heads alone" : "query_heads alone",
+                   "kv_heads and query_heads are set both or neither");
+  }
+  engine::ShardMember& member = request->shard.emplace();
+  member.group_id = group.group_id();
+  member.shard_count = group.shard_count();
+  member.shard_index = group.shard_index();
+  request->spec.decode_shards = group.decode_shard_count();
+  const engine::ModelGeometry& geometry = request->spec.geometry;
+  if (group.has_kv_heads()) {
+    member.heads = {
+        .kv_heads = {group.kv_heads().begin(), group.kv_heads().count()},
+        .query_heads = {group.query_heads().begin(), group.query_heads().count()},
+    };
+  } else if (geometry.kv_heads > 0) {  // else the geometry is refused first
+    absl::StatusOr<engine::Shard> even =
+        engine::EvenShard(geometry, member.shard_count, member.shard_index);
+    if (!even.ok()) return even.status();
+    member.heads = *even;
+  }
+  return absl::OkStatus();
+}
+
 // What the wire limits beside the spec.
 absl::Status DecodeRest(const v1::Open& open, int64_t max_message_bytes, OpenRequest* request) {
   if (open.idempotency_key().size() > kMaxIdempotencyKeyBytes) {
@@ -165,6 +193,11 @@ absl::StatusOr<OpenRequest> DecodeOpen(const v1::Open& open, int64_t max_message
   }
   spec.return_saliency = open.return_saliency() && spec.method.needs_statistics();
   spec.return_centrality = open.return_centrality() && spec.method.has_centrality();
+  if (open.has_shard_group()) {
+    if (absl::Status shard = DecodeShardGroup(open.shard_group(), &request); !shard.ok()) {
+      return shard;
+    }
+  }
   if (absl::Status rest = DecodeRest(open, max_message_bytes, &request); !rest.ok()) return rest;
   return request;
 }

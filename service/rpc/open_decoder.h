@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "service/engine/prompt.h"
 #include "service/engine/prompt_spec.h"
+#include "service/engine/shard.h"
 #include "structkv/v1/compression.pb.h"
 
 namespace structkv::rpc {
@@ -23,6 +24,8 @@ struct OpenRequest {
   engine::PromptSpec spec;
   int64_t layers_in_flight = 2;
   std::string idempotency_key;
+  // The rank that the stream is, where it is one of a group; for engine::ValidateShard.
+  std::optional<engine::ShardMember> shard;
   // Longest message that the caller accepts, in bytes.
   int64_t max_response_message_bytes = kDefaultMessageBytes;
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <utility>
 
 #include "tests/testing/oracle.h"
@@ -231,6 +232,41 @@ void PromptData::KeepRows(uint32_t layer, const std::vector<int32_t>& skeleton) 
   if (lse.empty()) return;
   lse.clear();
   for (const float value : WindowLse(*this, layer)) AppendElement(v1::DTYPE_F32, value, &lse);
+}
+
+void PromptData::KeepHeads(const v1::ShardGroup& group, uint32_t sharers) {
+  const v1::ModelGeometry& geometry = open_.geometry();
+  *open_.mutable_shard_group() = group;
+  for (uint32_t layer = 0; layer < layers(); ++layer) {
+    const auto keep = [&](v1::Tensor which, uint32_t runs_of_heads, uint32_t heads,
+                          const v1::HeadRange& range) {
+      std::string& bytes = tensors_[layer][which];
+      bytes = SliceHeads(bytes, runs_of_heads, heads, range);
+    };
+    const uint32_t rows = open_.layout() == v1::LAYOUT_HEAD_TOKEN_DIM ? 1 : tokens(layer);
+    keep(v1::TENSOR_KEYS, rows, geometry.kv_head_count(), group.kv_heads());
+    keep(v1::TENSOR_VALUES, rows, geometry.kv_head_count(), group.kv_heads());
+    keep(v1::TENSOR_WINDOW_QUERIES, 1, geometry.query_head_count(), group.query_heads());
+    keep(v1::TENSOR_WINDOW_LSE, 1, geometry.query_head_count(), group.query_heads());
+    if (effective_.statistic == v1::STATISTIC_SALIENCY_PER_KV_HEAD) {
+      keep(v1::TENSOR_SALIENCY, 1, geometry.kv_head_count(), group.kv_heads());
+    }
+    std::string& saliency = tensors_[layer][v1::TENSOR_SALIENCY];
+    std::vector<float> values(saliency.size() / sizeof(float));
+    std::memcpy(values.data(), saliency.data(), saliency.size());
+    for (float& value : values) value /= static_cast<float>(sharers);
+    saliency.assign(reinterpret_cast<const char*>(values.data()), saliency.size());
+  }
+}
+
+std::string SliceHeads(const std::string& tensor, uint64_t runs, uint64_t heads,
+                       const v1::HeadRange& range) {
+  const uint64_t run = tensor.size() / runs;
+  std::string slice;
+  for (uint64_t i = 0; i < runs; ++i) {
+    slice += tensor.substr(i * run + run / heads * range.begin(), run / heads * range.count());
+  }
+  return slice;
 }
 
 uint64_t PromptData::total_bytes() const {

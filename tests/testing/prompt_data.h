@@ -65,6 +65,11 @@ class PromptData {
 
   // Leaves a layer the rows of `skeleton` alone, with the skeleton as TENSOR_POSITIONS.
   void KeepRows(uint32_t layer, const std::vector<int32_t>& skeleton);
+  // Leaves the heads of a shard alone, and says so in `open`; both ranges are set. Saliency of a KV
+  // head that `sharers` ranks have, or of all ranks together, is divided by that number: exact for
+  // a power of two.
+  void KeepHeads(const v1::ShardGroup& group, uint32_t sharers);
+  void set_shard_group(const v1::ShardGroup& group) { *open_.mutable_shard_group() = group; }
   // The tokens of a layer that KeepRows has cut; empty: all.
   const std::vector<int32_t>& rows(uint32_t layer) const { return rows_[layer]; }
   // Tokens that a layer has.
@@ -83,6 +88,10 @@ class PromptData {
   std::vector<std::vector<std::string>> tensors_;  // by layer and v1::Tensor
   std::vector<std::vector<int32_t>> rows_;         // by layer
 };
+
+// Heads `range` of a tensor of `runs` runs, each [heads, ...].
+std::string SliceHeads(const std::string& tensor, uint64_t runs, uint64_t heads,
+                       const v1::HeadRange& range);
 
 // A piece of a tensor, by copy.
 v1::TensorPiece MakePiece(const PromptData& data, uint32_t layer, v1::Tensor tensor,
