@@ -27,6 +27,7 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/types/span.h"
+#include "kernels/rotation.h"
 #include "kernels/tensor.h"
 
 namespace structkv {
@@ -163,6 +164,13 @@ class Backend {
   // last block is not written. Positions must lie in the source.
   virtual void Gather(const TensorView& source, const int32_t* positions, bool per_head,
                       const MutableTensorView& destination, ParallelFor parallel) const = 0;
+
+  // As Gather, for keys of F32, F16 or BF16, with each of them moved to another position on its
+  // way (kernels/rotation.h). Row i of a head is the key at rows[.., i], which was rotated for
+  // rotation.positions[.., i].
+  virtual void GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
+                             const RotationParams& rotation, const MutableTensorView& destination,
+                             ParallelFor parallel) const = 0;
 };
 
 }  // namespace structkv

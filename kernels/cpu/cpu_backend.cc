@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/gather.h"
 #include "kernels/cpu/kernel_table.h"
+#include "kernels/cpu/rotate.h"
 #include "kernels/cpu/saliency.h"
 #include "kernels/cpu/scratch_pool.h"
 #include "kernels/saliency_checks.h"
@@ -150,6 +151,12 @@ class CpuBackend final : public Backend {
   void Gather(const TensorView& source, const int32_t* positions, bool per_head,
               const MutableTensorView& destination, ParallelFor parallel) const override {
     cpu::Gather(table_, source, positions, per_head, destination, parallel);
+  }
+
+  void GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
+                     const RotationParams& rotation, const MutableTensorView& destination,
+                     ParallelFor parallel) const override {
+    cpu::GatherRotated(table_, source, rows, per_head, rotation, destination, parallel);
   }
 
  private:

@@ -87,6 +87,29 @@ struct CopyRows {
   bool stream = false;
 };
 
+// Cosines and sines of the angles by which a key at `position` is rotated to stand at
+// `new_position` (kernels/rotation.h). All of [pairs].
+struct RotaryAngles {
+  const float* from = nullptr;
+  const float* to = nullptr;
+  int64_t pairs = 0;
+  int64_t position = 0;
+  int64_t new_position = 0;
+  float* cosines = nullptr;
+  float* sines = nullptr;
+};
+
+// The rotated part of one key, on its way from `source` to `destination`; any alignment.
+struct RotateRow {
+  const std::byte* source = nullptr;
+  std::byte* destination = nullptr;
+  DType dtype = DType::kF32;
+  RotaryPairing pairing = RotaryPairing::kHalfSplit;
+  int64_t pairs = 0;
+  const float* cosines = nullptr;
+  const float* sines = nullptr;
+};
+
 struct KernelTable {
   std::string_view name;    // for STRUCTKV_CPU_TARGET, for instance "avx2"
   std::string_view device;  // for people, for instance "AVX2"
@@ -145,6 +168,9 @@ struct KernelTable {
                   int32_t* positions) = nullptr;
 
   void (*copy_rows)(const CopyRows& copy) = nullptr;
+
+  void (*rotary_angles)(const RotaryAngles& angles) = nullptr;
+  void (*rotate_row)(const RotateRow& row) = nullptr;
 };
 
 // The tables that this machine can run, best first; never empty.

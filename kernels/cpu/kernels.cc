@@ -10,6 +10,7 @@
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 #include "kernels/cpu/gather-inl.h"
+#include "kernels/cpu/rotate-inl.h"
 #include "kernels/cpu/scores-inl.h"
 #include "kernels/cpu/select-inl.h"
 #include "kernels/cpu/softmax-inl.h"
@@ -40,6 +41,8 @@ KernelTable Table(std::string_view name, std::string_view device) {
       .sum_above = &SumAbove,
       .collect = &Collect,
       .copy_rows = &CopyRowsTo,
+      .rotary_angles = &FillRotaryAngles,
+      .rotate_row = &RotateRowTo,
   };
 }
 

@@ -6,6 +6,7 @@
 #include <functional>
 #include <numeric>
 
+#include "kernels/reference/rotate.h"
 #include "kernels/reference/saliency.h"
 #include "kernels/saliency_checks.h"
 
@@ -110,6 +111,12 @@ class ReferenceBackend final : public Backend {
         std::memcpy(destination.Row(h, i), source.Row(h, position), bytes);
       }
     }
+  }
+
+  void GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
+                     const RotationParams& rotation, const MutableTensorView& destination,
+                     ParallelFor /*parallel*/) const override {
+    reference::GatherRotated(source, rows, per_head, rotation, destination);
   }
 
  private:

@@ -53,6 +53,12 @@ class FaultBackend final : public Backend {
     faults_->Pass(source.tokens);
     real_->Gather(source, positions, per_head, destination, parallel);
   }
+  void GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
+                     const RotationParams& rotation, const MutableTensorView& destination,
+                     ParallelFor parallel) const override {
+    faults_->Pass(source.tokens);
+    real_->GatherRotated(source, rows, per_head, rotation, destination, parallel);
+  }
 
  private:
   const std::unique_ptr<Backend> real_;
