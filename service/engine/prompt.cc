@@ -229,13 +229,16 @@ class Prompt::Impl {
     part->positions.assign(begin, begin + heads.count * whole.kept_tokens);
   }
 
-  // The kept rows of part `index`.
+  // The kept rows of part `index`, but those that are pulled.
   void Compact(size_t index, LayerInput& input, int64_t tokens, LayerOutput& output,
                ParallelFor parallel) {
     const ModelGeometry& geometry = spec_.geometry;
     const HeadRange heads = shards_.empty() ? HeadRange{0, geometry.kv_heads}  // all
                                             : shards_[index].kv_heads;
-    output.keys = Kept(heads, std::move(input.keys), geometry.key_dim, tokens, output, parallel);
+    if (!spec_.pulls(InputTensor::kKeys)) {
+      output.keys = Kept(heads, std::move(input.keys), geometry.key_dim, tokens, output, parallel);
+    }
+    if (spec_.pulls(InputTensor::kValues)) return;
     output.values =
         Kept(heads, std::move(input.values), geometry.value_dim, tokens, output, parallel);
   }

@@ -33,6 +33,14 @@ struct LayerInput {
   absl::Span<const int32_t> positions;
 };
 
+// The rows of a layer that are to be pulled (PromptSpec::pull).
+struct RowPull {
+  int64_t layer = 0;
+  int64_t kept_tokens = 0;         // rows of each KV head
+  bool keys = false;               // rows of keys are to be pulled beside those of values
+  std::vector<int32_t> positions;  // as LayerOutput's
+};
+
 // The rows that layers may come with once the pivot is known.
 struct Skeleton {
   std::optional<int64_t> from_layer;  // the first layer that may; none: no layer may
@@ -50,6 +58,11 @@ struct LayerOutput {
   Buffer values;                                // likewise
   Buffer saliency;                              // on request: [N] or [kv_heads, N] float32
 };
+
+// Completes the answer of a layer with the rows that were pulled for it, each tensor of the size
+// that PromptSpec::PulledBytes says; what is not pulled is empty. INVALID_ARGUMENT for another
+// size.
+absl::Status TakeRows(const PromptSpec& spec, Buffer keys, Buffer values, LayerOutput* output);
 
 // The pivot and the skeleton.
 struct PivotResult {
@@ -70,7 +83,8 @@ class Prompt {
   const PromptSpec& spec() const;
 
   // Scores, selects and gathers one layer, and consumes its buffers (where every token is kept, as
-  // with Full, keys and values pass through uncopied).
+  // with Full, keys and values pass through uncopied). What is pulled is missing in the answer, and
+  // TakeRows() puts it in.
   //   INVALID_ARGUMENT     layer, token and KV head are named where the statistics hold NaN, Inf or
   //   a
   //                        negative value, the layer where they are all zero or too large to sum

@@ -65,6 +65,7 @@ int64_t PromptSpec::TensorBytes(InputTensor tensor, int64_t tokens) const {
   const auto element = static_cast<int64_t>(DTypeSize(dtype));
   constexpr int64_t kFloat = sizeof(float);
   const bool queries = statistic == Statistic::kWindowQueries;
+  if (pulls(tensor)) return 0;
   switch (tensor) {
     case InputTensor::kKeys:
       return plan_only && !queries ? 0 : geometry.kv_heads * tokens * geometry.key_dim * element;
@@ -82,6 +83,17 @@ int64_t PromptSpec::TensorBytes(InputTensor tensor, int64_t tokens) const {
       return 0;
   }
   return 0;
+}
+
+bool PromptSpec::pulls(InputTensor tensor) const {
+  if (tensor == InputTensor::kValues) return pull != Pull::kNone;
+  return tensor == InputTensor::kKeys && pull == Pull::kKeysAndValues;
+}
+
+int64_t PromptSpec::PulledBytes(InputTensor tensor, int64_t kept) const {
+  if (!pulls(tensor)) return 0;
+  const int64_t dim = tensor == InputTensor::kKeys ? geometry.key_dim : geometry.value_dim;
+  return geometry.kv_heads * kept * dim * static_cast<int64_t>(DTypeSize(dtype));
 }
 
 std::vector<InputTensor> PromptSpec::RequiredTensors() const {

@@ -26,6 +26,9 @@ struct ModelGeometry {
 // What the worker sends for scoring.
 enum class Statistic : uint8_t { kNone, kWindowQueries, kSaliency, kSaliencyPerKvHead };
 
+// What the worker sends the kept rows of alone, once it is told which these are.
+enum class Pull : uint8_t { kNone, kValues, kKeysAndValues };
+
 // Tensors that a worker sends for a layer.
 enum class InputTensor : uint8_t {
   kKeys,
@@ -58,6 +61,7 @@ struct PromptSpec {
   bool window_lse = false;
   method::MethodSpec method;
   bool plan_only = false;  // positions alone
+  Pull pull = Pull::kNone;
   bool return_saliency = false;
   bool return_centrality = false;
   // Decode ranks that kept rows are arranged for: each one's KV heads together, in the layout. 0 or
@@ -85,6 +89,10 @@ struct PromptSpec {
   // The same of a layer of skeleton rows, which has positions too.
   int64_t SkeletonInputBytes(InputTensor tensor) const;
   std::vector<InputTensor> RequiredTensors() const;
+  // Whether the kept rows of the tensor are pulled: then InputBytes() is 0, and so many bytes come
+  // for `kept` tokens of each KV head.
+  bool pulls(InputTensor tensor) const;
+  int64_t PulledBytes(InputTensor tensor, int64_t kept) const;
 
  private:
   int64_t TensorBytes(InputTensor tensor, int64_t tokens) const;

@@ -261,6 +261,27 @@ absl::Status CheckStatistic(const PromptSpec& spec) {
   return absl::OkStatus();
 }
 
+absl::Status CheckPull(const PromptSpec& spec) {
+  if (spec.pull == Pull::kNone) return absl::OkStatus();
+  const char* pull = spec.pull == Pull::kValues ? "VALUES" : "KEYS_AND_VALUES";
+  if (spec.plan_only) {
+    return Invalid("open.pull", pull, ", but the output PLAN has no rows; it must be NONE");
+  }
+  if (!spec.method.needs_statistics()) {
+    return Invalid("open.pull", pull, ", but method ", View(method::MethodName(spec.method.method)),
+                   " keeps rows that are known from the start; it must be NONE");
+  }
+  if (spec.decode_shards > 1) {
+    return Invalid("open.pull", pull, ", but shard_group.decode_shard_count is ",
+                   spec.decode_shards, ", and pulled rows are not rearranged; it must be NONE");
+  }
+  if (spec.pull == Pull::kKeysAndValues && spec.statistic == Statistic::kWindowQueries) {
+    return Invalid("open.pull", pull, ", but the statistic WINDOW_QUERIES is scored against all ",
+                   "keys; NONE and VALUES are allowed");
+  }
+  return absl::OkStatus();
+}
+
 // The factors are in range each; their product need not be.
 absl::Status CheckSize(const PromptSpec& spec) {
   const ModelGeometry& geometry = spec.geometry;
@@ -305,6 +326,7 @@ absl::Status ValidateSpec(const PromptSpec& spec, const PromptLimits& limits,
     return Invalid("open.shard_group.decode_shard_count", spec.decode_shards,
                    " neither divides the ", kv_heads, " KV heads nor is a multiple of them");
   }
+  if (absl::Status pull = CheckPull(spec); !pull.ok()) return pull;
   if (spec.model_id.size() > kMaxModelIdBytes) {
     return Invalid("open.model_id", spec.model_id.size(), " bytes; at most ", kMaxModelIdBytes,
                    " are allowed");

@@ -1,5 +1,6 @@
 #include "service/rpc/compress_reactor.h"
 
+#include <algorithm>
 #include <chrono>
 #include <limits>
 #include <utility>
@@ -197,6 +198,12 @@ session::SessionCallbacks CompressReactor::Callbacks() {
     auto self = weak.lock();
     if (self != nullptr) self->Queue(BuildPivot(std::move(result), self->max_response_bytes_));
   };
+  callbacks.pull = [weak](engine::RowPull pull) {
+    auto self = weak.lock();
+    if (self == nullptr) return;
+    self->pulls_.fetch_add(1, std::memory_order_relaxed);
+    self->Queue(BuildPull(std::move(pull), self->max_response_bytes_));
+  };
   callbacks.finished = [weak](const session::SessionSummary& summary) {
     if (auto self = weak.lock()) self->OnAnswered(summary);
   };
@@ -210,6 +217,7 @@ void CompressReactor::Queue(std::vector<OutgoingMessage> messages) {
   int64_t bytes = 0;
   for (const OutgoingMessage& message : messages) bytes += message.tensor_bytes;
   output_bytes_.fetch_add(bytes, std::memory_order_relaxed);
+  answered_at_.store(SteadyNanos());
   Send(std::move(messages));
 }
 
@@ -319,9 +327,13 @@ void CompressReactor::CheckLimits(int64_t now) {
   if (over(writing_since(), limits.stall)) {
     End(absl::AbortedError(absl::StrCat(
         "the caller took no results for longer than the stall limit of ", Seconds(limits.stall))));
-  } else if (over(reading_since(), limits.silence)) {
+  } else if (const int64_t reading = reading_since();
+             over(reading == 0 ? 0 : std::max(reading, answered_at_.load()), limits.silence)) {
+    const int64_t unanswered = pulls_.load() - layers_.load();
     End(absl::DeadlineExceededError(absl::StrCat(
-        "no message came for longer than the silence limit of ", Seconds(limits.silence))));
+        "no message came for longer than the silence limit of ", Seconds(limits.silence),
+        unanswered > 0 ? absl::StrCat("; the rows of ", unanswered, " layers were asked for")
+                       : "")));
   } else if (over(begun_, limits.session)) {
     End(absl::DeadlineExceededError(
         absl::StrCat("the stream took longer than the limit of ", Seconds(limits.session))));

@@ -26,7 +26,8 @@ struct StreamLimits {
   int64_t max_message_bytes = kDefaultMessageBytes;
   // How long one message of results may wait for its reader.
   absl::Duration stall = absl::Seconds(30);
-  // How long the server waits for a caller's next message.
+  // How long the server waits for a caller's next message, after the one before and after its own
+  // last answer.
   absl::Duration silence = absl::Seconds(60);
   // How long a stream may last.
   absl::Duration session = absl::Minutes(30);
@@ -85,6 +86,8 @@ class CompressReactor final : public StreamIo, public Stream {
   std::atomic<int64_t> input_bytes_{0};
   std::atomic<int64_t> output_bytes_{0};
   std::atomic<int64_t> layers_{0};
+  std::atomic<int64_t> pulls_{0};
+  std::atomic<int64_t> answered_at_{0};  // SteadyNanos() of the last answer
 
   mutable absl::Mutex session_mutex_;
   bool ended_ ABSL_GUARDED_BY(session_mutex_) = false;

@@ -84,6 +84,21 @@ v1::Statistic EncodeStatistic(engine::Statistic statistic) {
   return v1::STATISTIC_UNSPECIFIED;
 }
 
+absl::StatusOr<engine::Pull> DecodePull(v1::Pull pull) {
+  switch (pull) {
+    case v1::PULL_UNSPECIFIED:
+    case v1::PULL_NONE:
+      return engine::Pull::kNone;
+    case v1::PULL_VALUES:
+      return engine::Pull::kValues;
+    case v1::PULL_KEYS_AND_VALUES:
+      return engine::Pull::kKeysAndValues;
+    default:
+      return Invalid("pull", EnumText(pull),
+                     "allowed: PULL_NONE, PULL_VALUES, PULL_KEYS_AND_VALUES");
+  }
+}
+
 engine::ModelGeometry DecodeGeometry(const v1::ModelGeometry& geometry) {
   return {.layers = geometry.layer_count(),
           .query_heads = geometry.query_head_count(),
@@ -191,6 +206,9 @@ absl::StatusOr<OpenRequest> DecodeOpen(const v1::Open& open, int64_t max_message
     default:
       return Invalid("output", EnumText(open.output()), "allowed: OUTPUT_COMPACT, OUTPUT_PLAN");
   }
+  absl::StatusOr<engine::Pull> pull = DecodePull(open.pull());
+  if (!pull.ok()) return pull.status();
+  spec.pull = *pull;
   spec.return_saliency = open.return_saliency() && spec.method.needs_statistics();
   spec.return_centrality = open.return_centrality() && spec.method.has_centrality();
   if (open.has_shard_group()) {

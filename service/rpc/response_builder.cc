@@ -142,4 +142,19 @@ std::vector<OutgoingMessage> BuildPivot(engine::PivotResult result, int64_t max_
   return messages;
 }
 
+std::vector<OutgoingMessage> BuildPull(engine::RowPull pull, int64_t max_message_bytes) {
+  v1::CompressResponse header;
+  header.mutable_pull()->set_layer(static_cast<uint32_t>(pull.layer));
+  header.mutable_pull()->set_kept_tokens(static_cast<uint32_t>(pull.kept_tokens));
+  if (pull.keys) header.mutable_pull()->add_tensors(v1::TENSOR_KEYS);
+  header.mutable_pull()->add_tensors(v1::TENSOR_VALUES);
+  const OutgoingTensor tensors[] = {FromVector(v1::TENSOR_POSITIONS, std::move(pull.positions))};
+  std::vector<OutgoingMessage> messages;
+  Cutter(header.pull().layer(), max_message_bytes, &messages)
+      .Cut(
+          tensors, &header, [](v1::CompressResponse*) {},
+          [](v1::CompressResponse* next) { next->mutable_pull()->set_complete(true); });
+  return messages;
+}
+
 }  // namespace structkv::rpc

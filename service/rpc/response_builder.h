@@ -20,5 +20,6 @@ struct OutgoingMessage {
 // message.
 std::vector<OutgoingMessage> BuildLayer(engine::LayerOutput output, int64_t max_message_bytes);
 std::vector<OutgoingMessage> BuildPivot(engine::PivotResult result, int64_t max_message_bytes);
+std::vector<OutgoingMessage> BuildPull(engine::RowPull pull, int64_t max_message_bytes);
 
 }  // namespace structkv::rpc

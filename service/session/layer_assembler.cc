@@ -92,6 +92,7 @@ LayerAssembler::LayerAssembler(const engine::PromptSpec* spec, engine::BufferPoo
     }
     // Nothing has to come (a plan of a method without statistics, a layer that the method does not
     // look at): the layer is complete as it is.
+    layers_[static_cast<size_t>(layer)].finished = true;
     complete_.emplace_back().layer = layer;
     ++buffers_used_;
     ++received_layers_;
@@ -101,7 +102,7 @@ LayerAssembler::LayerAssembler(const engine::PromptSpec* spec, engine::BufferPoo
 
 void LayerAssembler::SkipFinished() {
   while (lowest_unfinished_ < spec_.geometry.layers &&
-         layers_[static_cast<size_t>(lowest_unfinished_)].missing == 0) {
+         layers_[static_cast<size_t>(lowest_unfinished_)].finished) {
     ++lowest_unfinished_;
   }
 }
@@ -214,8 +215,9 @@ bool LayerAssembler::IsKnownAgain(const InputPiece& piece, uint64_t known, uint6
     const auto* skeleton = reinterpret_cast<const std::byte*>(skeleton_->positions.data());
     return SameBytes(piece, skeleton + piece.offset_bytes);
   }
+  const bool expects_rows = layers_[static_cast<size_t>(piece.layer)].rows.has_value();
   const auto held = partial_.find(piece.layer);
-  if (held != partial_.end()) {
+  if (held != partial_.end() && spec_.pulls(piece.tensor) == expects_rows) {
     return SameBytes(piece, BufferOf(held->second, piece.tensor).data() + piece.offset_bytes);
   }
   return known == PieceMap::kNoChecksum || xxh3 == PieceMap::kNoChecksum || known == xxh3;
@@ -234,11 +236,16 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Take(const InputPiece& pie
         Name(piece), ": this prompt needs no tensor of the layer; see Opened.kept_tokens"));
   }
   const bool positions = piece.tensor == engine::InputTensor::kPositions;
-  if (index >= tensor_bytes_.size() || (tensor_bytes_[index] == 0 && !positions)) {
+  const bool pulled = spec_.pulls(piece.tensor);
+  if (index >= tensor_bytes_.size() || (tensor_bytes_[index] == 0 && !positions && !pulled)) {
     return absl::InvalidArgumentError(
         absl::StrCat(Name(piece), ": this prompt has no such tensor; see Opened.required_tensors"));
   }
   Layer& layer = layers_[static_cast<size_t>(piece.layer)];
+  if (pulled && !layer.rows.has_value()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        Name(piece), ": the piece came before the layer's pull, which names the rows to send"));
+  }
   if (absl::Status order = CheckSkeletonOrder(piece, layer); !order.ok()) return order;
   const int64_t tensor_bytes = positions ? skeleton_bytes_[index] : TensorBytes(layer, index);
   PieceMap& map = layer.tensors[index];
@@ -279,9 +286,12 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Take(const InputPiece& pie
 }
 
 void LayerAssembler::Complete(int64_t layer) {
+  Layer& record = layers_[static_cast<size_t>(layer)];
   const auto found = partial_.find(layer);
-  complete_.push_back(std::move(found->second));
+  (record.rows.has_value() ? complete_rows_ : complete_).push_back(std::move(found->second));
   partial_.erase(found);
+  if (spec_.pull != engine::Pull::kNone && !record.rows.has_value()) return;
+  record.finished = true;
   ++received_layers_;
   SkipFinished();
 }
@@ -291,6 +301,26 @@ std::optional<engine::LayerInput> LayerAssembler::PopComplete() {
   engine::LayerInput input = std::move(complete_.front());
   complete_.pop_front();
   return input;
+}
+
+void LayerAssembler::ExpectRows(int64_t layer, int64_t kept) {
+  Layer& record = layers_[static_cast<size_t>(layer)];
+  record.rows = kept;
+  engine::LayerInput& input = partial_[layer];
+  input.layer = layer;
+  for (const auto tensor : {engine::InputTensor::kKeys, engine::InputTensor::kValues}) {
+    const int64_t bytes = spec_.PulledBytes(tensor, kept);
+    if (bytes == 0) continue;
+    ++record.missing;
+    BufferOf(input, tensor) = pool_->Acquire(static_cast<size_t>(bytes));
+  }
+}
+
+std::optional<engine::LayerInput> LayerAssembler::PopRows() {
+  if (complete_rows_.empty()) return std::nullopt;
+  engine::LayerInput rows = std::move(complete_rows_.front());
+  complete_rows_.pop_front();
+  return rows;
 }
 
 absl::Status LayerAssembler::CheckCommit(int64_t layers, int64_t input_bytes) {
@@ -309,6 +339,10 @@ absl::Status LayerAssembler::CheckCommit(int64_t layers, int64_t input_bytes) {
           absl::StrCat("commit of ", layers, " layers, but ", received_layers_, " are complete; ",
                        Name(missing), " has ", layer.tensors[i].bytes(), " of ", bytes, " bytes"));
     }
+    return absl::InvalidArgumentError(
+        absl::StrCat("commit of ", layers, " layers, but ", received_layers_,
+                     " are complete; the rows of layer ", lowest_unfinished_,
+                     " are still to be pulled, so the commit is too early"));
   }
   if (input_bytes != received_bytes_) {
     return absl::InvalidArgumentError(
@@ -323,6 +357,10 @@ int64_t LayerAssembler::RecordBytes(const engine::PromptSpec& spec) {
     per_layer += std::min(bytes, PieceMap::MaxPieces(bytes)) * PieceMap::kBytesPerPiece;
   };
   for (const engine::InputTensor tensor : spec.RequiredTensors()) add(spec.InputBytes(tensor));
+  const int64_t most = spec.largest_kept_tokens();
+  for (const auto tensor : {engine::InputTensor::kKeys, engine::InputTensor::kValues}) {
+    if (spec.pulls(tensor)) add(spec.PulledBytes(tensor, most));
+  }
   if (spec.may_have_skeleton_layers()) {
     add(spec.SkeletonInputBytes(engine::InputTensor::kPositions));
   }

@@ -23,7 +23,9 @@
 namespace structkv::session {
 
 // Holds the buffers of at most `layers_in_flight` layers, each from its first piece until
-// LayerDone(). A layer whose first pieces are positions holds skeleton rows, and is smaller. What
+// LayerDone(). A layer whose first pieces are positions holds skeleton rows, and is smaller. With
+// PromptSpec::pull a layer comes in two parts: once what decides is complete it is popped and
+// computed, then its rows are expected; until these came it is unfinished. What
 // came is remembered for all layers until the end, so that a piece that is sent again is known
 // whenever it comes; its bytes are compared with those that came first while the layer is
 // incomplete, and afterwards by the checksums that both were sent with. Not thread-safe.
@@ -52,7 +54,14 @@ class LayerAssembler {
   std::optional<engine::LayerInput> PopComplete();
   bool has_complete() const { return !complete_.empty(); }
 
-  // The buffers of a layer that was popped are free.
+  // With PromptSpec::pull: that many rows of each KV head of a layer that was popped may come from
+  // now on.
+  void ExpectRows(int64_t layer, int64_t kept);
+  // The next layer whose rows are complete, in order of completion: they are its keys and values.
+  std::optional<engine::LayerInput> PopRows();
+  bool has_rows() const { return !complete_rows_.empty(); }
+
+  // The buffers of a layer that was popped, or its rows, are free.
   void LayerDone() { --buffers_used_; }
 
   // INVALID_ARGUMENT, naming what is missing, where the client's commit is not what came.
@@ -60,7 +69,7 @@ class LayerAssembler {
 
   // Bytes that came, each counted once.
   int64_t received_bytes() const { return received_bytes_; }
-  // Layers of which all tensors came.
+  // Layers of which all tensors, and the rows that are pulled, came.
   int64_t received_layers() const { return received_layers_; }
 
   // Memory that the records may take.
@@ -69,8 +78,10 @@ class LayerAssembler {
  private:
   struct Layer {
     std::array<PieceMap, engine::kInputTensors> tensors;
-    int missing = 0;        // tensors that are not complete
-    bool skeleton = false;  // holds skeleton rows: positions came
+    int missing = 0;              // tensors that are not complete
+    bool skeleton = false;        // holds skeleton rows: positions came
+    bool finished = false;        // all came, pulled rows included
+    std::optional<int64_t> rows;  // that are pulled of each KV head; none: not expected yet
   };
 
   std::string Name(const InputPiece& piece) const;
@@ -81,6 +92,9 @@ class LayerAssembler {
   // `xxh3` are the checksums then and now.
   bool IsKnownAgain(const InputPiece& piece, uint64_t known, uint64_t xxh3);
   int64_t TensorBytes(const Layer& layer, size_t tensor) const {
+    if (layer.rows.has_value() && spec_.pulls(static_cast<engine::InputTensor>(tensor))) {
+      return spec_.PulledBytes(static_cast<engine::InputTensor>(tensor), *layer.rows);
+    }
     return (layer.skeleton ? skeleton_bytes_ : tensor_bytes_)[tensor];
   }
   // The layer's buffers, or null where none is free.
@@ -101,6 +115,7 @@ class LayerAssembler {
   int64_t buffers_used_ = 0;       // layers that hold buffers
   std::map<int64_t, engine::LayerInput> partial_;
   std::deque<engine::LayerInput> complete_;
+  std::deque<engine::LayerInput> complete_rows_;
   int64_t received_bytes_ = 0;
   int64_t received_layers_ = 0;
 };

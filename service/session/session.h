@@ -65,6 +65,9 @@ struct SessionCallbacks {
   absl::AnyInvocable<void()> ready;
   // A layer's answer, in order of completion.
   absl::AnyInvocable<void(engine::LayerOutput)> layer;
+  // With PromptSpec::pull: the rows that the client is to send of a layer, once for each, as soon
+  // as its positions are known. `layer` follows when they came.
+  absl::AnyInvocable<void(engine::RowPull)> pull;
   // The pivot, before the answer of the layer with which it was decided: whoever waits for it need
   // not wait for that layer's tensors, and whoever has the answers of the first n layers knows
   // whether they decided it.
@@ -78,6 +81,7 @@ struct SessionCallbacks {
 // Bytes of a result's tensors, which OutputSent() expects back.
 int64_t OutputBytes(const engine::LayerOutput& output);
 int64_t OutputBytes(const engine::PivotResult& result);
+int64_t OutputBytes(const engine::RowPull& pull);
 
 class SessionManager;
 
@@ -100,7 +104,8 @@ class Session : public std::enable_shared_from_this<Session> {
   //                     layer ahead of the window of layers in flight; empty data; too many pieces
   //                     (PieceMap::MaxPieces); positions that are not the skeleton, that come
   //                     before the pivot, for a layer that must be full, or not before all else of
-  //                     their layer; anything after the commit
+  //                     their layer; rows of a layer that were not pulled yet; anything after the
+  //                     commit
   //   ALREADY_EXISTS    a piece again with other bytes (the same again is ignored); told by the
   //                     bytes while the layer is incomplete, later by checksums that both came with
   //   DATA_LOSS         a checksum that does not match

@@ -29,6 +29,8 @@ int64_t OutputBytes(const engine::PivotResult& result) {
   return Bytes(result.skeleton) + Bytes(result.centrality);
 }
 
+int64_t OutputBytes(const engine::RowPull& pull) { return Bytes(pull.positions); }
+
 SessionCore::SessionCore(std::string id, const SessionRequest& request, const SessionPlan& plan,
                          Reservation reservation, const SessionHost& host)
     : id_(std::move(id)),
@@ -171,6 +173,8 @@ void SessionCore::TakeMessage(Parked parked) {
     if (*taken == LayerAssembler::Taken::kStopped) return;
     // A layer that this piece completed is computed while the next ones are copied.
     StartLayer();
+    AnswerPulled();
+    if (ended()) return;
     if (*taken == LayerAssembler::Taken::kNoBuffer) {
       parked_ = std::move(parked);
       return;
@@ -230,23 +234,64 @@ void SessionCore::OnAnswer(Answer answer) {
     DoFail(answer.output.status());
     return;
   }
-  assembler_->LayerDone();
   if (answer.skeleton != nullptr) assembler_->SetSkeleton(std::move(answer.skeleton));
-  ++summary_.layers;
   queued_ += answer.queued;
   computed_ += answer.computed;
-  unsent_bytes_ += OutputBytes(*answer.output);
   if (answer.pivot.has_value()) unsent_bytes_ += OutputBytes(*answer.pivot);
+  std::optional<engine::RowPull> pull;
+  if (pulls()) {
+    pull = WaitForRows(*std::move(answer.output));
+  } else {
+    assembler_->LayerDone();
+    ++summary_.layers;
+    unsent_bytes_ += OutputBytes(*answer.output);
+  }
   StartLayer();  // the next layer is computed while this one is handed out
   if (answer.pivot.has_value() && callbacks_.pivot && !cancelled_.load()) {
     callbacks_.pivot(*std::move(answer.pivot));
   }
-  if (callbacks_.layer && !cancelled_.load()) callbacks_.layer(*std::move(answer.output));
+  if (pull.has_value()) {
+    if (callbacks_.pull && !cancelled_.load()) callbacks_.pull(*std::move(pull));
+  } else if (callbacks_.layer && !cancelled_.load()) {
+    callbacks_.layer(*std::move(answer.output));
+  }
   GoOn();
+}
+
+engine::RowPull SessionCore::WaitForRows(engine::LayerOutput output) {
+  engine::RowPull pull = {.layer = output.layer,
+                          .kept_tokens = output.kept_tokens,
+                          .keys = spec_.pulls(engine::InputTensor::kKeys),
+                          .positions = output.positions};
+  unsent_bytes_ += OutputBytes(pull);
+  assembler_->ExpectRows(output.layer, output.kept_tokens);
+  wait_for_rows_.emplace(pull.layer, std::move(output));
+  return pull;
+}
+
+void SessionCore::AnswerPulled() {
+  while (assembler_->has_rows() && !output_full()) {
+    engine::LayerInput rows = *assembler_->PopRows();
+    const auto waiting = wait_for_rows_.find(rows.layer);
+    engine::LayerOutput output = std::move(waiting->second);
+    wait_for_rows_.erase(waiting);
+    absl::Status taken =
+        engine::TakeRows(spec_, std::move(rows.keys), std::move(rows.values), &output);
+    if (!taken.ok()) {
+      DoFail(absl::InternalError(taken.message()));
+      return;
+    }
+    assembler_->LayerDone();
+    ++summary_.layers;
+    unsent_bytes_ += OutputBytes(output);
+    if (callbacks_.layer && !cancelled_.load()) callbacks_.layer(std::move(output));
+  }
 }
 
 // Does what has become possible.
 void SessionCore::GoOn() {
+  AnswerPulled();
+  if (ended()) return;
   StartLayer();
   if (parked_.has_value()) {
     Parked parked = *std::move(parked_);
@@ -297,6 +342,7 @@ void SessionCore::DoFail(const absl::Status& status) {
 // Frees all memory but a running layer's.
 void SessionCore::Drop() {
   parked_.reset();
+  wait_for_rows_.clear();
   assembler_.reset();
   std::optional<engine::LayerInput> waiting;
   {

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -76,13 +77,19 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
 
   // On the serial queue:
   bool ended() const { return state_ == State::kFinished || state_ == State::kFailed; }
+  bool pulls() const { return spec_.pull != engine::Pull::kNone; }
   bool output_full() const {
-    return unsent_bytes_ + plan_.layer_output_bytes > plan_.output_limit_bytes;
+    const int64_t running = pulls() && layer_runs_ ? plan_.layer_output_bytes : 0;
+    return unsent_bytes_ + running + plan_.layer_output_bytes > plan_.output_limit_bytes;
   }
   void TakeMessage(Parked parked);
   void AskForMessage();
   void StartLayer();
   void OnAnswer(Answer answer);
+  // Keeps the answer of a layer whose rows are to be pulled.
+  engine::RowPull WaitForRows(engine::LayerOutput output);
+  // Answers layers whose rows came.
+  void AnswerPulled();
   void GoOn();
   void Finish();
   void DoFail(const absl::Status& status);
@@ -112,6 +119,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   bool owes_ready_ = false;   // a message was taken in, and `ready` not called yet
   bool layer_runs_ = false;   // a layer is with the scheduler
   int64_t unsent_bytes_ = 0;  // of results
+  std::map<int64_t, engine::LayerOutput> wait_for_rows_;  // by layer
   Reservation reservation_;
   SessionSummary summary_;
   Clock::duration queued_{};

@@ -1,5 +1,6 @@
 #include "service/session/session_plan.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "absl/numeric/int128.h"
@@ -13,6 +14,8 @@ namespace {
 constexpr size_t kMaxKeyBytes = 128;
 // Layers whose results may wait to be sent; one is on its way while the next one is computed.
 constexpr int64_t kUnsentLayers = 2;
+// With rows that are pulled, an answer may become complete while another one is computed.
+constexpr int64_t kUnsentLayersWithPull = 3;
 
 int64_t PivotBytes(const engine::PromptSpec& spec) {
   int64_t bytes = spec.skeleton_tokens() * static_cast<int64_t>(sizeof(int32_t));
@@ -54,9 +57,15 @@ absl::StatusOr<SessionPlan> PlanSession(const SessionRequest& request, const Bac
   const engine::MemoryPlan memory = engine::PlanMemory(spec, backend);
   SessionPlan plan;
   plan.layer_output_bytes = memory.layer_output_bytes;
-  plan.output_limit_bytes = kUnsentLayers * memory.layer_output_bytes + PivotBytes(spec);
+  const bool pulls = spec.pull != engine::Pull::kNone;
+  plan.output_limit_bytes =
+      (pulls ? kUnsentLayersWithPull : kUnsentLayers) * memory.layer_output_bytes +
+      PivotBytes(spec);
   plan.small = IsSmall(spec, memory);
-  const absl::int128 total = absl::int128(request.layers_in_flight) * memory.layer_input_bytes +
+  // A layer that waits for its rows holds them and the rest of its answer in place of its input.
+  const int64_t layer_bytes = pulls ? std::max(memory.layer_input_bytes, memory.layer_output_bytes)
+                                    : memory.layer_input_bytes;
+  const absl::int128 total = absl::int128(request.layers_in_flight) * layer_bytes +
                              plan.output_limit_bytes + memory.state_bytes + memory.scratch_bytes +
                              request.max_message_bytes + LayerAssembler::RecordBytes(spec);
   if (total > std::numeric_limits<int64_t>::max()) {

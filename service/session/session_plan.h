@@ -13,8 +13,10 @@ namespace structkv::session {
 struct SessionPlan {
   int64_t reserved_bytes = 0;      // the session's memory at most, all of the following included
   int64_t layer_output_bytes = 0;  // one layer's result
-  int64_t output_limit_bytes = 0;  // unsent results: two layers and the pivot
-  bool small = false;              // layers compute in well under a millisecond
+  // Unsent results: two layers and the pivot; with PromptSpec::pull a third layer, whose positions
+  // are being found while others are answered.
+  int64_t output_limit_bytes = 0;
+  bool small = false;  // layers compute in well under a millisecond
 };
 
 // `request.spec` was validated. INVALID_ARGUMENT where `layers_in_flight`, `idempotency_key` or

@@ -60,6 +60,7 @@ void AddWire(const Corpus& corpus) {
     v1::CompressResponse response = wire::testing::RandomResponse(&random);
     if (response.has_layer()) Shorten(response.mutable_layer()->mutable_pieces());
     if (response.has_pivot()) Shorten(response.mutable_pivot()->mutable_pieces());
+    if (response.has_pull()) Shorten(response.mutable_pull()->mutable_pieces());
     corpus.Add("decode_response", "response" + Number(i), cuts + response.SerializeAsString());
   }
 }

@@ -79,8 +79,10 @@ TEST(EncodeResponseTest, ProtobufReadsIt) {
     v1::CompressResponse header = response;
     if (header.has_layer()) header.mutable_layer()->clear_pieces();
     if (header.has_pivot()) header.mutable_pivot()->clear_pieces();
-    const auto& pieces =
-        response.has_layer() ? response.layer().pieces() : response.pivot().pieces();
+    if (header.has_pull()) header.mutable_pull()->clear_pieces();
+    const auto& pieces = response.has_layer()  ? response.layer().pieces()
+                         : response.has_pull() ? response.pull().pieces()
+                                               : response.pivot().pieces();
     const std::string bytes = Flatten(EncodeResponse(header, Outgoing(pieces, &random)));
     v1::CompressResponse parsed;
     ASSERT_TRUE(parsed.ParseFromString(bytes)) << "message " << i;

@@ -157,8 +157,13 @@ TEST(TruncationTest, OfAResponseIsAsProtobufHasIt) {
   pivot.mutable_pivot()->add_pieces()->set_data("def");
   v1::CompressResponse summary;
   summary.mutable_summary()->set_fingerprint("0123");
+  v1::CompressResponse pull;
+  pull.mutable_pull()->set_layer(5);
+  pull.mutable_pull()->add_tensors(v1::TENSOR_VALUES);
+  pull.mutable_pull()->add_pieces()->set_data("ghi");
   const std::string bytes = layer.SerializeAsString() + pivot.SerializeAsString() +
-                            pivot.SerializeAsString() + summary.SerializeAsString();
+                            pivot.SerializeAsString() + pull.SerializeAsString() +
+                            summary.SerializeAsString();
   CheckPrefixes<v1::CompressResponse>(bytes, DecodeResponse);
 }
 

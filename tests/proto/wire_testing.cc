@@ -90,6 +90,15 @@ void FillPivot(Random* random, v1::PivotDecision* pivot) {
   AddRandomPieces(random, pivot);
 }
 
+void FillPull(Random* random, v1::RowPull* pull) {
+  pull->set_layer(static_cast<uint32_t>(RandomNumber(random, UINT32_MAX)));
+  pull->set_kept_tokens(static_cast<uint32_t>(random->Between(0, 5000)));
+  if (random->Chance(50)) pull->add_tensors(v1::TENSOR_KEYS);
+  pull->add_tensors(v1::TENSOR_VALUES);
+  pull->set_complete(random->Chance(50));
+  AddRandomPieces(random, pull);
+}
+
 }  // namespace
 
 grpc::ByteBuffer CutInto(const std::string& bytes, absl::Span<const size_t> lengths) {
@@ -139,8 +148,9 @@ v1::CompressRequest ToProto(const Request& request) {
 v1::CompressResponse ToProto(const Response& response) {
   v1::CompressResponse message = response.message;
   for (const Piece& piece : response.pieces.pieces) {
-    *(message.has_layer() ? message.mutable_layer()->add_pieces()
-                          : message.mutable_pivot()->add_pieces()) = ToProto(piece);
+    *(message.has_layer()  ? message.mutable_layer()->add_pieces()
+      : message.has_pull() ? message.mutable_pull()->add_pieces()
+                           : message.mutable_pivot()->add_pieces()) = ToProto(piece);
   }
   return message;
 }
@@ -155,6 +165,7 @@ std::string Normalized(v1::CompressResponse response) {
   response.DiscardUnknownFields();
   if (response.has_layer()) DropEmptyData(response.mutable_layer()->mutable_pieces());
   if (response.has_pivot()) DropEmptyData(response.mutable_pivot()->mutable_pieces());
+  if (response.has_pull()) DropEmptyData(response.mutable_pull()->mutable_pieces());
   return response.SerializeAsString();
 }
 
@@ -209,6 +220,8 @@ v1::CompressResponse RandomResponse(Random* random) {
       response.mutable_summary()->set_output_bytes(random->Next());
       break;
     case 3:
+      FillPull(random, response.mutable_pull());
+      break;
     case 4:
     case 5:
       FillPivot(random, response.mutable_pivot());

@@ -15,6 +15,7 @@ class Assembler {
     const size_t index = count_++;
     if (answer_.summary) Fault("a message after the summary");
     if (open_layer_ && !response.has_layer()) Fault("a layer's messages are not contiguous");
+    if (open_pull_ && !response.has_pull()) Fault("a pull's messages are not contiguous");
     if (response.has_opened()) {
       if (index != 0) Fault("opened is not the first message");
       answer_.opened = response.opened();
@@ -22,6 +23,8 @@ class Assembler {
       AddLayer(response.layer());
     } else if (response.has_pivot()) {
       AddPivot(response.pivot());
+    } else if (response.has_pull()) {
+      AddPull(response.pull());
     } else if (response.has_summary()) {
       answer_.summary = response.summary();
     } else {
@@ -32,6 +35,16 @@ class Assembler {
 
   void End() {
     if (open_layer_) Fault("the last layer is not complete");
+    for (const auto& [index, pulled] : answer_.pulls) {
+      if (!pulled.pull.complete()) Fault("a pull is not complete");
+      const auto layer = answer_.layers.find(index);
+      if (layer == answer_.layers.end()) {
+        Fault("a layer was pulled and not answered");
+      } else if (layer->second.tensors[v1::TENSOR_POSITIONS] != pulled.positions ||
+                 layer->second.kept_tokens != pulled.pull.kept_tokens()) {
+        Fault("a layer's answer has other positions than its pull");
+      }
+    }
     if (answer_.pivot && !answer_.pivot->decision.complete()) Fault("the pivot is not complete");
   }
 
@@ -61,6 +74,24 @@ class Assembler {
     }
     open_layer_ = result.complete() ? std::nullopt : std::optional(result.layer());
     if (result.complete()) last_tensor_ = 0;
+  }
+
+  void AddPull(const v1::RowPull& pull) {
+    const bool first = !open_pull_;
+    if (first && answer_.pulls.contains(pull.layer())) Fault("a layer was pulled twice");
+    if (answer_.layers.contains(pull.layer())) Fault("a layer was pulled after its answer");
+    if (!first && *open_pull_ != pull.layer()) Fault("two pulls are interleaved");
+    PullAnswer& answer = answer_.pulls[pull.layer()];
+    for (const v1::TensorPiece& piece : pull.pieces()) {
+      if (piece.layer() != pull.layer() || piece.tensor() != v1::TENSOR_POSITIONS ||
+          piece.offset_bytes() != answer.positions.size()) {
+        Fault("a pull's piece is out of place");
+      }
+      answer.positions += piece.data();
+    }
+    answer.pull = pull;
+    answer.pull.clear_pieces();
+    open_pull_ = pull.complete() ? std::nullopt : std::optional(pull.layer());
   }
 
   void AddPivot(const v1::PivotDecision& decision) {
@@ -98,6 +129,7 @@ class Assembler {
   size_t count_ = 0;
   size_t last_tensor_ = 0;
   std::optional<uint32_t> open_layer_;
+  std::optional<uint32_t> open_pull_;
 };
 
 template <typename T>

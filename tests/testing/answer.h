@@ -26,8 +26,15 @@ struct PivotAnswer {
   std::map<v1::Tensor, std::string> tensors;
 };
 
+// Rows that were asked for.
+struct PullAnswer {
+  v1::RowPull pull;       // without pieces
+  std::string positions;  // int32
+};
+
 struct Answer {
   std::optional<v1::Opened> opened;
+  std::map<uint32_t, PullAnswer> pulls;
   std::map<uint32_t, LayerAnswer> layers;
   std::vector<uint32_t> order;  // of the layers' answers
   std::optional<PivotAnswer> pivot;
@@ -40,7 +47,7 @@ struct Answer {
 Answer Assemble(const Outcome& outcome);
 
 // A canonical form of everything that the prompt's result consists of: positions, tensors, metrics,
-// pivot. Free of times, identifiers and the cut into messages.
+// pivot. Free of times, identifiers, the cut into messages, and pulls.
 std::string ResultBytes(const Answer& answer);
 
 // Compares a whole answer with the oracle: opened, positions, gathered bytes, metrics, pivot,

@@ -98,6 +98,25 @@ bool Call::WaitForLayer(uint32_t layer) {
   return answered();
 }
 
+std::optional<std::vector<int32_t>> Call::WaitForPull(uint32_t layer) {
+  std::unique_lock lock(mutex_);
+  std::string bytes;
+  auto complete = [&] {
+    bytes.clear();
+    for (const v1::CompressResponse& response : responses_) {
+      if (!response.has_pull() || response.pull().layer() != layer) continue;
+      for (const v1::TensorPiece& piece : response.pull().pieces()) bytes += piece.data();
+      if (response.pull().complete()) return true;
+    }
+    return false;
+  };
+  changed_.wait(lock, [&] { return complete() || ended_; });
+  if (!complete()) return std::nullopt;
+  std::vector<int32_t> positions(bytes.size() / sizeof(int32_t));
+  std::memcpy(positions.data(), bytes.data(), positions.size() * sizeof(int32_t));
+  return positions;
+}
+
 std::vector<int32_t> Call::Skeleton() {
   const std::lock_guard lock(mutex_);
   std::string bytes;

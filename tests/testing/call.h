@@ -60,6 +60,9 @@ class Call {
   std::optional<v1::Opened> WaitForOpened();
   // Waits until `layer` was answered completely; false where the stream ended without.
   bool WaitForLayer(uint32_t layer);
+  // Waits until all of a layer's pull came, and returns its positions; nullopt where the stream
+  // ended without.
+  std::optional<std::vector<int32_t>> WaitForPull(uint32_t layer);
   // The skeleton, where the pivot has come; empty otherwise.
   std::vector<int32_t> Skeleton();
   // Waits for the end of the stream. Once.

@@ -142,6 +142,20 @@ absl::Status ReadTopLevel(absl::Span<const grpc::Slice> slices, uint32_t last_me
   return absl::OkStatus();
 }
 
+// The field of pieces within a member of `CompressResponse`; 0: it has none.
+uint32_t PieceFieldOfAnswer(uint32_t member) {
+  switch (member) {
+    case v1::CompressResponse::kLayerFieldNumber:
+      return v1::LayerResult::kPiecesFieldNumber;
+    case v1::CompressResponse::kPivotFieldNumber:
+      return v1::PivotDecision::kPiecesFieldNumber;
+    case v1::CompressResponse::kPullFieldNumber:
+      return v1::RowPull::kPiecesFieldNumber;
+    default:
+      return 0;
+  }
+}
+
 absl::Status ParseWhole(absl::Span<const grpc::Slice> slices,
                         google::protobuf::MessageLite& message) {
   std::string bytes;
@@ -284,27 +298,26 @@ absl::StatusOr<Response> DecodeResponse(const grpc::ByteBuffer& buffer) {
   absl::StatusOr<std::vector<grpc::Slice>> slices = Slices(buffer);
   if (!slices.ok()) return slices.status();
   TopLevel top;
-  const auto piece_field = [](uint32_t member) -> uint32_t {
-    if (member == v1::CompressResponse::kLayerFieldNumber) {
-      return v1::LayerResult::kPiecesFieldNumber;
-    }
-    return member == v1::CompressResponse::kPivotFieldNumber ? v1::PivotDecision::kPiecesFieldNumber
-                                                             : 0;
-  };
-  absl::Status read = ReadTopLevel(*slices, v1::CompressResponse::kSummaryFieldNumber,
-                                   /*keep_rest=*/true, piece_field, top);
+  absl::Status read = ReadTopLevel(*slices, v1::CompressResponse::kPullFieldNumber,
+                                   /*keep_rest=*/true, PieceFieldOfAnswer, top);
   if (!read.ok()) return read;
   Response response;
-  if (piece_field(top.member) == 0) {
+  if (PieceFieldOfAnswer(top.member) == 0) {
     if (absl::Status parsed = ParseWhole(*slices, response.message); !parsed.ok()) return parsed;
     return response;
   }
-  const bool is_layer = top.member == v1::CompressResponse::kLayerFieldNumber;
-  const bool parsed = is_layer ? response.message.mutable_layer()->ParseFromString(top.rest)
-                               : response.message.mutable_pivot()->ParseFromString(top.rest);
-  if (!parsed) {
-    return absl::InvalidArgumentError(absl::StrCat("message cannot be parsed: bad field in `",
-                                                   is_layer ? "layer" : "pivot", "`"));
+  google::protobuf::MessageLite* member = response.message.mutable_pull();
+  absl::string_view name = "pull";
+  if (top.member == v1::CompressResponse::kLayerFieldNumber) {
+    member = response.message.mutable_layer();
+    name = "layer";
+  } else if (top.member == v1::CompressResponse::kPivotFieldNumber) {
+    member = response.message.mutable_pivot();
+    name = "pivot";
+  }
+  if (!member->ParseFromString(top.rest)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("message cannot be parsed: bad field in `", name, "`"));
   }
   response.pieces.slices = *std::move(slices);
   response.pieces.pieces = std::move(top.pieces);
@@ -326,6 +339,10 @@ grpc::ByteBuffer EncodeResponse(const v1::CompressResponse& message,
     return EncodeMember(v1::CompressResponse::kPivotFieldNumber,
                         message.pivot().SerializeAsString(), v1::PivotDecision::kPiecesFieldNumber,
                         pieces);
+  }
+  if (message.has_pull()) {
+    return EncodeMember(v1::CompressResponse::kPullFieldNumber, message.pull().SerializeAsString(),
+                        v1::RowPull::kPiecesFieldNumber, pieces);
   }
   return Encode(message);
 }

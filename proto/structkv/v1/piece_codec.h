@@ -57,8 +57,8 @@ using Request = std::variant<v1::CompressRequest, Pieces>;
 // unread.
 absl::StatusOr<Request> DecodeRequest(const grpc::ByteBuffer& buffer);
 
-// A decoded `CompressResponse`: for `layer` and `pivot` the message without its pieces, and the
-// pieces beside it.
+// A decoded `CompressResponse`: for `layer`, `pivot` and `pull` the message without its pieces, and
+// the pieces beside it.
 struct Response {
   v1::CompressResponse message;
   Pieces pieces;
@@ -85,7 +85,7 @@ inline constexpr size_t kPieceOverheadBytes = 64;
 // `CompressRequest{pieces}`. The data are not copied, except small ones (cheaper than a slice of
 // their own).
 grpc::ByteBuffer EncodeRequest(absl::Span<const OutgoingPiece> pieces);
-// `message` (its `layer` or `pivot` set, without pieces) with the pieces added.
+// `message` (its `layer`, `pivot` or `pull` set, without pieces) with the pieces added.
 grpc::ByteBuffer EncodeResponse(const v1::CompressResponse& message,
                                 absl::Span<const OutgoingPiece> pieces);
 // Any other message.
