@@ -21,6 +21,10 @@ absl::Status Disagrees(const char* field, const Args&... args) {
       absl::StrCat("the server's summary disagrees: Summary.", field, " is ", args...));
 }
 
+bool PullsRows(const v1::Open& open) {
+  return open.pull() == v1::PULL_VALUES || open.pull() == v1::PULL_KEYS_AND_VALUES;
+}
+
 bool HasSkeleton(const v1::Method& method) {
   return method.has_structkv() || method.has_fastkv() || method.has_gemfilter();
 }
@@ -52,6 +56,9 @@ absl::StatusOr<std::optional<Event>> Assembler::Add(wire::Response response) {
   if (pivot_.has_value() && message.message_case() != v1::CompressResponse::kPivot) {
     return Broken("the pivot was interrupted");
   }
+  if (pull_.has_value() && message.message_case() != v1::CompressResponse::kPull) {
+    return Broken("the pull of layer ", pull_->result.layer, " was interrupted");
+  }
   switch (message.message_case()) {
     case v1::CompressResponse::kOpened: {
       absl::Status status = AddOpened(std::move(*message.mutable_opened()));
@@ -62,6 +69,11 @@ absl::StatusOr<std::optional<Event>> Assembler::Add(wire::Response response) {
       return AddLayer(message.layer(), response.pieces);
     case v1::CompressResponse::kPivot:
       return AddPivot(message.pivot(), response.pieces);
+    case v1::CompressResponse::kPull: {
+      absl::Status status = AddPull(message.pull(), response.pieces);
+      if (!status.ok()) return status;
+      return std::nullopt;
+    }
     case v1::CompressResponse::kSummary:
       summary_ = std::move(*message.mutable_summary());
       return std::nullopt;
@@ -86,6 +98,11 @@ absl::Status Assembler::AddOpened(v1::Opened opened) {
   if (opened.skeleton_tokens() > open_.prompt_tokens()) {
     return Broken("Opened.skeleton_tokens is ", opened.skeleton_tokens(), " of ",
                   open_.prompt_tokens(), " tokens");
+  }
+  for (const int tensor : opened.required_tensors()) {
+    if (tensor == v1::TENSOR_VALUES && PullsRows(open_)) {
+      return absl::UnimplementedError("the server does not know Open.pull: it wants all values");
+    }
   }
   opened_ = std::move(opened);
   return absl::OkStatus();
@@ -133,13 +150,15 @@ Assembler::MaybeEvent Assembler::AddLayer(const v1::LayerResult& message,
   }
   if (!layer_.has_value()) {
     if (!answered_.insert(layer).second) return Broken("layer ", layer, " was answered twice");
+    if (PullsRows(open_) && !pulled_positions_.contains(layer)) {
+      return Broken("layer ", layer, " was answered before its rows were asked for");
+    }
     PendingLayer& pending = layer_.emplace();
     pending.result.layer = layer;
     pending.result.kept_tokens = message.kept_tokens();
     if (message.has_metrics()) pending.result.metrics = message.metrics();
-    const bool skeleton = sent_skeleton_ && sent_skeleton_(layer);
-    const uint32_t tokens = skeleton ? opened_->skeleton_tokens() : open_.prompt_tokens();
-    const uint32_t kept = std::min(opened_->kept_tokens(static_cast<int>(layer)), tokens);
+    const uint32_t tokens = TokensOf(layer);
+    const uint32_t kept = KeptOf(layer);
     if (message.kept_tokens() != kept) {
       return Broken("layer ", layer, " keeps ", message.kept_tokens(), " tokens, Opened said ",
                     kept);
@@ -198,15 +217,104 @@ absl::StatusOr<LayerResult> Assembler::TakeLayer() {
     }
     *out = std::move(tensor->bytes);
   }
-  for (int32_t position : layer_->result.position_values()) {
-    if (position < 0 || static_cast<uint32_t>(position) >= open_.prompt_tokens()) {
-      return Broken("layer ", layer_->result.layer, " keeps position ", position, " of ",
-                    open_.prompt_tokens(), " tokens");
+  const uint32_t layer = layer_->result.layer;
+  absl::Status positions = CheckPositions(layer_->result.position_values(), layer);
+  if (!positions.ok()) return positions;
+  if (const auto pulled = pulled_positions_.find(layer); pulled != pulled_positions_.end()) {
+    if (pulled->second.as<int32_t>() != layer_->result.position_values()) {
+      return Broken("layer ", layer, " keeps other positions than those that were pulled");
     }
+    pulled_positions_.erase(pulled);
   }
   LayerResult result = std::move(layer_->result);
   layer_.reset();
   return result;
+}
+
+uint32_t Assembler::TokensOf(uint32_t layer) const {
+  const bool skeleton = sent_skeleton_ && sent_skeleton_(layer);
+  return skeleton ? opened_->skeleton_tokens() : open_.prompt_tokens();
+}
+
+uint32_t Assembler::KeptOf(uint32_t layer) const {
+  return std::min(opened_->kept_tokens(static_cast<int>(layer)), TokensOf(layer));
+}
+
+absl::Status Assembler::CheckPositions(absl::Span<const int32_t> positions, uint32_t layer) const {
+  for (const int32_t position : positions) {
+    if (position < 0 || static_cast<uint32_t>(position) >= open_.prompt_tokens()) {
+      return Broken("layer ", layer, " keeps position ", position, " of ", open_.prompt_tokens(),
+                    " tokens");
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Assembler::StartPull(const v1::RowPull& message) {
+  const uint32_t layer = message.layer();
+  if (!PullsRows(open_))
+    return Broken("rows of layer ", layer, " were asked for without Open.pull");
+  if (layer >= open_.geometry().layer_count()) {
+    return Broken("RowPull.layer is ", layer, " of ", open_.geometry().layer_count());
+  }
+  if (answered_.contains(layer) || pulled_positions_.contains(layer)) {
+    return Broken("rows of layer ", layer, " were asked for twice");
+  }
+  const uint32_t kept = KeptOf(layer);
+  if (message.kept_tokens() != kept) {
+    return Broken("the pull of layer ", layer, " is of ", message.kept_tokens(),
+                  " rows, Opened said ", kept);
+  }
+  const bool keys = open_.pull() == v1::PULL_KEYS_AND_VALUES;
+  for (const int tensor : message.tensors()) {
+    if (tensor != v1::TENSOR_VALUES && (tensor != v1::TENSOR_KEYS || !keys)) {
+      return Broken("the pull of layer ", layer, " asks for tensor ", tensor);
+    }
+  }
+  if (message.tensors_size() != (keys ? 2 : 1)) {
+    return Broken("the pull of layer ", layer, " asks for ", message.tensors_size(), " tensors");
+  }
+  PendingPull& pending = pull_.emplace();
+  pending.result.layer = layer;
+  pending.result.kept_tokens = kept;
+  pending.result.keys = keys;
+  pending.positions.expected =
+      AnswerTensorBytes(open_, *opened_, v1::TENSOR_POSITIONS, TokensOf(layer), kept);
+  pending.positions.bytes = pool_->Acquire(pending.positions.expected);
+  return absl::OkStatus();
+}
+
+absl::Status Assembler::AddPull(const v1::RowPull& message, const wire::Pieces& pieces) {
+  if (!pull_.has_value()) {
+    absl::Status started = StartPull(message);
+    if (!started.ok()) return started;
+  } else if (pull_->result.layer != message.layer()) {
+    return Broken("the pull of layer ", pull_->result.layer, " was interrupted");
+  }
+  for (const wire::Piece& piece : pieces.pieces) {
+    if (piece.layer != message.layer() || piece.tensor != v1::TENSOR_POSITIONS) {
+      return Broken("the pull of layer ", message.layer(), " holds tensor ", piece.tensor,
+                    " of layer ", piece.layer);
+    }
+    absl::Status status = Append(piece, &pull_->positions, "pulled positions");
+    if (!status.ok()) return status;
+  }
+  return message.complete() ? CompletePull() : absl::OkStatus();
+}
+
+absl::Status Assembler::CompletePull() {
+  RowPull pull = std::move(pull_->result);
+  if (pull_->positions.received != pull_->positions.expected) {
+    return Broken("the pull of layer ", pull.layer, " ended with ", pull_->positions.received,
+                  " of ", pull_->positions.expected, " bytes of positions");
+  }
+  pull.positions = std::move(pull_->positions.bytes);
+  pull_.reset();
+  absl::Status positions = CheckPositions(pull.position_values(), pull.layer);
+  if (!positions.ok()) return positions;
+  pulled_positions_[pull.layer] = pull.positions;
+  pulled_ = std::move(pull);
+  return absl::OkStatus();
 }
 
 Assembler::MaybeEvent Assembler::AddPivot(const v1::PivotDecision& message,

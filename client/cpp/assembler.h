@@ -3,8 +3,10 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <optional>
 #include <set>
+#include <utility>
 #include <variant>
 
 #include "absl/status/status.h"
@@ -29,6 +31,10 @@ struct PendingLayer {
   LayerResult result;
   Growing positions, keys, values, saliency;
 };
+struct PendingPull {
+  RowPull result;
+  Growing positions;
+};
 struct PendingPivot {
   PivotResult result;
   Growing skeleton, centrality;
@@ -46,6 +52,9 @@ class Assembler {
   // Finish().
   absl::StatusOr<std::optional<Event>> Add(wire::Response response);
 
+  // The pull that the last message completed.
+  std::optional<RowPull> TakePull() { return std::exchange(pulled_, std::nullopt); }
+
   // The stream ended with OK. The summary, where everything agrees with it.
   absl::StatusOr<v1::Summary> Finish(uint64_t sent_bytes) const;
 
@@ -56,6 +65,13 @@ class Assembler {
   using MaybeEvent = absl::StatusOr<std::optional<Event>>;
   absl::Status AddOpened(v1::Opened opened);
   MaybeEvent AddLayer(const v1::LayerResult& message, const wire::Pieces& pieces);
+  absl::Status AddPull(const v1::RowPull& message, const wire::Pieces& pieces);
+  absl::Status StartPull(const v1::RowPull& message);
+  absl::Status CompletePull();
+  // Tokens that a layer has, and that it keeps.
+  uint32_t TokensOf(uint32_t layer) const;
+  uint32_t KeptOf(uint32_t layer) const;
+  absl::Status CheckPositions(absl::Span<const int32_t> positions, uint32_t layer) const;
   MaybeEvent AddPivot(const v1::PivotDecision& message, const wire::Pieces& pieces);
   absl::Status Append(const wire::Piece& piece, Growing* tensor, const char* name);
   // `tokens`: that the layer has; `kept`: that it keeps.
@@ -74,6 +90,9 @@ class Assembler {
   uint64_t received_bytes_ = 0;
 
   std::optional<PendingLayer> layer_;
+  std::optional<PendingPull> pull_;
+  std::optional<RowPull> pulled_;
+  std::map<uint32_t, Bytes> pulled_positions_;  // of layers that wait for their answer
   std::optional<PendingPivot> pivot_;
   bool pivot_done_ = false;
 };

@@ -22,4 +22,12 @@ void SentRanges::Add(uint32_t layer, int tensor, uint64_t begin, uint64_t end) {
   bytes_ += end - begin - covered;
 }
 
+uint64_t SentRanges::bytes(uint32_t layer, int tensor) const {
+  uint64_t bytes = 0;
+  const auto ranges = ranges_.find({layer, tensor});
+  if (ranges == ranges_.end()) return 0;
+  for (const auto& [begin, end] : ranges->second) bytes += end - begin;
+  return bytes;
+}
+
 }  // namespace structkv::client::internal

@@ -17,6 +17,8 @@ class SentRanges {
   // Layers of which anything was sent.
   uint32_t layers() const { return static_cast<uint32_t>(layers_.size()); }
   bool has_layer(uint32_t layer) const { return layers_.count(layer) > 0; }
+  // Bytes of one tensor that were sent.
+  uint64_t bytes(uint32_t layer, int tensor) const;
   // Bytes sent, each counted once.
   uint64_t bytes() const { return bytes_; }
 

@@ -147,22 +147,43 @@ absl::Status SessionCore::Write(const grpc::ByteBuffer& message, size_t bytes, b
     while (!closed_ && in_flight_ > 0 && in_flight_ + bytes > options_.max_in_flight_bytes) {
       changed_.Wait(&mutex_);
     }
-    if (closed_) {
-      // The reason is known once gRPC has said its last word, which follows at once.
-      while (!done_) changed_.Wait(&mutex_);
-      if (!status_.ok()) return status_;
-      return absl::FailedPreconditionError("the stream has ended");
-    }
-    in_flight_ += bytes;
-    queue_.push_back({message, bytes, last});
-    if (writing_) return absl::OkStatus();
-    writing_ = true;
-    ++starting_;
-    front = &queue_.front();
+    if (closed_) return EndedStatus();
+    front = Enqueue(message, bytes, last);
   }
+  if (front == nullptr) return absl::OkStatus();
   StartFront(front);
   DoneStarting();
   return absl::OkStatus();
+}
+
+absl::Status SessionCore::WriteNow(const grpc::ByteBuffer& message, size_t bytes) {
+  Outgoing* front = nullptr;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (closed_) return absl::CancelledError("the stream has ended");
+    front = Enqueue(message, bytes, /*last=*/false);
+  }
+  if (front == nullptr) return absl::OkStatus();
+  StartFront(front);
+  DoneStarting();
+  return absl::OkStatus();
+}
+
+SessionCore::Outgoing* SessionCore::Enqueue(const grpc::ByteBuffer& message, size_t bytes,
+                                            bool last) {
+  in_flight_ += bytes;
+  queue_.push_back({message, bytes, last});
+  if (writing_) return nullptr;
+  writing_ = true;
+  ++starting_;
+  return &queue_.front();
+}
+
+// The reason is known once gRPC has said its last word, which follows at once.
+absl::Status SessionCore::EndedStatus() {
+  while (!done_) changed_.Wait(&mutex_);
+  if (!status_.ok()) return status_;
+  return absl::FailedPreconditionError("the stream has ended");
 }
 
 absl::Status SessionCore::Commit() {
@@ -170,6 +191,7 @@ absl::Status SessionCore::Commit() {
   {
     absl::MutexLock lock(&mutex_);
     if (committed_) return absl::FailedPreconditionError("the prompt was committed already");
+    while (!closed_ && RowsAreDue()) changed_.Wait(&mutex_);
     committed_ = true;
     uint32_t layers = sent_.layers();
     for (uint32_t layer = 0; layer < open_.geometry().layer_count(); ++layer) {
@@ -229,6 +251,8 @@ void SessionCore::OnReadDone(bool ok) {
     absl::StatusOr<std::optional<Event>> event = assembler_.Add(*std::move(response));
     if (!event.ok()) {
       Fail(event.status());
+    } else if (std::optional<RowPull> pull = assembler_.TakePull()) {
+      AnswerPull(*pull);
     } else if (event->has_value()) {
       read_on = Deliver(**std::move(event));
     } else if (!was_opened && assembler_.has_opened()) {
@@ -273,10 +297,12 @@ void SessionCore::Fail(absl::Status status) {
 void SessionCore::OnDone(const grpc::Status& status) {
   std::optional<v1::Summary> summary;
   std::deque<Outgoing> unsent;
+  std::map<uint32_t, Held> held;
   {
     absl::MutexLock lock(&mutex_);
     closed_ = true;
     unsent.swap(queue_);
+    held.swap(held_);
     status_ = local_error_.ok() ? FromGrpc(status) : local_error_;
     if (status_.ok()) {
       absl::StatusOr<v1::Summary> finished = assembler_.Finish(sent_.bytes());
@@ -288,6 +314,7 @@ void SessionCore::OnDone(const grpc::Status& status) {
   }
   if (summary.has_value() && options_.on_event) options_.on_event(Event(*std::move(summary)));
   unsent.clear();
+  held.clear();
   // Whoever waits for this may destroy the object as soon as the lock is free.
   absl::MutexLock lock(&mutex_);
   done_ = true;

@@ -5,10 +5,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <optional>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
@@ -24,6 +26,7 @@
 #include "grpcpp/support/client_callback.h"
 #include "structkv/options.h"
 #include "structkv/result.h"
+#include "structkv/session.h"
 
 namespace structkv::client::internal {
 
@@ -49,12 +52,24 @@ class SessionCore final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc:
   // Queues a message with `bytes` of tensor data; blocks while too many wait. `last`: half-closes
   // after it.
   absl::Status Write(const grpc::ByteBuffer& message, size_t bytes, bool last);
+  // Likewise, without ever waiting. CANCELLED where the stream has ended.
+  absl::Status WriteNow(const grpc::ByteBuffer& message, size_t bytes);
   // FAILED_PRECONDITION after a commit.
   absl::Status CheckSending() const;
   absl::Status Commit();
   // Before a layer of skeleton rows is sent: its answer may come while it is.
   void NoteSkeletonLayer(uint32_t layer);
   void NoteSent(uint32_t layer, int tensor, uint64_t begin, uint64_t end);
+
+  // With `Open.pull` (see pull_session.cc):
+  bool pulls() const;
+  bool pulls(v1::Tensor tensor) const;
+  // Keeps what is to be pulled of a layer. Before the layer is sent: its pull may come while it is.
+  absl::Status HoldForPull(uint32_t layer, const LayerTensors& tensors);
+  // Waits until the layer lies within the window that layers waiting for their rows leave open.
+  absl::Status WaitForWindow(uint32_t layer);
+  // Waits until the layer's rows were queued.
+  absl::Status WaitForRows(uint32_t layer);
 
   absl::StatusOr<Event> NextEvent();
   absl::StatusOr<v1::Summary> Wait();
@@ -80,6 +95,20 @@ class SessionCore final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc:
   void OnWriteDone(bool ok) override;
   void OnDone(const grpc::Status& status) override;
 
+  // A layer that was sent, whose rows the server has not asked for yet.
+  struct Held {
+    LayerTensors tensors;
+    std::vector<int32_t> positions;  // of a layer of skeleton rows
+  };
+
+  // Queues a message; the front one, where it is to be started.
+  Outgoing* Enqueue(const grpc::ByteBuffer& message, size_t bytes, bool last)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Status EndedStatus() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void AnswerPull(const RowPull& pull);
+  absl::StatusOr<PulledRows> RowsFor(const RowPull& pull);
+  // Layers that were sent and wait for their rows.
+  bool RowsAreDue() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void StartFront(Outgoing* front);
   // Hands an event on. False: the reader is behind, stop reading.
   bool Deliver(Event event);
@@ -115,6 +144,9 @@ class SessionCore final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc:
   size_t buffered_ ABSL_GUARDED_BY(mutex_) = 0;
   SentRanges sent_ ABSL_GUARDED_BY(mutex_);
   std::set<uint32_t> skeleton_layers_ ABSL_GUARDED_BY(mutex_);
+  std::map<uint32_t, Held> held_ ABSL_GUARDED_BY(mutex_);
+  std::set<uint32_t> rows_queued_ ABSL_GUARDED_BY(mutex_);    // layers
+  uint32_t lowest_without_rows_ ABSL_GUARDED_BY(mutex_) = 0;  // layer
   absl::Status local_error_ ABSL_GUARDED_BY(mutex_);
   bool done_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status status_ ABSL_GUARDED_BY(mutex_);

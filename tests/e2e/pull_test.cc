@@ -361,6 +361,13 @@ TEST_F(PullTest, WhatCannotBePulled) {
        v1::PULL_KEYS_AND_VALUES,
        [](v1::Open* open) { open->mutable_method()->mutable_full(); },
        {"open.pull: KEYS_AND_VALUES", "full"}},
+      {"decode shards",
+       v1::PULL_VALUES,
+       [](v1::Open* open) {
+         open->mutable_shard_group()->set_shard_count(1);
+         open->mutable_shard_group()->set_decode_shard_count(2);
+       },
+       {"open.pull: VALUES", "decode_shard_count is 2"}},
       {"keys",
        v1::PULL_KEYS_AND_VALUES,
        [](v1::Open*) {},

@@ -9,7 +9,9 @@
 #include <utility>
 #include <vector>
 
+#include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "grpcpp/security/credentials.h"
 #include "structkv/bytes.h"
 #include "structkv/result.h"
@@ -45,6 +47,16 @@ struct ClientOptions {
 // `Bytes` do. Called on a library thread.
 using ResultAllocator = std::function<Bytes(uint32_t layer, v1::Tensor tensor, size_t size)>;
 
+// The rows that a pull asks for, [kv_heads, kept_tokens, dim] or the layout of `Open`: row i of
+// head h is the token positions[i] or, selected per KV head, positions[h * kept_tokens + i].
+struct PulledRows {
+  absl::Span<const std::byte> keys;  // empty unless asked for
+  absl::Span<const std::byte> values;
+  // Keeps both alive; released when the transport is done with them. Null: they are copied.
+  std::shared_ptr<const void> owner;
+};
+using RowSource = std::function<absl::StatusOr<PulledRows>(const RowPull&)>;
+
 struct SessionOptions {
   // From the first attempt to the last answer. Infinite: the server's own cap alone.
   absl::Duration timeout = absl::InfiniteDuration();
@@ -63,6 +75,10 @@ struct SessionOptions {
   std::vector<std::pair<std::string, std::string>> metadata;
   // Where results go; null: memory from the client's pool.
   ResultAllocator allocate;
+  // With `Open.pull`: gives the rows that the server asks for, on a library thread; the stream is
+  // not read further while it runs. An error ends the session with it. Null: they are taken from
+  // the tensors that SendLayer() was given.
+  RowSource rows;
   // Called when an attempt was admitted, on the thread that opens, before anything is sent
   // and before any event.
   std::function<void(const v1::Opened&)> on_opened;

@@ -31,6 +31,20 @@ struct LayerResult {
   absl::Span<const int32_t> position_values() const { return positions.as<int32_t>(); }
 };
 
+// Rows of a layer that the server asks for (`Open.pull`).
+struct RowPull {
+  uint32_t layer = 0;
+  // Rows of each KV head.
+  uint32_t kept_tokens = 0;
+  // Whether rows of keys are asked for beside those of values.
+  bool keys = false;
+  // [kept_tokens] or, selected per KV head, [kv_heads, kept_tokens]; int32, ascending in each row:
+  // tokens of the prompt.
+  Bytes positions;
+
+  absl::Span<const int32_t> position_values() const { return positions.as<int32_t>(); }
+};
+
 // The pivot layer and the skeleton.
 struct PivotResult {
   uint32_t pivot_layer = 0;

@@ -18,7 +18,9 @@ namespace internal {
 class SessionCore;
 }  // namespace internal
 
-// One layer's tensors, each whole; empty where the prompt has no such tensor.
+// One layer's tensors, each whole; empty where the prompt has no such tensor. What is pulled
+// (`Open.pull`) is not sent: without SessionOptions.rows it is whole here as well, and its rows are
+// copied out of it when the server asks for them.
 struct LayerTensors {
   absl::Span<const std::byte> keys;
   absl::Span<const std::byte> values;
@@ -48,6 +50,11 @@ struct ChunkTensors {
 // Errors: every call on a failed session returns the status of its stream, which is the server's
 // code and text where the server ended it. What a server sends against the protocol is DATA_LOSS.
 //
+// Pull: the session answers the server's pulls by itself, on a library thread. A layer is held open
+// until its rows were sent, so SendLayer(), Send() and SendChunk() block for a layer that is
+// `layers_in_flight` ahead of one that waits, and Commit() for the last rows. Read results
+// meanwhile, or leave `SessionOptions.max_buffered_result_bytes` unbounded.
+//
 // Threads: one thread may send (Send, SendLayer, Commit) while another reads (NextEvent, Collect,
 // Wait); Cancel may be called from any. The library reads the stream all the while, so a single
 // thread that sends everything first and reads afterwards does not deadlock.
@@ -70,7 +77,9 @@ class CompressSession {
                     uint64_t offset_bytes = 0, const std::shared_ptr<const void>& owner = nullptr);
 
   // Sends all tensors of a layer, small ones together in one message; positions, where it has them,
-  // first.
+  // first. With `Open.pull` and without SessionOptions.rows, `tensors.owner` keeps what is pulled
+  // alive until its rows were copied; where it is null, the call waits for that. INVALID_ARGUMENT
+  // where what may be pulled has another size than the whole tensor.
   absl::Status SendLayer(uint32_t layer, const LayerTensors& tensors);
 
   // Sends the keys and values of tokens [first_token, first_token + tokens) of a full layer; with

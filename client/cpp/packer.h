@@ -1,0 +1,43 @@
+// Collects pieces into messages.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+#include "client/cpp/session_core.h"
+#include "structkv/v1/compression.pb.h"
+#include "structkv/v1/piece_codec.h"
+
+namespace structkv::client::internal {
+
+// Messages of at most `SessionOptions.chunk_bytes` of tensor data, and of what the server accepts.
+// Not thread-safe. What was not flushed is not sent.
+class Packer {
+ public:
+  // kNever: for the library's own threads, which read the stream and so must not wait for it.
+  enum class Wait : uint8_t { kForRoom, kNever };
+
+  explicit Packer(SessionCore* core, Wait wait = Wait::kForRoom);
+
+  // Without an `owner` the data are copied.
+  absl::Status Add(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
+                   uint64_t offset, const std::shared_ptr<const void>& owner);
+  absl::Status Flush();
+
+ private:
+  void AddPiece(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> part,
+                uint64_t offset, const std::shared_ptr<const void>& owner);
+
+  SessionCore* const core_;
+  const Wait wait_;
+  const size_t chunk_;
+  std::vector<wire::OutgoingPiece> pieces_;
+  size_t filled_ = 0;  // with overheads
+  size_t bytes_ = 0;   // tensor bytes alone
+};
+
+}  // namespace structkv::client::internal

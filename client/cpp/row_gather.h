@@ -1,0 +1,27 @@
+// Takes the rows that a pull asks for out of a layer's whole tensors.
+#pragma once
+
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "client/cpp/bytes_pool.h"
+#include "structkv/options.h"
+#include "structkv/result.h"
+#include "structkv/session.h"
+#include "structkv/v1/compression.pb.h"
+
+namespace structkv::client::internal {
+
+// The rows of `pull` out of `tensors`, which hold all of the prompt's tokens or, where `positions`
+// is not empty, those (ascending). Each tensor that is pulled is copied once, to memory of `pool`;
+// where every row stays it is handed on as it is, with its owner.
+//   INVALID_ARGUMENT  a tensor of the wrong size
+//   DATA_LOSS         a position that the layer does not hold
+absl::StatusOr<PulledRows> GatherPulledRows(const v1::Open& open, const LayerTensors& tensors,
+                                            absl::Span<const int32_t> positions,
+                                            const RowPull& pull, BytesPool* pool);
+
+// INVALID_ARGUMENT where `tensors`, of `tokens` tokens, do not have what `open.pull` may ask for.
+absl::Status CheckPullable(const v1::Open& open, uint32_t layer, const LayerTensors& tensors,
+                           size_t tokens);
+
+}  // namespace structkv::client::internal
