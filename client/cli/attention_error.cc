@@ -24,7 +24,26 @@ float FromHalf(uint16_t half) {
   return (half & 0x8000) != 0 ? -value : value;
 }
 
+float FromE4M3(uint8_t code) {
+  const int exponent = code >> 3 & 0xF;
+  const int mantissa = code & 0x7;
+  float value = 0;
+  if (exponent == 0) {
+    value = std::ldexp(static_cast<float>(mantissa), -9);
+  } else if (exponent == 15 && mantissa == 7) {
+    value = NAN;
+  } else {
+    value = std::ldexp(static_cast<float>(mantissa | 0x8), exponent - 10);
+  }
+  return (code & 0x80) != 0 ? -value : value;
+}
+
 float LoadElement(const std::byte* data, v1::DType dtype) {
+  if (dtype == v1::DTYPE_F8_E4M3) return FromE4M3(std::to_integer<uint8_t>(*data));
+  // E5M2 is binary16 without its lower byte.
+  if (dtype == v1::DTYPE_F8_E5M2) {
+    return FromHalf(static_cast<uint16_t>(std::to_integer<uint16_t>(*data) << 8));
+  }
   if (dtype == v1::DTYPE_F32) {
     float value = 0;
     std::memcpy(&value, data, sizeof value);
@@ -39,7 +58,7 @@ float LoadElement(const std::byte* data, v1::DType dtype) {
   return value;
 }
 
-// A [heads, rows, dim] tensor in either layout.
+// A [heads, rows, dim] tensor in either layout, or the first `dim` elements of its rows.
 struct Source {
   absl::Span<const std::byte> data;
   v1::DType dtype;
@@ -47,15 +66,18 @@ struct Source {
   size_t heads;
   size_t rows;
   size_t dim;
+  size_t row_dim;
 
-  // Appends one head's rows as floats.
-  void AppendHead(size_t head, std::vector<float>* out) const {
+  // Appends one head's rows as floats, times `factor`.
+  void AppendHead(size_t head, float factor, std::vector<float>* out) const {
     const size_t element = client::ElementBytes(dtype);
     for (size_t row = 0; row < rows; ++row) {
       const size_t index =
           layout == v1::LAYOUT_HEAD_TOKEN_DIM ? head * rows + row : row * heads + head;
-      const std::byte* at = data.data() + index * dim * element;
-      for (size_t i = 0; i < dim; ++i) out->push_back(LoadElement(at + i * element, dtype));
+      const std::byte* at = data.data() + index * row_dim * element;
+      for (size_t i = 0; i < dim; ++i) {
+        out->push_back(factor * LoadElement(at + i * element, dtype));
+      }
     }
   }
 };
@@ -75,8 +97,8 @@ float Dot(const float* a, const float* b, size_t n) {
 
 // Attention of one query over the first `rows` rows.
 void Attend(const float* query, const std::vector<float>& keys, const std::vector<float>& values,
-            size_t rows, size_t key_dim, size_t value_dim, std::vector<float>* scores, float* out) {
-  const float scale = 1.0F / std::sqrt(static_cast<float>(key_dim));
+            size_t rows, size_t key_dim, size_t value_dim, float scale, std::vector<float>* scores,
+            float* out) {
   scores->resize(rows);
   float highest = -INFINITY;
   for (size_t row = 0; row < rows; ++row) {
@@ -106,11 +128,18 @@ std::vector<float> AttendLayer(const Capture& capture, uint32_t layer,
   const v1::DType dtype = capture.dtype();
   constexpr v1::Layout kHeadFirst = v1::LAYOUT_HEAD_TOKEN_DIM;
   const FutureTensors after = capture.Future(layer);
-  const Source prompt_keys{keys, dtype, capture.layout(), kv_heads, rows, key_dim};
-  const Source prompt_values{values, dtype, capture.layout(), kv_heads, rows, value_dim};
-  const Source future_keys{after.keys, dtype, kHeadFirst, kv_heads, future, key_dim};
-  const Source future_values{after.values, dtype, kHeadFirst, kv_heads, future, value_dim};
-  const Source queries{after.queries, dtype, kHeadFirst, kv_heads * group, future, key_dim};
+  const auto scale = static_cast<float>(capture.attention_scale());
+  const Source prompt_keys{keys, dtype, capture.layout(), kv_heads, rows, key_dim, key_dim};
+  const Source future_keys{after.keys, dtype, kHeadFirst, kv_heads, future, key_dim, key_dim};
+  Source prompt_values{values, dtype, capture.layout(), kv_heads, rows, value_dim, value_dim};
+  Source future_values{after.values, dtype, kHeadFirst, kv_heads, future, value_dim, value_dim};
+  if (geometry.values_in_keys()) {
+    prompt_values = prompt_keys;
+    future_values = future_keys;
+    prompt_values.dim = future_values.dim = value_dim;
+  }
+  const Source queries{
+      after.queries, capture.query_dtype(), kHeadFirst, kv_heads * group, future, key_dim, key_dim};
 
   std::vector<float> out(kv_heads * group * future * value_dim);
   std::vector<float> head_keys;
@@ -121,14 +150,18 @@ std::vector<float> AttendLayer(const Capture& capture, uint32_t layer,
     head_keys.clear();
     head_values.clear();
     head_queries.clear();
-    prompt_keys.AppendHead(head, &head_keys);
-    future_keys.AppendHead(head, &head_keys);
-    prompt_values.AppendHead(head, &head_values);
-    future_values.AppendHead(head, &head_values);
-    for (size_t i = 0; i < group; ++i) queries.AppendHead(head * group + i, &head_queries);
+    const auto index = static_cast<uint32_t>(head);
+    const float key_scale = capture.Scale(layer, v1::TENSOR_KEYS, index);
+    const float value_scale = capture.Scale(layer, v1::TENSOR_VALUES, index);
+    prompt_keys.AppendHead(head, key_scale, &head_keys);
+    future_keys.AppendHead(head, key_scale, &head_keys);
+    prompt_values.AppendHead(head, value_scale, &head_values);
+    future_values.AppendHead(head, value_scale, &head_values);
+    for (size_t i = 0; i < group; ++i) queries.AppendHead(head * group + i, 1, &head_queries);
     for (size_t i = 0; i < group * future; ++i) {
       Attend(head_queries.data() + i * key_dim, head_keys, head_values, rows + i % future + 1,
-             key_dim, value_dim, &scores, out.data() + (head * group * future + i) * value_dim);
+             key_dim, value_dim, scale, &scores,
+             out.data() + (head * group * future + i) * value_dim);
     }
   }
   return out;
@@ -147,7 +180,7 @@ absl::StatusOr<AttentionOutputs> FullAttention(const Capture& capture) {
   if (!status.ok()) return status;
   v1::Opened everything;
   everything.add_required_tensors(v1::TENSOR_KEYS);
-  everything.add_required_tensors(v1::TENSOR_VALUES);
+  if (!capture.geometry().values_in_keys()) everything.add_required_tensors(v1::TENSOR_VALUES);
   AttentionOutputs outputs;
   for (uint32_t layer = 0; layer < capture.geometry().layer_count(); ++layer) {
     absl::StatusOr<client::LayerTensors> tensors = capture.Layer(layer, everything);

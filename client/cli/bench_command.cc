@@ -18,6 +18,7 @@
 #include "absl/time/clock.h"
 #include "client/cli/commands.h"
 #include "client/cli/compressor.h"
+#include "client/cli/geometry_text.h"
 #include "client/cli/method_flags.h"
 #include "client/cli/synthetic.h"
 #include "client/cli/text.h"
@@ -30,7 +31,11 @@ struct BenchFlags {
   std::string geometry = "llama-3.1-8b";
   std::optional<uint32_t> layers, query_heads, kv_heads, dim, value_dim;
   uint32_t tokens = 8192;
+  bool values_in_keys = false;
+  uint32_t paged = 0;
+  std::optional<double> attention_scale;
   std::string dtype = "bf16";
+  std::string kv_scales = "none";
   std::string layout = "head-token-dim";
   std::string statistic = "window-queries";
   MethodFlags method;
@@ -73,8 +78,9 @@ class Scratch {
 };
 
 absl::StatusOr<v1::Open> MakeOpen(const BenchFlags& flags) {
-  absl::StatusOr<v1::ModelGeometry> geometry = GeometryByName(flags.geometry);
-  if (!geometry.ok()) return geometry.status();
+  absl::StatusOr<KnownModel> known = ModelByName(flags.geometry);
+  if (!known.ok()) return known.status();
+  v1::ModelGeometry* geometry = &known->geometry;
   if (flags.layers) geometry->set_layer_count(*flags.layers);
   if (flags.query_heads) geometry->set_query_head_count(*flags.query_heads);
   if (flags.kv_heads) geometry->set_kv_head_count(*flags.kv_heads);
@@ -83,17 +89,27 @@ absl::StatusOr<v1::Open> MakeOpen(const BenchFlags& flags) {
     geometry->set_value_dim(*flags.dim);
   }
   if (flags.value_dim) geometry->set_value_dim(*flags.value_dim);
+  if (flags.values_in_keys) geometry->set_values_in_keys(true);
   absl::StatusOr<v1::Method> method = BuildMethod(flags.method);
   if (!method.ok()) return method.status();
   v1::Open open;
-  *open.mutable_geometry() = *std::move(geometry);
+  *open.mutable_geometry() = *geometry;
+  if (known->attention_scale) open.set_attention_scale(*known->attention_scale);
+  if (flags.attention_scale) open.set_attention_scale(*flags.attention_scale);
   *open.mutable_method() = *std::move(method);
   open.set_prompt_tokens(flags.tokens);
-  open.set_dtype(flags.dtype == "f32"   ? v1::DTYPE_F32
-                 : flags.dtype == "f16" ? v1::DTYPE_F16
-                                        : v1::DTYPE_BF16);
+  open.set_dtype(flags.dtype == "f32"       ? v1::DTYPE_F32
+                 : flags.dtype == "f16"     ? v1::DTYPE_F16
+                 : flags.dtype == "f8-e4m3" ? v1::DTYPE_F8_E4M3
+                 : flags.dtype == "f8-e5m2" ? v1::DTYPE_F8_E5M2
+                                            : v1::DTYPE_BF16);
+  if (flags.kv_scales != "none") {
+    open.set_kv_scales(flags.kv_scales == "per-tensor" ? v1::KV_SCALES_PER_TENSOR
+                                                       : v1::KV_SCALES_PER_KV_HEAD);
+  }
   open.set_layout(flags.layout == "token-head-dim" ? v1::LAYOUT_TOKEN_HEAD_DIM
                                                    : v1::LAYOUT_HEAD_TOKEN_DIM);
+  if (flags.paged != 0) PageAtRandom(flags.paged, flags.seed, &open);
   if (open.method().has_h2o()) {
     open.set_statistic(flags.statistic == "saliency" ? v1::STATISTIC_SALIENCY
                                                      : v1::STATISTIC_SALIENCY_PER_KV_HEAD);
@@ -197,9 +213,8 @@ void PrintText(const BenchFlags& flags, const v1::Open& open, const v1::Opened& 
                const std::string& where, Measured* m) {
   const v1::ModelGeometry& g = open.geometry();
   std::printf("%s, %s backend\n", where.c_str(), m->backend.c_str());
-  std::printf("prompt      %u layers, %u query and %u KV heads of %u, %s tokens, %s, %s%s\n",
-              g.layer_count(), g.query_head_count(), g.kv_head_count(), g.key_dim(),
-              CountText(flags.tokens).c_str(), flags.dtype.c_str(),
+  std::printf("prompt      %u layers, %s, %s tokens, %s, %s%s\n", g.layer_count(),
+              HeadsText(g).c_str(), CountText(flags.tokens).c_str(), flags.dtype.c_str(),
               MethodKind(opened.method()).c_str(), flags.plan ? ", plan" : "");
   std::printf("run         %u prompts, %u at a time, %s\n", flags.prompts, flags.concurrency,
               DurationText(absl::Seconds(m->wall_seconds)).c_str());
@@ -244,8 +259,11 @@ void PrintJson(const BenchFlags& flags, const v1::Open& open, const v1::Opened& 
   json["kv_heads"] = g.kv_head_count();
   json["key_dim"] = g.key_dim();
   json["value_dim"] = g.value_dim();
+  json["values_in_keys"] = g.values_in_keys();
   json["tokens"] = flags.tokens;
   json["dtype"] = flags.dtype;
+  json["kv_scales"] = flags.kv_scales;
+  json["block_tokens"] = flags.paged;
   for (const auto& [key, value] : MethodMetadata(opened.method())) json[key] = value;
   json["plan"] = flags.plan;
   json["prompts"] = flags.prompts;
@@ -336,15 +354,31 @@ Command AddBench(CLI::App* app) {
   sub->add_option("--kv-heads", flags->kv_heads, "Likewise")->group(kPrompt);
   sub->add_option("--dim", flags->dim, "Head size of keys and values, likewise")->group(kPrompt);
   sub->add_option("--value-dim", flags->value_dim, "Head size of values, likewise")->group(kPrompt);
+  sub->add_flag("--values-in-keys", flags->values_in_keys,
+                "Values are the first elements of the keys, as in MLA")
+      ->group(kPrompt);
+  sub->add_option("--attention-scale", flags->attention_scale,
+                  "Factor of the scores, in place of the geometry's")
+      ->group(kPrompt);
   sub->add_option("--tokens", flags->tokens, "Prompt length")
       ->capture_default_str()
       ->group(kPrompt);
-  sub->add_option("--dtype", flags->dtype, "bf16, f16 or f32")
-      ->check(CLI::IsMember({"bf16", "f16", "f32"}))
+  sub->add_option("--dtype", flags->dtype,
+                  "bf16, f16, f32, f8-e4m3 or f8-e5m2; fp8 has queries of bf16")
+      ->check(CLI::IsMember({"bf16", "f16", "f32", "f8-e4m3", "f8-e5m2"}))
+      ->capture_default_str()
+      ->group(kPrompt);
+  sub->add_option("--kv-scales", flags->kv_scales, "Of fp8: none, per-tensor or per-kv-head")
+      ->check(CLI::IsMember({"none", "per-tensor", "per-kv-head"}))
       ->capture_default_str()
       ->group(kPrompt);
   sub->add_option("--layout", flags->layout, "head-token-dim or token-head-dim")
       ->check(CLI::IsMember({"head-token-dim", "token-head-dim"}))
+      ->capture_default_str()
+      ->group(kPrompt);
+  sub->add_option("--paged", flags->paged,
+                  "Tokens of a block: keys and values lie in blocks, in random order; 0: they are "
+                  "dense")
       ->capture_default_str()
       ->group(kPrompt);
   sub->add_option("--statistic", flags->statistic,

@@ -1,6 +1,7 @@
 #include "client/cli/capture.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <utility>
 
@@ -53,6 +54,8 @@ v1::DType DTypeFromSafetensors(std::string_view name) {
   if (name == "F32") return v1::DTYPE_F32;
   if (name == "F16") return v1::DTYPE_F16;
   if (name == "BF16") return v1::DTYPE_BF16;
+  if (name == "F8_E4M3") return v1::DTYPE_F8_E4M3;
+  if (name == "F8_E5M2") return v1::DTYPE_F8_E5M2;
   return v1::DTYPE_UNSPECIFIED;
 }
 
@@ -62,6 +65,10 @@ std::string_view SafetensorsName(v1::DType dtype) {
       return "F32";
     case v1::DTYPE_F16:
       return "F16";
+    case v1::DTYPE_F8_E4M3:
+      return "F8_E4M3";
+    case v1::DTYPE_F8_E5M2:
+      return "F8_E5M2";
     default:
       return "BF16";
   }
@@ -115,6 +122,7 @@ absl::Status Capture::ReadMetadata() {
         absl::StrCat("metadata 'query_heads' is ", g.query_head_count(),
                      ", a multiple of 'kv_heads' (", g.kv_head_count(), ") is needed"));
   }
+  if (absl::Status shape = ReadShapeMetadata(); !shape.ok()) return shape;
   const auto layout = metadata.find("layout");
   if (layout == metadata.end() || layout->second == "head_token_dim") {
     layout_ = v1::LAYOUT_HEAD_TOKEN_DIM;
@@ -125,6 +133,31 @@ absl::Status Capture::ReadMetadata() {
         absl::StrCat("metadata 'layout' is '", layout->second,
                      "', allowed are head_token_dim and token_head_dim"));
   }
+  return absl::OkStatus();
+}
+
+absl::Status Capture::ReadShapeMetadata() {
+  const auto in_keys = metadata().find("values_in_keys");
+  if (in_keys != metadata().end()) {
+    if (in_keys->second != "true" && in_keys->second != "false") {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "metadata 'values_in_keys' is '", in_keys->second, "', allowed are true and false"));
+    }
+    geometry_.set_values_in_keys(in_keys->second == "true");
+  }
+  if (geometry_.values_in_keys() && geometry_.value_dim() > geometry_.key_dim()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("metadata 'value_dim' is ", geometry_.value_dim(), ", at most 'head_dim' (",
+                     geometry_.key_dim(), ") is allowed where values are a part of the keys"));
+  }
+  const auto scale = metadata().find("attention_scale");
+  if (scale == metadata().end()) return absl::OkStatus();
+  double value = 0;
+  if (!absl::SimpleAtod(scale->second, &value) || !(value > 0) || !std::isfinite(value)) {
+    return absl::InvalidArgumentError(absl::StrCat("metadata 'attention_scale' is '", scale->second,
+                                                   "', a finite number above 0 is needed"));
+  }
+  attention_scale_ = value;
   return absl::OkStatus();
 }
 
@@ -149,15 +182,36 @@ absl::Status Capture::Check(const std::string& name, const std::string& dtype,
   return absl::OkStatus();
 }
 
-absl::Status Capture::ReadTensors() {
+absl::Status Capture::ReadElementTypes() {
   const TensorInfo* keys = file_->Find(Name(0, "k"));
   if (keys == nullptr) return absl::InvalidArgumentError("tensor 'layer.0.k' is missing");
   dtype_name_ = keys->dtype;
   dtype_ = DTypeFromSafetensors(dtype_name_);
   if (dtype_ == v1::DTYPE_UNSPECIFIED) {
     return absl::InvalidArgumentError(
-        absl::StrCat("tensor 'layer.0.k' is ", dtype_name_, ", allowed are BF16, F16 and F32"));
+        absl::StrCat("tensor 'layer.0.k' is ", dtype_name_,
+                     ", allowed are BF16, F16, F32, F8_E4M3 and F8_E5M2"));
   }
+  query_dtype_ = dtype_;
+  if (client::ElementBytes(dtype_) != 1) return absl::OkStatus();
+  query_dtype_ = v1::DTYPE_BF16;
+  for (const char* suffix : {"q_future", "q_window"}) {
+    const TensorInfo* queries = file_->Find(Name(0, suffix));
+    if (queries == nullptr) continue;
+    query_dtype_ = DTypeFromSafetensors(queries->dtype);
+    if (client::ElementBytes(query_dtype_) > 1) continue;
+    return absl::InvalidArgumentError(absl::StrCat(
+        "tensor '", Name(0, suffix), "' is ", queries->dtype, ", allowed are BF16, F16 and F32"));
+  }
+  if (const TensorInfo* scale = file_->Find(Name(0, "k_scale"))) {
+    const bool one = scale->shape == std::vector<int64_t>{1};
+    kv_scales_ = one ? v1::KV_SCALES_PER_TENSOR : v1::KV_SCALES_PER_KV_HEAD;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Capture::ReadTensors() {
+  if (absl::Status types = ReadElementTypes(); !types.ok()) return types;
   // The first layer says which tensors there are; the others must follow it.
   if (file_->Find(Name(0, "q_window")) != nullptr) {
     statistic_ = v1::STATISTIC_WINDOW_QUERIES;
@@ -241,10 +295,19 @@ absl::Status Capture::CheckLayer(uint32_t layer) const {
   const int64_t value_dim = geometry_.value_dim();
   const int64_t future = future_tokens_;
   absl::Status status = Check(Name(layer, "k"), dtype_name_, KvShape(prompt_tokens_, key_dim));
-  status.Update(Check(Name(layer, "v"), dtype_name_, KvShape(prompt_tokens_, value_dim)));
+  const bool has_values = !geometry_.values_in_keys();
+  const std::string query_dtype(SafetensorsName(query_dtype_));
+  if (kv_scales_ != v1::KV_SCALES_NONE) {
+    const int64_t scales = kv_scales_ == v1::KV_SCALES_PER_TENSOR ? 1 : kv_heads;
+    status.Update(Check(Name(layer, "k_scale"), "F32", {scales}));
+    if (has_values) status.Update(Check(Name(layer, "v_scale"), "F32", {scales}));
+  }
+  if (has_values) {
+    status.Update(Check(Name(layer, "v"), dtype_name_, KvShape(prompt_tokens_, value_dim)));
+  }
   if (statistic_ == v1::STATISTIC_WINDOW_QUERIES) {
     status.Update(
-        Check(Name(layer, "q_window"), dtype_name_, {query_heads, window_tokens_, key_dim}));
+        Check(Name(layer, "q_window"), query_dtype, {query_heads, window_tokens_, key_dim}));
     if (has_lse_) status.Update(Check(Name(layer, "lse"), "F32", {query_heads, window_tokens_}));
   } else if (statistic_ == v1::STATISTIC_SALIENCY) {
     status.Update(Check(Name(layer, "saliency"), "F32", {prompt_tokens_}));
@@ -252,16 +315,33 @@ absl::Status Capture::CheckLayer(uint32_t layer) const {
     status.Update(Check(Name(layer, "saliency"), "F32", {kv_heads, prompt_tokens_}));
   }
   if (future > 0) {
-    status.Update(Check(Name(layer, "q_future"), dtype_name_, {query_heads, future, key_dim}));
+    status.Update(Check(Name(layer, "q_future"), query_dtype, {query_heads, future, key_dim}));
     status.Update(Check(Name(layer, "k_future"), dtype_name_, {kv_heads, future, key_dim}));
-    status.Update(Check(Name(layer, "v_future"), dtype_name_, {kv_heads, future, value_dim}));
+    if (has_values) {
+      status.Update(Check(Name(layer, "v_future"), dtype_name_, {kv_heads, future, value_dim}));
+    }
   }
   return status;
 }
 
 uint64_t Capture::kv_bytes() const {
+  const uint32_t value_dim = geometry_.values_in_keys() ? 0 : geometry_.value_dim();
   return client::ElementBytes(dtype_) * geometry_.layer_count() * geometry_.kv_head_count() *
-         prompt_tokens_ * (geometry_.key_dim() + geometry_.value_dim());
+         prompt_tokens_ * (geometry_.key_dim() + value_dim);
+}
+
+float Capture::Scale(uint32_t layer, v1::Tensor tensor, uint32_t head) const {
+  if (kv_scales_ == v1::KV_SCALES_NONE) return 1;
+  const bool values = tensor == v1::TENSOR_VALUES && !geometry_.values_in_keys();
+  const absl::Span<const std::byte> scales = Data(layer, values ? "v_scale" : "k_scale");
+  const size_t at = kv_scales_ == v1::KV_SCALES_PER_TENSOR ? 0 : head * sizeof(float);
+  float scale = 0;
+  std::memcpy(&scale, scales.data() + at, sizeof scale);
+  return scale;
+}
+
+double Capture::attention_scale() const {
+  return attention_scale_.value_or(1 / std::sqrt(static_cast<double>(geometry_.key_dim())));
 }
 
 v1::Open Capture::MakeOpen() const {
@@ -270,6 +350,9 @@ v1::Open Capture::MakeOpen() const {
   open.set_prompt_tokens(prompt_tokens_);
   open.set_dtype(dtype_);
   open.set_layout(layout_);
+  if (query_dtype_ != dtype_) open.set_query_dtype(query_dtype_);
+  if (kv_scales_ != v1::KV_SCALES_NONE) open.set_kv_scales(kv_scales_);
+  if (attention_scale_.has_value()) open.set_attention_scale(*attention_scale_);
   const auto model = metadata().find("model_id");
   if (model != metadata().end()) open.set_model_id(model->second);
   return open;
@@ -305,6 +388,12 @@ absl::StatusOr<client::LayerTensors> Capture::Layer(uint32_t layer,
         break;
       case v1::TENSOR_VALUES:
         tensors.values = Data(layer, "v");
+        break;
+      case v1::TENSOR_KEY_SCALES:
+        tensors.key_scales = Data(layer, "k_scale");
+        break;
+      case v1::TENSOR_VALUE_SCALES:
+        tensors.value_scales = Data(layer, "v_scale");
         break;
       case v1::TENSOR_WINDOW_QUERIES:
       case v1::TENSOR_WINDOW_LSE:
@@ -368,7 +457,9 @@ absl::StatusOr<client::LayerTensors> Capture::SkeletonLayer(
 }
 
 FutureTensors Capture::Future(uint32_t layer) const {
-  return {Data(layer, "q_future"), Data(layer, "k_future"), Data(layer, "v_future")};
+  FutureTensors future = {Data(layer, "q_future"), Data(layer, "k_future"), {}};
+  if (!geometry_.values_in_keys()) future.values = Data(layer, "v_future");
+  return future;
 }
 
 }  // namespace structkv::cli

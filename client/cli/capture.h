@@ -21,13 +21,17 @@ namespace structkv::cli {
 struct FutureTensors {
   absl::Span<const std::byte> queries;  // [query_heads, M, key_dim]
   absl::Span<const std::byte> keys;     // [kv_heads, M, key_dim]
-  absl::Span<const std::byte> values;   // [kv_heads, M, value_dim]
+  absl::Span<const std::byte> values;   // [kv_heads, M, value_dim]; empty: part of the keys
 };
 
+// Keys and values of F8_E4M3 and F8_E5M2 may have `layer.{i}.k_scale` and `.v_scale` ([1] or
+// [kv_heads] float32, what elements are multiplied by); queries are then of a wider type.
+//
 // Tensors `layer.{i}.k`, `.v`, `.q_window` or `.saliency`, and optionally `.lse`, `.q_future`,
 // `.k_future`, `.v_future`, `.column_sums` (the attention that each token draws from all queries of
 // the prompt, [kv_heads, N] float32, which H2O needs); metadata `layers`, `query_heads`,
 // `kv_heads`, `head_dim`, `prompt_tokens`, `window_tokens`, `layout` and optionally `value_dim`,
+// `values_in_keys` ("true": there is no `.v`, `.v_scale` and `.v_future`), `attention_scale`,
 // `model_id`. Copies share the file.
 class Capture {
  public:
@@ -43,11 +47,16 @@ class Capture {
   uint32_t window_tokens() const { return window_tokens_; }
   uint32_t future_tokens() const { return future_tokens_; }
   v1::DType dtype() const { return dtype_; }
+  v1::DType query_dtype() const { return query_dtype_; }
+  // What an element of a layer's `tensor` (KEYS or VALUES) in a KV head is multiplied by.
+  float Scale(uint32_t layer, v1::Tensor tensor, uint32_t head) const;
   const std::string& dtype_name() const { return dtype_name_; }
   v1::Layout layout() const { return layout_; }
   // What the capture has to score with.
   v1::Statistic statistic() const { return statistic_; }
   bool has_lse() const { return has_lse_; }
+  // Factor of the attention scores.
+  double attention_scale() const;
   // Bytes of all keys and values.
   uint64_t kv_bytes() const;
 
@@ -77,7 +86,9 @@ class Capture {
  private:
   Capture() = default;
   absl::Status ReadMetadata();
+  absl::Status ReadShapeMetadata();
   absl::Status ReadTensors();
+  absl::Status ReadElementTypes();
   absl::Status Check(const std::string& name, const std::string& dtype,
                      absl::Span<const int64_t> shape) const;
   absl::Status CheckLayer(uint32_t layer) const;
@@ -88,10 +99,13 @@ class Capture {
   std::shared_ptr<const SafetensorsFile> file_;
   std::shared_ptr<const SafetensorsFile> column_sums_;  // may be null
   v1::ModelGeometry geometry_;
+  std::optional<double> attention_scale_;
   uint32_t prompt_tokens_ = 0;
   uint32_t window_tokens_ = 0;
   uint32_t future_tokens_ = 0;
   v1::DType dtype_ = v1::DTYPE_UNSPECIFIED;
+  v1::DType query_dtype_ = v1::DTYPE_UNSPECIFIED;
+  v1::KvScales kv_scales_ = v1::KV_SCALES_NONE;
   std::string dtype_name_;
   v1::Layout layout_ = v1::LAYOUT_UNSPECIFIED;
   v1::Statistic statistic_ = v1::STATISTIC_NONE;

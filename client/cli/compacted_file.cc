@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "client/cli/capture.h"
 #include "client/cli/method_flags.h"
 #include "structkv/sizes.h"
@@ -34,6 +35,12 @@ absl::StatusOr<std::unique_ptr<CompactedFile>> CompactedFile::Create(
   file->return_saliency_ = open.return_saliency() && file->has_metrics_;
   file->return_centrality_ = open.return_centrality() && file->has_transition_;
   file->plan_ = open.output() == v1::OUTPUT_PLAN;
+  file->values_in_keys_ = geometry.values_in_keys();
+
+  const v1::KvScales scales = file->plan_ ? v1::KV_SCALES_NONE : open.kv_scales();
+  file->key_scales_ = scales == v1::KV_SCALES_PER_TENSOR || scales == v1::KV_SCALES_PER_KV_HEAD;
+  file->value_scales_ = file->key_scales_ && !file->values_in_keys_;
+  const int64_t scale_count = scales == v1::KV_SCALES_PER_TENSOR ? 1 : heads;
 
   // Tensors of four-byte elements come first, so that every tensor is aligned.
   std::vector<TensorDeclaration> tensors;
@@ -58,6 +65,8 @@ absl::StatusOr<std::unique_ptr<CompactedFile>> CompactedFile::Create(
     tensors.push_back({Name(layer, "positions"), "I32", positions});
     if (file->return_saliency_ && kept > 0)
       tensors.push_back({Name(layer, "saliency"), "F32", saliency});
+    if (file->key_scales_) tensors.push_back({Name(layer, "k_scale"), "F32", {scale_count}});
+    if (file->value_scales_) tensors.push_back({Name(layer, "v_scale"), "F32", {scale_count}});
   }
   const std::string dtype(SafetensorsName(open.dtype()));
   for (uint32_t layer = 0; layer < layers && !file->plan_; ++layer) {
@@ -68,10 +77,14 @@ absl::StatusOr<std::unique_ptr<CompactedFile>> CompactedFile::Create(
       return {kept, heads, dim};
     };
     tensors.push_back({Name(layer, "k"), dtype, shape(geometry.key_dim())});
-    tensors.push_back({Name(layer, "v"), dtype, shape(value_dim)});
+    if (!file->values_in_keys_) tensors.push_back({Name(layer, "v"), dtype, shape(value_dim)});
   }
 
   for (auto& [key, value] : MethodMetadata(opened.method())) metadata[key] = value;
+  if (geometry.values_in_keys()) metadata["values_in_keys"] = "true";
+  if (open.has_attention_scale()) {
+    metadata["attention_scale"] = absl::StrFormat("%.17g", open.attention_scale());
+  }
   metadata["structkv_version"] = STRUCTKV_VERSION;
   metadata["fingerprint"] = opened.fingerprint();
   file->metadata_ = std::move(metadata);
@@ -93,7 +106,15 @@ absl::Status CompactedFile::Add(const client::LayerResult& layer) {
   absl::Status status = writer_->Write(Name(layer.layer, "positions"), layer.positions.span());
   if (!plan_) {
     status.Update(writer_->Write(Name(layer.layer, "k"), layer.keys.span()));
-    status.Update(writer_->Write(Name(layer.layer, "v"), layer.values.span()));
+    if (!values_in_keys_) {
+      status.Update(writer_->Write(Name(layer.layer, "v"), layer.values.span()));
+    }
+  }
+  if (key_scales_) {
+    status.Update(writer_->Write(Name(layer.layer, "k_scale"), layer.key_scales.span()));
+  }
+  if (value_scales_) {
+    status.Update(writer_->Write(Name(layer.layer, "v_scale"), layer.value_scales.span()));
   }
   if (return_saliency_ && layer.kept_tokens > 0) {
     status.Update(writer_->Write(Name(layer.layer, "saliency"), layer.saliency.span()));

@@ -17,13 +17,16 @@ namespace structkv::cli {
 // Takes the events of one prompt. Tensors: `layer.{i}.k`, `.v`, `.positions`, on request
 // `.saliency`; `metrics.entropy`, `.sparsity`, `.variance` where the method has statistics;
 // `metrics.transition` (NaN for layer 0) and on request `centrality` of StructKV;
-// `skeleton.positions` where the method has a pivot. A plan has no keys and values; of GemFilter
-// the filter layer alone has positions, metrics (NaN elsewhere) and saliency. Not thread-safe.
+// `skeleton.positions` where the method has a pivot. A plan has no keys and values, and a cache
+// whose values are a part of the keys no `.v`; fp8 ones with scales have `.k_scale` and `.v_scale`
+// as the capture had them; of GemFilter the filter layer alone has positions, metrics (NaN
+// elsewhere) and saliency. Not thread-safe.
 class CompactedFile {
  public:
   // `metadata` is the input's; the rest is added to it. Keys: `method`, `method.*` for every
   // parameter in force, `pivot_layer`, `pivot_mode` (what really answered), `decided_at_layer`, and
-  // where they have a value `transition_layer`, `skeleton_from_layer`, `profiled_prompts`;
+  // where they have a value `transition_layer`, `skeleton_from_layer`, `profiled_prompts`,
+  // `values_in_keys` ("true"), `attention_scale`;
   // `logical_length`, `kv_length`, `fingerprint`, `structkv_version`.
   static absl::StatusOr<std::unique_ptr<CompactedFile>> Create(
       const std::string& path, const v1::Open& open, const v1::Opened& opened,
@@ -45,6 +48,9 @@ class CompactedFile {
   bool return_saliency_ = false;
   bool return_centrality_ = false;
   bool plan_ = false;
+  bool key_scales_ = false;
+  bool value_scales_ = false;
+  bool values_in_keys_ = false;
   std::vector<float> entropy_, sparsity_, variance_, transition_;
 };
 

@@ -16,6 +16,7 @@
 #include "client/cli/capture.h"
 #include "client/cli/commands.h"
 #include "client/cli/compressor.h"
+#include "client/cli/geometry_text.h"
 #include "client/cli/kept.h"
 #include "client/cli/method_flags.h"
 #include "client/cli/overlap.h"
@@ -93,9 +94,8 @@ void PrintPivot(const client::PivotResult& pivot) {
 void PrintTable(const CompareFlags& flags, const Capture& capture,
                 const std::vector<Comparison>& rows) {
   const v1::ModelGeometry& g = capture.geometry();
-  std::printf("%s: %u layers, %u query and %u KV heads of %u, %s tokens, %s\n\n",
-              flags.input.c_str(), g.layer_count(), g.query_head_count(), g.kv_head_count(),
-              g.key_dim(), CountText(capture.prompt_tokens()).c_str(),
+  std::printf("%s: %u layers, %s, %s tokens, %s\n\n", flags.input.c_str(), g.layer_count(),
+              HeadsText(g).c_str(), CountText(capture.prompt_tokens()).c_str(),
               capture.dtype_name().c_str());
   Table table({"method", "kept tokens", "bytes before", "bytes after", "share", "error, mean",
                "error, worst layer", "overlap", "pivot"});

@@ -12,6 +12,7 @@
 #include "client/cli/commands.h"
 #include "client/cli/compacted_file.h"
 #include "client/cli/compressor.h"
+#include "client/cli/geometry_text.h"
 #include "client/cli/kept.h"
 #include "client/cli/method_flags.h"
 #include "client/cli/text.h"
@@ -102,10 +103,9 @@ void PrintOutcome(const CompressFlags& flags, const Capture& capture, const Outc
   const uint64_t before = capture.kv_bytes();
   const uint64_t after = BytesAfter(capture, outcome.opened);
   const Kept kept = KeptOf(outcome.opened);
-  std::printf("input     %s: %s layers, %s query and %s KV heads of %s, %s tokens, %s\n",
+  std::printf("input     %s: %s layers, %s, %s tokens, %s\n",
               std::filesystem::path(flags.input).filename().c_str(),
-              CountText(g.layer_count()).c_str(), CountText(g.query_head_count()).c_str(),
-              CountText(g.kv_head_count()).c_str(), CountText(g.key_dim()).c_str(),
+              CountText(g.layer_count()).c_str(), HeadsText(g).c_str(),
               CountText(capture.prompt_tokens()).c_str(), capture.dtype_name().c_str());
   std::printf("method    %s, %s of %s tokens kept in each layer\n",
               MethodKind(outcome.opened.method()).c_str(), KeptText(kept.least, kept.most).c_str(),

@@ -98,6 +98,8 @@ absl::Status LocalPrompt::RunLayer(uint32_t layer, const client::LayerTensors& t
       {engine::InputTensor::kWindowQueries, tensors.window_queries, &input.window_queries},
       {engine::InputTensor::kWindowLse, tensors.window_lse, &input.window_lse},
       {engine::InputTensor::kSaliency, tensors.saliency, &input.saliency},
+      {engine::InputTensor::kKeyScales, tensors.key_scales, &input.key_scales},
+      {engine::InputTensor::kValueScales, tensors.value_scales, &input.value_scales},
   };
   for (const auto& [tensor, data, out] : inputs) {
     absl::StatusOr<engine::Buffer> buffer =
@@ -142,6 +144,7 @@ void LocalPrompt::Deliver(engine::LayerOutput output, const std::shared_ptr<cons
   client::LayerResult result;
   result.layer = static_cast<uint32_t>(output.layer);
   result.kept_tokens = static_cast<uint32_t>(output.kept_tokens);
+  result.kept_blocks = static_cast<uint32_t>(output.kept_blocks);
   if (output.metrics.has_value()) {
     result.metrics = rpc::EncodeMetrics(output.layer, *output.metrics);
   }
@@ -151,6 +154,8 @@ void LocalPrompt::Deliver(engine::LayerOutput output, const std::shared_ptr<cons
   summary_.set_output_bytes(summary_.output_bytes() + result.positions.size());
   result.keys = Output(std::move(output.keys), source);
   result.values = Output(std::move(output.values), source);
+  result.key_scales = Output(std::move(output.key_scales), source);
+  result.value_scales = Output(std::move(output.value_scales), source);
   result.saliency = Output(std::move(output.saliency), source);
   summary_.set_layer_count(summary_.layer_count() + 1);
   options_.on_event(client::Event(std::move(result)));
@@ -239,6 +244,8 @@ absl::StatusOr<v1::Summary> InProcessCompressor::Run(const v1::Open& open,
   summary.set_fingerprint(opened.fingerprint());
   summary.set_backend(opened.backend());
   summary.set_transport("in-process");
+  summary.set_kv_blocks(static_cast<uint32_t>(spec.kv_blocks()));
+  summary.set_values_in_keys(spec.geometry.values_in_keys);
   summary.mutable_timing()->set_session_micros(Micros(absl::Now() - start));
   options.on_event(client::Event(summary));
   return summary;
@@ -267,10 +274,7 @@ absl::StatusOr<v1::GetCapabilitiesResponse> InProcessCompressor::GetCapabilities
   info->set_name(std::string(backend_->name()));
   info->add_devices(backend_->device());
   for (DType dtype : capabilities.dtypes) {
-    if (IsFp8(dtype)) continue;  // has no name in the protocol
-    response.add_dtypes(dtype == DType::kF32   ? v1::DTYPE_F32
-                        : dtype == DType::kF16 ? v1::DTYPE_F16
-                                               : v1::DTYPE_BF16);
+    response.add_dtypes(rpc::EncodeDType(dtype));
   }
   for (Layout layout : capabilities.layouts) {
     response.add_layouts(layout == Layout::kHeadTokenDim ? v1::LAYOUT_HEAD_TOKEN_DIM
@@ -291,6 +295,12 @@ absl::StatusOr<v1::GetCapabilitiesResponse> InProcessCompressor::GetCapabilities
   dims.set_max(static_cast<uint32_t>(capabilities.max_dim));
   dims.set_step(static_cast<uint32_t>(capabilities.dim_step));
   for (int64_t extra : capabilities.extra_dims) dims.add_extra(static_cast<uint32_t>(extra));
+  if (capabilities.paged) {
+    v1::DimRange& blocks = *response.mutable_block_tokens();
+    blocks.set_min(static_cast<uint32_t>(engine::kBlockTokensStep));
+    blocks.set_max(static_cast<uint32_t>(engine::kMaxBlockTokens));
+    blocks.set_step(static_cast<uint32_t>(engine::kBlockTokensStep));
+  }
   const engine::PromptLimits limits;
   v1::Limits& out = *response.mutable_limits();
   out.set_max_prompt_tokens(static_cast<uint32_t>(limits.max_prompt_tokens));

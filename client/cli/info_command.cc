@@ -125,6 +125,10 @@ void PrintServer(const Compressor& compressor, const v1::GetCapabilitiesResponse
                                   " in steps of ", caps.key_dims().step());
   for (uint32_t extra : caps.key_dims().extra()) absl::StrAppend(&dims, ", ", extra);
   line("head sizes", dims);
+  if (caps.has_block_tokens()) {
+    line("blocks", absl::StrCat(caps.block_tokens().min(), " to ", caps.block_tokens().max(),
+                                " tokens in steps of ", caps.block_tokens().step()));
+  }
   const v1::Limits& limits = caps.limits();
   line("limits",
        absl::StrCat(CountText(limits.max_prompt_tokens()), " tokens, ",

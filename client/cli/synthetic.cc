@@ -1,6 +1,10 @@
 #include "client/cli/synthetic.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <numeric>
+#include <random>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -13,13 +17,15 @@ namespace {
 struct Known {
   const char* name;
   uint32_t layers, query_heads, kv_heads, key_dim, value_dim;
+  // Of MLA: the head size that the scores are scaled by, and values that are a part of the keys.
+  uint32_t latent_of = 0;
 };
 constexpr Known kKnown[] = {
     {"tiny-llama", 12, 6, 2, 32, 32},      {"llama-3.2-1b", 16, 32, 8, 64, 64},
     {"llama-3.1-8b", 32, 32, 8, 128, 128}, {"llama-3.1-70b", 80, 64, 8, 128, 128},
     {"ministral-8b", 36, 32, 8, 128, 128}, {"mistral-nemo-12b", 40, 32, 8, 128, 128},
     {"qwen2.5-7b", 28, 28, 4, 128, 128},   {"qwen2.5-14b", 48, 40, 8, 128, 128},
-    {"qwen2.5-32b", 64, 40, 8, 128, 128},  {"deepseek-v3", 61, 128, 1, 576, 512},
+    {"qwen2.5-32b", 64, 40, 8, 128, 128},  {"deepseek-v3", 61, 128, 1, 576, 512, 192},
 };
 
 // xorshift64*: cheap, and good enough for tensors that nobody reads.
@@ -49,12 +55,30 @@ uint16_t ToHalf(float value) {
   return static_cast<uint16_t>(sign | static_cast<uint32_t>(exponent) << 10 | (bits >> 13 & 0x3FF));
 }
 
+// Of a value of magnitude 2^-6 to 448, or zero for less.
+uint8_t ToE4M3(float value) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, &value, sizeof bits);
+  const int exponent = static_cast<int>(bits >> 23 & 0xFF) - 127 + 7;
+  const uint32_t sign = bits >> 24 & 0x80;
+  if (exponent <= 0) return static_cast<uint8_t>(sign);
+  return static_cast<uint8_t>(sign | static_cast<uint32_t>(exponent) << 3 | (bits >> 20 & 0x7));
+}
+
 void Fill(std::byte* out, uint64_t bytes, v1::DType dtype, float scale, Random* random) {
   const uint64_t step = client::ElementBytes(dtype);
   for (uint64_t at = 0; at < bytes; at += step) {
     const float value = random->Next() * scale;
     if (dtype == v1::DTYPE_F32) {
       std::memcpy(out + at, &value, sizeof value);
+      continue;
+    }
+    if (dtype == v1::DTYPE_F8_E4M3) {
+      out[at] = static_cast<std::byte>(ToE4M3(value));
+      continue;
+    }
+    if (dtype == v1::DTYPE_F8_E5M2) {
+      out[at] = static_cast<std::byte>(ToHalf(value) >> 8);
       continue;
     }
     uint16_t half = 0;
@@ -77,28 +101,47 @@ std::vector<std::string> GeometryNames() {
   return names;
 }
 
-absl::StatusOr<v1::ModelGeometry> GeometryByName(const std::string& name) {
+absl::StatusOr<KnownModel> ModelByName(const std::string& name) {
   for (const Known& known : kKnown) {
     if (name != known.name) continue;
-    v1::ModelGeometry geometry;
+    KnownModel model;
+    v1::ModelGeometry& geometry = model.geometry;
     geometry.set_layer_count(known.layers);
     geometry.set_query_head_count(known.query_heads);
     geometry.set_kv_head_count(known.kv_heads);
     geometry.set_key_dim(known.key_dim);
     geometry.set_value_dim(known.value_dim);
-    return geometry;
+    if (known.latent_of != 0) {
+      geometry.set_values_in_keys(true);
+      model.attention_scale = 1 / std::sqrt(static_cast<double>(known.latent_of));
+    }
+    return model;
   }
   return absl::NotFoundError(absl::StrCat("geometry '", name, "' is unknown; known are ",
                                           absl::StrJoin(GeometryNames(), ", ")));
+}
+
+void PageAtRandom(uint32_t block_tokens, uint64_t seed, v1::Open* open) {
+  v1::PagedLayout* paged = open->mutable_paged();
+  const uint32_t blocks = (open->prompt_tokens() + block_tokens - 1) / block_tokens;
+  std::vector<uint32_t> table(blocks);
+  std::iota(table.begin(), table.end(), 0U);
+  std::shuffle(table.begin(), table.end(), std::mt19937_64(seed));
+  paged->set_block_tokens(block_tokens);
+  paged->set_block_count(blocks);
+  paged->mutable_block_table()->Assign(table.begin(), table.end());
 }
 
 SyntheticPrompt::SyntheticPrompt(const v1::Open& open, const v1::Opened& opened, uint64_t seed)
     : keys_bytes_(client::InputTensorBytes(open, opened, v1::TENSOR_KEYS)),
       values_bytes_(client::InputTensorBytes(open, opened, v1::TENSOR_VALUES)),
       queries_bytes_(client::InputTensorBytes(open, opened, v1::TENSOR_WINDOW_QUERIES)),
-      saliency_bytes_(client::InputTensorBytes(open, opened, v1::TENSOR_SALIENCY)) {
+      saliency_bytes_(client::InputTensorBytes(open, opened, v1::TENSOR_SALIENCY)),
+      scales_bytes_(client::InputTensorBytes(open, opened, v1::TENSOR_KEY_SCALES)),
+      value_scales_(client::InputTensorBytes(open, opened, v1::TENSOR_VALUE_SCALES) > 0) {
   const uint32_t layers = open.geometry().layer_count();
-  total_bytes_ = keys_bytes_ + values_bytes_ + saliency_bytes_ + layers * queries_bytes_;
+  total_bytes_ =
+      keys_bytes_ + values_bytes_ + saliency_bytes_ + scales_bytes_ + layers * queries_bytes_;
   data_.reset(new std::byte[total_bytes_]);
   Random random(seed);
   std::byte* at = data_.get();
@@ -111,10 +154,15 @@ SyntheticPrompt::SyntheticPrompt(const v1::Open& open, const v1::Opened& opened,
     std::memcpy(at + i, &value, sizeof value);
   }
   at += saliency_bytes_;
+  for (uint64_t i = 0; i < scales_bytes_; i += sizeof(float)) {
+    const float value = 1.0F + 0.25F * random.Next();
+    std::memcpy(at + i, &value, sizeof value);
+  }
+  at += scales_bytes_;
   for (uint32_t layer = 0; layer < layers; ++layer, at += queries_bytes_) {
     // Deeper layers attend more sharply, so that their metrics differ.
     const float depth = static_cast<float>(layer + 1) / static_cast<float>(layers);
-    Fill(at, queries_bytes_, open.dtype(), 1.0F + 3.0F * depth, &random);
+    Fill(at, queries_bytes_, client::QueryDType(open), 1.0F + 3.0F * depth, &random);
   }
 }
 
@@ -127,6 +175,9 @@ client::LayerTensors SyntheticPrompt::Layer(uint32_t layer) const {
   at += values_bytes_;
   tensors.saliency = {at, saliency_bytes_};
   at += saliency_bytes_;
+  tensors.key_scales = {at, scales_bytes_};
+  if (value_scales_) tensors.value_scales = tensors.key_scales;
+  at += scales_bytes_;
   tensors.window_queries = {at + layer * queries_bytes_, queries_bytes_};
   tensors.owner = data_;
   return tensors;

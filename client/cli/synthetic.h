@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,9 +14,19 @@
 
 namespace structkv::cli {
 
-// Attention geometry of a known model, for instance "llama-3.1-8b". NOT_FOUND lists the names.
-absl::StatusOr<v1::ModelGeometry> GeometryByName(const std::string& name);
+// How a known model attends.
+struct KnownModel {
+  v1::ModelGeometry geometry;
+  std::optional<double> attention_scale;  // none: 1 / sqrt(key_dim)
+};
+
+// For instance "llama-3.1-8b". NOT_FOUND lists the names.
+absl::StatusOr<KnownModel> ModelByName(const std::string& name);
 std::vector<std::string> GeometryNames();
+
+// Has `open`'s keys and values lie in blocks of `block_tokens`, as many as the prompt needs, in an
+// order that `seed` chooses.
+void PageAtRandom(uint32_t block_tokens, uint64_t seed, v1::Open* open);
 
 // Tensors with random elements, made once and given out for every layer and prompt, so that a
 // prompt of any size takes the memory of one layer: keys, values and saliency are one layer's,
@@ -33,8 +44,10 @@ class SyntheticPrompt {
   uint64_t values_bytes_;
   uint64_t queries_bytes_;  // of one layer
   uint64_t saliency_bytes_;
+  uint64_t scales_bytes_;  // of keys; those of values are the same ones
+  bool value_scales_;
   uint64_t total_bytes_;
-  std::shared_ptr<std::byte[]> data_;  // keys, values, saliency, then each layer's queries
+  std::shared_ptr<std::byte[]> data_;  // keys, values, saliency, scales, then each layer's queries
 };
 
 }  // namespace structkv::cli

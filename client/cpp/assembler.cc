@@ -163,9 +163,16 @@ Assembler::MaybeEvent Assembler::AddLayer(const v1::LayerResult& message,
       return Broken("layer ", layer, " keeps ", message.kept_tokens(), " tokens, Opened said ",
                     kept);
     }
+    pending.result.kept_blocks = KeptBlocks(open_, kept);
+    if (message.kept_blocks() != pending.result.kept_blocks) {
+      return Broken("layer ", layer, " comes in ", message.kept_blocks(), " blocks, ", kept,
+                    " tokens fill ", pending.result.kept_blocks);
+    }
     pending.positions = Expect(layer, v1::TENSOR_POSITIONS, tokens, kept);
     pending.keys = Expect(layer, v1::TENSOR_KEYS, tokens, kept);
     pending.values = Expect(layer, v1::TENSOR_VALUES, tokens, kept);
+    pending.key_scales = Expect(layer, v1::TENSOR_KEY_SCALES, tokens, kept);
+    pending.value_scales = Expect(layer, v1::TENSOR_VALUE_SCALES, tokens, kept);
     pending.saliency = Expect(layer, v1::TENSOR_SALIENCY, tokens, kept);
   } else if (layer_->result.layer != layer) {
     return Broken("layer ", layer_->result.layer, " was interrupted by layer ", layer);
@@ -184,6 +191,12 @@ Assembler::MaybeEvent Assembler::AddLayer(const v1::LayerResult& message,
         break;
       case v1::TENSOR_VALUES:
         status = Append(piece, &layer_->values, "values");
+        break;
+      case v1::TENSOR_KEY_SCALES:
+        status = Append(piece, &layer_->key_scales, "key_scales");
+        break;
+      case v1::TENSOR_VALUE_SCALES:
+        status = Append(piece, &layer_->value_scales, "value_scales");
         break;
       case v1::TENSOR_SALIENCY:
         status = Append(piece, &layer_->saliency, "saliency");
@@ -208,6 +221,8 @@ absl::StatusOr<LayerResult> Assembler::TakeLayer() {
       {"positions", &layer_->positions, &layer_->result.positions},
       {"keys", &layer_->keys, &layer_->result.keys},
       {"values", &layer_->values, &layer_->result.values},
+      {"key_scales", &layer_->key_scales, &layer_->result.key_scales},
+      {"value_scales", &layer_->value_scales, &layer_->result.value_scales},
       {"saliency", &layer_->saliency, &layer_->result.saliency},
   };
   for (const auto& [name, tensor, out] : tensors) {
@@ -413,6 +428,14 @@ absl::StatusOr<v1::Summary> Assembler::Finish(uint64_t sent_bytes) const {
   const uint32_t largest = kept.empty() ? 0 : *std::max_element(kept.begin(), kept.end());
   if (summary_->kv_length() != largest) {
     return Disagrees("kv_length", summary_->kv_length(), ", Opened.kept_tokens says ", largest);
+  }
+  if (summary_->kv_blocks() != KeptBlocks(open_, largest)) {
+    return Disagrees("kv_blocks", summary_->kv_blocks(), ", ", largest, " tokens fill ",
+                     KeptBlocks(open_, largest));
+  }
+  if (summary_->values_in_keys() != open_.geometry().values_in_keys()) {
+    return Disagrees("values_in_keys", summary_->values_in_keys() ? "true" : "false",
+                     ", Open said otherwise");
   }
   if (summary_->fingerprint() != opened_->fingerprint()) {
     return Disagrees("fingerprint", summary_->fingerprint(), ", Opened said ",

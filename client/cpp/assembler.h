@@ -29,7 +29,7 @@ struct Growing {
 // The layer or pivot whose messages are arriving.
 struct PendingLayer {
   LayerResult result;
-  Growing positions, keys, values, saliency;
+  Growing positions, keys, values, key_scales, value_scales, saliency;
 };
 struct PendingPull {
   RowPull result;

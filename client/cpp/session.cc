@@ -55,6 +55,8 @@ absl::Status CompressSession::SendLayer(uint32_t layer, const LayerTensors& tens
       {v1::TENSOR_WINDOW_QUERIES, tensors.window_queries},
       {v1::TENSOR_WINDOW_LSE, tensors.window_lse},
       {v1::TENSOR_SALIENCY, tensors.saliency},
+      {v1::TENSOR_KEY_SCALES, tensors.key_scales},
+      {v1::TENSOR_VALUE_SCALES, tensors.value_scales},
       {v1::TENSOR_KEYS, tensors.keys},
       {v1::TENSOR_VALUES, tensors.values},
   };
@@ -88,6 +90,10 @@ absl::Status CompressSession::SendChunk(uint32_t layer, uint32_t first_token, ui
   absl::Status status = ReadyToSend(*core_, layer);
   if (!status.ok()) return status;
   const v1::Open& open = core_->open();
+  if (open.has_paged()) {
+    return absl::InvalidArgumentError(
+        "SendChunk: keys and values are paged; send their blocks with Send");
+  }
   const uint64_t prompt_tokens = open.prompt_tokens();
   if (tokens == 0 || first_token >= prompt_tokens || tokens > prompt_tokens - first_token) {
     return absl::InvalidArgumentError(absl::StrCat("SendChunk: ", tokens, " tokens from ",

@@ -19,9 +19,26 @@ uint64_t ValueDim(const v1::ModelGeometry& geometry) {
   return geometry.value_dim() == 0 ? geometry.key_dim() : geometry.value_dim();
 }
 
-// Of a layer that has `tokens`.
+// Tokens that keys and values of `tokens` in order take room for.
+uint64_t Slots(const v1::Open& open, uint64_t tokens) {
+  const uint64_t block = open.paged().block_tokens();
+  return block == 0 ? tokens : (tokens + block - 1) / block * block;
+}
+
+uint64_t ScaleBytes(const v1::Open& open) {
+  switch (open.kv_scales()) {
+    case v1::KV_SCALES_PER_TENSOR:
+      return sizeof(float);
+    case v1::KV_SCALES_PER_KV_HEAD:
+      return sizeof(float) * open.geometry().kv_head_count();
+    default:
+      return 0;
+  }
+}
+
+// Of a layer that has `tokens`, whose keys and values take the room of `slots`.
 uint64_t InputBytes(const v1::Open& open, const v1::Opened& opened, v1::Tensor tensor,
-                    uint64_t tokens) {
+                    uint64_t tokens, uint64_t slots) {
   bool required = false;
   for (int t : opened.required_tensors()) required |= t == tensor;
   if (!required) return 0;
@@ -29,17 +46,21 @@ uint64_t InputBytes(const v1::Open& open, const v1::Opened& opened, v1::Tensor t
   const uint64_t element = ElementBytes(open.dtype());
   switch (tensor) {
     case v1::TENSOR_KEYS:
-      return element * geometry.kv_head_count() * tokens * geometry.key_dim();
+      return element * geometry.kv_head_count() * slots * geometry.key_dim();
     case v1::TENSOR_VALUES:
-      return element * geometry.kv_head_count() * tokens * ValueDim(geometry);
+      return element * geometry.kv_head_count() * slots * ValueDim(geometry);
     case v1::TENSOR_WINDOW_QUERIES:
-      return element * geometry.query_head_count() * opened.window_tokens() * geometry.key_dim();
+      return ElementBytes(QueryDType(open)) * geometry.query_head_count() * opened.window_tokens() *
+             geometry.key_dim();
     case v1::TENSOR_WINDOW_LSE:
       return sizeof(float) * uint64_t{geometry.query_head_count()} * opened.window_tokens();
     case v1::TENSOR_SALIENCY:
       return sizeof(float) * tokens *
              (opened.statistic() == v1::STATISTIC_SALIENCY_PER_KV_HEAD ? geometry.kv_head_count()
                                                                        : 1);
+    case v1::TENSOR_KEY_SCALES:
+    case v1::TENSOR_VALUE_SCALES:
+      return ScaleBytes(open);
     default:
       return 0;
   }
@@ -54,9 +75,17 @@ uint64_t ElementBytes(v1::DType dtype) {
     case v1::DTYPE_F16:
     case v1::DTYPE_BF16:
       return 2;
+    case v1::DTYPE_F8_E4M3:
+    case v1::DTYPE_F8_E5M2:
+      return 1;
     default:
       return 0;
   }
+}
+
+v1::DType QueryDType(const v1::Open& open) {
+  if (open.query_dtype() != v1::DTYPE_UNSPECIFIED) return open.query_dtype();
+  return ElementBytes(open.dtype()) == 1 ? v1::DTYPE_BF16 : open.dtype();
 }
 
 v1::Granularity EffectiveGranularity(const v1::Method& method) {
@@ -78,14 +107,22 @@ v1::Granularity EffectiveGranularity(const v1::Method& method) {
   }
 }
 
+uint32_t KeptBlocks(const v1::Open& open, uint32_t kept) {
+  const uint64_t block = open.paged().block_tokens();
+  if (block == 0 || open.output() == v1::OUTPUT_PLAN) return 0;
+  return static_cast<uint32_t>(Slots(open, kept) / block);
+}
+
 uint64_t InputTensorBytes(const v1::Open& open, const v1::Opened& opened, v1::Tensor tensor) {
-  return InputBytes(open, opened, tensor, open.prompt_tokens());
+  const uint64_t pool = uint64_t{open.paged().block_count()} * open.paged().block_tokens();
+  return InputBytes(open, opened, tensor, open.prompt_tokens(),
+                    open.has_paged() ? pool : open.prompt_tokens());
 }
 
 uint64_t SkeletonTensorBytes(const v1::Open& open, const v1::Opened& opened, v1::Tensor tensor) {
   const uint64_t tokens = opened.skeleton_tokens();
   if (tensor == v1::TENSOR_POSITIONS) return sizeof(int32_t) * tokens;
-  return InputBytes(open, opened, tensor, tokens);
+  return InputBytes(open, opened, tensor, tokens, Slots(open, tokens));
 }
 
 uint64_t OutputTensorBytes(const v1::Open& open, const v1::Opened& opened, uint32_t layer,
@@ -98,7 +135,7 @@ uint64_t OutputTensorBytes(const v1::Open& open, const v1::Opened& opened, uint3
 uint64_t AnswerTensorBytes(const v1::Open& open, const v1::Opened& opened, v1::Tensor tensor,
                            uint32_t tokens, uint32_t kept) {
   const v1::ModelGeometry& geometry = open.geometry();
-  const uint64_t row = ElementBytes(open.dtype()) * geometry.kv_head_count() * kept;
+  const uint64_t row = ElementBytes(open.dtype()) * geometry.kv_head_count() * Slots(open, kept);
   const bool plan = open.output() == v1::OUTPUT_PLAN;
   switch (tensor) {
     case v1::TENSOR_POSITIONS:
@@ -106,7 +143,11 @@ uint64_t AnswerTensorBytes(const v1::Open& open, const v1::Opened& opened, v1::T
     case v1::TENSOR_KEYS:
       return plan ? 0 : row * geometry.key_dim();
     case v1::TENSOR_VALUES:
-      return plan ? 0 : row * ValueDim(geometry);
+      return plan || geometry.values_in_keys() ? 0 : row * ValueDim(geometry);
+    case v1::TENSOR_KEY_SCALES:
+      return plan || kept == 0 ? 0 : ScaleBytes(open);
+    case v1::TENSOR_VALUE_SCALES:
+      return plan || kept == 0 || geometry.values_in_keys() ? 0 : ScaleBytes(open);
     case v1::TENSOR_SALIENCY: {
       const bool scored = opened.statistic() != v1::STATISTIC_NONE;
       if (!open.return_saliency() || !scored || kept == 0) return 0;

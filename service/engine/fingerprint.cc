@@ -1,5 +1,6 @@
 #include <xxhash.h>
 
+#include <cmath>
 #include <string>
 
 #include "absl/strings/str_cat.h"
@@ -99,6 +100,26 @@ void AddPivot(const method::PivotSpec& pivot, std::string& text) {
                         pivot.entropy_weight, pivot.sparsity_weight, pivot.variance_weight);
 }
 
+// What the keys and values are beyond their sizes. The plain case has no line: caches were stored
+// before there was another.
+void AddShape(const PromptSpec& spec, std::string& text) {
+  if (spec.geometry.values_in_keys) absl::StrAppend(&text, "values_in_keys\n");
+  // Where the blocks came from does not show in what comes back.
+  if (spec.paged.has_value()) {
+    absl::StrAppend(&text, "block_tokens=", spec.paged->block_tokens, "\n");
+  }
+  if (spec.kv_scales != KvScales::kNone) {
+    absl::StrAppend(&text, "kv_scales=",
+                    spec.kv_scales == KvScales::kPerTensor ? "per_tensor" : "per_kv_head", "\n");
+  }
+  // What the worker scored by itself has no scale here. The default may be written out as well.
+  const double by_default = 1 / std::sqrt(static_cast<double>(spec.geometry.key_dim));
+  const auto scale = static_cast<float>(spec.attention_scale.value_or(by_default));
+  if (spec.statistic == Statistic::kWindowQueries && scale != static_cast<float>(by_default)) {
+    absl::StrAppendFormat(&text, "attention_scale=%.9g\n", scale);
+  }
+}
+
 // One line a parameter, only those that the method has, so that an ignored one changes nothing.
 std::string CanonicalText(const PromptSpec& spec) {
   const method::MethodSpec& method = spec.method;
@@ -108,6 +129,7 @@ std::string CanonicalText(const PromptSpec& spec) {
       geometry.layers, geometry.query_heads, geometry.kv_heads, geometry.key_dim,
       geometry.value_dim, View(DTypeName(spec.dtype)), View(LayoutName(spec.layout)),
       View(method::MethodName(method.method)));
+  AddShape(spec, text);
   if (method.method != method::Method::kFull) AddBudget("kv_budget", method.kv_budget, text);
   if (method.needs_statistics()) AddScoring(method, text);
   if (method.method == method::Method::kStreamingLlm) {

@@ -1,6 +1,7 @@
 #include "service/engine/group_max.h"
 
 #include <algorithm>
+#include <vector>
 
 namespace structkv::engine {
 namespace {
@@ -37,8 +38,16 @@ absl::Status GroupMaxSaliency(const SaliencyParams& params, const Backend& backe
   const int64_t group = one.queries.heads;
   const int64_t tokens = params.keys.tokens;
   const Buffer rows = pool.Acquire(group * tokens * sizeof(float));
+  std::vector<float> scales(static_cast<size_t>(group));  // the KV head's, for each query head
   for (int64_t head = 0; head < params.keys.heads; ++head) {
-    one.keys.data = params.keys.Row(head, 0);
+    if (params.key_scales != nullptr) {
+      std::fill(scales.begin(), scales.end(), params.key_scales[head]);
+      one.key_scales = scales.data();
+    }
+    // Of a paged tensor too, where token 0 need not be the first.
+    one.keys.data =
+        static_cast<const std::byte*>(params.keys.data) +
+        head * params.keys.head_stride * static_cast<int64_t>(DTypeSize(params.keys.dtype));
     one.queries.data = params.queries.Row(head * group, 0);
     if (params.lse != nullptr) one.lse = params.lse + head * group * params.queries.tokens;
     BadStatistic found = *bad;

@@ -4,11 +4,13 @@
 #include <cmath>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "service/engine/group_max.h"
+#include "service/engine/kv_view.h"
 #include "service/method/budget.h"
 
 namespace structkv::engine {
@@ -28,6 +30,17 @@ absl::Status BadValue(const LayerInput& input, const BadStatistic& bad, int64_t 
                       first_head + bad.head, value));
 }
 
+// One for each KV head; empty: none.
+std::vector<float> KeyScales(const PromptSpec& spec, const LayerInput& input) {
+  if (input.key_scales.empty()) return {};
+  const auto* scales = input.key_scales.as<const float>();
+  std::vector<float> per_head(static_cast<size_t>(spec.geometry.kv_heads), scales[0]);
+  if (spec.kv_scales == KvScales::kPerKvHead) {
+    std::copy_n(scales, per_head.size(), per_head.begin());
+  }
+  return per_head;
+}
+
 }  // namespace
 
 absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, BufferPool& pool,
@@ -35,11 +48,15 @@ absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, Buff
                             ParallelFor parallel) {
   const ModelGeometry& geometry = spec.geometry;
   SaliencyParams params;
-  params.queries = TensorView::Dense(input.window_queries.data(), spec.dtype, Layout::kHeadTokenDim,
-                                     geometry.query_heads, spec.window_rows(), geometry.key_dim);
-  params.keys = TensorView::Dense(input.keys.data(), spec.dtype, spec.layout, geometry.kv_heads,
-                                  TokensOf(spec, input), geometry.key_dim);
+  params.queries =
+      TensorView::Dense(input.window_queries.data(), spec.queries(), Layout::kHeadTokenDim,
+                        geometry.query_heads, spec.window_rows(), geometry.key_dim);
+  params.keys = KvView(spec, input.keys.data(), geometry.key_dim, TokensOf(spec, input),
+                       /*in_order=*/!input.positions.empty());
   params.lse = input.window_lse.as<const float>();
+  const std::vector<float> key_scales = KeyScales(spec, input);
+  if (!key_scales.empty()) params.key_scales = key_scales.data();
+  params.scale = static_cast<float>(spec.attention_scale.value_or(0));
   constexpr int64_t kNoHead = -1;
   BadStatistic bad{.head = kNoHead};
   absl::Status status = spec.method.group_reduce == method::GroupReduce::kMax

@@ -1,4 +1,5 @@
 #include "service/engine/group_max.h"
+#include "service/engine/kv_view.h"
 #include "service/engine/layer_skeleton.h"
 #include "service/engine/prompt_spec.h"
 #include "service/method/centrality.h"
@@ -23,8 +24,10 @@ int64_t OutputOfOneLayer(const PromptSpec& spec) {
   const int64_t sets = spec.per_kv_head() ? geometry.kv_heads : 1;
   int64_t bytes = sets * kept * kPosition;
   if (!spec.plan_only) {
-    bytes += geometry.kv_heads * kept * (geometry.key_dim + geometry.value_dim) *
-             static_cast<int64_t>(DTypeSize(spec.dtype));
+    const int64_t row = geometry.key_dim + (geometry.values_in_keys ? 0 : geometry.value_dim);
+    bytes +=
+        geometry.kv_heads * spec.kv_slots(kept) * row * static_cast<int64_t>(DTypeSize(spec.dtype));
+    bytes += spec.InputBytes(InputTensor::kKeyScales) + spec.InputBytes(InputTensor::kValueScales);
   }
   if (spec.return_saliency) bytes += sets * spec.prompt_tokens * kFloat;
   return bytes;
@@ -35,6 +38,7 @@ int64_t State(const PromptSpec& spec) {
                                 ? static_cast<int64_t>(sizeof(method::LayerScore))
                                 : int64_t{1};
   int64_t bytes = spec.geometry.layers * per_layer;
+  if (spec.paged.has_value()) bytes += spec.paged->Blocks(spec.prompt_tokens) * kPosition;
   if (spec.method.has_centrality()) {
     const auto range = method::PossibleCentralities(spec.geometry.layers, spec.method.pivot);
     bytes += method::Centrality::MaxVectors(range.last) * spec.prompt_tokens * kFloat;
@@ -54,10 +58,9 @@ int64_t Scratch(const PromptSpec& spec, const Backend& backend) {
   int64_t bytes = tokens * kFloat;  // the sum over KV heads
   if (spec.statistic == Statistic::kWindowQueries) {
     SaliencyParams params;
-    params.queries = TensorView::Dense(nullptr, spec.dtype, Layout::kHeadTokenDim,
+    params.queries = TensorView::Dense(nullptr, spec.queries(), Layout::kHeadTokenDim,
                                        geometry.query_heads, spec.window_rows(), geometry.key_dim);
-    params.keys = TensorView::Dense(nullptr, spec.dtype, spec.layout, geometry.kv_heads, tokens,
-                                    geometry.key_dim);
+    params.keys = KvView(spec, nullptr, geometry.key_dim, tokens, /*in_order=*/false);
     bytes += geometry.kv_heads * tokens * kFloat;
     if (spec.method.group_reduce == method::GroupReduce::kMax) {
       params = OneHeadOf(params);

@@ -1,12 +1,15 @@
 #include "service/engine/prompt.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <string_view>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "service/engine/kv_view.h"
 #include "service/engine/layer_saliency.h"
 #include "service/engine/layer_skeleton.h"
 #include "service/engine/shard_saliency.h"
@@ -26,11 +29,34 @@ const Buffer& TensorOf(const LayerInput& input, InputTensor tensor) {
       return input.window_queries;
     case InputTensor::kWindowLse:
       return input.window_lse;
+    case InputTensor::kKeyScales:
+      return input.key_scales;
+    case InputTensor::kValueScales:
+      return input.value_scales;
     case InputTensor::kSaliency:
     case InputTensor::kPositions:  // a view, checked by itself
       return input.saliency;
   }
   return input.keys;
+}
+
+// Scales are factors: NaN fails too.
+// `first_head`: of the model's KV heads, the input's first.
+absl::Status CheckScales(const PromptSpec& spec, const LayerInput& input, InputTensor tensor,
+                         int64_t first_head) {
+  const Buffer& buffer = TensorOf(input, tensor);
+  const auto* scales = buffer.as<const float>();
+  for (size_t i = 0; i < buffer.size() / sizeof(float); ++i) {
+    if (scales[i] > 0 && std::isfinite(scales[i])) continue;
+    const std::string_view name = InputTensorName(tensor);
+    return absl::InvalidArgumentError(absl::StrCat(
+        "layer ", input.layer, ": ", absl::string_view(name.data(), name.size()), ": that of ",
+        spec.kv_scales == KvScales::kPerTensor
+            ? "every KV head"
+            : absl::StrCat("KV head ", first_head + static_cast<int64_t>(i)),
+        " is ", std::isnan(scales[i]) ? NAN : scales[i], "; a finite number above 0 is needed"));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -124,7 +150,8 @@ class Prompt::Impl {
                                                      part_specs_.size(), " are needed"));
     }
     for (size_t i = 0; i < parts.size(); ++i) {
-      absl::Status status = Check(parts[i], part_specs_[i]);
+      absl::Status status =
+          Check(parts[i], part_specs_[i], shards_.empty() ? 0 : shards_[i].kv_heads.begin);
       if (!status.ok()) {
         *culprit = static_cast<int64_t>(i);
         return status;
@@ -142,8 +169,8 @@ class Prompt::Impl {
     return absl::OkStatus();
   }
 
-  // `spec`: with the heads that the input has.
-  absl::Status Check(const LayerInput& input, const PromptSpec& spec) const {
+  // `spec`: with the heads that the input has, of which `first_head` is the first.
+  absl::Status Check(const LayerInput& input, const PromptSpec& spec, int64_t first_head) const {
     if (failed_) return absl::FailedPreconditionError("the prompt failed at an earlier layer");
     const int64_t layers = spec_.geometry.layers;
     if (input.layer < 0 || input.layer >= layers) {
@@ -169,7 +196,9 @@ class Prompt::Impl {
           absl::StrCat("layer ", input.layer, ": ", absl::string_view(name.data(), name.size()),
                        ": ", came, " bytes came, ", needed, " are needed"));
     }
-    return absl::OkStatus();
+    absl::Status scales = CheckScales(spec_, input, InputTensor::kKeyScales, first_head);
+    scales.Update(CheckScales(spec_, input, InputTensor::kValueScales, first_head));
+    return scales;
   }
 
   absl::Status CheckPositions(const LayerInput& input) const {
@@ -235,12 +264,19 @@ class Prompt::Impl {
     const ModelGeometry& geometry = spec_.geometry;
     const HeadRange heads = shards_.empty() ? HeadRange{0, geometry.kv_heads}  // all
                                             : shards_[index].kv_heads;
+    output.key_scales = std::move(input.key_scales);
+    output.value_scales = std::move(input.value_scales);
+    if (spec_.paged.has_value()) output.kept_blocks = spec_.paged->Blocks(output.kept_tokens);
+    const auto kept = [&](Buffer source, int64_t dim) {
+      const TensorView all = KvView(part_specs_[index], source.data(), dim, tokens,
+                                    /*in_order=*/!input.positions.empty());
+      return Kept(heads, all, std::move(source), output, parallel);
+    };
     if (!spec_.pulls(InputTensor::kKeys)) {
-      output.keys = Kept(heads, std::move(input.keys), geometry.key_dim, tokens, output, parallel);
+      output.keys = kept(std::move(input.keys), geometry.key_dim);
     }
-    if (spec_.pulls(InputTensor::kValues)) return;
-    output.values =
-        Kept(heads, std::move(input.values), geometry.value_dim, tokens, output, parallel);
+    if (spec_.pulls(InputTensor::kValues) || geometry.values_in_keys) return;
+    output.values = kept(std::move(input.values), geometry.value_dim);
   }
 
   void ReturnSaliency(LayerSaliency saliency, int64_t tokens, std::vector<LayerOutput>& outputs) {
@@ -270,27 +306,40 @@ class Prompt::Impl {
     for (size_t i = 0; i < count; ++i) values[i] /= group;
   }
 
-  // The rows of `source`, the tensor of those KV heads, that stay; `source` itself where all do.
-  Buffer Kept(const HeadRange& heads, Buffer source, int64_t dim, int64_t tokens,
+  // The rows of `all`, a view of `source` with those KV heads, that stay; of a dense tensor
+  // `source` itself where all do.
+  Buffer Kept(const HeadRange& heads, const TensorView& all, Buffer source,
               const LayerOutput& output, ParallelFor parallel) {
     const int64_t kept = output.kept_tokens;
     const std::vector<HeadRange> runs = DecodeRuns(spec_, heads);
-    if (kept == tokens && runs.size() == 1) return source;
-    const auto row_bytes = dim * static_cast<int64_t>(DTypeSize(spec_.dtype));
-    Buffer rows = pool_.Acquire(heads.count * kept * row_bytes);
-    const TensorView all =
-        TensorView::Dense(source.data(), spec_.dtype, spec_.layout, heads.count, tokens, dim);
+    if (kept == all.tokens && runs.size() == 1 && !all.paged()) return source;
+    const auto element = static_cast<int64_t>(DTypeSize(spec_.dtype));
+    const int64_t head_bytes = spec_.kv_slots(kept) * all.dim * element;
+    Buffer rows = pool_.Acquire(heads.count * head_bytes);
     for (const HeadRange& run : runs) {
       TensorView from = all;
-      from.data = all.Row(run.begin, 0);
+      from.data = source.data() + run.begin * all.head_stride * element;
       from.heads = run.count;
       const int64_t sets_before = spec_.per_kv_head() ? run.begin : 0;
       backend_.Gather(from, output.positions.data() + sets_before * kept, spec_.per_kv_head(),
-                      MutableTensorView::Dense(rows.data() + run.begin * kept * row_bytes,
-                                               spec_.dtype, spec_.layout, run.count, kept, dim),
+                      Room(rows.data() + run.begin * head_bytes, run.count, kept, all.dim),
                       parallel);
     }
     return rows;
+  }
+
+  // Room for kept rows of `heads`; what of it lies behind the last row is set to zero.
+  MutableTensorView Room(std::byte* data, int64_t heads, int64_t kept, int64_t dim) const {
+    if (!spec_.paged.has_value()) {
+      return MutableTensorView::Dense(data, spec_.dtype, spec_.layout, heads, kept, dim);
+    }
+    const int64_t block_tokens = spec_.paged->block_tokens;
+    const int64_t in_whole_blocks = kept / block_tokens * block_tokens;
+    const auto slot = heads * dim * static_cast<int64_t>(DTypeSize(spec_.dtype));
+    std::memset(data + in_whole_blocks * slot, 0,
+                static_cast<size_t>((spec_.kv_slots(kept) - in_whole_blocks) * slot));
+    return MutableTensorView::Paged(data, spec_.dtype, spec_.layout, heads, kept, dim,
+                                    block_tokens);
   }
 
   // Asks after each layer of the complete prefix in turn, so that the order of arrival leaves no

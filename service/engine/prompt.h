@@ -19,16 +19,18 @@
 
 namespace structkv::engine {
 
-// One layer's tensors, dense, in the spec's layout; each of the size that PromptSpec::InputBytes
-// says, empty where that is 0. A layer of skeleton rows has `positions`, and in place of N the
-// skeleton's tokens; PromptSpec::SkeletonInputBytes says its sizes.
+// One layer's tensors, in the spec's layout, keys and values dense or paged; each of the size that
+// PromptSpec::InputBytes says, empty where that is 0. A layer of skeleton rows has `positions`, and
+// in place of N the skeleton's tokens; PromptSpec::SkeletonInputBytes says its sizes.
 struct LayerInput {
   int64_t layer = 0;
   Buffer keys;            // [kv_heads, N, key_dim] or the other layout
-  Buffer values;          // [kv_heads, N, value_dim] or the other layout
+  Buffer values;          // [kv_heads, N, value_dim] or the other layout; empty: part of the keys
   Buffer window_queries;  // [query_heads, window_rows, key_dim]
   Buffer window_lse;      // [query_heads, window_rows] float32
   Buffer saliency;        // [N] or [kv_heads, N] float32
+  Buffer key_scales;      // [1] or [kv_heads] float32, of fp8 keys
+  Buffer value_scales;    // likewise
   // Tokens that the layer holds: the skeleton exactly. Empty: all. Outlives the call.
   absl::Span<const int32_t> positions;
 };
@@ -52,10 +54,14 @@ struct Skeleton {
 struct LayerOutput {
   int64_t layer = 0;
   int64_t kept_tokens = 0;
+  int64_t kept_blocks = 0;                      // where keys are paged and come back
   std::optional<method::LayerMetrics> metrics;  // methods with statistics
   std::vector<int32_t> positions;               // [kept] or [kv_heads, kept]
-  Buffer keys;                                  // kept rows, spec's layout; empty for a plan
+  Buffer keys;                                  // kept rows, spec's layout; empty for a plan.
+                                                // Paged: kept_blocks blocks in order, zeros behind
   Buffer values;                                // likewise
+  Buffer key_scales;                            // as they came; empty for a plan
+  Buffer value_scales;                          // likewise
   Buffer saliency;                              // on request: [N] or [kv_heads, N] float32
 };
 
@@ -88,7 +94,8 @@ class Prompt {
   //   INVALID_ARGUMENT     layer, token and KV head are named where the statistics hold NaN, Inf or
   //   a
   //                        negative value, the layer where they are all zero or too large to sum
-  //                        up; the prompt is then of no further use. Also a tensor of the wrong
+  //                        up; the prompt is then of no further use. Also a scale that is no finite
+  //                        number above 0 (layer and KV head are named), a tensor of the wrong
   //                        size, and positions that are not the skeleton, or come too early.
   //   OUT_OF_RANGE         there is no such layer
   //   ALREADY_EXISTS       the layer was answered

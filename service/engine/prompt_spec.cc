@@ -20,8 +20,29 @@ std::string_view InputTensorName(InputTensor tensor) {
       return "saliency";
     case InputTensor::kPositions:
       return "positions";
+    case InputTensor::kKeyScales:
+      return "key_scales";
+    case InputTensor::kValueScales:
+      return "value_scales";
   }
   return "?";
+}
+
+DType PromptSpec::queries() const {
+  return query_dtype.value_or(IsFp8(dtype) ? DType::kBF16 : dtype);
+}
+
+int64_t PromptSpec::kv_slots(int64_t tokens) const {
+  return paged.has_value() ? paged->Slots(tokens) : tokens;
+}
+
+int64_t PromptSpec::kv_blocks() const {
+  return paged.has_value() && !plan_only ? paged->Blocks(largest_kept_tokens()) : 0;
+}
+
+int64_t PromptSpec::scale_count() const {
+  if (kv_scales == KvScales::kNone) return 0;
+  return kv_scales == KvScales::kPerTensor ? 1 : geometry.kv_heads;
 }
 
 int64_t PromptSpec::window_rows() const { return method::WindowRows(method, prompt_tokens); }
@@ -52,35 +73,45 @@ bool PromptSpec::has_input(int64_t layer) const {
 }
 
 int64_t PromptSpec::InputBytes(InputTensor tensor) const {
-  return TensorBytes(tensor, prompt_tokens);
+  const int64_t pool = paged.has_value() ? paged->block_count * paged->block_tokens : prompt_tokens;
+  return TensorBytes(tensor, prompt_tokens, pool);
 }
 
 int64_t PromptSpec::SkeletonInputBytes(InputTensor tensor) const {
   const int64_t tokens = skeleton_tokens();
   if (tensor == InputTensor::kPositions) return tokens * static_cast<int64_t>(sizeof(int32_t));
-  return TensorBytes(tensor, tokens);
+  return TensorBytes(tensor, tokens, kv_slots(tokens));
 }
 
-int64_t PromptSpec::TensorBytes(InputTensor tensor, int64_t tokens) const {
+// Of `tokens`, whose keys and values take the room of `slots`.
+int64_t PromptSpec::TensorBytes(InputTensor tensor, int64_t tokens, int64_t slots) const {
   const auto element = static_cast<int64_t>(DTypeSize(dtype));
   constexpr int64_t kFloat = sizeof(float);
-  const bool queries = statistic == Statistic::kWindowQueries;
+  const bool window = statistic == Statistic::kWindowQueries;
+  const bool has_keys = !plan_only || window;
+  const bool has_values = !plan_only && !geometry.values_in_keys;
   if (pulls(tensor)) return 0;
   switch (tensor) {
     case InputTensor::kKeys:
-      return plan_only && !queries ? 0 : geometry.kv_heads * tokens * geometry.key_dim * element;
+      return has_keys ? geometry.kv_heads * slots * geometry.key_dim * element : 0;
     case InputTensor::kValues:
-      return plan_only ? 0 : geometry.kv_heads * tokens * geometry.value_dim * element;
+      return has_values ? geometry.kv_heads * slots * geometry.value_dim * element : 0;
     case InputTensor::kWindowQueries:
-      return queries ? geometry.query_heads * window_rows() * geometry.key_dim * element : 0;
+      if (!window) return 0;
+      return geometry.query_heads * window_rows() * geometry.key_dim *
+             static_cast<int64_t>(DTypeSize(queries()));
     case InputTensor::kWindowLse:
-      return queries && window_lse ? geometry.query_heads * window_rows() * kFloat : 0;
+      return window && window_lse ? geometry.query_heads * window_rows() * kFloat : 0;
     case InputTensor::kSaliency:
       if (statistic == Statistic::kSaliency) return tokens * kFloat;
       if (statistic == Statistic::kSaliencyPerKvHead) return geometry.kv_heads * tokens * kFloat;
       return 0;
     case InputTensor::kPositions:
       return 0;
+    case InputTensor::kKeyScales:
+      return has_keys ? scale_count() * kFloat : 0;
+    case InputTensor::kValueScales:
+      return has_values ? scale_count() * kFloat : 0;
   }
   return 0;
 }

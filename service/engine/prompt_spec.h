@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "absl/status/status.h"
 #include "kernels/backend.h"
 #include "kernels/tensor.h"
+#include "service/engine/paged_layout.h"
 #include "service/method/method_spec.h"
 
 namespace structkv::engine {
@@ -19,6 +21,9 @@ struct ModelGeometry {
   int64_t kv_heads = 0;
   int64_t key_dim = 0;
   int64_t value_dim = 0;
+  // A token's values are the first value_dim elements of its keys (MLA): nobody sends or keeps
+  // them.
+  bool values_in_keys = false;
 
   int64_t group() const { return query_heads / kv_heads; }
 };
@@ -29,6 +34,9 @@ enum class Statistic : uint8_t { kNone, kWindowQueries, kSaliency, kSaliencyPerK
 // What the worker sends the kept rows of alone, once it is told which these are.
 enum class Pull : uint8_t { kNone, kValues, kKeysAndValues };
 
+// Factors that fp8 keys and values are to be multiplied by.
+enum class KvScales : uint8_t { kNone, kPerTensor, kPerKvHead };
+
 // Tensors that a worker sends for a layer.
 enum class InputTensor : uint8_t {
   kKeys,
@@ -37,11 +45,13 @@ enum class InputTensor : uint8_t {
   kWindowLse,
   kSaliency,
   kPositions,  // the tokens of a layer of skeleton rows
+  kKeyScales,
+  kValueScales,
 };
-inline constexpr int kInputTensors = 6;
+inline constexpr int kInputTensors = 8;
 
 // Proto-style lower-case name: "keys", "values", "window_queries", "window_lse", "saliency",
-// "positions".
+// "positions", "key_scales", "value_scales".
 std::string_view InputTensorName(InputTensor tensor);
 
 // What a deployment allows. One prompt beyond a limit is refused.
@@ -56,7 +66,14 @@ struct PromptSpec {
   ModelGeometry geometry;
   int64_t prompt_tokens = 0;
   DType dtype = DType::kBF16;
+  // Of window queries. None: bf16 where keys are fp8, otherwise their type.
+  std::optional<DType> query_dtype;
+  KvScales kv_scales = KvScales::kNone;
   Layout layout = Layout::kHeadTokenDim;
+  // Blocks that keys and values lie in. None: they are dense.
+  std::optional<PagedLayout> paged;
+  // Factor of the attention scores. None: 1 / sqrt(key_dim).
+  std::optional<double> attention_scale;
   Statistic statistic = Statistic::kWindowQueries;
   bool window_lse = false;
   method::MethodSpec method;
@@ -69,6 +86,14 @@ struct PromptSpec {
   int64_t decode_shards = 0;
   std::string model_id;
 
+  // Element type of window queries.
+  DType queries() const;
+  // Tokens that keys and values of `tokens` in order take room for: whole blocks where paged.
+  int64_t kv_slots(int64_t tokens) const;
+  // Blocks of the largest layer's result; 0 where it is not paged, or a plan.
+  int64_t kv_blocks() const;
+  // Elements of a tensor of scales.
+  int64_t scale_count() const;
   // Rows of the observation window: min(w, N); 0 for methods without one.
   int64_t window_rows() const;
   // Tokens that the layer keeps in every KV head; 0 in a layer without input.
@@ -95,7 +120,7 @@ struct PromptSpec {
   int64_t PulledBytes(InputTensor tensor, int64_t kept) const;
 
  private:
-  int64_t TensorBytes(InputTensor tensor, int64_t tokens) const;
+  int64_t TensorBytes(InputTensor tensor, int64_t tokens, int64_t slots) const;
 };
 
 // INVALID_ARGUMENT, naming the field as the proto does, the value and the limit, where the spec is

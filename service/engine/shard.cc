@@ -135,7 +135,8 @@ int64_t SharedBytes(const PromptSpec& whole, const Backend& backend) {
 
 std::vector<HeadRange> DecodeRuns(const PromptSpec& whole, const HeadRange& kv_heads) {
   const int64_t runs = std::min(whole.decode_shards, whole.geometry.kv_heads);
-  if (runs <= 1 || whole.layout == Layout::kHeadTokenDim) return {{0, kv_heads.count}};
+  if (runs <= 1 || (whole.layout == Layout::kHeadTokenDim && !whole.paged.has_value()))
+    return {{0, kv_heads.count}};
   const int64_t each = whole.geometry.kv_heads / runs;
   std::vector<HeadRange> result;
   for (int64_t head = kv_heads.begin; head < kv_heads.end();) {

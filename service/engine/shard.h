@@ -60,7 +60,8 @@ int64_t SharedBytes(const PromptSpec& whole, const Backend& backend);
 
 // The runs of a shard's KV heads that its kept rows are arranged in, one after the other, relative
 // to its first: one for each of PromptSpec::decode_shards that gets heads of it. One run of all
-// where the layout keeps each head's rows together anyway.
+// where the layout keeps each head's rows together anyway, as [kv_head, token, dim] without blocks
+// does.
 std::vector<HeadRange> DecodeRuns(const PromptSpec& whole, const HeadRange& kv_heads);
 
 }  // namespace structkv::engine

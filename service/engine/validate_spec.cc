@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <initializer_list>
 #include <limits>
+#include <optional>
 #include <string>
 
 #include "absl/numeric/int128.h"
@@ -87,7 +88,45 @@ absl::Status CheckGeometry(const ModelGeometry& geometry, const PromptLimits& li
     return Invalid("open.geometry.query_head_count", geometry.query_heads,
                    " is not a multiple of kv_head_count, ", geometry.kv_heads);
   }
+  if (geometry.values_in_keys && geometry.value_dim > geometry.key_dim) {
+    return Invalid("open.geometry.value_dim", geometry.value_dim, " is above key_dim, ",
+                   geometry.key_dim,
+                   ", but values_in_keys says that values are a part of the keys");
+  }
   return absl::OkStatus();
+}
+
+bool Supports(const BackendCapabilities& capabilities, DType dtype) {
+  return std::find(capabilities.dtypes.begin(), capabilities.dtypes.end(), dtype) !=
+         capabilities.dtypes.end();
+}
+
+absl::Status CheckDTypes(const PromptSpec& spec, const BackendCapabilities& capabilities) {
+  const absl::string_view dtype = View(DTypeName(spec.dtype));
+  if (!Supports(capabilities, spec.dtype)) {
+    return Invalid("open.dtype", dtype, " is not supported by this backend");
+  }
+  const absl::string_view queries = View(DTypeName(spec.queries()));
+  if (!Supports(capabilities, spec.queries())) {
+    return Invalid("open.query_dtype", queries, " is not supported by this backend");
+  }
+  if (IsFp8(spec.dtype) ? IsFp8(spec.queries()) : spec.queries() != spec.dtype) {
+    return Invalid("open.query_dtype", queries, " with keys of ", dtype, "; allowed is ",
+                   IsFp8(spec.dtype) ? "f32, f16 or bf16" : dtype);
+  }
+  if (spec.kv_scales != KvScales::kNone && !IsFp8(spec.dtype)) {
+    return Invalid("open.kv_scales",
+                   spec.kv_scales == KvScales::kPerTensor ? "PER_TENSOR" : "PER_KV_HEAD",
+                   " is for fp8 keys and values, but dtype is ", dtype);
+  }
+  return absl::OkStatus();
+}
+
+// The kernels take it as float32, where it must neither vanish nor overflow.
+absl::Status CheckScale(const std::optional<double>& scale) {
+  if (!scale.has_value()) return absl::OkStatus();
+  if (*scale > 0 && std::isnormal(static_cast<float>(*scale))) return absl::OkStatus();
+  return Invalid("open.attention_scale", *scale, " is not a finite number above 0 in float32");
 }
 
 absl::Status CheckOnline(const PivotSpec& pivot, const PromptLimits& limits) {
@@ -275,6 +314,14 @@ absl::Status CheckPull(const PromptSpec& spec) {
     return Invalid("open.pull", pull, ", but shard_group.decode_shard_count is ",
                    spec.decode_shards, ", and pulled rows are not rearranged; it must be NONE");
   }
+  if (spec.geometry.values_in_keys) {
+    return Invalid("open.pull", pull,
+                   ", but values_in_keys says that values are a part of the keys; ",
+                   "it must be NONE");
+  }
+  if (spec.paged.has_value()) {
+    return Invalid("open.pull", pull, ", but keys and values are paged; it must be NONE");
+  }
   if (spec.pull == Pull::kKeysAndValues && spec.statistic == Statistic::kWindowQueries) {
     return Invalid("open.pull", pull, ", but the statistic WINDOW_QUERIES is scored against all ",
                    "keys; NONE and VALUES are allowed");
@@ -287,10 +334,14 @@ absl::Status CheckSize(const PromptSpec& spec) {
   const ModelGeometry& geometry = spec.geometry;
   const absl::uint128 vectors = absl::uint128(geometry.kv_heads) * spec.prompt_tokens;
   const absl::uint128 element = DTypeSize(spec.dtype);
-  absl::uint128 layer = vectors * (geometry.key_dim + geometry.value_dim) * element;
+  const absl::uint128 slots =
+      spec.paged.has_value() ? absl::uint128(spec.paged->block_count) * spec.paged->block_tokens
+                             : absl::uint128(spec.prompt_tokens);
+  absl::uint128 layer =
+      slots * geometry.kv_heads * (geometry.key_dim + geometry.value_dim) * element;
   layer += vectors * (2 * sizeof(float) + sizeof(int32_t));
   layer += absl::uint128(geometry.query_heads) * spec.window_rows() *
-           (geometry.key_dim * element + sizeof(float));
+           (geometry.key_dim * absl::uint128(DTypeSize(spec.queries())) + sizeof(float));
   const absl::uint128 limit = kMaxPromptBytes;
   if (layer <= limit && layer * geometry.layers <= limit) return absl::OkStatus();
   return Invalid("open.geometry", geometry.layers, " layers of ", geometry.kv_heads,
@@ -307,15 +358,18 @@ absl::Status ValidateSpec(const PromptSpec& spec, const PromptLimits& limits,
   absl::Status tokens = CheckRange("open.prompt_tokens", spec.prompt_tokens, 1,
                                    std::min(limits.max_prompt_tokens, kMaxTokens));
   if (!tokens.ok()) return tokens;
-  if (std::find(capabilities.dtypes.begin(), capabilities.dtypes.end(), spec.dtype) ==
-      capabilities.dtypes.end()) {
-    return Invalid("open.dtype", View(DTypeName(spec.dtype)), " is not supported by this backend");
-  }
+  if (absl::Status dtypes = CheckDTypes(spec, capabilities); !dtypes.ok()) return dtypes;
   if (std::find(capabilities.layouts.begin(), capabilities.layouts.end(), spec.layout) ==
       capabilities.layouts.end()) {
     return Invalid("open.layout", View(LayoutName(spec.layout)),
                    " is not supported by this backend");
   }
+  if (spec.paged.has_value()) {
+    if (!capabilities.paged) return Invalid("open.paged", "is not supported by this backend");
+    absl::Status paged = CheckPagedLayout(*spec.paged, spec.prompt_tokens);
+    if (!paged.ok()) return paged;
+  }
+  if (absl::Status scale = CheckScale(spec.attention_scale); !scale.ok()) return scale;
   absl::Status method = CheckMethod(spec, limits, capabilities);
   if (!method.ok()) return method;
   absl::Status statistic = CheckStatistic(spec);

@@ -4,25 +4,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/backend_registry.h"
+#include "service/rpc/open_decoder.h"
 #include "service/rpc/version.h"
 
 namespace structkv::rpc {
 namespace {
-
-v1::DType EncodeDType(DType dtype) {
-  switch (dtype) {
-    case DType::kF32:
-      return v1::DTYPE_F32;
-    case DType::kF16:
-      return v1::DTYPE_F16;
-    case DType::kBF16:
-      return v1::DTYPE_BF16;
-    case DType::kF8E4M3:
-    case DType::kF8E5M2:
-      break;  // have no name in the protocol
-  }
-  return v1::DTYPE_UNSPECIFIED;
-}
 
 void AddBackends(const session::SessionManager& sessions, v1::GetCapabilitiesResponse* response) {
   const Backend& used = sessions.backend();
@@ -43,9 +29,7 @@ v1::GetCapabilitiesResponse MakeCapabilities(const session::SessionManager& sess
   response.set_version(kVersion);
   AddBackends(sessions, &response);
   const BackendCapabilities& backend = sessions.backend().capabilities();
-  for (DType dtype : backend.dtypes) {
-    if (!IsFp8(dtype)) response.add_dtypes(EncodeDType(dtype));
-  }
+  for (DType dtype : backend.dtypes) response.add_dtypes(EncodeDType(dtype));
   for (Layout layout : backend.layouts) {
     response.add_layouts(layout == Layout::kHeadTokenDim ? v1::LAYOUT_HEAD_TOKEN_DIM
                                                          : v1::LAYOUT_TOKEN_HEAD_DIM);
@@ -68,6 +52,13 @@ v1::GetCapabilitiesResponse MakeCapabilities(const session::SessionManager& sess
   dims->set_max(static_cast<uint32_t>(backend.max_dim));
   dims->set_step(static_cast<uint32_t>(backend.dim_step));
   for (int64_t extra : backend.extra_dims) dims->add_extra(static_cast<uint32_t>(extra));
+
+  if (backend.paged) {
+    v1::DimRange* blocks = response.mutable_block_tokens();
+    blocks->set_min(static_cast<uint32_t>(engine::kBlockTokensStep));
+    blocks->set_max(static_cast<uint32_t>(engine::kMaxBlockTokens));
+    blocks->set_step(static_cast<uint32_t>(engine::kBlockTokensStep));
+  }
 
   const session::SessionManagerOptions& options = sessions.options();
   v1::Limits* limits = response.mutable_limits();

@@ -174,6 +174,8 @@ void CompressReactor::SendOpened(const session::Session& session) {
   summary_.set_fingerprint(opened->fingerprint());
   summary_.set_backend(opened->backend());
   summary_.set_transport("inline");
+  summary_.set_kv_blocks(static_cast<uint32_t>(spec.kv_blocks()));
+  summary_.set_values_in_keys(spec.geometry.values_in_keys);
 
   std::vector<OutgoingMessage> messages;
   messages.push_back({wire::Encode(response), 0});

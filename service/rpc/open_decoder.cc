@@ -1,6 +1,8 @@
 #include "service/rpc/open_decoder.h"
 
 #include <algorithm>
+#include <memory>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
@@ -13,7 +15,7 @@ absl::Status Invalid(absl::string_view field, absl::string_view value, absl::str
   return absl::InvalidArgumentError(absl::StrCat("open.", field, " is ", value, "; ", allowed));
 }
 
-absl::StatusOr<DType> DecodeDType(v1::DType dtype) {
+absl::StatusOr<DType> DecodeDType(absl::string_view field, v1::DType dtype) {
   switch (dtype) {
     case v1::DTYPE_F32:
       return DType::kF32;
@@ -21,8 +23,28 @@ absl::StatusOr<DType> DecodeDType(v1::DType dtype) {
       return DType::kF16;
     case v1::DTYPE_BF16:
       return DType::kBF16;
+    case v1::DTYPE_F8_E4M3:
+      return DType::kF8E4M3;
+    case v1::DTYPE_F8_E5M2:
+      return DType::kF8E5M2;
     default:
-      return Invalid("dtype", EnumText(dtype), "allowed: DTYPE_F32, DTYPE_F16, DTYPE_BF16");
+      return Invalid(field, EnumText(dtype),
+                     "allowed: DTYPE_F32, DTYPE_F16, DTYPE_BF16, DTYPE_F8_E4M3, DTYPE_F8_E5M2");
+  }
+}
+
+absl::StatusOr<engine::KvScales> DecodeKvScales(v1::KvScales scales) {
+  switch (scales) {
+    case v1::KV_SCALES_UNSPECIFIED:
+    case v1::KV_SCALES_NONE:
+      return engine::KvScales::kNone;
+    case v1::KV_SCALES_PER_TENSOR:
+      return engine::KvScales::kPerTensor;
+    case v1::KV_SCALES_PER_KV_HEAD:
+      return engine::KvScales::kPerKvHead;
+    default:
+      return Invalid("kv_scales", EnumText(scales),
+                     "allowed: KV_SCALES_NONE, KV_SCALES_PER_TENSOR, KV_SCALES_PER_KV_HEAD");
   }
 }
 
@@ -99,12 +121,21 @@ absl::StatusOr<engine::Pull> DecodePull(v1::Pull pull) {
   }
 }
 
+engine::PagedLayout DecodePaged(const v1::PagedLayout& paged) {
+  // The entries' range is for engine::ValidateSpec.
+  return {.block_tokens = paged.block_tokens(),
+          .block_count = paged.block_count(),
+          .block_table = std::make_shared<const std::vector<int32_t>>(paged.block_table().begin(),
+                                                                      paged.block_table().end())};
+}
+
 engine::ModelGeometry DecodeGeometry(const v1::ModelGeometry& geometry) {
   return {.layers = geometry.layer_count(),
           .query_heads = geometry.query_head_count(),
           .kv_heads = geometry.kv_head_count(),
           .key_dim = geometry.key_dim(),
-          .value_dim = geometry.value_dim() == 0 ? geometry.key_dim() : geometry.value_dim()};
+          .value_dim = geometry.value_dim() == 0 ? geometry.key_dim() : geometry.value_dim(),
+          .values_in_keys = geometry.values_in_keys()};
 }
 
 absl::Status DecodeShardGroup(const v1::ShardGroup& group, OpenRequest* request) {
@@ -177,12 +208,22 @@ absl::StatusOr<OpenRequest> DecodeOpen(const v1::Open& open, int64_t max_message
   spec.prompt_tokens = open.prompt_tokens();
   spec.model_id = open.model_id();
 
-  absl::StatusOr<DType> dtype = DecodeDType(open.dtype());
+  absl::StatusOr<DType> dtype = DecodeDType("dtype", open.dtype());
   if (!dtype.ok()) return dtype.status();
   spec.dtype = *dtype;
+  if (open.query_dtype() != v1::DTYPE_UNSPECIFIED) {
+    absl::StatusOr<DType> queries = DecodeDType("query_dtype", open.query_dtype());
+    if (!queries.ok()) return queries.status();
+    spec.query_dtype = *queries;
+  }
+  absl::StatusOr<engine::KvScales> scales = DecodeKvScales(open.kv_scales());
+  if (!scales.ok()) return scales.status();
+  spec.kv_scales = *scales;
   absl::StatusOr<Layout> layout = DecodeLayout(open.layout());
   if (!layout.ok()) return layout.status();
   spec.layout = *layout;
+  if (open.has_paged()) spec.paged = DecodePaged(open.paged());
+  if (open.has_attention_scale()) spec.attention_scale = open.attention_scale();
 
   absl::StatusOr<method::MethodSpec> method =
       DecodeMethod(open.method(), spec.geometry.layers, open.statistic());
@@ -266,6 +307,22 @@ v1::PivotDecision EncodePivot(const method::PivotDecision& decision) {
   return encoded;
 }
 
+v1::DType EncodeDType(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return v1::DTYPE_F32;
+    case DType::kF16:
+      return v1::DTYPE_F16;
+    case DType::kBF16:
+      return v1::DTYPE_BF16;
+    case DType::kF8E4M3:
+      return v1::DTYPE_F8_E4M3;
+    case DType::kF8E5M2:
+      return v1::DTYPE_F8_E5M2;
+  }
+  return v1::DTYPE_UNSPECIFIED;
+}
+
 v1::Tensor EncodeTensor(engine::InputTensor tensor) {
   switch (tensor) {
     case engine::InputTensor::kKeys:
@@ -280,6 +337,10 @@ v1::Tensor EncodeTensor(engine::InputTensor tensor) {
       return v1::TENSOR_SALIENCY;
     case engine::InputTensor::kPositions:
       return v1::TENSOR_POSITIONS;
+    case engine::InputTensor::kKeyScales:
+      return v1::TENSOR_KEY_SCALES;
+    case engine::InputTensor::kValueScales:
+      return v1::TENSOR_VALUE_SCALES;
   }
   return v1::TENSOR_UNSPECIFIED;
 }
@@ -298,6 +359,10 @@ std::optional<engine::InputTensor> DecodeTensor(int tensor) {
       return engine::InputTensor::kSaliency;
     case v1::TENSOR_POSITIONS:
       return engine::InputTensor::kPositions;
+    case v1::TENSOR_KEY_SCALES:
+      return engine::InputTensor::kKeyScales;
+    case v1::TENSOR_VALUE_SCALES:
+      return engine::InputTensor::kValueScales;
     default:
       return std::nullopt;
   }

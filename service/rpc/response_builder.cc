@@ -108,6 +108,7 @@ std::vector<OutgoingMessage> BuildLayer(engine::LayerOutput output, int64_t max_
   v1::CompressResponse header;
   header.mutable_layer()->set_layer(layer);
   header.mutable_layer()->set_kept_tokens(static_cast<uint32_t>(output.kept_tokens));
+  header.mutable_layer()->set_kept_blocks(static_cast<uint32_t>(output.kept_blocks));
   if (output.metrics.has_value()) {
     *header.mutable_layer()->mutable_metrics() = EncodeMetrics(output.layer, *output.metrics);
   }
@@ -115,6 +116,8 @@ std::vector<OutgoingMessage> BuildLayer(engine::LayerOutput output, int64_t max_
       FromVector(v1::TENSOR_POSITIONS, std::move(output.positions)),
       FromBuffer(v1::TENSOR_KEYS, std::move(output.keys)),
       FromBuffer(v1::TENSOR_VALUES, std::move(output.values)),
+      FromBuffer(v1::TENSOR_KEY_SCALES, std::move(output.key_scales)),
+      FromBuffer(v1::TENSOR_VALUE_SCALES, std::move(output.value_scales)),
       FromBuffer(v1::TENSOR_SALIENCY, std::move(output.saliency)),
   };
   std::vector<OutgoingMessage> messages;

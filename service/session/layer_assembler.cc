@@ -186,6 +186,10 @@ engine::Buffer& LayerAssembler::BufferOf(engine::LayerInput& input,
       return input.window_queries;
     case engine::InputTensor::kWindowLse:
       return input.window_lse;
+    case engine::InputTensor::kKeyScales:
+      return input.key_scales;
+    case engine::InputTensor::kValueScales:
+      return input.value_scales;
     case engine::InputTensor::kSaliency:
     case engine::InputTensor::kPositions:  // has no buffer
       break;

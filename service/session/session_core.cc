@@ -22,7 +22,8 @@ int64_t Bytes(const std::vector<T>& values) {
 
 int64_t OutputBytes(const engine::LayerOutput& output) {
   return Bytes(output.positions) +
-         static_cast<int64_t>(output.keys.size() + output.values.size() + output.saliency.size());
+         static_cast<int64_t>(output.keys.size() + output.values.size() + output.key_scales.size() +
+                              output.value_scales.size() + output.saliency.size());
 }
 
 int64_t OutputBytes(const engine::PivotResult& result) {

@@ -299,6 +299,49 @@ TEST_F(CommandTest, BenchMeasuresASyntheticPrompt) {
   EXPECT_THAT(ran.output, HasSubstr("\"prompts\": 4"));
 }
 
+TEST_F(CommandTest, BenchKnowsLatentAttention) {
+  const Ran ran = RunCommand(
+      "bench --in-process --geometry deepseek-v3 --layers 3 --tokens 300 --prompts 1 --json");
+  ASSERT_EQ(ran.code, 0) << ran.output;
+  const auto json = nlohmann::json::parse(ran.output);
+  EXPECT_TRUE(json.at("values_in_keys"));
+  // Keys, and 8 window queries of 128 heads.
+  EXPECT_EQ(json.at("input_bytes"), 3 * (300 + 8 * 128) * 576 * 2);
+  const Ran text = RunCommand(
+      "bench --in-process --geometry tiny-llama --values-in-keys --value-dim 64 --tokens 300");
+  EXPECT_NE(text.code, 0);
+  EXPECT_THAT(text.output, HasSubstr("value_dim: 64 is above key_dim, 32"));
+}
+
+TEST_F(CommandTest, BenchKnowsFp8) {
+  const Ran ran = RunCommand(
+      "bench --in-process --geometry tiny-llama --tokens 300 --prompts 1 --dtype f8-e4m3 "
+      "--kv-scales per-kv-head --json");
+  ASSERT_EQ(ran.code, 0) << ran.output;
+  // Keys and values of 2 heads, 8 window queries of 6 heads in bf16, and two times two scales.
+  EXPECT_EQ(nlohmann::json::parse(ran.output).at("input_bytes"),
+            12 * (300 * 2 * 64 + 8 * 6 * 32 * 2 + 2 * 2 * 4));
+  const Ran wide =
+      RunCommand("bench --in-process --geometry tiny-llama --tokens 300 --kv-scales per-tensor");
+  EXPECT_NE(wide.code, 0);
+  EXPECT_THAT(wide.output, HasSubstr("open.kv_scales"));
+}
+
+TEST_F(CommandTest, BenchPagesTheSamePrompt) {
+  const std::string bench =
+      "bench --in-process --geometry tiny-llama --tokens 300 --prompts 1 --json";
+  const Ran paged = RunCommand(bench + " --paged 64");
+  ASSERT_EQ(paged.code, 0) << paged.output;
+  const auto json = nlohmann::json::parse(paged.output);
+  EXPECT_EQ(json.at("block_tokens"), 64);
+  // Five blocks of keys and values of 2 heads, and 8 window queries of 6.
+  EXPECT_EQ(json.at("input_bytes"), 12 * (5 * 64 * 2 * 64 * 2 + 8 * 6 * 32 * 2));
+  const Ran odd = RunCommand(bench + " --paged 24");
+  EXPECT_NE(odd.code, 0);
+  EXPECT_THAT(odd.output, HasSubstr("open.paged.block_tokens: 24"));
+  EXPECT_THAT(RunCommand("info --in-process").output, HasSubstr("16 to 4096 tokens"));
+}
+
 TEST_F(CommandTest, SaysWhatIsWrong) {
   const std::string out = directory_.Path("out.safetensors");
   const Ran missing = RunCommand("compress /nowhere.safetensors --in-process --out " + out);

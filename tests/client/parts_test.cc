@@ -110,6 +110,49 @@ TEST_F(SizesTest, OfInputs) {
   EXPECT_EQ(InputTensorBytes(open_, opened_, v1::TENSOR_SALIENCY), 800);
 }
 
+TEST_F(SizesTest, OfValuesInTheKeys) {
+  opened_.mutable_method()->mutable_structkv();
+  open_.mutable_geometry()->set_values_in_keys(true);
+  EXPECT_EQ(OutputTensorBytes(open_, opened_, 0, v1::TENSOR_KEYS), 2 * 2 * 10 * 64);
+  EXPECT_EQ(OutputTensorBytes(open_, opened_, 0, v1::TENSOR_VALUES), 0);
+}
+
+TEST_F(SizesTest, OfFp8) {
+  opened_.mutable_method()->mutable_structkv();
+  open_.set_dtype(v1::DTYPE_F8_E5M2);
+  for (v1::Tensor tensor : {v1::TENSOR_KEY_SCALES, v1::TENSOR_VALUE_SCALES}) {
+    opened_.add_required_tensors(tensor);
+  }
+  EXPECT_EQ(QueryDType(open_), v1::DTYPE_BF16);
+  EXPECT_EQ(InputTensorBytes(open_, opened_, v1::TENSOR_KEYS), 2 * 100 * 64);
+  EXPECT_EQ(InputTensorBytes(open_, opened_, v1::TENSOR_WINDOW_QUERIES), 2 * 8 * 4 * 64);
+  EXPECT_EQ(OutputTensorBytes(open_, opened_, 0, v1::TENSOR_KEY_SCALES), 0);
+  open_.set_kv_scales(v1::KV_SCALES_PER_TENSOR);
+  EXPECT_EQ(InputTensorBytes(open_, opened_, v1::TENSOR_KEY_SCALES), 4);
+  open_.set_kv_scales(v1::KV_SCALES_PER_KV_HEAD);
+  EXPECT_EQ(InputTensorBytes(open_, opened_, v1::TENSOR_VALUE_SCALES), 8);
+  EXPECT_EQ(OutputTensorBytes(open_, opened_, 0, v1::TENSOR_KEY_SCALES), 8);
+  EXPECT_EQ(OutputTensorBytes(open_, opened_, 0, v1::TENSOR_VALUE_SCALES), 8);
+  open_.mutable_geometry()->set_values_in_keys(true);
+  EXPECT_EQ(OutputTensorBytes(open_, opened_, 0, v1::TENSOR_VALUE_SCALES), 0);
+  open_.set_output(v1::OUTPUT_PLAN);
+  EXPECT_EQ(OutputTensorBytes(open_, opened_, 0, v1::TENSOR_KEY_SCALES), 0);
+}
+
+TEST_F(SizesTest, OfBlocks) {
+  opened_.mutable_method()->mutable_structkv();
+  opened_.set_skeleton_tokens(20);
+  open_.mutable_paged()->set_block_tokens(16);
+  open_.mutable_paged()->set_block_count(9);
+  EXPECT_EQ(InputTensorBytes(open_, opened_, v1::TENSOR_KEYS), 2 * 2 * 9 * 16 * 64);
+  EXPECT_EQ(SkeletonTensorBytes(open_, opened_, v1::TENSOR_VALUES), 2 * 2 * 32 * 64);
+  EXPECT_EQ(OutputTensorBytes(open_, opened_, 0, v1::TENSOR_KEYS), 2 * 2 * 16 * 64);
+  EXPECT_EQ(KeptBlocks(open_, 16), 1);
+  EXPECT_EQ(KeptBlocks(open_, 17), 2);
+  open_.set_output(v1::OUTPUT_PLAN);
+  EXPECT_EQ(KeptBlocks(open_, 17), 0);
+}
+
 TEST_F(SizesTest, OfOutputs) {
   opened_.mutable_method()->mutable_structkv();
   EXPECT_EQ(OutputTensorBytes(open_, opened_, 0, v1::TENSOR_POSITIONS), 40);

@@ -63,11 +63,32 @@ std::vector<OpenCase> ShapeCases() {
       Geometry("MostKeyDim", &G::set_key_dim, 0xffffffffU, "key_dim"),
       Geometry("OddValueDim", &G::set_value_dim, 33U, "value_dim"),
       Geometry("MostValueDim", &G::set_value_dim, 0xffffffffU, "value_dim"),
+      {"ValuesBeyondTheKeys",
+       [](v1::Open* open) {
+         open->mutable_geometry()->set_values_in_keys(true);
+         open->mutable_geometry()->set_value_dim(64);
+       },
+       "geometry.value_dim: 64 is above key_dim, 32"},
       {"NoTokens", [](v1::Open* open) { open->set_prompt_tokens(0); }, "prompt_tokens"},
       {"TooManyTokens", [](v1::Open* open) { open->set_prompt_tokens((1 << 20) + 1); },
        "prompt_tokens"},
       {"MostTokens", [](v1::Open* open) { open->set_prompt_tokens(0xffffffff); }, "prompt_tokens"},
   };
+}
+
+std::vector<OpenCase> ScaleCases() {
+  std::vector<OpenCase> cases;
+  for (const auto& [name, scale] :
+       std::vector<std::pair<std::string, double>>{{"ScaleZero", 0},
+                                                   {"ScaleNegative", -0.125},
+                                                   {"ScaleNan", kNan},
+                                                   {"ScaleInfinite", kInf},
+                                                   {"ScaleTooSmall", 1e-60},
+                                                   {"ScaleTooLarge", 1e60}}) {
+    cases.push_back({name, [scale = scale](v1::Open* open) { open->set_attention_scale(scale); },
+                     "open.attention_scale"});
+  }
+  return cases;
 }
 
 std::vector<OpenCase> FieldCases() {
@@ -394,6 +415,7 @@ std::string CaseName(const ::testing::TestParamInfo<OpenCase>& instance) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Shape, BadOpenTest, ::testing::ValuesIn(ShapeCases()), CaseName);
+INSTANTIATE_TEST_SUITE_P(Scale, BadOpenTest, ::testing::ValuesIn(ScaleCases()), CaseName);
 INSTANTIATE_TEST_SUITE_P(Field, BadOpenTest, ::testing::ValuesIn(FieldCases()), CaseName);
 INSTANTIATE_TEST_SUITE_P(StructKv, BadOpenTest, ::testing::ValuesIn(StructKvCases()), CaseName);
 INSTANTIATE_TEST_SUITE_P(SnapKv, BadOpenTest,

@@ -577,7 +577,8 @@ TEST_F(ServiceTestPlain, Capabilities) {
   EXPECT_EQ(response.backends(0).name(), server().sessions().backend().name());
   EXPECT_GE(response.backends(0).devices_size(), 1);
   EXPECT_THAT(response.dtypes(),
-              ::testing::UnorderedElementsAre(v1::DTYPE_F32, v1::DTYPE_F16, v1::DTYPE_BF16));
+              ::testing::UnorderedElementsAre(v1::DTYPE_F32, v1::DTYPE_F16, v1::DTYPE_BF16,
+                                              v1::DTYPE_F8_E4M3, v1::DTYPE_F8_E5M2));
   EXPECT_THAT(response.layouts(), ::testing::UnorderedElementsAre(v1::LAYOUT_HEAD_TOKEN_DIM,
                                                                   v1::LAYOUT_TOKEN_HEAD_DIM));
   EXPECT_THAT(response.methods(),

@@ -45,6 +45,8 @@ std::vector<PromptCase> GatheringCases() {
   std::vector<PromptCase> cases;
   for (const PromptCase& each : PromptCases()) {
     const Effective effective(each.open);
+    // What is refused.
+    if (each.open.has_paged() || each.open.geometry().values_in_keys()) continue;
     if (!effective.plan && !effective.streaming && !effective.full) cases.push_back(each);
   }
   v1::Open open = SmallOpen();

@@ -1,3 +1,4 @@
+#include <cmath>
 #include <functional>
 #include <set>
 #include <string>
@@ -31,7 +32,21 @@ TEST(FingerprintTest, EveryParameterCounts) {
       [](PromptSpec& s) { s.geometry.kv_heads = 4; },
       [](PromptSpec& s) { s.geometry.key_dim = 64; },
       [](PromptSpec& s) { s.geometry.value_dim = 64; },
+      [](PromptSpec& s) { s.geometry.values_in_keys = true; },
+      [](PromptSpec& s) { s.attention_scale = 0.25; },
+      [](PromptSpec& s) { s.paged = {.block_tokens = 16}; },
+      [](PromptSpec& s) { s.paged = {.block_tokens = 32}; },
       [](PromptSpec& s) { s.dtype = DType::kF16; },
+      [](PromptSpec& s) { s.dtype = DType::kF8E4M3; },
+      [](PromptSpec& s) { s.dtype = DType::kF8E5M2; },
+      [](PromptSpec& s) {
+        s.dtype = DType::kF8E5M2;
+        s.kv_scales = KvScales::kPerTensor;
+      },
+      [](PromptSpec& s) {
+        s.dtype = DType::kF8E5M2;
+        s.kv_scales = KvScales::kPerKvHead;
+      },
       [](PromptSpec& s) { s.layout = Layout::kTokenHeadDim; },
       [](PromptSpec& s) { s.model_id = "other"; },
       [](PromptSpec& s) { s.method = method::MethodSpec::Defaults(Method::kSnapKv); },
@@ -120,8 +135,14 @@ TEST(FingerprintTest, WhatDoesNotChangeTheMethodDoesNotCount) {
       [](PromptSpec& s) { s.prompt_tokens = 1000; },
       [](PromptSpec& s) { s.plan_only = true; },
       [](PromptSpec& s) { s.return_saliency = true; },
+      [](PromptSpec& s) { s.query_dtype = DType::kF32; },
       [](PromptSpec& s) { s.return_centrality = true; },
       [](PromptSpec& s) { s.statistic = Statistic::kSaliency; },
+      [](PromptSpec& s) { s.attention_scale = 1 / std::sqrt(128.0); },  // the default
+      [](PromptSpec& s) {
+        s.statistic = Statistic::kSaliency;  // scaled by the worker
+        s.attention_scale = 0.25;
+      },
       [](PromptSpec& s) { s.method.pooling_kernel = 7; },     // without pooling
       [](PromptSpec& s) { s.method.sink_tokens = 7; },        // StreamingLLM's
       [](PromptSpec& s) { s.method.pivot.fixed_layer = 7; },  // FIXED's

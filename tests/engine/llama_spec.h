@@ -21,8 +21,9 @@ inline PromptSpec LlamaSpec(method::Method method = method::Method::kStructKv) {
 }
 
 inline BackendCapabilities AllCapabilities() {
-  return {.dtypes = {DType::kF32, DType::kF16, DType::kBF16},
-          .layouts = {Layout::kHeadTokenDim, Layout::kTokenHeadDim}};
+  return {.dtypes = {DType::kF32, DType::kF16, DType::kBF16, DType::kF8E4M3, DType::kF8E5M2},
+          .layouts = {Layout::kHeadTokenDim, Layout::kTokenHeadDim},
+          .paged = true};
 }
 
 }  // namespace structkv::engine

@@ -58,6 +58,66 @@ TEST(PromptSpecTest, InputSizesOfGivenSaliency) {
   EXPECT_EQ(spec.InputBytes(InputTensor::kSaliency), 8 * 131072 * 4);
 }
 
+TEST(PromptSpecTest, ValuesThatArePartOfTheKeysAreNotSent) {
+  PromptSpec spec = LlamaSpec();
+  spec.geometry.values_in_keys = true;
+  EXPECT_EQ(spec.InputBytes(InputTensor::kKeys), 256 * kMiB);
+  EXPECT_EQ(spec.InputBytes(InputTensor::kValues), 0);
+  EXPECT_EQ(spec.SkeletonInputBytes(InputTensor::kValues), 0);
+  EXPECT_THAT(spec.RequiredTensors(), ElementsAre(InputTensor::kKeys, InputTensor::kWindowQueries));
+  const auto backend = *CreateBackend("reference");
+  EXPECT_EQ(PlanMemory(spec, *backend).layer_output_bytes, 13108 * (4 + 8 * 128 * 2));
+}
+
+TEST(PromptSpecTest, Fp8HasQueriesOfAnotherTypeAndScales) {
+  PromptSpec spec = LlamaSpec();
+  spec.dtype = DType::kF8E4M3;
+  EXPECT_EQ(spec.queries(), DType::kBF16);
+  EXPECT_EQ(spec.InputBytes(InputTensor::kKeys), 128 * kMiB);
+  EXPECT_EQ(spec.InputBytes(InputTensor::kWindowQueries), 32 * 8 * 128 * 2);
+  EXPECT_EQ(spec.InputBytes(InputTensor::kKeyScales), 0);
+  spec.query_dtype = DType::kF32;
+  EXPECT_EQ(spec.InputBytes(InputTensor::kWindowQueries), 32 * 8 * 128 * 4);
+  spec.kv_scales = KvScales::kPerTensor;
+  EXPECT_EQ(spec.InputBytes(InputTensor::kKeyScales), 4);
+  spec.kv_scales = KvScales::kPerKvHead;
+  EXPECT_EQ(spec.InputBytes(InputTensor::kKeyScales), 8 * 4);
+  EXPECT_EQ(spec.SkeletonInputBytes(InputTensor::kValueScales), 8 * 4);
+  EXPECT_THAT(spec.RequiredTensors(),
+              ElementsAre(InputTensor::kKeys, InputTensor::kValues, InputTensor::kWindowQueries,
+                          InputTensor::kKeyScales, InputTensor::kValueScales));
+  const auto backend = *CreateBackend("reference");
+  EXPECT_EQ(PlanMemory(spec, *backend).layer_output_bytes, 13108 * (4 + 8 * 256) + 2 * 32);
+  spec.geometry.values_in_keys = true;
+  EXPECT_EQ(spec.InputBytes(InputTensor::kValueScales), 0) << "they are the keys'";
+  spec.plan_only = true;
+  EXPECT_THAT(spec.RequiredTensors(), ElementsAre(InputTensor::kKeys, InputTensor::kWindowQueries,
+                                                  InputTensor::kKeyScales));
+  spec.statistic = Statistic::kSaliency;
+  EXPECT_THAT(spec.RequiredTensors(), ElementsAre(InputTensor::kSaliency));
+}
+
+TEST(PromptSpecTest, PagedTensorsAreWholeBlocks) {
+  PromptSpec spec = LlamaSpec();
+  spec.prompt_tokens = 1000;
+  spec.paged = {.block_tokens = 64,
+                .block_count = 20,
+                .block_table = std::make_shared<const std::vector<int32_t>>(16)};
+  constexpr int64_t kBlock = 64 * 8 * 128 * 2;
+  EXPECT_EQ(spec.InputBytes(InputTensor::kKeys), 20 * kBlock);
+  EXPECT_EQ(spec.SkeletonInputBytes(InputTensor::kValues), 4 * kBlock) << "200 tokens";
+  EXPECT_EQ(spec.kv_slots(100), 128);
+  EXPECT_EQ(spec.kv_blocks(), 2);
+  const auto backend = *CreateBackend("reference");
+  const MemoryPlan plan = PlanMemory(spec, *backend);
+  EXPECT_EQ(plan.layer_output_bytes, 100 * 4 + 2 * 2 * kBlock);
+  PromptSpec dense = spec;
+  dense.paged.reset();
+  EXPECT_EQ(plan.state_bytes - PlanMemory(dense, *backend).state_bytes, 16 * 4) << "the table";
+  spec.plan_only = true;
+  EXPECT_EQ(spec.kv_blocks(), 0);
+}
+
 TEST(PromptSpecTest, APlanNeedsWhatItScoresAlone) {
   PromptSpec spec = LlamaSpec();
   spec.plan_only = true;
@@ -75,6 +135,8 @@ TEST(PromptSpecTest, TensorNames) {
   EXPECT_EQ(InputTensorName(InputTensor::kWindowQueries), "window_queries");
   EXPECT_EQ(InputTensorName(InputTensor::kWindowLse), "window_lse");
   EXPECT_EQ(InputTensorName(InputTensor::kSaliency), "saliency");
+  EXPECT_EQ(InputTensorName(InputTensor::kKeyScales), "key_scales");
+  EXPECT_EQ(InputTensorName(InputTensor::kValueScales), "value_scales");
 }
 
 TEST(MemoryPlanTest, AddsUp) {

@@ -131,6 +131,58 @@ TEST_P(ShardTest, RowsAreArrangedForDecodeRanks) {
   }
 }
 
+// In blocks, the heads of a decode rank are together in neither layout by themselves.
+TEST_P(ShardTest, BlocksAreArrangedForDecodeRanks) {
+  v1::Open open = testkit::SmallOpen(90);
+  open.mutable_geometry()->set_query_head_count(8);
+  open.mutable_geometry()->set_kv_head_count(8);
+  open.mutable_method()->mutable_structkv()->mutable_kv_budget()->set_ratio(0.4);  // 36 tokens
+  testkit::PageAtRandom(16, /*spare=*/1, /*seed=*/3, &open);
+  for (const v1::Layout layout : {v1::LAYOUT_HEAD_TOKEN_DIM, v1::LAYOUT_TOKEN_HEAD_DIM}) {
+    open.set_layout(layout);
+    const testkit::PromptData data(open, 5);
+    const absl::StatusOr<testkit::Answer> whole = testkit::CompressDirectly(
+        data, *backend_, &pool_, testkit::InOrder(data.layers()), SerialFor);
+    ASSERT_TRUE(whole.ok()) << whole.status();
+    std::vector<testkit::PromptData> parts = testkit::SplitByRanks(data, 2);
+    for (testkit::PromptData& part : parts) {
+      v1::ShardGroup group = part.open().shard_group();
+      group.set_decode_shard_count(4);
+      part.set_shard_group(group);
+    }
+    int64_t culprit = -1;
+    const auto answers = CompressShards(parts, *backend_, &pool_, &culprit);
+    ASSERT_TRUE(answers.ok()) << answers.status();
+    std::string expected;
+    for (uint32_t run = 0; run < 4; ++run) {
+      v1::HeadRange heads;
+      heads.set_begin(run * 2);
+      heads.set_count(2);
+      expected += testkit::SliceHeads(whole->layers.at(1).tensors.at(v1::TENSOR_KEYS),
+                                      layout == v1::LAYOUT_HEAD_TOKEN_DIM ? 3 : 48, 8, heads);
+    }
+    EXPECT_TRUE((*answers)[0].layers.at(1).tensors.at(v1::TENSOR_KEYS) +
+                    (*answers)[1].layers.at(1).tensors.at(v1::TENSOR_KEYS) ==
+                expected)
+        << v1::Layout_Name(layout);
+  }
+}
+
+// Every rank's scales are its own heads', and named as the model's.
+TEST_P(ShardTest, ABadScaleNamesItsShardAndTheModelsHead) {
+  v1::Open open = testkit::SmallOpen(40);
+  open.set_dtype(v1::DTYPE_F8_E4M3);
+  open.set_kv_scales(v1::KV_SCALES_PER_KV_HEAD);
+  std::vector<testkit::PromptData> parts = testkit::SplitByRanks(testkit::PromptData(open, 5), 2);
+  testkit::SetElement(v1::DTYPE_F32, 0, 0, parts[1].mutable_tensor(2, v1::TENSOR_KEY_SCALES));
+  int64_t culprit = -1;
+  const auto answers = CompressShards(parts, *backend_, &pool_, &culprit);
+  EXPECT_EQ(answers.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(answers.status().message()),
+              HasSubstr("layer 2: key_scales: that of KV head 1 is 0"));
+  EXPECT_EQ(culprit, 1);
+}
+
 TEST_P(ShardTest, ABadStatisticNamesItsShardAndTheModelsHead) {
   v1::Open open = testkit::SmallOpen(40);
   open.set_statistic(v1::STATISTIC_SALIENCY_PER_KV_HEAD);

@@ -1,6 +1,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -95,6 +96,28 @@ INSTANTIATE_TEST_SUITE_P(
                 [](PromptSpec& s) { s.geometry.key_dim = 100; }},
         BadSpec{"open.geometry.value_dim: 0 is not supported",
                 [](PromptSpec& s) { s.geometry.value_dim = 0; }},
+        BadSpec{"open.geometry.value_dim: 192 is above key_dim, 128, but values_in_keys says",
+                [](PromptSpec& s) {
+                  s.geometry.value_dim = 192;
+                  s.geometry.values_in_keys = true;
+                }},
+        BadSpec{"open.pull: VALUES, but values_in_keys says that values are a part of the keys",
+                [](PromptSpec& s) {
+                  s.pull = Pull::kValues;
+                  s.geometry.values_in_keys = true;
+                }},
+        BadSpec{"open.pull: VALUES, but keys and values are paged; it must be NONE",
+                [](PromptSpec& s) {
+                  s.prompt_tokens = 100;
+                  s.pull = Pull::kValues;
+                  s.paged = {.block_tokens = 128,
+                             .block_count = 1,
+                             .block_table = std::make_shared<const std::vector<int32_t>>(1)};
+                }},
+        BadSpec{"open.attention_scale: 0 is not a finite number above 0 in float32",
+                [](PromptSpec& s) { s.attention_scale = 0; }},
+        BadSpec{"open.attention_scale: 1e-60 is not a finite number above 0 in float32",
+                [](PromptSpec& s) { s.attention_scale = 1e-60; }},
         BadSpec{"open.prompt_tokens: 0 is out of range [1, 1048576]",
                 [](PromptSpec& s) { s.prompt_tokens = 0; }},
         BadSpec{"open.prompt_tokens: 1048577 is out of range [1, 1048576]",

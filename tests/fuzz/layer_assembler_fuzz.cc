@@ -132,7 +132,9 @@ void CheckLayer(const Model& model, engine::LayerInput input) {
       {engine::InputTensor::kValues, &input.values},
       {engine::InputTensor::kWindowQueries, &input.window_queries},
       {engine::InputTensor::kWindowLse, &input.window_lse},
-      {engine::InputTensor::kSaliency, &input.saliency}};
+      {engine::InputTensor::kSaliency, &input.saliency},
+      {engine::InputTensor::kKeyScales, &input.key_scales},
+      {engine::InputTensor::kValueScales, &input.value_scales}};
   for (const auto& [tensor, buffer] : tensors) {
     const ModelTensor* expected = model.Find(input.layer, tensor);
     FUZZ_CHECK((expected == nullptr ? 0 : expected->bytes.size()) == buffer->size());

@@ -40,9 +40,19 @@ INSTANTIATE_TEST_SUITE_P(
                 "open.geometry.layer_count is 0; at least 1 is allowed"},
         BadOpen{"dtype: DTYPE_UNSPECIFIED",
                 "open.dtype is DTYPE_UNSPECIFIED (0); allowed: "
-                "DTYPE_F32, DTYPE_F16, DTYPE_BF16"},
-        BadOpen{"dtype: 9", "open.dtype is 9; allowed: DTYPE_F32, DTYPE_F16, DTYPE_BF16"},
-        BadOpen{"dtype: -1", "open.dtype is -1; allowed: DTYPE_F32, DTYPE_F16, DTYPE_BF16"},
+                "DTYPE_F32, DTYPE_F16, DTYPE_BF16, DTYPE_F8_E4M3, DTYPE_F8_E5M2"},
+        BadOpen{"dtype: 9",
+                "open.dtype is 9; allowed: DTYPE_F32, DTYPE_F16, DTYPE_BF16, "
+                "DTYPE_F8_E4M3, DTYPE_F8_E5M2"},
+        BadOpen{"dtype: -1",
+                "open.dtype is -1; allowed: DTYPE_F32, DTYPE_F16, DTYPE_BF16, "
+                "DTYPE_F8_E4M3, DTYPE_F8_E5M2"},
+        BadOpen{"query_dtype: 9",
+                "open.query_dtype is 9; allowed: DTYPE_F32, DTYPE_F16, DTYPE_BF16, DTYPE_F8_E4M3, "
+                "DTYPE_F8_E5M2"},
+        BadOpen{"kv_scales: 4",
+                "open.kv_scales is 4; allowed: KV_SCALES_NONE, KV_SCALES_PER_TENSOR, "
+                "KV_SCALES_PER_KV_HEAD"},
         BadOpen{"layout: LAYOUT_UNSPECIFIED",
                 "open.layout is LAYOUT_UNSPECIFIED (0); allowed: LAYOUT_HEAD_TOKEN_DIM, "
                 "LAYOUT_TOKEN_HEAD_DIM"},

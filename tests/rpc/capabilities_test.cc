@@ -44,7 +44,8 @@ TEST_F(CapabilitiesTest, TheBackendInUseComesFirst) {
 
 TEST_F(CapabilitiesTest, ListsWhatTheApiHas) {
   const v1::GetCapabilitiesResponse response = MakeCapabilities(sessions_, 1 << 20);
-  EXPECT_THAT(response.dtypes(), ElementsAre(v1::DTYPE_F32, v1::DTYPE_F16, v1::DTYPE_BF16));
+  EXPECT_THAT(response.dtypes(), ElementsAre(v1::DTYPE_F32, v1::DTYPE_F16, v1::DTYPE_BF16,
+                                             v1::DTYPE_F8_E4M3, v1::DTYPE_F8_E5M2));
   EXPECT_THAT(response.layouts(),
               ElementsAre(v1::LAYOUT_HEAD_TOKEN_DIM, v1::LAYOUT_TOKEN_HEAD_DIM));
   EXPECT_THAT(response.methods(), ElementsAre("structkv", "snapkv", "streaming_llm", "full",

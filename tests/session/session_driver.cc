@@ -25,6 +25,9 @@ v1::Open RandomOpen(uint32_t tokens, testkit::Random* random) {
     open = cases[static_cast<size_t>(random->Between(0, last))].open;
   } while (open.geometry().key_dim() > 64);  // the latent one is slow, and adds nothing here
   open.set_prompt_tokens(tokens);
+  if (open.has_paged()) {
+    testkit::PageAtRandom(open.paged().block_tokens(), /*spare=*/1, random->Next(), &open);
+  }
   // With a log-sum-exp it would be slow: the data are made for it row by row.
   const bool queries = testkit::Effective(open).statistic == v1::STATISTIC_WINDOW_QUERIES;
   if (queries && !open.window_lse() && random->Chance(60)) MakeLarge(&open);
@@ -35,7 +38,8 @@ v1::Open RandomOpen(uint32_t tokens, testkit::Random* random) {
 void Spoil(testkit::PromptData* data, uint32_t layer) {
   const bool given = !data->tensor(layer, v1::TENSOR_SALIENCY).empty();
   const v1::Tensor tensor = given ? v1::TENSOR_SALIENCY : v1::TENSOR_KEYS;
-  testkit::SetElement(given ? v1::DTYPE_F32 : data->open().dtype(), std::nanf(""), 11,
+  const uint64_t row = given ? 0 : data->RowIndex(layer, 0, 0) * data->open().geometry().key_dim();
+  testkit::SetElement(given ? v1::DTYPE_F32 : data->open().dtype(), std::nanf(""), row + 11,
                       data->mutable_tensor(layer, tensor));
 }
 

@@ -90,6 +90,10 @@ v1::Tensor ProtoTensor(engine::InputTensor tensor) {
       return v1::TENSOR_SALIENCY;
     case engine::InputTensor::kPositions:
       return v1::TENSOR_POSITIONS;
+    case engine::InputTensor::kKeyScales:
+      return v1::TENSOR_KEY_SCALES;
+    case engine::InputTensor::kValueScales:
+      return v1::TENSOR_VALUE_SCALES;
   }
   return v1::TENSOR_UNSPECIFIED;
 }

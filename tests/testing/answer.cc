@@ -61,15 +61,18 @@ class Assembler {
     if (first) {
       answer_.order.push_back(result.layer());
       layer.kept_tokens = result.kept_tokens();
+      layer.kept_blocks = result.kept_blocks();
       if (result.has_metrics()) layer.metrics = result.metrics();
     } else if (result.has_metrics()) {
       Fault("metrics outside of a layer's first message");
     }
     if (result.kept_tokens() != layer.kept_tokens) Fault("kept_tokens changes within a layer");
+    if (result.kept_blocks() != layer.kept_blocks) Fault("kept_blocks changes within a layer");
     for (const v1::TensorPiece& piece : result.pieces()) {
       if (piece.layer() != result.layer()) Fault("a piece of another layer");
       AddPiece(piece,
-               {v1::TENSOR_POSITIONS, v1::TENSOR_KEYS, v1::TENSOR_VALUES, v1::TENSOR_SALIENCY},
+               {v1::TENSOR_POSITIONS, v1::TENSOR_KEYS, v1::TENSOR_VALUES, v1::TENSOR_KEY_SCALES,
+                v1::TENSOR_VALUE_SCALES, v1::TENSOR_SALIENCY},
                &layer.tensors);
     }
     open_layer_ = result.complete() ? std::nullopt : std::optional(result.layer());

@@ -17,6 +17,7 @@ namespace structkv::testkit {
 
 struct LayerAnswer {
   uint32_t kept_tokens = 0;
+  uint32_t kept_blocks = 0;
   std::optional<v1::LayerMetrics> metrics;
   std::map<v1::Tensor, std::string> tensors;
 };

@@ -109,6 +109,12 @@ class Comparison {
     }
   }
 
+  // Of paged keys that come back.
+  uint32_t Blocks(uint32_t kept) const {
+    const uint32_t size = data_.open().paged().block_tokens();
+    return size == 0 || effective_.plan ? 0 : (kept + size - 1) / size;
+  }
+
   std::vector<double> RowScores(uint32_t layer, size_t row) const {
     if (effective_.statistic != v1::STATISTIC_NONE) return oracle_.layers[layer].ranked[row];
     // First `sinks` tokens and the latest; everything for Full.
@@ -123,19 +129,26 @@ class Comparison {
     const std::string& source = data_.tensor(layer, tensor);
     const size_t row = dim * ElementBytes(data_.open().dtype());
     const size_t heads = data_.open().geometry().kv_head_count();
-    const size_t tokens = data_.tokens(layer);
-    const bool head_first = data_.open().layout() == v1::LAYOUT_HEAD_TOKEN_DIM;
-    Equal(got.size(), heads * kept * row, what + " bytes");
-    if (got.size() != heads * kept * row) return;
+    const size_t rows = OutputRows(data_.open(), kept);
+    Equal(got.size(), rows * row, what + " bytes");
+    if (got.size() != rows * row) return;
+    std::vector<bool> filled(rows);
     for (size_t h = 0; h < heads; ++h) {
       for (size_t i = 0; i < kept; ++i) {
         const auto token = static_cast<size_t>(positions[(effective_.per_head ? h * kept : 0) + i]);
-        const size_t from = (head_first ? h * tokens + token : token * heads + h) * row;
-        const size_t to = (head_first ? h * kept + i : i * heads + h) * row;
+        const size_t from = data_.RowIndex(layer, h, token) * row;
+        filled[OutputRowIndex(data_.open(), kept, h, i)] = true;
+        const size_t to = OutputRowIndex(data_.open(), kept, h, i) * row;
         if (got.compare(to, row, source, from, row) != 0) {
           faults_.push_back(absl::StrCat(what, ": head ", h, ", token ", token, " differs"));
           return;
         }
+      }
+    }
+    for (size_t i = 0; i < rows; ++i) {
+      if (!filled[i] && got.compare(i * row, row, std::string(row, '\0')) != 0) {
+        faults_.push_back(absl::StrCat(what, ": row ", i, " of a last block is not zero"));
+        return;
       }
     }
   }
@@ -167,6 +180,7 @@ class Comparison {
     const uint32_t tokens = data_.tokens(index);
     const uint32_t kept = std::min(effective_.layers[index], tokens);
     Equal(layer.kept_tokens, kept, name + " kept_tokens");
+    Equal(layer.kept_blocks, Blocks(kept), name + " kept_blocks");
     if (kept == 0) {
       Equal(layer.tensors.size(), 0U, name + " tensors");
       Equal(layer.metrics.has_value(), false, name + " metrics");
@@ -186,13 +200,21 @@ class Comparison {
     }
     if (!faults_.empty()) return;
     if (effective_.plan) {
-      Equal(layer.tensors.count(v1::TENSOR_KEYS) + layer.tensors.count(v1::TENSOR_VALUES), 0U,
-            name + " tensors of a plan");
+      Equal(layer.tensors.count(v1::TENSOR_KEYS) + layer.tensors.count(v1::TENSOR_VALUES) +
+                layer.tensors.count(v1::TENSOR_KEY_SCALES),
+            0U, name + " tensors of a plan");
     } else {
+      for (const v1::Tensor scales : {v1::TENSOR_KEY_SCALES, v1::TENSOR_VALUE_SCALES}) {
+        Equal(Tensor(layer.tensors, scales) == data_.tensor(index, scales), true, name + " scales");
+      }
       Rows(Tensor(layer.tensors, v1::TENSOR_KEYS), v1::TENSOR_KEYS, index,
            data_.open().geometry().key_dim(), positions, kept, name + " keys");
-      Rows(Tensor(layer.tensors, v1::TENSOR_VALUES), v1::TENSOR_VALUES, index, effective_.value_dim,
-           positions, kept, name + " values");
+      if (data_.open().geometry().values_in_keys()) {
+        Equal(layer.tensors.count(v1::TENSOR_VALUES), 0U, name + " values beside the keys");
+      } else {
+        Rows(Tensor(layer.tensors, v1::TENSOR_VALUES), v1::TENSOR_VALUES, index,
+             effective_.value_dim, positions, kept, name + " values");
+      }
     }
     Equal(layer.metrics.has_value(), effective_.statistic != v1::STATISTIC_NONE, name + " metrics");
     if (layer.metrics) Metrics(*layer.metrics, index, name);
@@ -293,6 +315,9 @@ class Comparison {
     Equal(summary.logical_length(), data_.open().prompt_tokens(), "summary.logical_length");
     Equal(summary.kv_length(), effective_.largest, "summary.kv_length");
     Equal(summary.transport(), "inline", "summary.transport");
+    Equal(summary.kv_blocks(), Blocks(effective_.largest), "summary.kv_blocks");
+    Equal(summary.values_in_keys(), data_.open().geometry().values_in_keys(),
+          "summary.values_in_keys");
     if (answer_.opened) {
       Equal(summary.fingerprint(), answer_.opened->fingerprint(), "summary.fingerprint");
       Equal(summary.backend(), answer_.opened->backend(), "summary.backend");

@@ -29,8 +29,9 @@ void SetTensor(std::map<v1::Tensor, std::string>* tensors, v1::Tensor tensor, st
 
 engine::PromptSpec SpecOf(const v1::Open& open) {
   const BackendCapabilities capabilities = {
-      .dtypes = {DType::kF32, DType::kF16, DType::kBF16},
-      .layouts = {Layout::kHeadTokenDim, Layout::kTokenHeadDim}};
+      .dtypes = {DType::kF32, DType::kF16, DType::kBF16, DType::kF8E4M3, DType::kF8E5M2},
+      .layouts = {Layout::kHeadTokenDim, Layout::kTokenHeadDim},
+      .paged = true};
   const absl::StatusOr<rpc::OpenRequest> request = rpc::DecodeOpen(open, rpc::kDefaultMessageBytes);
   const absl::Status status =
       request.ok() ? engine::ValidateSpec(request->spec, {}, capabilities) : request.status();
@@ -53,7 +54,9 @@ engine::LayerInput InputOf(const PromptData& data, uint32_t layer, engine::Buffe
           .values = copy(v1::TENSOR_VALUES),
           .window_queries = copy(v1::TENSOR_WINDOW_QUERIES),
           .window_lse = copy(v1::TENSOR_WINDOW_LSE),
-          .saliency = copy(v1::TENSOR_SALIENCY)};
+          .saliency = copy(v1::TENSOR_SALIENCY),
+          .key_scales = copy(v1::TENSOR_KEY_SCALES),
+          .value_scales = copy(v1::TENSOR_VALUE_SCALES)};
 }
 
 void AddLayer(const engine::LayerOutput& output, Answer* answer) {
@@ -62,12 +65,17 @@ void AddLayer(const engine::LayerOutput& output, Answer* answer) {
   LayerAnswer& layer = answer->layers[index];
   answer->order.push_back(index);
   layer.kept_tokens = static_cast<uint32_t>(output.kept_tokens);
+  layer.kept_blocks = static_cast<uint32_t>(output.kept_blocks);
   if (output.metrics.has_value()) {
     layer.metrics = rpc::EncodeMetrics(output.layer, *output.metrics);
   }
   SetTensor(&layer.tensors, v1::TENSOR_POSITIONS, BytesOf(output.positions));
   SetTensor(&layer.tensors, v1::TENSOR_KEYS, BytesOf(output.keys.data(), output.keys.size()));
   SetTensor(&layer.tensors, v1::TENSOR_VALUES, BytesOf(output.values.data(), output.values.size()));
+  SetTensor(&layer.tensors, v1::TENSOR_KEY_SCALES,
+            BytesOf(output.key_scales.data(), output.key_scales.size()));
+  SetTensor(&layer.tensors, v1::TENSOR_VALUE_SCALES,
+            BytesOf(output.value_scales.data(), output.value_scales.size()));
   SetTensor(&layer.tensors, v1::TENSOR_SALIENCY,
             BytesOf(output.saliency.data(), output.saliency.size()));
 }

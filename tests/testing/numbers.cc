@@ -27,6 +27,35 @@ double FromHalf(uint16_t bits) {
   return sign * std::ldexp(1024 + mantissa, exponent - 25);
 }
 
+// What an fp8 code stands for, from the format's definition.
+double FromF8(v1::DType dtype, uint8_t code) {
+  const int mantissa_bits = dtype == v1::DTYPE_F8_E4M3 ? 3 : 2;
+  const int bias = dtype == v1::DTYPE_F8_E4M3 ? 7 : 15;
+  const double sign = (code & 0x80) != 0 ? -1 : 1;
+  const int exponent = (code & 0x7f) >> mantissa_bits;
+  const int mantissa = code & ((1 << mantissa_bits) - 1);
+  const double fraction = std::ldexp(mantissa, -mantissa_bits);
+  if (dtype == v1::DTYPE_F8_E4M3 && (code & 0x7f) == 0x7f) return NAN;
+  if (dtype == v1::DTYPE_F8_E5M2 && exponent == 31) return mantissa != 0 ? NAN : sign * INFINITY;
+  if (exponent == 0) return sign * std::ldexp(fraction, 1 - bias);
+  return sign * std::ldexp(1 + fraction, exponent - bias);
+}
+
+uint8_t ToF8(v1::DType dtype, float value) {
+  if (std::isnan(value)) return 0x7f;
+  const uint8_t sign = std::signbit(value) ? 0x80 : 0;
+  uint8_t best = 0;
+  for (int code = 0; code < 0x7f; ++code) {
+    const double at = FromF8(dtype, static_cast<uint8_t>(code));
+    if (std::isnan(at)) continue;
+    if (at == std::fabs(value)) return sign | static_cast<uint8_t>(code);
+    if (std::fabs(at - std::fabs(value)) < std::fabs(FromF8(dtype, best) - std::fabs(value))) {
+      best = static_cast<uint8_t>(code);
+    }
+  }
+  return sign | best;
+}
+
 // The element's bytes, little-endian; `size` gets their count.
 uint32_t ToBits(v1::DType dtype, float value) {
   switch (dtype) {
@@ -34,6 +63,9 @@ uint32_t ToBits(v1::DType dtype, float value) {
       return ToHalf(value);
     case v1::DTYPE_BF16:
       return std::bit_cast<uint32_t>(value) >> 16;
+    case v1::DTYPE_F8_E4M3:
+    case v1::DTYPE_F8_E5M2:
+      return ToF8(dtype, value);
     default:
       return std::bit_cast<uint32_t>(value);
   }
@@ -52,7 +84,10 @@ int64_t Random::Between(int64_t low, int64_t high) {
   return low + static_cast<int64_t>(Next() % static_cast<uint64_t>(high - low + 1));
 }
 
-size_t ElementBytes(v1::DType dtype) { return dtype == v1::DTYPE_F32 ? 4 : 2; }
+size_t ElementBytes(v1::DType dtype) {
+  if (dtype == v1::DTYPE_F8_E4M3 || dtype == v1::DTYPE_F8_E5M2) return 1;
+  return dtype == v1::DTYPE_F32 ? 4 : 2;
+}
 
 void AppendElement(v1::DType dtype, float value, std::string* out) {
   const uint32_t bits = ToBits(dtype, value);
@@ -67,6 +102,9 @@ double ElementAt(v1::DType dtype, const std::string& data, size_t index) {
       return FromHalf(static_cast<uint16_t>(bits));
     case v1::DTYPE_BF16:
       return std::bit_cast<float>(bits << 16);
+    case v1::DTYPE_F8_E4M3:
+    case v1::DTYPE_F8_E5M2:
+      return FromF8(dtype, static_cast<uint8_t>(bits));
     default:
       return std::bit_cast<float>(bits);
   }

@@ -26,7 +26,7 @@ class Random {
 size_t ElementBytes(v1::DType dtype);
 
 // Appends `value` to `out`. Exact for the values that tests use: at most 8 significant bits and an
-// exponent that binary16 has.
+// exponent that binary16 has; of fp8, the nearest value that it has.
 void AppendElement(v1::DType dtype, float value, std::string* out);
 
 // Element `index` of `data`.

@@ -13,23 +13,26 @@ std::vector<double> RowScores(const PromptData& data, uint32_t layer, uint32_t h
   const v1::DType dtype = data.open().dtype();
   const uint64_t tokens = data.tokens(layer);
   const uint64_t dim = geometry.key_dim();
-  const uint64_t heads = geometry.kv_head_count();
-  const uint64_t kv_head = head / (geometry.query_head_count() / heads);
+  const uint64_t kv_head = head / (geometry.query_head_count() / geometry.kv_head_count());
   const uint64_t window = data.effective().window;
   const std::string& keys = data.tensor(layer, v1::TENSOR_KEYS);
   const std::string& queries = data.tensor(layer, v1::TENSOR_WINDOW_QUERIES);
   std::vector<double> query(dim);
   for (uint64_t i = 0; i < dim; ++i) {
-    query[i] = ElementAt(dtype, queries, (head * window + row) * dim + i);
+    query[i] = ElementAt(data.effective().query_dtype, queries, (head * window + row) * dim + i);
+  }
+  double scale = data.open().has_attention_scale() ? data.open().attention_scale()
+                                                   : 1 / std::sqrt(static_cast<double>(dim));
+  const std::string& key_scales = data.tensor(layer, v1::TENSOR_KEY_SCALES);
+  if (!key_scales.empty()) {
+    scale *= ElementAt(v1::DTYPE_F32, key_scales, data.effective().scales == 1 ? 0 : kv_head);
   }
   std::vector<double> scores(tokens - window + row + 1);
   for (uint64_t token = 0; token < scores.size(); ++token) {
-    const uint64_t start = data.open().layout() == v1::LAYOUT_HEAD_TOKEN_DIM
-                               ? (kv_head * tokens + token) * dim
-                               : (token * heads + kv_head) * dim;
+    const uint64_t start = data.RowIndex(layer, kv_head, token) * dim;
     double dot = 0;
     for (uint64_t i = 0; i < dim; ++i) dot += query[i] * ElementAt(dtype, keys, start + i);
-    scores[token] = dot / std::sqrt(static_cast<double>(dim));
+    scores[token] = dot * scale;
   }
   return scores;
 }

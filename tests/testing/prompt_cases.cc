@@ -60,6 +60,27 @@ constexpr CaseText kCases[] = {
      "method { structkv { granularity: GRANULARITY_PER_KV_HEAD } }"},
     {"StructKvLatent",
      "geometry { layer_count: 3 kv_head_count: 1 key_dim: 576 value_dim: 512 } prompt_tokens: 70"},
+    {"StructKvValuesInKeys",
+     "geometry { layer_count: 3 kv_head_count: 1 key_dim: 576 value_dim: 512 values_in_keys: true "
+     "} "
+     "prompt_tokens: 70 attention_scale: 0.07216878364870322 return_saliency: true"},
+    {"SnapKvValuesInKeysOfSeveralHeads",
+     "geometry { key_dim: 64 value_dim: 32 values_in_keys: true } layout: LAYOUT_TOKEN_HEAD_DIM "
+     "attention_scale: 0.5 method { snapkv {} }"},
+    {"StructKvFp8", "dtype: DTYPE_F8_E4M3 kv_scales: KV_SCALES_PER_KV_HEAD return_saliency: true"},
+    {"SnapKvFp8",
+     "dtype: DTYPE_F8_E5M2 kv_scales: KV_SCALES_PER_TENSOR layout: LAYOUT_TOKEN_HEAD_DIM "
+     "query_dtype: DTYPE_F16 method { snapkv { group_reduce: GROUP_REDUCE_MAX } }"},
+    {"StructKvPaged",
+     "prompt_tokens: 90 return_saliency: true return_centrality: true paged { block_tokens: 16 "
+     "block_count: 8 block_table: [ 7, 2, 0, 5, 3, 6 ] }"},
+    {"SnapKvPagedTokenFirst",
+     "prompt_tokens: 96 layout: LAYOUT_TOKEN_HEAD_DIM dtype: DTYPE_F32 window_lse: true "
+     "method { snapkv { group_reduce: GROUP_REDUCE_MAX kv_budget { ratio: 0.5 } } } "
+     "paged { block_tokens: 32 block_count: 3 block_table: [ 1, 2, 0 ] }"},
+    {"FullPaged",
+     "prompt_tokens: 40 method { full {} } "
+     "paged { block_tokens: 32 block_count: 2 block_table: [ 1, 0 ] }"},
     {"StructKvOneLayer", "geometry { layer_count: 1 } return_centrality: true"},
     {"StructKvTwoLayers", "geometry { layer_count: 2 } return_centrality: true"},
     {"StructKvOneToken", "prompt_tokens: 1 return_saliency: true return_centrality: true"},

@@ -48,7 +48,31 @@ std::vector<uint32_t> PyramidLayers(uint32_t kept, uint32_t window, uint32_t tok
   return counts;
 }
 
+// Where a token lies in dense [head, token] or [token, head] vectors.
+uint64_t DenseRow(v1::Layout layout, uint64_t heads, uint64_t tokens, uint64_t head,
+                  uint64_t token) {
+  return layout == v1::LAYOUT_HEAD_TOKEN_DIM ? head * tokens + token : token * heads + head;
+}
+
+// The same in blocks, each dense.
+uint64_t PagedRow(v1::Layout layout, uint64_t heads, uint64_t block_tokens, uint64_t block,
+                  uint64_t head, uint64_t slot) {
+  return block * heads * block_tokens + DenseRow(layout, heads, block_tokens, head, slot);
+}
+
 }  // namespace
+
+uint64_t OutputRowIndex(const v1::Open& open, uint64_t kept, uint64_t head, uint64_t i) {
+  const uint64_t heads = open.geometry().kv_head_count();
+  if (!open.has_paged()) return DenseRow(open.layout(), heads, kept, head, i);
+  const uint64_t block = open.paged().block_tokens();
+  return PagedRow(open.layout(), heads, block, i / block, head, i % block);
+}
+
+uint64_t OutputRows(const v1::Open& open, uint64_t kept) {
+  const uint64_t block = open.has_paged() ? open.paged().block_tokens() : 1;
+  return (kept + block - 1) / block * block * open.geometry().kv_head_count();
+}
 
 v1::Open SmallOpen(uint32_t tokens) {
   v1::Open open;
@@ -64,12 +88,33 @@ v1::Open SmallOpen(uint32_t tokens) {
   return open;
 }
 
+void PageAtRandom(uint32_t block_tokens, uint32_t spare, uint64_t seed, v1::Open* open) {
+  const uint32_t needed = (open->prompt_tokens() + block_tokens - 1) / block_tokens;
+  std::vector<uint32_t> blocks(needed + spare);
+  for (uint32_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
+  Random random(seed);
+  for (size_t i = blocks.size(); i > 1; --i) {
+    std::swap(blocks[i - 1], blocks[random.Between(0, static_cast<int64_t>(i) - 1)]);
+  }
+  v1::PagedLayout* paged = open->mutable_paged();
+  paged->Clear();
+  paged->set_block_tokens(block_tokens);
+  paged->set_block_count(static_cast<uint32_t>(blocks.size()));
+  for (uint32_t i = 0; i < needed; ++i) paged->add_block_table(blocks[i]);
+}
+
 Effective::Effective(const v1::Open& open) {
   const v1::Method& method = open.method();
   const uint32_t tokens = open.prompt_tokens();
   plan = open.output() == v1::OUTPUT_PLAN;
   value_dim =
       open.geometry().value_dim() != 0 ? open.geometry().value_dim() : open.geometry().key_dim();
+  const bool fp8 = ElementBytes(open.dtype()) == 1;
+  query_dtype = open.query_dtype() != v1::DTYPE_UNSPECIFIED ? open.query_dtype()
+                : fp8                                       ? v1::DTYPE_BF16
+                                                            : open.dtype();
+  if (open.kv_scales() == v1::KV_SCALES_PER_TENSOR) scales = 1;
+  if (open.kv_scales() == v1::KV_SCALES_PER_KV_HEAD) scales = open.geometry().kv_head_count();
   snapkv = method.has_snapkv();
   streaming = method.has_streaming_llm();
   full = method.has_full();
@@ -139,11 +184,15 @@ Effective::Effective(const v1::Open& open) {
   for (uint32_t count : layers) largest = std::max(largest, count);
   const bool queries = statistic == v1::STATISTIC_WINDOW_QUERIES;
   if (!plan || queries) tensors.push_back(v1::TENSOR_KEYS);
-  if (!plan) tensors.push_back(v1::TENSOR_VALUES);
+  if (!plan && !open.geometry().values_in_keys()) tensors.push_back(v1::TENSOR_VALUES);
   if (queries) tensors.push_back(v1::TENSOR_WINDOW_QUERIES);
   if (queries && open.window_lse()) tensors.push_back(v1::TENSOR_WINDOW_LSE);
   if (statistic == v1::STATISTIC_SALIENCY || statistic == v1::STATISTIC_SALIENCY_PER_KV_HEAD) {
     tensors.push_back(v1::TENSOR_SALIENCY);
+  }
+  if (scales > 0 && (!plan || queries)) tensors.push_back(v1::TENSOR_KEY_SCALES);
+  if (scales > 0 && !plan && !open.geometry().values_in_keys()) {
+    tensors.push_back(v1::TENSOR_VALUE_SCALES);
   }
 }
 
@@ -153,6 +202,10 @@ PromptData::PromptData(const v1::Open& open, uint64_t seed) : open_(open), effec
   for (uint32_t layer = 0; layer < layers(); ++layer) {
     Random random(seed * 1000003 + layer);
     FillLayer(layer, &random);
+    for (const v1::Tensor tensor : {v1::TENSOR_KEYS, v1::TENSOR_VALUES}) {
+      if (open.has_paged()) Page(layer, tensor, open.prompt_tokens(), /*in_order=*/false);
+    }
+    if (open.window_lse()) FillLse(layer);
   }
 }
 
@@ -160,10 +213,12 @@ void PromptData::FillLayer(uint32_t layer, Random* random) {
   const v1::ModelGeometry& geometry = open_.geometry();
   const uint64_t tokens = open_.prompt_tokens();
   auto fill = [&](v1::Tensor tensor, uint64_t elements, int64_t span) {
+    const v1::DType dtype =
+        tensor == v1::TENSOR_WINDOW_QUERIES ? effective_.query_dtype : open_.dtype();
     std::string& out = tensors_[layer][tensor];
-    out.reserve(elements * ElementBytes(open_.dtype()));
+    out.reserve(elements * ElementBytes(dtype));
     for (uint64_t i = 0; i < elements; ++i) {
-      AppendElement(open_.dtype(), static_cast<float>(random->Between(-span, span)) / 64, &out);
+      AppendElement(dtype, static_cast<float>(random->Between(-span, span)) / 64, &out);
     }
   };
   if (effective_.layers[layer] == 0) return;
@@ -179,12 +234,15 @@ void PromptData::FillLayer(uint32_t layer, Random* random) {
         fill(tensor, uint64_t{geometry.query_head_count()} * effective_.window * geometry.key_dim(),
              32 * (1 + (layer * 3 + 1) % 4));
         break;
-      case v1::TENSOR_WINDOW_LSE: {
-        for (const float lse : WindowLse(*this, layer)) {
-          AppendElement(v1::DTYPE_F32, lse, &tensors_[layer][tensor]);
+      case v1::TENSOR_KEY_SCALES:
+      case v1::TENSOR_VALUE_SCALES:
+        for (uint32_t i = 0; i < effective_.scales; ++i) {
+          AppendElement(v1::DTYPE_F32, static_cast<float>(random->Between(8, 40)) / 24,
+                        &tensors_[layer][tensor]);
         }
         break;
-      }
+      case v1::TENSOR_WINDOW_LSE:  // later
+        break;
       default: {  // saliency: many distinct values, some ties, a few heavy tokens
         const uint64_t rows =
             effective_.statistic == v1::STATISTIC_SALIENCY ? 1 : geometry.kv_head_count();
@@ -207,29 +265,71 @@ std::string* PromptData::mutable_tensor(uint32_t layer, v1::Tensor tensor) {
   return &tensors_[layer][tensor];
 }
 
+uint64_t PromptData::RowIndex(uint32_t layer, uint64_t head, uint64_t token) const {
+  const uint64_t heads = open_.geometry().kv_head_count();
+  if (!open_.has_paged()) return DenseRow(open_.layout(), heads, tokens(layer), head, token);
+  const uint64_t size = open_.paged().block_tokens();
+  const uint64_t block = rows_[layer].empty()
+                             ? open_.paged().block_table(static_cast<int>(token / size))
+                             : token / size;
+  return PagedRow(open_.layout(), heads, size, block, head, token % size);
+}
+
+void PromptData::Page(uint32_t layer, v1::Tensor tensor, uint64_t tokens, bool in_order) {
+  std::string& bytes = tensors_[layer][tensor];
+  if (bytes.empty()) return;
+  const uint64_t heads = open_.geometry().kv_head_count();
+  const uint64_t size = open_.paged().block_tokens();
+  const uint64_t row = bytes.size() / heads / tokens;
+  const uint64_t blocks = in_order ? (tokens + size - 1) / size : open_.paged().block_count();
+  std::string pool(blocks * size * heads * row, '\xff');  // NaN in every type
+  for (uint64_t head = 0; head < heads; ++head) {
+    for (uint64_t token = 0; token < tokens; ++token) {
+      const uint64_t block =
+          in_order ? token / size : open_.paged().block_table(static_cast<int>(token / size));
+      pool.replace(PagedRow(open_.layout(), heads, size, block, head, token % size) * row, row,
+                   bytes, DenseRow(open_.layout(), heads, tokens, head, token) * row, row);
+    }
+  }
+  bytes = std::move(pool);
+}
+
 void PromptData::KeepRows(uint32_t layer, const std::vector<int32_t>& skeleton) {
   const uint64_t tokens = open_.prompt_tokens();
   const uint64_t heads = open_.geometry().kv_head_count();
-  const bool head_first = open_.layout() == v1::LAYOUT_HEAD_TOKEN_DIM;
-  for (const v1::Tensor tensor : {v1::TENSOR_KEYS, v1::TENSOR_VALUES, v1::TENSOR_SALIENCY}) {
+  for (const v1::Tensor tensor : {v1::TENSOR_KEYS, v1::TENSOR_VALUES}) {
     std::string& bytes = tensors_[layer][tensor];
     if (bytes.empty()) continue;
-    uint64_t runs = head_first ? heads : 1;
-    if (tensor == v1::TENSOR_SALIENCY) {
-      runs = effective_.statistic == v1::STATISTIC_SALIENCY ? 1 : heads;
+    const uint64_t row =
+        ElementBytes(open_.dtype()) *
+        (tensor == v1::TENSOR_KEYS ? open_.geometry().key_dim() : effective_.value_dim);
+    std::string kept(heads * skeleton.size() * row, '\0');
+    for (uint64_t head = 0; head < heads; ++head) {
+      for (size_t i = 0; i < skeleton.size(); ++i) {
+        kept.replace(DenseRow(open_.layout(), heads, skeleton.size(), head, i) * row, row, bytes,
+                     RowIndex(layer, head, static_cast<uint64_t>(skeleton[i])) * row, row);
+      }
     }
-    const uint64_t row = bytes.size() / runs / tokens;
+    bytes = kept;
+    if (open_.has_paged()) Page(layer, tensor, skeleton.size(), /*in_order=*/true);
+  }
+  if (std::string& bytes = tensors_[layer][v1::TENSOR_SALIENCY]; !bytes.empty()) {
+    const uint64_t rows = effective_.statistic == v1::STATISTIC_SALIENCY ? 1 : heads;
     std::string kept;
-    for (uint64_t run = 0; run < runs; ++run) {
-      for (const int32_t token : skeleton) kept += bytes.substr((run * tokens + token) * row, row);
+    for (uint64_t row = 0; row < rows; ++row) {
+      for (const int32_t token : skeleton) kept += bytes.substr((row * tokens + token) * 4, 4);
     }
     bytes = kept;
   }
   std::string& positions = tensors_[layer][v1::TENSOR_POSITIONS];
   positions.assign(reinterpret_cast<const char*>(skeleton.data()), skeleton.size() * 4);
   rows_[layer] = skeleton;
+  if (open_.window_lse()) FillLse(layer);
+}
+
+void PromptData::FillLse(uint32_t layer) {
+  if (effective_.layers[layer] == 0 || effective_.statistic != v1::STATISTIC_WINDOW_QUERIES) return;
   std::string& lse = tensors_[layer][v1::TENSOR_WINDOW_LSE];
-  if (lse.empty()) return;
   lse.clear();
   for (const float value : WindowLse(*this, layer)) AppendElement(v1::DTYPE_F32, value, &lse);
 }
@@ -243,9 +343,16 @@ void PromptData::KeepHeads(const v1::ShardGroup& group, uint32_t sharers) {
       std::string& bytes = tensors_[layer][which];
       bytes = SliceHeads(bytes, runs_of_heads, heads, range);
     };
-    const uint32_t rows = open_.layout() == v1::LAYOUT_HEAD_TOKEN_DIM ? 1 : tokens(layer);
+    const uint32_t blocks = open_.has_paged() ? open_.paged().block_count() : 1;
+    const uint32_t slots =
+        open_.has_paged() ? blocks * open_.paged().block_tokens() : tokens(layer);
+    const uint32_t rows = open_.layout() == v1::LAYOUT_HEAD_TOKEN_DIM ? blocks : slots;
     keep(v1::TENSOR_KEYS, rows, geometry.kv_head_count(), group.kv_heads());
     keep(v1::TENSOR_VALUES, rows, geometry.kv_head_count(), group.kv_heads());
+    if (open_.kv_scales() == v1::KV_SCALES_PER_KV_HEAD) {
+      keep(v1::TENSOR_KEY_SCALES, 1, geometry.kv_head_count(), group.kv_heads());
+      keep(v1::TENSOR_VALUE_SCALES, 1, geometry.kv_head_count(), group.kv_heads());
+    }
     keep(v1::TENSOR_WINDOW_QUERIES, 1, geometry.query_head_count(), group.query_heads());
     keep(v1::TENSOR_WINDOW_LSE, 1, geometry.query_head_count(), group.query_heads());
     if (effective_.statistic == v1::STATISTIC_SALIENCY_PER_KV_HEAD) {

@@ -16,6 +16,10 @@ namespace structkv::testkit {
 // KV heads of 32.
 v1::Open SmallOpen(uint32_t tokens = 200);
 
+// Has the prompt's keys and values lie in a pool of its blocks and `spare` others, in an order that
+// `seed` chooses.
+void PageAtRandom(uint32_t block_tokens, uint32_t spare, uint64_t seed, v1::Open* open);
+
 // What docs and proto promise for an `Open` where a field is unset. Written down here again, so
 // that the server's own defaults are what is tested.
 struct Effective {
@@ -44,12 +48,15 @@ struct Effective {
   v1::Pooling pooling = v1::POOLING_NONE;
   uint32_t kernel = 5;
   uint32_t value_dim = 0;
+  v1::DType query_dtype = v1::DTYPE_UNSPECIFIED;
+  uint32_t scales = 0;  // elements of a tensor of scales
   // Tensors that every layer needs that keeps tokens, in the order of their numbers.
   std::vector<v1::Tensor> tensors;
 };
 
-// Every tensor of every layer. Elements are multiples of 1/64 that each dtype holds exactly; the
-// statistics differ from layer to layer.
+// Every tensor of every layer. Elements are multiples of 1/64 that each dtype holds exactly (of
+// fp8, what is nearest to them); the statistics differ from layer to layer. Paged keys and values
+// are the dense ones, put into their blocks; every other slot holds NaN.
 class PromptData {
  public:
   PromptData(const v1::Open& open, uint64_t seed);
@@ -62,6 +69,9 @@ class PromptData {
   std::string* mutable_tensor(uint32_t layer, v1::Tensor tensor);
   // Bytes of all tensors.
   uint64_t total_bytes() const;
+
+  // Where the keys (and values) of a token of a layer lie, counted in vectors of the tensor.
+  uint64_t RowIndex(uint32_t layer, uint64_t head, uint64_t token) const;
 
   // Leaves a layer the rows of `skeleton` alone, with the skeleton as TENSOR_POSITIONS.
   void KeepRows(uint32_t layer, const std::vector<int32_t>& skeleton);
@@ -82,6 +92,10 @@ class PromptData {
 
  private:
   void FillLayer(uint32_t layer, Random* random);
+  // From the oracle's scores, once all that these depend on is there.
+  void FillLse(uint32_t layer);
+  // Puts the dense keys or values of `tokens` into blocks: of the table, or in order.
+  void Page(uint32_t layer, v1::Tensor tensor, uint64_t tokens, bool in_order);
 
   v1::Open open_;
   Effective effective_;
@@ -92,6 +106,11 @@ class PromptData {
 // Heads `range` of a tensor of `runs` runs, each [heads, ...].
 std::string SliceHeads(const std::string& tensor, uint64_t runs, uint64_t heads,
                        const v1::HeadRange& range);
+
+// Where kept token `i` of `kept` lies in a result's keys (and values), counted in vectors, and how
+// many vectors there are.
+uint64_t OutputRowIndex(const v1::Open& open, uint64_t kept, uint64_t head, uint64_t i);
+uint64_t OutputRows(const v1::Open& open, uint64_t kept);
 
 // A piece of a tensor, by copy.
 v1::TensorPiece MakePiece(const PromptData& data, uint32_t layer, v1::Tensor tensor,

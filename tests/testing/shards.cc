@@ -42,9 +42,14 @@ Answer SliceAnswer(const v1::Open& open, const Answer& whole, const v1::ShardGro
   for (auto& [index, layer] : part.layers) {
     for (auto& [tensor, bytes] : layer.tensors) {
       const bool rows = tensor == v1::TENSOR_KEYS || tensor == v1::TENSOR_VALUES;
-      if (!rows && !per_head) continue;
-      const uint64_t runs =
-          rows && open.layout() == v1::LAYOUT_TOKEN_HEAD_DIM ? layer.kept_tokens : 1;
+      const bool scales = tensor == v1::TENSOR_KEY_SCALES || tensor == v1::TENSOR_VALUE_SCALES;
+      if (!rows && !(scales ? open.kv_scales() == v1::KV_SCALES_PER_KV_HEAD : per_head)) continue;
+      uint64_t runs = 1;
+      if (rows && open.layout() == v1::LAYOUT_TOKEN_HEAD_DIM) {
+        runs = OutputRows(open, layer.kept_tokens) / heads;
+      } else if (rows && open.has_paged()) {
+        runs = layer.kept_blocks;
+      }
       bytes = SliceHeads(bytes, runs, heads, group.kv_heads());
     }
   }

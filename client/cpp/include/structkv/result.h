@@ -17,13 +17,19 @@ struct LayerResult {
   uint32_t layer = 0;
   // Tokens kept in each KV head; of a layer of skeleton rows at most the skeleton.
   uint32_t kept_tokens = 0;
+  // Blocks of `keys` where they are paged: [block, kv_head, token, dim] or the layout of `Open`.
+  uint32_t kept_blocks = 0;
   // Where the method has statistics.
   std::optional<v1::LayerMetrics> metrics;
   // [kept_tokens] or, selected per KV head, [kv_heads, kept_tokens]; int32, ascending in each row.
   Bytes positions;
-  // [kv_heads, kept_tokens, dim] or the layout of `Open`, of its dtype; empty for a plan.
+  // [kv_heads, kept_tokens, dim] or the layout of `Open`, of its dtype; empty for a plan. Values
+  // that are a part of the keys (ModelGeometry.values_in_keys) are empty too.
   Bytes keys;
   Bytes values;
+  // [1] or [kv_heads] float32 by `Open.kv_scales`, as they were sent; empty for a plan.
+  Bytes key_scales;
+  Bytes value_scales;
   // [N] or [kv_heads, N] float32, on request; of a layer of skeleton rows the skeleton's tokens in
   // place of N.
   Bytes saliency;

@@ -27,6 +27,8 @@ struct LayerTensors {
   absl::Span<const std::byte> window_queries;
   absl::Span<const std::byte> window_lse;
   absl::Span<const std::byte> saliency;
+  absl::Span<const std::byte> key_scales;
+  absl::Span<const std::byte> value_scales;
   // Not empty: the layer holds skeleton rows alone, and this is PivotResult.skeleton. Keys, values
   // and saliency then have its tokens in place of N. From PivotResult.skeleton_from_layer on.
   // Always copied.
@@ -85,7 +87,7 @@ class CompressSession {
   // Sends the keys and values of tokens [first_token, first_token + tokens) of a full layer; with
   // [kv_head, token, dim] that is a piece for each KV head. The layer's other tensors go by Send or
   // SendLayer, at any time. INVALID_ARGUMENT where the tokens leave the prompt, or a tensor has
-  // another size than theirs.
+  // another size than theirs, or they are paged (Send takes whole blocks).
   absl::Status SendChunk(uint32_t layer, uint32_t first_token, uint32_t tokens,
                          const ChunkTensors& chunk);
 

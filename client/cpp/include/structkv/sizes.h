@@ -10,9 +10,16 @@ namespace structkv::client {
 // Bytes of one element; 0 for an unknown type.
 uint64_t ElementBytes(v1::DType dtype);
 
+// The element type of window queries: `Open.query_dtype` or its default.
+v1::DType QueryDType(const v1::Open& open);
+
 // The granularity of a method with every parameter in force, as `Opened` has it: PER_LAYER where
 // the method has none.
 v1::Granularity EffectiveGranularity(const v1::Method& method);
+
+// Blocks of keys that a layer of `kept` tokens comes back in; 0 where they are not paged, or do not
+// come back.
+uint32_t KeptBlocks(const v1::Open& open, uint32_t kept);
 
 // Bytes of one layer's tensor on the way to the server, for a layer that keeps tokens (the others
 // send nothing); 0 where this prompt has no such tensor.
