@@ -69,7 +69,7 @@ class Schema {
               const std::string& help) {
     Add(group, name, value, help)
         ->check(CLI::Range(static_cast<T>(min), static_cast<T>(max)))
-        ->option_text("N");
+        ->option_text("N [" + std::to_string(*value) + "]");
   }
 
   void Bytes(const char* group, const std::string& name, int64_t* value, int64_t min, int64_t max,
@@ -77,7 +77,7 @@ class Schema {
     Add(group, name, value, help)
         ->transform(Unit(ParseBytes, FormatBytes, "size; write for instance 512MiB", min, max))
         ->default_str(FormatBytes(*value))
-        ->option_text("SIZE");
+        ->option_text("SIZE [" + FormatBytes(*value) + "]");
   }
 
   // The duration is set by Finish.
@@ -87,7 +87,7 @@ class Schema {
     Add(group, name, millis.get(), help)
         ->transform(Unit(ParseMillis, FormatMillis, "duration; write for instance 30s", min, max))
         ->default_str(FormatMillis(*millis))
-        ->option_text("DURATION");
+        ->option_text("DURATION [" + FormatMillis(*millis) + "]");
     finish_.push_back([millis, value] { *value = absl::Milliseconds(*millis); });
   }
 
@@ -97,7 +97,7 @@ class Schema {
     auto text = std::make_shared<std::string>("text");
     Add(group, name, text.get(), help)
         ->check(CLI::IsMember(std::vector<std::string>{"text", "json"}))
-        ->option_text("text|json");
+        ->option_text("text|json [text]");
     finish_.push_back([text, value] {
       *value = *text == "json" ? rpc::LogFormat::kJson : rpc::LogFormat::kText;
     });
@@ -122,7 +122,7 @@ void AddNetwork(Schema* schema, Config* config) {
       ->Add(kGroup, "listen", &server.listen,
             "Address to listen on: host:port (port 0: any free one) or unix:/path; may be repeated")
       ->delimiter(',')
-      ->option_text("ADDRESS ...");
+      ->option_text("ADDRESS ... [" + server.listen[0] + "]");
   schema->Bytes(kGroup, "max-message", &server.streams.max_message_bytes, rpc::kMinMessageBytes,
                 kGiB, "Longest message in either direction");
   schema->Number(kGroup, "max-streams-per-connection", &server.max_streams_per_connection, 1,
@@ -142,7 +142,7 @@ void AddCompute(Schema* schema, Config* config) {
   for (std::string_view name : BackendNames()) backends.emplace_back(name);
   schema->Add(kGroup, "backend", &config->server.backend, "What computes: auto, cpu or reference")
       ->check(CLI::IsMember(backends))
-      ->option_text("NAME");
+      ->option_text("NAME [" + config->server.backend + "]");
   schema->Number(kGroup, "threads", &sessions.threads, 0, 1024, "Compute threads; 0: one per core");
   schema->Bytes(kGroup, "memory-budget", &sessions.memory_budget_bytes, kMiB, 64 * kTiB,
                 "Memory for all prompts together; a prompt that does not fit is refused at open");
@@ -188,7 +188,7 @@ void AddLog(Schema* schema, Config* config) {
   constexpr char kGroup[] = "Log (standard error)";
   schema->LogFormat(kGroup, "log-format", &config->log_format, "text or json");
   schema->Add(kGroup, "log-sessions", &config->log_sessions, "One line at the end of a stream")
-      ->option_text("BOOL");
+      ->option_text(config->log_sessions ? "BOOL [true]" : "BOOL [false]");
 }
 
 // The options that the environment sets.
@@ -208,7 +208,8 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
   Config config;
   CLI::App app(
       "StructKV server: compresses KV caches. Options come from flags, then from the "
-      "environment (STRUCTKV_MEMORY_BUDGET for --memory-budget), then from the file.",
+      "environment (STRUCTKV_MEMORY_BUDGET for --memory-budget), then from the file. Defaults "
+      "stand in brackets; a SIZE is for instance 512MiB, a DURATION 30s.",
       "structkv-server");
   app.set_version_flag("--version", std::string("structkv-server ") + rpc::kVersion);
   // CLI11 reads the file before it looks at the environment, so the variable is looked up here.

@@ -30,13 +30,15 @@ void TuneMalloc() {
   mallopt(M_ARENA_MAX, 1);
 }
 
-// SIGTERM and SIGINT wait to be fetched, in this thread and all that it starts.
+// SIGTERM and SIGINT wait to be fetched, in this thread and all that it starts. SIGPIPE is ignored.
 sigset_t BlockSignals() {
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  // A reader of the log that goes away costs lines of the log, not the server.
+  std::signal(SIGPIPE, SIG_IGN);
   return signals;
 }
 

@@ -18,6 +18,7 @@
 #include "kernels/backend_registry.h"
 #include "service/rpc/compression_service.h"
 #include "service/rpc/stream_set.h"
+#include "service/unix_socket.h"
 
 namespace structkv {
 namespace {
@@ -108,6 +109,10 @@ class Server::Impl {
     SetLimits(options_, &builder);
     std::vector<int> ports(options_.listen.size(), 0);
     for (size_t i = 0; i < ports.size(); ++i) {
+      if (UnixSocketInUse(options_.listen[i])) {
+        return absl::UnavailableError(
+            absl::StrCat("cannot listen on ", options_.listen[i], ": another server does"));
+      }
       builder.AddListeningPort(options_.listen[i], grpc::InsecureServerCredentials(), &ports[i]);
     }
     builder.RegisterService(&service_);

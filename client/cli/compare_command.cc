@@ -1,9 +1,6 @@
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
-#include <fstream>
 #include <memory>
 #include <optional>
 #include <string>
@@ -19,6 +16,7 @@
 #include "client/cli/geometry_text.h"
 #include "client/cli/kept.h"
 #include "client/cli/method_flags.h"
+#include "client/cli/output_file.h"
 #include "client/cli/overlap.h"
 #include "client/cli/svg_compare.h"
 #include "client/cli/text.h"
@@ -245,16 +243,11 @@ absl::Status Draw(const CompareFlags& flags, const Capture& capture,
     }
     if (row.pivot.has_value()) method.pivot_layer = row.pivot->pivot_layer;
   }
-  std::ofstream out(flags.output, std::ios::binary | std::ios::trunc);
-  out << RenderComparison(picture);
-  out.close();
-  if (!out) {
-    return absl::UnknownError(absl::StrCat(flags.output, ": cannot write: ", std::strerror(errno)));
-  }
-  return absl::OkStatus();
+  return WriteFile(flags.output, RenderComparison(picture));
 }
 
 absl::Status RunCompare(const CompareFlags& flags) {
+  if (absl::Status status = CheckNotInput(flags.output, flags.input); !status.ok()) return status;
   absl::StatusOr<Capture> capture = Capture::Open(flags.input);
   if (!capture.ok()) return capture.status();
   if (!flags.column_sums.empty()) {

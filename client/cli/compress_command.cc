@@ -15,6 +15,7 @@
 #include "client/cli/geometry_text.h"
 #include "client/cli/kept.h"
 #include "client/cli/method_flags.h"
+#include "client/cli/output_file.h"
 #include "client/cli/text.h"
 #include "nlohmann/json.hpp"
 #include "structkv/sizes.h"
@@ -183,6 +184,7 @@ absl::Status CheckSkeletonFits(const CompressFlags& flags, const v1::Opened& ope
 }
 
 absl::Status RunCompress(const CompressFlags& flags) {
+  if (absl::Status status = CheckNotInput(flags.output, flags.input); !status.ok()) return status;
   absl::StatusOr<Capture> capture = Capture::Open(flags.input);
   if (!capture.ok()) return capture.status();
   if (!flags.column_sums.empty()) {

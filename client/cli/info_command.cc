@@ -103,8 +103,9 @@ std::string EnumList(const Values& values, const char* prefix, Name name) {
 void PrintServer(const Compressor& compressor, const v1::GetCapabilitiesResponse& caps) {
   std::printf("%s: structkv %s\n\n", compressor.description().c_str(), caps.version().c_str());
   for (const v1::BackendInfo& backend : caps.backends()) {
-    std::printf("  backend       %s (%s)\n", backend.name().c_str(),
-                absl::StrJoin(backend.devices(), ", ").c_str());
+    std::printf(
+        "  backend       %s (%s)\n", backend.name().c_str(),
+        backend.devices().empty() ? "not in use" : absl::StrJoin(backend.devices(), ", ").c_str());
   }
   const auto line = [](const char* name, const std::string& value) {
     std::printf("  %-12s  %s\n", name, value.c_str());

@@ -282,6 +282,23 @@ void AddMethodFlags(CLI::App* app, MethodFlags* f) {
       ->group(kPivotGroup);
 }
 
+namespace {
+
+// What a method cannot do without, by the flag's name rather than the protocol's.
+absl::Status CheckGivenLayer(const MethodFlags& flags) {
+  if (flags.method == "fastkv" && !flags.tsp_layer.has_value()) {
+    return absl::InvalidArgumentError(
+        "--tsp-layer: fastkv needs the layer that chooses the skeleton (Llama-3.1-8B: 15)");
+  }
+  if (flags.method == "gemfilter" && !flags.filter_layer.has_value()) {
+    return absl::InvalidArgumentError(
+        "--filter-layer: gemfilter needs the layer that chooses the tokens (Llama-3.1-8B: 13)");
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
 absl::StatusOr<v1::Method> BuildMethod(const MethodFlags& flags) {
   Remaining rest;
   rest.Add("--kv-budget", flags.kv_budget);
@@ -333,6 +350,7 @@ absl::StatusOr<v1::Method> BuildMethod(const MethodFlags& flags) {
     return absl::InvalidArgumentError(absl::StrCat("--method ", flags.method, " is unknown"));
   }
   absl::Status status = rest.Check(flags.method);
+  if (status.ok()) status = CheckGivenLayer(flags);
   if (!status.ok()) return status;
   return method;
 }

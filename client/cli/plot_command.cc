@@ -1,13 +1,10 @@
-#include <cerrno>
 #include <cstdio>
-#include <cstring>
-#include <fstream>
 #include <memory>
 #include <string>
 
 #include "absl/status/status.h"
-#include "absl/strings/str_cat.h"
 #include "client/cli/commands.h"
+#include "client/cli/output_file.h"
 #include "client/cli/plot_data.h"
 #include "client/cli/safetensors.h"
 #include "client/cli/svg_plot.h"
@@ -23,17 +20,13 @@ struct PlotFlags {
 };
 
 absl::Status RunPlot(const PlotFlags& flags) {
+  if (absl::Status status = CheckNotInput(flags.output, flags.input); !status.ok()) return status;
   absl::StatusOr<std::shared_ptr<const SafetensorsFile>> file = SafetensorsFile::Open(flags.input);
   if (!file.ok()) return file.status();
   absl::StatusOr<PlotData> data = ReadPlotData(**file);
   if (!data.ok()) return data.status();
   const std::string svg = RenderPlot(*data);
-  std::ofstream out(flags.output, std::ios::binary | std::ios::trunc);
-  out << svg;
-  out.close();
-  if (!out) {
-    return absl::UnknownError(absl::StrCat(flags.output, ": cannot write: ", std::strerror(errno)));
-  }
+  if (absl::Status status = WriteFile(flags.output, svg); !status.ok()) return status;
   if (flags.json) {
     const nlohmann::ordered_json json = {
         {"input", flags.input}, {"output", flags.output}, {"bytes", svg.size()}};

@@ -1,11 +1,5 @@
 #include "client/cli/safetensors_writer.h"
 
-#include <fcntl.h>
-#include <unistd.h>
-
-#include <cerrno>
-#include <cstdio>
-#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -17,17 +11,12 @@ namespace {
 constexpr uint64_t kLengthBytes = 8;
 constexpr uint64_t kAlignment = 64;  // of the data section in the file
 
-absl::Status SystemError(const std::string& path, const char* what) {
-  return absl::UnknownError(absl::StrCat(path, ": ", what, ": ", std::strerror(errno)));
-}
-
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<SafetensorsWriter>> SafetensorsWriter::Create(
     const std::string& path, std::vector<TensorDeclaration> tensors,
     size_t metadata_reserve_bytes) {
   std::unique_ptr<SafetensorsWriter> writer(new SafetensorsWriter());
-  writer->path_ = path;
   uint64_t offset = 0;
   for (TensorDeclaration& declaration : tensors) {
     uint64_t bytes = SafetensorsElementBytes(declaration.dtype);
@@ -46,16 +35,10 @@ absl::StatusOr<std::unique_ptr<SafetensorsWriter>> SafetensorsWriter::Create(
   }
   const uint64_t needed = kLengthBytes + writer->Header({}).size() + metadata_reserve_bytes;
   writer->header_bytes_ = (needed + kAlignment - 1) / kAlignment * kAlignment - kLengthBytes;
-  writer->partial_path_ = absl::StrCat(path, ".partial.", getpid());
-  writer->fd_ = open(writer->partial_path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-  if (writer->fd_ < 0) return SystemError(path, "cannot create");
+  absl::StatusOr<std::unique_ptr<OutputFile>> file = OutputFile::Create(path);
+  if (!file.ok()) return file.status();
+  writer->file_ = *std::move(file);
   return writer;
-}
-
-SafetensorsWriter::~SafetensorsWriter() {
-  if (fd_ < 0) return;
-  close(fd_);
-  unlink(partial_path_.c_str());
 }
 
 std::string SafetensorsWriter::Header(const std::map<std::string, std::string>& metadata) const {
@@ -72,46 +55,36 @@ std::string SafetensorsWriter::Header(const std::map<std::string, std::string>& 
   return json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
-absl::Status SafetensorsWriter::WriteAt(uint64_t offset, absl::Span<const std::byte> data) const {
-  while (!data.empty()) {
-    const ssize_t wrote = pwrite(fd_, data.data(), data.size(), static_cast<off_t>(offset));
-    if (wrote < 0 && errno == EINTR) continue;
-    if (wrote <= 0) return SystemError(path_, "cannot write");
-    offset += static_cast<uint64_t>(wrote);
-    data.remove_prefix(static_cast<size_t>(wrote));
-  }
-  return absl::OkStatus();
-}
-
 absl::Status SafetensorsWriter::Write(const std::string& name, absl::Span<const std::byte> data) {
   const auto it = tensors_.find(name);
   if (it == tensors_.end()) {
-    return absl::NotFoundError(absl::StrCat(path_, ": tensor '", name, "' was not declared"));
+    return absl::NotFoundError(
+        absl::StrCat(file_->path(), ": tensor '", name, "' was not declared"));
   }
   if (data.size() != it->second.size_bytes()) {
     return absl::InvalidArgumentError(
-        absl::StrCat(path_, ": tensor '", name, "' of ", ShapeText(it->second.shape), " takes ",
-                     it->second.size_bytes(), " bytes, not ", data.size()));
+        absl::StrCat(file_->path(), ": tensor '", name, "' of ", ShapeText(it->second.shape),
+                     " takes ", it->second.size_bytes(), " bytes, not ", data.size()));
   }
   if (!written_.emplace(name, true).second) {
     return absl::InvalidArgumentError(
-        absl::StrCat(path_, ": tensor '", name, "' was written before"));
+        absl::StrCat(file_->path(), ": tensor '", name, "' was written before"));
   }
-  return WriteAt(kLengthBytes + header_bytes_ + it->second.begin, data);
+  return file_->WriteAt(kLengthBytes + header_bytes_ + it->second.begin, data);
 }
 
 absl::Status SafetensorsWriter::Finish(const std::map<std::string, std::string>& metadata) {
   for (const std::string& name : order_) {
     if (written_.count(name) == 0 && tensors_.at(name).size_bytes() > 0) {
       return absl::FailedPreconditionError(
-          absl::StrCat(path_, ": tensor '", name, "' was not written"));
+          absl::StrCat(file_->path(), ": tensor '", name, "' was not written"));
     }
   }
   std::string header = Header(metadata);
   if (header.size() > header_bytes_) {
-    return absl::InvalidArgumentError(absl::StrCat(path_, ": the metadata take ", header.size(),
-                                                   " bytes of header, reserved were ",
-                                                   header_bytes_));
+    return absl::InvalidArgumentError(
+        absl::StrCat(file_->path(), ": the metadata take ", header.size(),
+                     " bytes of header, reserved were ", header_bytes_));
   }
   header.resize(header_bytes_, ' ');
   std::string start;
@@ -120,15 +93,8 @@ absl::Status SafetensorsWriter::Finish(const std::map<std::string, std::string>&
   }
   start += header;
   absl::Status status =
-      WriteAt(0, {reinterpret_cast<const std::byte*>(start.data()), start.size()});
-  if (!status.ok()) return status;
-  if (close(std::exchange(fd_, -1)) != 0) {
-    status = SystemError(path_, "cannot write");
-  } else if (std::rename(partial_path_.c_str(), path_.c_str()) != 0) {
-    status = SystemError(path_, "cannot create");
-  }
-  if (!status.ok()) unlink(partial_path_.c_str());
-  return status;
+      file_->WriteAt(0, {reinterpret_cast<const std::byte*>(start.data()), start.size()});
+  return status.ok() ? file_->Finish() : status;
 }
 
 }  // namespace structkv::cli

@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "client/cli/output_file.h"
 #include "client/cli/safetensors.h"
 
 namespace structkv::cli {
@@ -23,18 +24,15 @@ struct TensorDeclaration {
 };
 
 // The tensors are declared first; their data come in any order, and the metadata last. The file
-// appears under its name when Finish() succeeds; until then it has another one, and an object that
-// is destroyed before leaves nothing behind. Not thread-safe.
+// appears under its name when Finish() succeeds (see OutputFile). Not thread-safe.
 class SafetensorsWriter {
  public:
   // `metadata_reserve_bytes`: room in the header for the metadata that Finish() brings.
-  // INVALID_ARGUMENT for an unknown dtype or a name that comes twice.
+  // INVALID_ARGUMENT for an unknown dtype or a name that comes twice; also the errors of
+  // OutputFile.
   static absl::StatusOr<std::unique_ptr<SafetensorsWriter>> Create(
       const std::string& path, std::vector<TensorDeclaration> tensors,
       size_t metadata_reserve_bytes = 16 * 1024);
-  ~SafetensorsWriter();
-  SafetensorsWriter(const SafetensorsWriter&) = delete;
-  SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
 
   // Writes a whole tensor. NOT_FOUND for one that was not declared, INVALID_ARGUMENT where the size
   // differs or it was written before.
@@ -51,12 +49,9 @@ class SafetensorsWriter {
 
  private:
   SafetensorsWriter() = default;
-  absl::Status WriteAt(uint64_t offset, absl::Span<const std::byte> data) const;
   std::string Header(const std::map<std::string, std::string>& metadata) const;
 
-  std::string path_;
-  std::string partial_path_;
-  int fd_ = -1;
+  std::unique_ptr<OutputFile> file_;
   uint64_t header_bytes_ = 0;
   std::vector<std::string> order_;
   std::map<std::string, TensorInfo> tensors_;

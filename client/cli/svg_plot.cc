@@ -48,7 +48,10 @@ class Panel {
       out += SvgRect(begin, kPanelTop, end - begin, kPanelHeight, "search");
     }
     const std::vector<double> ticks = Ticks(low_, high_, 3);
-    const double step = ticks.size() > 1 ? ticks[1] - ticks[0] : 1;
+    // A lone tick says itself how many digits it needs.
+    const double step = ticks.size() > 1             ? ticks[1] - ticks[0]
+                        : ticks.empty() || !ticks[0] ? 1
+                                                     : std::abs(ticks[0]);
     for (double tick : ticks) {
       out += SvgLine(left_, Y(tick), left_ + width_, Y(tick), "grid");
       out += SvgText(left_ - 6, Y(tick) + 4, "tick", TickText(tick, step), "end");

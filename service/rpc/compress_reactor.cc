@@ -136,8 +136,7 @@ void CompressReactor::TakeOpen(const v1::Open& open) {
   if (!opened.ok()) {
     if (absl::IsResourceExhausted(opened.status())) {
       context()->AddTrailingMetadata(
-          kRetryPushbackKey,
-          std::to_string(absl::ToInt64Milliseconds(shared_->limits.retry_pushback)));
+          kRetryPushbackKey, RetryPushback(opened.status(), shared_->limits.retry_pushback));
     }
     End(opened.status());
     return;

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "service/session/memory_budget.h"
 
 namespace structkv::rpc {
 
@@ -14,6 +15,11 @@ grpc::Status ToGrpc(const absl::Status& status) {
     absl::StrAppend(&text, "...");
   }
   return {static_cast<grpc::StatusCode>(status.code()), text};
+}
+
+std::string RetryPushback(const absl::Status& refusal, absl::Duration pushback) {
+  if (refusal.GetPayload(session::kNeverFits).has_value()) return "-1";
+  return std::to_string(absl::ToInt64Milliseconds(pushback));
 }
 
 absl::Status FromGrpc(const grpc::Status& status) {

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 #include "absl/status/status.h"
+#include "absl/time/time.h"
 #include "grpcpp/support/status.h"
 
 namespace structkv::rpc {
@@ -17,6 +19,10 @@ inline constexpr size_t kMaxErrorTextBytes = 2048;
 // Codes are the same numbers on both sides.
 grpc::Status ToGrpc(const absl::Status& status);
 absl::Status FromGrpc(const grpc::Status& status);
+
+// What kRetryPushbackKey says beside a refusal for lack of room: `pushback`, or -1 (never) where
+// the prompt is larger than the whole budget.
+std::string RetryPushback(const absl::Status& refusal, absl::Duration pushback);
 
 // "INVALID_ARGUMENT".
 const char* CodeName(grpc::StatusCode code);

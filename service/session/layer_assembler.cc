@@ -24,42 +24,42 @@ int64_t SizeOf(const InputPiece& piece) {
   return size;
 }
 
-// Looked at between two looks at `stop`, and small enough that bytes which are hashed and copied
-// are read from memory once.
-constexpr size_t kStepBytes = size_t{8} << 10;
+// Taken at a time, between two looks at `stop`: small enough that bytes which are hashed and copied
+// are read from memory once. Of a piece without a checksum the first kSampledBytes of each step,
+// counted from the piece's begin, are hashed.
+constexpr int64_t kStepBytes = int64_t{8} << 10;
+constexpr int64_t kSampledBytes = 256;
 
-// Calls step(part) for each part of the piece in turn; false: stopped.
+// Calls step(part, offset) for each part of the piece in turn, with its offset in the piece; a part
+// lies in one step. False: stopped.
 template <typename Step>
 bool ForEachPart(const InputPiece& piece, const std::atomic<bool>& stop, Step step) {
+  int64_t offset = 0;
   for (absl::Span<const std::byte> run : piece.data) {
     if (stop.load(std::memory_order_relaxed)) return false;
     while (!run.empty()) {
-      const size_t size = std::min(run.size(), kStepBytes);
-      step(run.subspan(0, size));
-      run.remove_prefix(size);
+      const auto size =
+          std::min(static_cast<int64_t>(run.size()), kStepBytes - offset % kStepBytes);
+      step(run.subspan(0, static_cast<size_t>(size)), offset);
+      run.remove_prefix(static_cast<size_t>(size));
+      offset += size;
     }
   }
   return true;
 }
 
-// Copies the piece's bytes to `to` unless it is null, and computes their XXH3 where the piece has
-// one to compare it with. `xxh3` is 0 elsewhere. False: stopped.
-bool CopyAndHash(const InputPiece& piece, std::byte* to, const std::atomic<bool>& stop,
-                 uint64_t* xxh3) {
-  const auto copy = [&to](absl::Span<const std::byte> part) {
-    if (to == nullptr) return;
-    std::memcpy(to, part.data(), part.size());
-    to += part.size();
-  };
-  *xxh3 = PieceMap::kNoChecksum;
-  if (!piece.xxh3_64.has_value()) return ForEachPart(piece, stop, copy);
+// Copies the piece's bytes to `to` unless it is null, and hashes them. False: stopped.
+bool CopyAndHash(const InputPiece& piece, bool sampled, std::byte* to,
+                 const std::atomic<bool>& stop, PieceDigest* digest) {
   XXH3_state_t state;
   XXH3_64bits_reset(&state);
-  const bool all = ForEachPart(piece, stop, [&](absl::Span<const std::byte> part) {
-    XXH3_64bits_update(&state, part.data(), part.size());
-    copy(part);
+  const bool all = ForEachPart(piece, stop, [&](absl::Span<const std::byte> part, int64_t offset) {
+    auto hashed = static_cast<int64_t>(part.size());
+    if (sampled) hashed = std::min(hashed, kSampledBytes - offset % kStepBytes);
+    if (hashed > 0) XXH3_64bits_update(&state, part.data(), static_cast<size_t>(hashed));
+    if (to != nullptr) std::memcpy(to + offset, part.data(), part.size());
   });
-  *xxh3 = XXH3_64bits_digest(&state);
+  *digest = {XXH3_64bits_digest(&state), sampled};
   return all;
 }
 
@@ -214,7 +214,9 @@ engine::LayerInput* LayerAssembler::Buffers(int64_t layer, bool skeleton_rows) {
   return &input;
 }
 
-bool LayerAssembler::IsKnownAgain(const InputPiece& piece, uint64_t known, uint64_t xxh3) {
+std::optional<bool> LayerAssembler::IsKnownAgain(const InputPiece& piece, const PieceDigest& known,
+                                                 PieceDigest digest,
+                                                 const std::atomic<bool>& stop) {
   if (piece.tensor == engine::InputTensor::kPositions) {
     const auto* skeleton = reinterpret_cast<const std::byte*>(skeleton_->positions.data());
     return SameBytes(piece, skeleton + piece.offset_bytes);
@@ -224,7 +226,11 @@ bool LayerAssembler::IsKnownAgain(const InputPiece& piece, uint64_t known, uint6
   if (held != partial_.end() && spec_.pulls(piece.tensor) == expects_rows) {
     return SameBytes(piece, BufferOf(held->second, piece.tensor).data() + piece.offset_bytes);
   }
-  return known == PieceMap::kNoChecksum || xxh3 == PieceMap::kNoChecksum || known == xxh3;
+  if (digest.sampled != known.sampled &&
+      !CopyAndHash(piece, known.sampled, nullptr, stop, &digest)) {
+    return std::nullopt;
+  }
+  return digest == known;
 }
 
 absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Take(const InputPiece& piece,
@@ -254,7 +260,7 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Take(const InputPiece& pie
   const int64_t tensor_bytes = positions ? skeleton_bytes_[index] : TensorBytes(layer, index);
   PieceMap& map = layer.tensors[index];
   const int64_t size = SizeOf(piece);
-  const absl::StatusOr<std::optional<uint64_t>> known =
+  const absl::StatusOr<std::optional<PieceDigest>> known =
       map.Find(tensor_bytes, piece.offset_bytes, size, Name(piece));
   if (!known.ok()) return known.status();
   std::byte* to = nullptr;
@@ -264,16 +270,18 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Take(const InputPiece& pie
     if (input == nullptr) return Taken::kNoBuffer;
     if (!positions) to = BufferOf(*input, piece.tensor).data() + piece.offset_bytes;
   }
-  uint64_t xxh3 = 0;
-  if (!CopyAndHash(piece, to, stop, &xxh3)) return Taken::kStopped;
-  if (piece.xxh3_64.has_value() && *piece.xxh3_64 != xxh3) {
+  PieceDigest digest;
+  if (!CopyAndHash(piece, !piece.xxh3_64.has_value(), to, stop, &digest)) return Taken::kStopped;
+  if (piece.xxh3_64.has_value() && *piece.xxh3_64 != digest.xxh3) {
     return absl::DataLossError(absl::StrFormat(
         "%s: the piece of %d bytes at offset_bytes %d has the checksum 0x%016x, its xxh3_64 says "
         "0x%016x",
-        Name(piece), size, piece.offset_bytes, xxh3, *piece.xxh3_64));
+        Name(piece), size, piece.offset_bytes, digest.xxh3, *piece.xxh3_64));
   }
   if (known->has_value()) {
-    if (IsKnownAgain(piece, **known, xxh3)) return Taken::kYes;
+    const std::optional<bool> same = IsKnownAgain(piece, **known, digest, stop);
+    if (!same.has_value()) return Taken::kStopped;
+    if (*same) return Taken::kYes;
     return absl::AlreadyExistsError(absl::StrCat(Name(piece), ": the piece of ", size,
                                                  " bytes at offset_bytes ", piece.offset_bytes,
                                                  " came before with other bytes"));
@@ -283,7 +291,7 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Take(const InputPiece& pie
     if (!layer.skeleton) ++layer.missing;
     layer.skeleton = true;
   }
-  map.Add(piece.offset_bytes, size, xxh3);
+  map.Add(piece.offset_bytes, size, digest);
   received_bytes_ += size;
   if (map.bytes() == tensor_bytes && --layer.missing == 0) Complete(piece.layer);
   return Taken::kYes;

@@ -28,7 +28,7 @@ namespace structkv::session {
 // computed, then its rows are expected; until these came it is unfinished. What
 // came is remembered for all layers until the end, so that a piece that is sent again is known
 // whenever it comes; its bytes are compared with those that came first while the layer is
-// incomplete, and afterwards by the checksums that both were sent with. Not thread-safe.
+// incomplete, and afterwards with their digest. Not thread-safe.
 class LayerAssembler {
  public:
   // `spec` and `pool` outlive the object. 1 <= layers_in_flight <= layers.
@@ -89,8 +89,9 @@ class LayerAssembler {
   absl::Status CheckSkeletonOrder(const InputPiece& piece, const Layer& layer) const;
   absl::Status CheckPositionValues(const InputPiece& piece) const;
   // Whether a piece whose place is known holds what came there, as far as can be told. `known` and
-  // `xxh3` are the checksums then and now.
-  bool IsKnownAgain(const InputPiece& piece, uint64_t known, uint64_t xxh3);
+  // `digest` are those of then and now. nullopt: stopped.
+  std::optional<bool> IsKnownAgain(const InputPiece& piece, const PieceDigest& known,
+                                   PieceDigest digest, const std::atomic<bool>& stop);
   int64_t TensorBytes(const Layer& layer, size_t tensor) const {
     if (layer.rows.has_value() && spec_.pulls(static_cast<engine::InputTensor>(tensor))) {
       return spec_.PulledBytes(static_cast<engine::InputTensor>(tensor), *layer.rows);

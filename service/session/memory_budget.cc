@@ -43,8 +43,10 @@ MemoryBudget::MemoryBudget(int64_t limit_bytes)
 
 absl::StatusOr<Reservation> MemoryBudget::Reserve(int64_t bytes) {
   if (bytes < 0 || bytes > state_->limit_bytes) {
-    return absl::InvalidArgumentError(absl::StrCat(
+    absl::Status status = absl::ResourceExhaustedError(absl::StrCat(
         "the prompt needs ", bytes, " bytes of memory; the whole budget is ", state_->limit_bytes));
+    status.SetPayload(kNeverFits, absl::Cord());
+    return status;
   }
   const std::lock_guard lock(state_->mutex);
   if (bytes > state_->limit_bytes - state_->reserved_bytes) {

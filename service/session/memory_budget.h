@@ -26,13 +26,16 @@ class Reservation {
   int64_t bytes_ = 0;
 };
 
+// Type URL of a payload: what was refused for lack of memory is larger than the whole budget.
+inline constexpr char kNeverFits[] = "structkv/never-fits";
+
 // Thread-safe. Counts bytes; allocates nothing.
 class MemoryBudget {
  public:
   explicit MemoryBudget(int64_t limit_bytes);
 
   // RESOURCE_EXHAUSTED, with the bytes asked for, reserved and allowed, where they do not fit now.
-  // INVALID_ARGUMENT where they exceed the whole budget and so never will.
+  // Where they exceed the whole budget, and so never will, the status has kNeverFits as a payload.
   absl::StatusOr<Reservation> Reserve(int64_t bytes);
 
   int64_t limit_bytes() const;

@@ -7,8 +7,9 @@
 
 namespace structkv::session {
 
-absl::StatusOr<std::optional<uint64_t>> PieceMap::Find(int64_t tensor_bytes, int64_t offset,
-                                                       int64_t size, absl::string_view name) const {
+absl::StatusOr<std::optional<PieceDigest>> PieceMap::Find(int64_t tensor_bytes, int64_t offset,
+                                                          int64_t size,
+                                                          absl::string_view name) const {
   if (size <= 0) {
     return absl::InvalidArgumentError(
         absl::StrCat(name, ": pieces.data is empty at offset_bytes ", offset));
@@ -20,7 +21,7 @@ absl::StatusOr<std::optional<uint64_t>> PieceMap::Find(int64_t tensor_bytes, int
   }
   const auto next = pieces_.lower_bound(offset);  // the first that begins here or later
   if (next != pieces_.end() && next->first == offset && next->second.size == size) {
-    return next->second.xxh3;
+    return next->second.digest;
   }
   auto other = pieces_.end();
   if (next != pieces_.end() && next->first < offset + size) {
@@ -43,8 +44,8 @@ absl::StatusOr<std::optional<uint64_t>> PieceMap::Find(int64_t tensor_bytes, int
   return std::nullopt;
 }
 
-void PieceMap::Add(int64_t offset, int64_t size, uint64_t xxh3) {
-  pieces_.emplace(offset, Record{size, xxh3});
+void PieceMap::Add(int64_t offset, int64_t size, const PieceDigest& digest) {
+  pieces_.emplace(offset, Record{size, digest});
   bytes_ += size;
 }
 

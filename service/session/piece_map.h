@@ -10,28 +10,33 @@
 
 namespace structkv::session {
 
+// What tells a piece's bytes from others.
+struct PieceDigest {
+  uint64_t xxh3 = 0;
+  bool sampled = false;  // of a part of the bytes alone
+
+  bool operator==(const PieceDigest&) const = default;
+};
+
 // Not thread-safe.
 class PieceMap {
  public:
   // Bookkeeping of one piece, at most (an entry of a half-empty tree node).
-  static constexpr int64_t kBytesPerPiece = 48;
+  static constexpr int64_t kBytesPerPiece = 64;
 
   // Pieces that a tensor may come in: plenty for a prefill in chunks, and a bound on what is kept
   // here. 1,024, and one for each 16 KiB.
   static constexpr int64_t MaxPieces(int64_t tensor_bytes) { return 1024 + tensor_bytes / 16384; }
 
-  // The checksum of a piece that was sent without one. (A piece whose XXH3 is zero counts as such.)
-  static constexpr uint64_t kNoChecksum = 0;
-
-  // What is known of a piece before its bytes are read: nullopt where it is new, or else the XXH3
-  // that the same piece was added with.
+  // What is known of a piece before its bytes are read: nullopt where it is new, or else what
+  // the same piece was added with.
   //   INVALID_ARGUMENT  the piece is empty, leaves the tensor, overlaps a different one, or is one
   //                     too many; the text begins with `name`
-  absl::StatusOr<std::optional<uint64_t>> Find(int64_t tensor_bytes, int64_t offset, int64_t size,
-                                               absl::string_view name) const;
+  absl::StatusOr<std::optional<PieceDigest>> Find(int64_t tensor_bytes, int64_t offset,
+                                                  int64_t size, absl::string_view name) const;
 
-  // Records a piece for which Find said that it is new. `xxh3`: kNoChecksum where it is not known.
-  void Add(int64_t offset, int64_t size, uint64_t xxh3);
+  // Records a piece for which Find said that it is new.
+  void Add(int64_t offset, int64_t size, const PieceDigest& digest);
 
   // Bytes recorded; all of the tensor once this equals its size, as pieces do not overlap.
   int64_t bytes() const { return bytes_; }
@@ -39,7 +44,7 @@ class PieceMap {
  private:
   struct Record {
     int64_t size = 0;
-    uint64_t xxh3 = 0;
+    PieceDigest digest;
   };
   absl::btree_map<int64_t, Record> pieces_;  // by offset
   int64_t bytes_ = 0;

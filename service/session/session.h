@@ -107,7 +107,8 @@ class Session : public std::enable_shared_from_this<Session> {
   //                     their layer; rows of a layer that were not pulled yet; anything after the
   //                     commit
   //   ALREADY_EXISTS    a piece again with other bytes (the same again is ignored); told by the
-  //                     bytes while the layer is incomplete, later by checksums that both came with
+  //                     bytes while the layer is incomplete, later by the first one's checksum or
+  //                     a sample of it
   //   DATA_LOSS         a checksum that does not match
   void Append(InputMessage message);
 
@@ -152,8 +153,10 @@ class SessionManager {
   // Validates, reserves memory and registers. A running session with the same non-empty idempotency
   // key fails as ABORTED first, and its memory comes back: that waits for a layer that is being
   // computed, 2 seconds at most. Not to be called from a callback of that session.
-  //   INVALID_ARGUMENT    the spec, or more memory than the whole budget
-  //   RESOURCE_EXHAUSTED  the budget or the session limit is taken
+  //   INVALID_ARGUMENT    the spec
+  //   RESOURCE_EXHAUSTED  the budget or the session limit is taken, or the whole budget is too
+  //   small
+  //                       (payload kNeverFits)
   //   UNAVAILABLE         draining
   absl::StatusOr<std::shared_ptr<Session>> Open(const SessionRequest& wanted);
 

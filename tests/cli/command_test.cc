@@ -1,6 +1,8 @@
 // The `structkv` command as a user runs it: a process, with a real server or alone.
 #include <sys/wait.h>
 
+#include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -190,7 +192,7 @@ TEST_F(CommandTest, CompareDrawsItsRows) {
       RunCommand(std::string("compare ") + kCapture + " --in-process --methods full --out " +
                  directory_.Path("none/compare.svg"));
   EXPECT_NE(refused.code, 0);
-  EXPECT_THAT(refused.output, HasSubstr("cannot write"));
+  EXPECT_THAT(refused.output, HasSubstr("cannot create"));
 }
 
 TEST_F(CommandTest, InfoAndPlotReadWhatCompressWrote) {
@@ -285,7 +287,7 @@ TEST_F(CommandTest, RefusesFlagsThatAMethodDoesNotHave) {
   EXPECT_THAT(RunCommand(run + "h2o --window 3").output,
               HasSubstr("--window is no parameter of the method h2o"));
   EXPECT_THAT(RunCommand(run + "h2o").output, HasSubstr("no column_sums"));
-  EXPECT_THAT(RunCommand(run + "fastkv").output, HasSubstr("tsp_layer is not set"));
+  EXPECT_THAT(RunCommand(run + "fastkv").output, HasSubstr("--tsp-layer: fastkv needs"));
   EXPECT_THAT(RunCommand(run + "gemfilter --granularity per-layer").output,
               HasSubstr("--granularity is no parameter of the method gemfilter"));
   EXPECT_THAT(RunCommand(run + "h2o --column-sums " + kCapture).output,
@@ -342,6 +344,30 @@ TEST_F(CommandTest, BenchPagesTheSamePrompt) {
   EXPECT_THAT(RunCommand("info --in-process").output, HasSubstr("16 to 4096 tokens"));
 }
 
+// A run that is interrupted leaves nothing, and what had the output's name before untouched.
+TEST_F(CommandTest, AnInterruptedRunLeavesNothing) {
+  const std::string address = "unix:" + directory_.Path("socket");
+  testkit::Process server({STRUCTKV_SERVER, "--listen", address});
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.error();
+  const std::string out = directory_.Path("out.safetensors");
+  std::ofstream(out) << "before";
+  server.Signal(SIGSTOP);  // so that the command waits, with its output open or about to be
+  {
+    testkit::Process command({STRUCTKV_COMMAND, "compress", kCapture, "--server", address, "--out",
+                              out, "--method", "full"});
+    EXPECT_FALSE(command.Wait(std::chrono::milliseconds(300)).has_value());
+    command.Signal(SIGINT);
+    EXPECT_EQ(command.Wait(), 128 + SIGINT);
+  }
+  server.Signal(SIGCONT);
+  EXPECT_EQ(Read(out), "before");
+  size_t files = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(directory_.Path("."))) {
+    files += entry.is_regular_file() ? 1 : 0;
+  }
+  EXPECT_EQ(files, 1U);
+}
+
 TEST_F(CommandTest, SaysWhatIsWrong) {
   const std::string out = directory_.Path("out.safetensors");
   const Ran missing = RunCommand("compress /nowhere.safetensors --in-process --out " + out);
@@ -356,6 +382,29 @@ TEST_F(CommandTest, SaysWhatIsWrong) {
   EXPECT_NE(server.code, 0);
   EXPECT_THAT(server.output, HasSubstr("nobody"));
   EXPECT_FALSE(std::filesystem::exists(out)) << "a failed run leaves no output";
+
+  // What is there already and must not be lost.
+  const std::string capture = directory_.Path("capture.safetensors");
+  std::filesystem::copy(kCapture, capture);
+  const std::string link = directory_.Path("link.safetensors");
+  std::filesystem::create_symlink(capture, link);
+  for (const std::string& command : {"compress " + capture + " --in-process --out " + link,
+                                     "compare " + link + " --in-process --out " + capture}) {
+    const Ran ran = RunCommand(command);
+    EXPECT_NE(ran.code, 0) << command;
+    EXPECT_THAT(ran.output, HasSubstr("is the input"));
+  }
+  EXPECT_TRUE(Read(capture) == Read(kCapture));
+  const Ran folder =
+      RunCommand("compress " + capture + " --in-process --out " + directory_.Path("."));
+  EXPECT_NE(folder.code, 0);
+  EXPECT_THAT(folder.output, HasSubstr("no regular file"));
+  for (const char* method : {"fastkv", "gemfilter"}) {
+    const Ran layer =
+        RunCommand("compress " + capture + " --in-process --method " + method + " --out " + out);
+    EXPECT_NE(layer.code, 0);
+    EXPECT_THAT(layer.output, HasSubstr("-layer: " + std::string(method) + " needs"));
+  }
 
   // A file that was cut in the middle, or whose header is not JSON.
   const std::string whole = Read(kCapture);

@@ -79,9 +79,9 @@ TEST_F(AdmissionTest, LargerThanTheWholeBudget) {
   options.sessions.memory_budget_bytes = 64 << 20;
   Start(options);
   const Outcome outcome = Run({OpenMessage(SmallOpen(1 << 20))});
-  ExpectFailure(outcome, grpc::StatusCode::INVALID_ARGUMENT, {std::to_string(64 << 20)});
+  ExpectFailure(outcome, grpc::StatusCode::RESOURCE_EXHAUSTED, {std::to_string(64 << 20)});
   EXPECT_THAT(outcome.trailers,
-              ::testing::Not(::testing::Contains(::testing::Key("grpc-retry-pushback-ms"))));
+              ::testing::Contains(::testing::Pair("grpc-retry-pushback-ms", "-1")));
 }
 
 TEST_F(AdmissionTest, SessionLimit) {

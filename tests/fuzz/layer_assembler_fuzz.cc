@@ -4,6 +4,7 @@
 #include <cstring>
 #include <map>
 #include <optional>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -38,8 +39,8 @@ engine::PromptSpec MakeSpec(FuzzInput* input) {
 // One tensor of one layer.
 struct ModelTensor {
   std::string bytes;
-  std::vector<int> piece_of;                           // of each byte; 0: did not come
-  std::map<std::pair<int64_t, int64_t>, bool> pieces;  // offset, size; with a checksum
+  std::vector<int> piece_of;                     // of each byte; 0: did not come
+  std::set<std::pair<int64_t, int64_t>> pieces;  // offset, size
 
   int64_t missing() const { return std::count(piece_of.begin(), piece_of.end(), 0); }
 };
@@ -105,12 +106,11 @@ class Model {
     }
     *taken = Taken::kYes;
     if (known) {
-      const bool same = tensor->bytes.compare(at, data.size(), data) == 0;
-      const bool told = !IsComplete(static_cast<size_t>(piece.layer)) ||
-                        (tensor->pieces[{piece.offset_bytes, size}] && piece.xxh3_64.has_value());
-      return same || !told ? absl::StatusCode::kOk : absl::StatusCode::kAlreadyExists;
+      // Pieces are shorter than what is sampled of those without a checksum.
+      return tensor->bytes.compare(at, data.size(), data) == 0 ? absl::StatusCode::kOk
+                                                               : absl::StatusCode::kAlreadyExists;
     }
-    tensor->pieces[{piece.offset_bytes, size}] = piece.xxh3_64.has_value();
+    tensor->pieces.insert({piece.offset_bytes, size});
     std::fill_n(tensor->piece_of.begin() + piece.offset_bytes, size, 1);
     tensor->bytes.replace(at, data.size(), data);
     received_ += size;

@@ -20,7 +20,8 @@ void Run(fuzz::FuzzInput input) {
     const auto offset = static_cast<int64_t>(input.Short()) - 16;
     int64_t size = input.Byte();
     if (size == 255) size = INT64_MAX - input.Byte();
-    const absl::StatusOr<std::optional<uint64_t>> found = map.Find(tensor_bytes, offset, size, "t");
+    const absl::StatusOr<std::optional<PieceDigest>> found =
+        map.Find(tensor_bytes, offset, size, "t");
 
     const bool inside = size > 0 && offset >= 0 && size <= tensor_bytes - offset;
     bool overlaps = false;
@@ -37,10 +38,10 @@ void Run(fuzz::FuzzInput input) {
     }
     FUZZ_CHECK(found->has_value() == known);
     if (known) {
-      FUZZ_CHECK(**found == static_cast<uint64_t>(offset * 3));
+      FUZZ_CHECK((**found == PieceDigest{static_cast<uint64_t>(offset * 3), size % 2 == 0}));
       continue;
     }
-    map.Add(offset, size, static_cast<uint64_t>(offset * 3));
+    map.Add(offset, size, {static_cast<uint64_t>(offset * 3), size % 2 == 0});
     for (int64_t i = offset; i < offset + size; ++i) begin_of[static_cast<size_t>(i)] = offset;
     size_of[static_cast<size_t>(offset)] = size;
     ++pieces;

@@ -192,17 +192,31 @@ TEST_F(LayerAssemblerTest, PiecesOfLayersThatAreDoneAreRemembered) {
   TakeLayer(2);
   const int64_t received = assembler_->received_bytes();
   EXPECT_EQ(*Take(values), Taken::kYes);
-  PieceBytes other = values;
-  other.bytes[0] ^= 1;
-  other.xxh3_64.reset();
-  EXPECT_EQ(*Take(other), Taken::kYes);  // its bytes are not known any more
-  SetChecksum(other);
-  PieceBytes keys = Piece(0, InputTensor::kKeys);  // came without a checksum
-  keys.bytes[0] ^= 1;
-  SetChecksum(keys);
-  EXPECT_EQ(*Take(keys), Taken::kYes);
+  values.xxh3_64.reset();
+  EXPECT_EQ(*Take(values, 7), Taken::kYes);
   EXPECT_EQ(assembler_->received_bytes(), received);
-  ExpectRefused(other, absl::StatusCode::kAlreadyExists, {"layer 0, values"});
+  values.bytes[300] ^= 1;  // values came with a checksum: any byte tells
+  ExpectRefused(values, absl::StatusCode::kAlreadyExists, {"layer 0, values"});
+}
+
+// Of a piece that came without a checksum the first 256 bytes of each 8 KiB are told.
+TEST_F(LayerAssemblerTest, ASampleTellsPiecesOfLayersThatAreDone) {
+  TakeLayer(0);
+  assembler_->PopComplete();
+  assembler_->LayerDone();
+  const PieceBytes keys = Piece(0, InputTensor::kKeys);
+  for (const size_t runs : {1, 5, 40}) EXPECT_EQ(*Take(keys, runs), Taken::kYes);
+  PieceBytes with_checksum = keys;
+  SetChecksum(with_checksum);
+  EXPECT_EQ(*Take(with_checksum), Taken::kYes);
+  for (const size_t unseen : {256, 8191, 16383}) {
+    PieceBytes other = keys;
+    other.bytes[unseen] ^= 1;
+    EXPECT_EQ(*Take(other, 3), Taken::kYes) << unseen;
+  }
+  PieceBytes other = keys;
+  other.bytes[16384 + 255] ^= 1;
+  ExpectRefused(other, absl::StatusCode::kAlreadyExists, {"layer 0, keys"});
 }
 
 TEST_F(LayerAssemblerTest, ChecksumsAreChecked) {

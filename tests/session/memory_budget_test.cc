@@ -37,6 +37,7 @@ TEST(MemoryBudgetTest, WhatOthersHoldIsToBeHadLater) {
   absl::StatusOr<Reservation> other = budget.Reserve(60);
   const absl::Status status = budget.Reserve(41).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_FALSE(status.GetPayload(kNeverFits).has_value());
   EXPECT_THAT(std::string(status.message()),
               AllOf(HasSubstr("41 bytes"), HasSubstr("60 of"), HasSubstr("100")));
   EXPECT_EQ(budget.reserved_bytes(), 60);
@@ -44,11 +45,12 @@ TEST(MemoryBudgetTest, WhatOthersHoldIsToBeHadLater) {
   EXPECT_TRUE(budget.Reserve(41).ok());
 }
 
-TEST(MemoryBudgetTest, WhatNeverFitsIsInvalid) {
+TEST(MemoryBudgetTest, WhatNeverFitsIsToldApart) {
   MemoryBudget budget(100);
   for (const int64_t bytes : {int64_t{101}, std::numeric_limits<int64_t>::max(), int64_t{-1}}) {
     const absl::Status status = budget.Reserve(bytes).status();
-    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_TRUE(status.GetPayload(kNeverFits).has_value());
     EXPECT_THAT(std::string(status.message()),
                 AllOf(HasSubstr(std::to_string(bytes)), HasSubstr("100")));
   }

@@ -105,7 +105,7 @@ class World {
     const SessionPlan plan = *PlanSession(request, backend_);
     if (plan.reserved_bytes > manager_.budget().limit_bytes()) {
       // It can never be, and so takes nobody's place.
-      EXPECT_EQ(manager_.Open(request).status().code(), absl::StatusCode::kInvalidArgument);
+      EXPECT_TRUE(manager_.Open(request).status().GetPayload(kNeverFits).has_value());
       scenario.reset();
       return;
     }

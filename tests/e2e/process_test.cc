@@ -1,0 +1,126 @@
+// The server as a process of its own: what it gives back to the system, and what must not end it.
+#include "tests/testing/process.h"
+
+#include <fcntl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/testing/call.h"
+#include "tests/testing/prompt_data.h"
+#include "tests/testing/service_test.h"
+
+namespace structkv::testkit {
+namespace {
+
+using Messages = std::vector<v1::CompressRequest>;
+
+class ProcessTest : public ::testing::Test {
+ protected:
+  std::string Address(const std::string& name = "socket") {
+    return "unix:" + directory_.Path(name);
+  }
+
+  TemporaryDirectory directory_;
+};
+
+// One stream on a connection of its own, ended as `end` says.
+grpc::StatusCode RunOnce(const std::string& address, const Messages& messages, bool cancel) {
+  Call call(NewChannel(address));
+  for (const v1::CompressRequest& message : messages) call.Send(message);
+  if (cancel) {
+    call.WaitForOpened();
+    call.Cancel();
+  } else {
+    call.HalfClose();
+  }
+  return call.Finish().status.error_code();
+}
+
+// Every way for a stream of 6 MB to end, again and again: the process has neither more memory nor
+// more descriptors than after the first rounds.
+TEST_F(ProcessTest, MemoryAndDescriptorsComeBack) {
+  Process server({STRUCTKV_SERVER, "--listen", Address(), "--log-sessions", "false"});
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.error();
+  const PromptData data(SmallOpen(6000), 1);
+  const Messages all = AllMessages(data);
+  const Messages half(all.begin(), all.begin() + all.size() / 2);
+  Messages bad_piece = half;
+  bad_piece.push_back(PieceMessage(MakePiece(data, 0, v1::TENSOR_KEYS, 64, 64)));
+  Messages bad_commit = all;
+  bad_commit.back() = CommitMessage(data.layers(), 1);
+  v1::Open bad_open = data.open();
+  bad_open.set_prompt_tokens(0);
+  const auto round = [&] {
+    EXPECT_EQ(RunOnce(Address(), all, false), grpc::StatusCode::OK);
+    EXPECT_EQ(RunOnce(Address(), half, false), grpc::StatusCode::INVALID_ARGUMENT);
+    EXPECT_EQ(RunOnce(Address(), half, true), grpc::StatusCode::CANCELLED);
+    EXPECT_EQ(RunOnce(Address(), bad_piece, false), grpc::StatusCode::INVALID_ARGUMENT);
+    EXPECT_EQ(RunOnce(Address(), bad_commit, false), grpc::StatusCode::INVALID_ARGUMENT);
+    EXPECT_EQ(RunOnce(Address(), {OpenMessage(bad_open)}, false),
+              grpc::StatusCode::INVALID_ARGUMENT);
+  };
+  for (int i = 0; i < 10; ++i) round();
+  const int64_t memory = StatusBytes(server.pid(), "VmRSS");
+  const int64_t files = OpenFiles(server.pid());
+  for (int i = 0; i < 40; ++i) round();
+  // A session that stayed would cost its share of 6 MB, and there were 240.
+  EXPECT_LT(StatusBytes(server.pid(), "VmRSS"), memory + (int64_t{16} << 20));
+  EXPECT_TRUE(Eventually([&] { return OpenFiles(server.pid()) <= files; }))
+      << OpenFiles(server.pid()) << " files, " << files << " before";
+}
+
+TEST_F(ProcessTest, ASecondServerLeavesTheFirstItsSocket) {
+  Process first({STRUCTKV_SERVER, "--listen", Address()});
+  ASSERT_TRUE(first.WaitForLine("ready")) << first.error();
+  Process second({STRUCTKV_SERVER, "--listen", Address()});
+  EXPECT_EQ(second.Wait(), 1);
+  EXPECT_THAT(second.error(), ::testing::HasSubstr(Address()));
+  const PromptData data(SmallOpen(), 1);
+  EXPECT_EQ(RunOnce(Address(), AllMessages(data), false), grpc::StatusCode::OK);
+}
+
+// A socket that a killed server left behind is no hindrance.
+TEST_F(ProcessTest, AServerTakesADeadOnesSocket) {
+  {
+    Process killed({STRUCTKV_SERVER, "--listen", Address()});
+    ASSERT_TRUE(killed.WaitForLine("ready")) << killed.error();
+    killed.Signal(SIGKILL);
+    killed.Wait();
+  }
+  Process next({STRUCTKV_SERVER, "--listen", Address()});
+  EXPECT_TRUE(next.WaitForLine("ready")) << next.error();
+}
+
+TEST_F(ProcessTest, ServesOnWithoutAReaderOfItsLog) {
+  int log[2];
+  ASSERT_EQ(pipe2(log, O_CLOEXEC), 0);
+  const std::string address = Address();
+  const pid_t server = fork();
+  if (server == 0) {
+    dup2(log[1], STDERR_FILENO);
+    execl(STRUCTKV_SERVER, STRUCTKV_SERVER, "--listen", address.c_str(), nullptr);
+    _exit(127);
+  }
+  close(log[1]);
+  char ready = 0;
+  EXPECT_EQ(read(log[0], &ready, 1), 1);  // its first line
+  close(log[0]);
+  const PromptData data(SmallOpen(), 1);
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(RunOnce(address, AllMessages(data), false), grpc::StatusCode::OK);
+  }
+  kill(server, SIGTERM);
+  int status = 0;
+  ASSERT_EQ(waitpid(server, &status, 0), server);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+}
+
+}  // namespace
+}  // namespace structkv::testkit
