@@ -1,7 +1,6 @@
 #include "kernels/cpu/gather.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace structkv::cpu {
 namespace {
@@ -12,23 +11,6 @@ constexpr int64_t kTaskBytes = int64_t{1} << 20;
 // reads them there: they are better written past it.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
-// Where blocks scatter the rows of one side or both.
-void GatherPaged(const TensorView& source, const int32_t* positions, bool per_head,
-                 const MutableTensorView& destination, ParallelFor parallel) {
-  const int64_t kept = destination.tokens;
-  const int64_t row_bytes = source.dim * static_cast<int64_t>(DTypeSize(source.dtype));
-  const int64_t task_rows = std::max<int64_t>(1, kTaskBytes / (row_bytes * source.heads));
-  parallel((kept + task_rows - 1) / task_rows, [&](int64_t task) {
-    const int64_t end = std::min(kept, (task + 1) * task_rows);
-    for (int64_t i = task * task_rows; i < end; ++i) {
-      for (int64_t h = 0; h < source.heads; ++h) {
-        const int32_t position = positions[(per_head ? h * kept : 0) + i];
-        std::memcpy(destination.Row(h, i), source.Row(h, position), static_cast<size_t>(row_bytes));
-      }
-    }
-  });
-}
-
 }  // namespace
 
 void Gather(const KernelTable& table, const TensorView& source, const int32_t* positions,
@@ -38,9 +20,6 @@ void Gather(const KernelTable& table, const TensorView& source, const int32_t* p
   int64_t heads = source.heads;
   int64_t row_bytes = source.dim * element;
   if (kept == 0 || heads == 0 || row_bytes == 0) return;
-  if (source.paged() || destination.paged()) {
-    return GatherPaged(source, positions, per_head, destination, parallel);
-  }
   const bool stream = heads * kept * row_bytes >= kStreamBytes;
   int64_t task_heads = 1;
   if (destination.head_stride == source.dim) {
@@ -57,18 +36,25 @@ void Gather(const KernelTable& table, const TensorView& source, const int32_t* p
   parallel(heads / task_heads * tasks, [&](int64_t task) {
     const int64_t head = task / tasks;
     const int64_t begin = task % tasks * task_rows;
-    table.copy_rows({.heads = task_heads,
-                     .rows = std::min(task_rows, kept - begin),
-                     .row_bytes = row_bytes,
-                     .positions = positions + (per_head ? head * kept : 0) + begin,
-                     .position_stride = per_head ? kept : 0,
-                     .source = source.Row(head, 0),
-                     .source_stride_bytes = source.token_stride * element,
-                     .source_head_stride_bytes = source.head_stride * element,
-                     .destination = destination.Row(head, begin),
-                     .destination_stride_bytes = destination.token_stride * element,
-                     .destination_head_stride_bytes = destination.head_stride * element,
-                     .stream = stream});
+    table.copy_rows(
+        {.heads = task_heads,
+         .rows = std::min(task_rows, kept - begin),
+         .row_bytes = row_bytes,
+         .positions = positions + (per_head ? head * kept : 0) + begin,
+         .position_stride = per_head ? kept : 0,
+         .source = static_cast<const std::byte*>(source.data) + head * source.head_stride * element,
+         .source_stride_bytes = source.token_stride * element,
+         .source_head_stride_bytes = source.head_stride * element,
+         .source_block_tokens = source.block_tokens,
+         .source_block_stride_bytes = source.block_stride * element,
+         .block_table = source.block_table,
+         .destination = destination.Row(head, begin),
+         .destination_stride_bytes = destination.token_stride * element,
+         .destination_head_stride_bytes = destination.head_stride * element,
+         .destination_block_tokens = destination.block_tokens,
+         .destination_block_stride_bytes = destination.block_stride * element,
+         .destination_place = destination.paged() ? begin % destination.block_tokens : 0,
+         .stream = stream});
   });
 }
 

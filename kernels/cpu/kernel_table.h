@@ -22,6 +22,9 @@ inline constexpr int64_t kTileTokens = 240;
 // Exponentials are relative to the maximum of an earlier tile as long as a row's sum in a tile is
 // no larger.
 inline constexpr float kLargestSum = 0x1p20F;
+// And as long as the maximum is no further from 0: beyond, the rounding of a product makes more
+// than a factor of it.
+inline constexpr float kLargestShift = 0x1p22F;
 
 // Bytes of keys that a score kernel asks for ahead: into the second-level cache, which can wait for
 // far more lines at a time than the first, and from there into the first.
@@ -41,6 +44,10 @@ struct ScoreTile {
   int64_t dim = 0;
   int64_t tokens = 0;        // 1 .. kTileTokens
   int64_t tokens_after = 0;  // that lie behind the tile, and are scored next
+  // Where the keys are copies: for each token a vector to ask for ahead, which will be copied
+  // later, in place of those behind the tile, and the bytes of its elements. Else null.
+  const std::byte* const* ask = nullptr;
+  int64_t ask_element_bytes = 0;
   // [tokens, rows], unscaled dot products; 64-byte aligned.
   float* out = nullptr;
   // What will be read and written after this tile, as much as `out`; null: nothing. Any address
@@ -54,6 +61,15 @@ struct TopCut {
   uint32_t threshold = 0;  // an ordered key, see select-inl.h
   int64_t above = 0;
   int64_t ties = 0;
+};
+
+// Keys that are laid side by side, from wherever they lie.
+struct KeyRows {
+  const std::byte* const* rows = nullptr;  // [tokens], any alignment
+  int64_t tokens = 0;
+  DType dtype = DType::kF32;
+  int64_t dim = 0;
+  std::byte* out = nullptr;  // [tokens, dim]; 64-byte aligned
 };
 
 struct SumsBlock {
@@ -73,15 +89,21 @@ struct CopyRows {
   const int32_t* positions = nullptr;
   int64_t position_stride = 0;
 
-  // Token 0 of the first head.
+  // Token 0 of the first head, or in blocks place 0 of block 0.
   const std::byte* source = nullptr;
   int64_t source_stride_bytes = 0;
   int64_t source_head_stride_bytes = 0;
+  int64_t source_block_tokens = 0;  // 0: dense, and then the next two mean nothing
+  int64_t source_block_stride_bytes = 0;
+  const int32_t* block_table = nullptr;  // null: blocks in order
 
   // The first kept token of the first head.
   std::byte* destination = nullptr;
   int64_t destination_stride_bytes = 0;
   int64_t destination_head_stride_bytes = 0;
+  int64_t destination_block_tokens = 0;  // 0: dense, and then the next two mean nothing
+  int64_t destination_block_stride_bytes = 0;
+  int64_t destination_place = 0;  // of the first kept token in its block
 
   // Whether to write past the caches.
   bool stream = false;
@@ -122,6 +144,8 @@ struct KernelTable {
 
   // Queries packed as [dim, rows] float32.
   void (*scores)(const ScoreTile& tile) = nullptr;
+  // Copies keys as they are.
+  void (*copy_keys)(const KeyRows& rows) = nullptr;
   // For bf16 keys, where the set has dot products of bf16 pairs, else null: queries packed as pairs
   // along dim, [dim / 2, rows], the even element in the lower half.
   void (*bf16_scores)(const ScoreTile& tile) = nullptr;
@@ -130,6 +154,8 @@ struct KernelTable {
   // one's answer holds for the tile.
   bool (*bf16_exponentials)(const ScoreTile& tile, float factor, const float* shift, float* sum,
                             float* check) = nullptr;
+  // With them: copies 8-bit keys as bf16, which holds all their values.
+  void (*fp8_to_bf16)(const KeyRows& rows) = nullptr;
   // max[r] = the largest of scores[t, r] * factor. Returns whether every product is finite.
   bool (*row_max)(const float* scores, int64_t tokens, int64_t rows, float factor,
                   float* max) = nullptr;

@@ -27,6 +27,7 @@ KernelTable Table(std::string_view name, std::string_view device) {
       .row_multiple = std::max<int64_t>(kLanes, 8),
       .to_f32 = &ToF32,
       .scores = &Scores,
+      .copy_keys = &CopyKeys,
       .row_max = &RowMax,
       .exponentiate = &Exponentiate,
       .weigh_rows = &WeighRows,
@@ -61,6 +62,7 @@ std::vector<KernelTable> MakeTables() {
     KernelTable table = N_AVX3::Table("avx3_bf16", "AVX-512 BF16");
     table.bf16_scores = &ScoresAvx512Bf16;
     table.bf16_exponentials = &ExponentialsAvx512Bf16;
+    table.fp8_to_bf16 = &Fp8ToBf16Avx512;
     tables.push_back(table);
   }
 #endif

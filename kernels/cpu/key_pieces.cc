@@ -1,35 +1,72 @@
 #include "kernels/cpu/key_pieces.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace structkv::cpu {
+
+KeyPieces::KeyPieces(const KernelTable& table, const TensorView& keys, bool pairs, int64_t head,
+                     int64_t begin, int64_t tokens)
+    : copy_(pairs && IsFp8(keys.dtype) ? table.fp8_to_bf16
+            : keys.paged()             ? table.copy_keys
+                                       : nullptr),
+      source_(keys.dtype),
+      dtype_(pairs ? DType::kBF16 : keys.dtype),
+      dim_(keys.dim),
+      tokens_(tokens) {
+  if (copy_ == nullptr) {
+    dense_.keys = keys.Row(head, begin);
+    dense_.token_stride_bytes = keys.token_stride * static_cast<int64_t>(DTypeSize(source_));
+    dense_.tokens_after = keys.tokens - begin - tokens;
+    return;
+  }
+  const int64_t row_bytes = dim_ * static_cast<int64_t>(DTypeSize(dtype_));
+  most_ = std::clamp(kTargetBytes / row_bytes / kBlock * kBlock, kBlock, kMostTokens);
+  const int64_t source_bytes = dim_ * static_cast<int64_t>(DTypeSize(source_));
+  ahead_ = std::min(2 * kKeysFarBytes / source_bytes, kTileTokens);
+  FindRows(keys, head, begin);
+}
+
+void KeyPieces::FindRows(const TensorView& keys, int64_t head, int64_t begin) {
+  const int64_t wanted = tokens_ + ahead_;
+  const int64_t there = std::min(wanted, keys.tokens - begin);
+  const int64_t step = keys.token_stride * static_cast<int64_t>(DTypeSize(source_));
+  for (int64_t i = 0; i < there;) {
+    // One look at the table for each block.
+    const int64_t token = begin + i;
+    const int64_t in_block =
+        keys.paged() ? keys.block_tokens - token % keys.block_tokens : there - i;
+    const int64_t end = std::min(there, i + in_block);
+    for (const std::byte* row = keys.Row(head, token); i < end; ++i, row += step) rows_[i] = row;
+  }
+  // Once more is no harm.
+  std::fill(rows_ + there, rows_ + wanted, rows_[there - 1]);
+}
 
 bool KeyPieces::Next(ScoreTile* tile) {
   tile->out += before_ * tile->rows;
   if (tile->out_after != nullptr) tile->out_after += before_ * tile->rows;
-  if (token_ == end_) return false;
-  const int64_t row_bytes = keys_.dim * static_cast<int64_t>(DTypeSize(keys_.dtype));
-  tile->dtype = keys_.dtype;
-  tile->dim = keys_.dim;
-  if (!keys_.paged()) {
-    tile->keys = keys_.Row(head_, token_);
-    tile->token_stride_bytes = keys_.token_stride * static_cast<int64_t>(DTypeSize(keys_.dtype));
-    tile->tokens = end_ - token_;
-    tile->tokens_after = keys_.tokens - end_;
+  if (done_ == tokens_) return false;
+  tile->dtype = dtype_;
+  tile->dim = dim_;
+  if (copy_ == nullptr) {
+    tile->keys = dense_.keys;
+    tile->token_stride_bytes = dense_.token_stride_bytes;
+    tile->tokens_after = dense_.tokens_after;
+    tile->tokens = tokens_;
   } else {
-    const int64_t most = std::min(kMostTokens, kBytes / row_bytes / 12 * 12);
-    tile->keys = rows_;
-    tile->token_stride_bytes = row_bytes;
-    tile->tokens = std::min(most, end_ - token_);
-    tile->tokens_after = 0;
-    for (int64_t i = 0; i < tile->tokens; ++i) {
-      std::memcpy(rows_ + i * row_bytes, keys_.Row(head_, token_ + i),
-                  static_cast<size_t>(row_bytes));
-    }
+    tile->keys = copied_;
+    tile->token_stride_bytes = dim_ * static_cast<int64_t>(DTypeSize(dtype_));
+    tile->tokens = std::min(most_, tokens_ - done_);
+    tile->ask = rows_ + done_ + ahead_;
+    tile->ask_element_bytes = static_cast<int64_t>(DTypeSize(source_));
+    copy_({.rows = rows_ + done_,
+           .tokens = tile->tokens,
+           .dtype = source_,
+           .dim = dim_,
+           .out = copied_});
   }
   before_ = tile->tokens;
-  token_ += before_;
+  done_ += before_;
   return true;
 }
 

@@ -83,7 +83,7 @@ class Job {
     return {.queries = Packed(head, block), .rows = plan_.PaddedRows(block), .out = out};
   }
   KeyPieces Keys(int64_t head, int64_t tile) const {
-    return {params_.keys, head, tile * kTileTokens, TileTokens(tile)};
+    return {table_, params_.keys, plan_.pairs, head, tile * kTileTokens, TileTokens(tile)};
   }
   // Scores to powers of two.
   float Factor(int64_t head) const {
@@ -106,9 +106,10 @@ class Job {
       alignas(64) float check[kRowBlock] = {};
       std::fill(sums, sums + scored.rows, 0.0F);
       bool finite = true;
+      const float factor = Factor(head);
       KeyPieces keys = Keys(head, tile);
       while (keys.Next(&scored)) {
-        finite = table_.bf16_exponentials(scored, Factor(head), shift, sums, check);
+        finite = table_.bf16_exponentials(scored, factor, shift, sums, check);
       }
       return finite;
     }
@@ -272,7 +273,8 @@ class Job {
     // than the row's.
     if (tile % SaliencyPlan::kTilesPerTask != 0 && !IsMasked(tile)) {
       std::copy(max - rows, max, max);
-      if (Exponentials(head, block, tile, max, p, sums, p_after) &&
+      if (std::all_of(max, max + rows, [](float m) { return std::fabs(m) <= kLargestShift; }) &&
+          Exponentials(head, block, tile, max, p, sums, p_after) &&
           std::all_of(sums, sums + rows, [](float sum) { return sum <= kLargestSum; })) {
         return;
       }

@@ -47,7 +47,8 @@ struct SaliencyPlan {
     plan.row_multiple = table.row_multiple;
     plan.tiles = (plan.tokens + kTileTokens - 1) / kTileTokens;
     plan.chunks = (plan.tiles + kTilesPerTask - 1) / kTilesPerTask;
-    plan.pairs = params.keys.dtype == DType::kBF16 && table.bf16_scores != nullptr;
+    // 8-bit keys are widened.
+    plan.pairs = params.queries.dtype == DType::kBF16 && table.bf16_scores != nullptr;
     plan.two_pass = params.lse == nullptr;
     const int64_t rows = plan.PaddedRows(0);  // the first block is the largest
     plan.packed_floats = rows * (plan.pairs ? params.keys.dim / 2 : params.keys.dim);

@@ -116,6 +116,19 @@ inline void ToF32(const std::byte* in, DType dtype, int64_t count, float* out) {
   Promote(hn::CappedTag<float, 1>(), dtype, in, i, count, out);
 }
 
+inline void CopyKeys(const KeyRows& rows) {
+  const hn::ScalableTag<uint8_t> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const int64_t bytes = rows.dim * static_cast<int64_t>(DTypeSize(rows.dtype));
+  auto* to = reinterpret_cast<uint8_t*>(rows.out);
+  for (int64_t t = 0; t < rows.tokens; ++t, to += bytes) {
+    const auto* from = reinterpret_cast<const uint8_t*>(rows.rows[t]);
+    int64_t b = 0;
+    for (; b + lanes <= bytes; b += lanes) hn::StoreU(hn::LoadU(d, from + b), d, to + b);
+    if (b < bytes) std::memcpy(to + b, from + b, static_cast<size_t>(bytes - b));
+  }
+}
+
 // Keys that are asked for while others are scored; null: none.
 struct KeysAhead {
   const std::byte* near = nullptr;
@@ -200,10 +213,18 @@ void ScoresR(const ScoreTile& tile) {
     KeysAhead ahead = {keys + HWY_MIN(last, near_tokens) * tile.token_stride_bytes,
                        keys + HWY_MIN(last, far_tokens) * tile.token_stride_bytes};
     int64_t stride = tile.token_stride_bytes;
+    if (tile.ask != nullptr) {
+      for (int64_t c = 0; c < count; ++c) {
+        for (int64_t line = 0; line < tile.dim * tile.ask_element_bytes; line += 64) {
+          __builtin_prefetch(tile.ask[t + c] + line, 0, 2);
+        }
+      }
+      ahead = {};
+    }
     if (tile.dtype != DType::kF32) {
       for (int64_t c = 0; c < count; ++c) {
         const int64_t row = c * tile.token_stride_bytes;
-        for (int64_t line = 0; line < tile.dim * element; line += 64) {
+        for (int64_t line = 0; ahead.near != nullptr && line < tile.dim * element; line += 64) {
           __builtin_prefetch(ahead.far + row + line, 0, 2);
           hwy::Prefetch(ahead.near + row + line);
         }

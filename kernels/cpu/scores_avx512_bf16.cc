@@ -71,11 +71,42 @@ struct Exponentials {
   __m512 check[R];  // infinities stay visible here; their exponentials may be 0
 };
 
-// T tokens against R vectors of 16 rows. `near` and `far` are prefetched, in step with `keys`.
-template <int T, int R, class Results>
+// Twelve tokens' keys to ask for that lie a stride apart, a part in each 4 pairs of 16. Always
+// inline: a function that does nothing but prefetch is pure to GCC, and its calls are left out.
+struct Strided {
+  __attribute__((always_inline)) void Ask(int64_t i) const {
+    // Three tokens' next line, of each token once in 16 pairs.
+    const int64_t ahead = 3 * ((i / 4) % 4) * stride + i / 16 * 64;
+#pragma GCC unroll 4
+    for (int n = 0; n < 3; ++n) {
+      _mm_prefetch(reinterpret_cast<const char*>(far + ahead + n * stride), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(near + ahead + n * stride), _MM_HINT_T0);
+    }
+  }
+
+  const std::byte* near;
+  const std::byte* far;
+  int64_t stride;
+};
+
+// Twelve that lie anywhere, with `step` bytes to 16 pairs.
+struct Scattered {
+  __attribute__((always_inline)) void Ask(int64_t i) const {
+    const std::byte* const* three = rows + 3 * ((i / 4) % 4);
+#pragma GCC unroll 4
+    for (int n = 0; n < 3; ++n) {
+      _mm_prefetch(reinterpret_cast<const char*>(three[n] + i / 16 * step), _MM_HINT_T1);
+    }
+  }
+
+  const std::byte* const* rows;
+  int64_t step;
+};
+
+// T tokens against R vectors of 16 rows. `ahead` is prefetched, in step with `keys`.
+template <int T, int R, class Ahead, class Results>
 inline void DotBlock(const int32_t* __restrict queries, const std::byte* keys, int64_t stride,
-                     const std::byte* near, const std::byte* far, int64_t dim, Results& results,
-                     float* __restrict out) {
+                     const Ahead& ahead, int64_t dim, Results& results, float* __restrict out) {
   constexpr int64_t kRows = R * 16;
   __m512 acc[T][R];
 #pragma GCC unroll 16
@@ -91,15 +122,7 @@ inline void DotBlock(const int32_t* __restrict queries, const std::byte* keys, i
   for (int g = 0; g < kBases; ++g) base[g] = keys + 3 * g * stride;
   const int64_t pairs = dim / 2;
   for (int64_t i = 0; i < pairs; i += 4) {
-    if (T > 1) {
-      // Three tokens' next line, of each token once in 16 pairs.
-      const int64_t ahead = 3 * ((i / 4) % 4) * stride + i / 16 * 64;
-#pragma GCC unroll 4
-      for (int n = 0; n < 3; ++n) {
-        _mm_prefetch(reinterpret_cast<const char*>(far + ahead + n * stride), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(near + ahead + n * stride), _MM_HINT_T0);
-      }
-    }
+    if (T > 1) ahead.Ask(i);
 #pragma GCC unroll 4
     for (int g = 0; g < kBases; ++g) asm("" : "+r"(base[g]));  // keeps them the only ones
 #pragma GCC unroll 4
@@ -133,15 +156,21 @@ inline void ForTile(const ScoreTile& tile, Results& results) {
   int64_t t = 0;
   for (; t + kBlock <= tile.tokens; t += kBlock) {
     const std::byte* keys = tile.keys + t * stride;
+    float* out = tile.out + t * R * 16;
+    if (tile.ask != nullptr) {
+      const Scattered ahead = {tile.ask + t, 32 * tile.ask_element_bytes};
+      DotBlock<kBlock, R>(queries, keys, stride, ahead, tile.dim, results, out);
+      continue;
+    }
     const int64_t last = tile.tokens + tile.tokens_after - kBlock - t;
     const int64_t near = last < near_tokens ? last : near_tokens;
     const int64_t far = last < far_tokens ? last : far_tokens;
-    DotBlock<kBlock, R>(queries, keys, stride, keys + near * stride, keys + far * stride, tile.dim,
-                        results, tile.out + t * R * 16);
+    const Strided ahead = {keys + near * stride, keys + far * stride, stride};
+    DotBlock<kBlock, R>(queries, keys, stride, ahead, tile.dim, results, out);
   }
   for (; t < tile.tokens; ++t) {
     const std::byte* keys = tile.keys + t * stride;
-    DotBlock<1, R>(queries, keys, stride, keys, keys, tile.dim, results, tile.out + t * R * 16);
+    DotBlock<1, R>(queries, keys, stride, Strided(), tile.dim, results, tile.out + t * R * 16);
   }
 }
 
@@ -173,7 +202,91 @@ bool ExponentialsR(const ScoreTile& tile, float factor, const float* shift, floa
   return finite;
 }
 
+// The bf16 bits of every code of an 8-bit format, its sign aside.
+struct Fp8Codes {
+  uint16_t bits[128];
+};
+
+// kMantissa bits of mantissa, an exponent biased by kBias.
+template <int kMantissa, int kBias>
+constexpr Fp8Codes MakeFp8Codes() {
+  constexpr int kOne = 1 << kMantissa;
+  Fp8Codes codes = {};
+  for (int code = 0; code < 128; ++code) {
+    int exponent = code >> kMantissa;
+    int mantissa = code & (kOne - 1);
+    if (exponent == 0 && mantissa != 0) {
+      // A denormal, which is a normal number in bf16.
+      for (exponent = 1; mantissa < kOne; mantissa *= 2) --exponent;
+      mantissa -= kOne;
+      codes.bits[code] =
+          static_cast<uint16_t>(((exponent + 127 - kBias) << 7) + (mantissa << (7 - kMantissa)));
+    } else if (code != 0) {
+      codes.bits[code] =
+          static_cast<uint16_t>(((exponent + 127 - kBias) << 7) + (mantissa << (7 - kMantissa)));
+    }
+  }
+  return codes;
+}
+
+constexpr Fp8Codes MakeE4M3Codes() {
+  Fp8Codes codes = MakeFp8Codes<3, 7>();
+  codes.bits[0x7F] = 0x7FC0;
+  return codes;
+}
+
+constexpr Fp8Codes MakeE5M2Codes() {
+  Fp8Codes codes = MakeFp8Codes<2, 15>();
+  codes.bits[0x7C] = 0x7F80;
+  for (int code = 0x7D; code < 128; ++code) codes.bits[code] = 0x7FC0;
+  return codes;
+}
+
+alignas(64) constexpr Fp8Codes kE4M3Codes = MakeE4M3Codes();
+alignas(64) constexpr Fp8Codes kE5M2Codes = MakeE5M2Codes();
+
+// 32 codes at a time by looking each up.
+class Fp8Lookup {
+ public:
+  explicit Fp8Lookup(DType dtype) {
+    const uint16_t* bits = dtype == DType::kF8E4M3 ? kE4M3Codes.bits : kE5M2Codes.bits;
+    for (int i = 0; i < 4; ++i) table_[i] = _mm512_load_si512(bits + 32 * i);
+  }
+
+  __m512i Widen(__m256i codes) const {
+    const __m512i wide = _mm512_cvtepu8_epi16(codes);
+    const __m512i low = _mm512_permutex2var_epi16(table_[0], wide, table_[1]);
+    const __m512i high = _mm512_permutex2var_epi16(table_[2], wide, table_[3]);
+    const __mmask32 upper = _mm512_test_epi16_mask(wide, _mm512_set1_epi16(0x40));
+    const __m512i magnitude = _mm512_mask_blend_epi16(upper, low, high);
+    // magnitude | (sign & 0x8000)
+    return _mm512_ternarylogic_epi32(magnitude, _mm512_slli_epi16(wide, 8),
+                                     _mm512_set1_epi16(static_cast<int16_t>(0x8000)), 0xF8);
+  }
+
+ private:
+  __m512i table_[4];
+};
+
 }  // namespace
+
+void Fp8ToBf16Avx512(const KeyRows& rows) {
+  const Fp8Lookup lookup(rows.dtype);
+  std::byte* to = rows.out;
+  for (int64_t t = 0; t < rows.tokens; ++t, to += 2 * rows.dim) {
+    const std::byte* from = rows.rows[t];
+    int64_t i = 0;
+    for (; i + 32 <= rows.dim; i += 32) {
+      const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+      _mm512_storeu_si512(to + 2 * i, lookup.Widen(codes));
+    }
+    if (i < rows.dim) {
+      const __mmask32 rest = (1U << (rows.dim - i)) - 1;
+      const __m256i codes = _mm256_maskz_loadu_epi8(rest, from + i);
+      _mm512_mask_storeu_epi16(to + 2 * i, rest, lookup.Widen(codes));
+    }
+  }
+}
 
 bool HaveAvx512Bf16() {
   return __builtin_cpu_supports("avx512bf16") != 0 && __builtin_cpu_supports("avx512f") != 0 &&
@@ -202,6 +315,8 @@ bool ExponentialsAvx512Bf16(const ScoreTile& tile, float factor, const float* sh
 namespace structkv::cpu {
 
 bool HaveAvx512Bf16() { return false; }
+
+void Fp8ToBf16Avx512(const KeyRows& /*rows*/) {}
 
 void ScoresAvx512Bf16(const ScoreTile& /*tile*/) {}
 

@@ -42,12 +42,13 @@ inline bool Exponentiate(float* scores, int64_t tokens, int64_t rows, float fact
   const V scale = hn::Set(d, factor);
   V poison = hn::Zero(d);
   for (int64_t r = 0; r < rows; r += lanes) {
-    const V minus = hn::Neg(hn::LoadU(d, shift + r));
+    const V minus = hn::LoadU(d, shift + r);
     V total = hn::Zero(d);
     V check = hn::Zero(d);  // infinities stay visible here; their exponentials may be 0
     float* at = scores + r;
     for (int64_t t = 0; t < tokens; ++t, at += rows) {
-      const V x = hn::MulAdd(hn::Load(d, at), scale, minus);
+      // Rounded as RowMax does: what is not above its maximum stays so, however large it is.
+      const V x = hn::Sub(hn::Mul(hn::Load(d, at), scale), minus);
       const V p = Exp2(d, x);
       hn::Store(p, d, at);
       total = hn::Add(total, p);

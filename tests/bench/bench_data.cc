@@ -1,8 +1,10 @@
 #include "tests/bench/bench_data.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <random>
 
 namespace structkv::bench {
@@ -19,14 +21,25 @@ uint16_t ToHalf(DType dtype, float value) {
                                (bits >> 13 & 0x3FFU));
 }
 
+// As near as the 8-bit formats come to it from below.
+uint8_t ToFp8(DType dtype, float value) {
+  if (dtype == DType::kF8E5M2) return static_cast<uint8_t>(ToHalf(DType::kF16, value) >> 8);
+  const auto bits = std::bit_cast<uint32_t>(value);
+  const uint32_t sign = bits >> 24 & 0x80U;
+  const int32_t exponent = static_cast<int32_t>(bits >> 23 & 0xFFU) - 120;
+  if (exponent <= 0) return static_cast<uint8_t>(sign);
+  return static_cast<uint8_t>(sign | static_cast<uint32_t>(exponent) << 3 | (bits >> 20 & 7U));
+}
+
 }  // namespace
 
-Tensor::Tensor(DType dtype, int64_t heads, int64_t tokens, Layout layout)
+Tensor::Tensor(DType dtype, int64_t heads, int64_t tokens, Layout layout, int64_t dim)
     : dtype_(dtype),
       layout_(layout),
       heads_(heads),
       tokens_(tokens),
-      data_(engine::BufferPool(0).Acquire(static_cast<size_t>(heads * tokens * kDim) *
+      dim_(dim),
+      data_(engine::BufferPool(0).Acquire(static_cast<size_t>(heads * tokens * dim) *
                                           DTypeSize(dtype))) {
   // A table of values at random, repeated from random places: quick to make, and as random to the
   // kernels.
@@ -36,13 +49,17 @@ Tensor::Tensor(DType dtype, int64_t heads, int64_t tokens, Layout layout)
   for (float& value : table) value = normal(random);
   const int64_t rows = heads * tokens;
   for (int64_t row = 0; row < rows; ++row) {
-    const float* from = &table[random() % (table.size() - kDim)];
-    std::byte* to = data_.data() + row * kDim * static_cast<int64_t>(DTypeSize(dtype));
+    const float* from = &table[random() % (table.size() - static_cast<size_t>(dim))];
+    std::byte* to = data_.data() + row * dim * static_cast<int64_t>(DTypeSize(dtype));
     if (dtype == DType::kF32) {
-      std::memcpy(to, from, kDim * sizeof(float));
+      std::memcpy(to, from, static_cast<size_t>(dim) * sizeof(float));
       continue;
     }
-    for (int64_t i = 0; i < kDim; ++i) {
+    for (int64_t i = 0; i < dim; ++i) {
+      if (IsFp8(dtype)) {
+        to[i] = static_cast<std::byte>(ToFp8(dtype, from[i]));
+        continue;
+      }
       const uint16_t half = ToHalf(dtype, from[i]);
       std::memcpy(to + i * 2, &half, sizeof(half));
     }
@@ -50,11 +67,23 @@ Tensor::Tensor(DType dtype, int64_t heads, int64_t tokens, Layout layout)
 }
 
 TensorView Tensor::view() const {
-  return TensorView::Dense(data_.data(), dtype_, layout_, heads_, tokens_, kDim);
+  return TensorView::Dense(data_.data(), dtype_, layout_, heads_, tokens_, dim_);
+}
+
+TensorView Tensor::paged_view(const std::vector<int32_t>& table, int64_t block_tokens) const {
+  return TensorView::Paged(data_.data(), dtype_, layout_, heads_, tokens_, dim_, table.data(),
+                           block_tokens);
 }
 
 MutableTensorView Tensor::mutable_view() {
-  return MutableTensorView::Dense(data_.data(), dtype_, layout_, heads_, tokens_, kDim);
+  return MutableTensorView::Dense(data_.data(), dtype_, layout_, heads_, tokens_, dim_);
+}
+
+std::vector<int32_t> ShuffledBlocks(int64_t tokens, int64_t block_tokens) {
+  std::vector<int32_t> table(static_cast<size_t>(tokens / block_tokens));
+  std::iota(table.begin(), table.end(), 0);
+  std::shuffle(table.begin(), table.end(), std::mt19937(7));
+  return table;
 }
 
 std::vector<float> SaliencyLike(int64_t tokens, uint32_t seed) {

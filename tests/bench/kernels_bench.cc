@@ -1,10 +1,9 @@
 // The CPU backend's operations at Llama-3.1-8B geometry, each beside its floor in the same run:
-// saliency beside the arithmetic peak, gather beside memcpy, selection beside nth_element. Rates
-// and shares are of the median run. Google Benchmark's flags; --benchmark_filter=Saliency, for
-// instance.
+// saliency beside the arithmetic peak, gather beside memcpy, selection beside nth_element; and
+// 8-bit keys, tensors in blocks and latent keys beside the dense form. Rates and shares are of the
+// median run. Google Benchmark's flags; --benchmark_filter=Saliency, for instance.
 #include <algorithm>
 #include <cstring>
-#include <future>
 #include <memory>
 #include <random>
 #include <string>
@@ -12,40 +11,15 @@
 
 #include "benchmark/benchmark.h"
 #include "kernels/cpu/cpu_backend.h"
-#include "service/engine/scheduler.h"
 #include "tests/bench/arithmetic_peak.h"
 #include "tests/bench/bench_data.h"
+#include "tests/bench/bench_threads.h"
+#include "tests/bench/forms_bench.h"
 
 namespace structkv::bench {
 namespace {
 
 constexpr double kPeakSeconds = 0.1;
-
-// Runs `work` with the ParallelFor that a server with so many threads gives to a layer.
-class Threads {
- public:
-  explicit Threads(int threads) : scheduler_(threads), lane_(scheduler_.NewLane()) {}
-
-  void Run(absl::FunctionRef<void(ParallelFor)> work) {
-    std::promise<void> done;
-    scheduler_.Post(lane_, /*small=*/false, [&](ParallelFor parallel) {
-      work(parallel);
-      done.set_value();
-    });
-    done.get_future().wait();
-  }
-
- private:
-  engine::Scheduler scheduler_;
-  std::shared_ptr<engine::Scheduler::Lane> lane_;
-};
-
-// So that a run that something else on the machine held up does not count.
-double Median(std::vector<double> values) {
-  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
-}
 
 std::unique_ptr<Backend> Cpu(std::string_view target) {
   return cpu::CreateCpuBackend({.target = target}).value();
@@ -214,6 +188,7 @@ int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
   structkv::bench::Register();
+  structkv::bench::RegisterForms();
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();
   return 0;

@@ -65,6 +65,37 @@ TEST_P(Fp8Test, EveryInstructionSetDecodesEveryCode) {
   }
 }
 
+TEST_P(Fp8Test, WidensEveryCodeToBf16) {
+  for (const cpu::KernelTable& table : cpu::SupportedTables()) {
+    if (table.fp8_to_bf16 == nullptr) continue;
+    SCOPED_TRACE(std::string(table.name));
+    // Whole vectors and parts of one, in rows that lie apart in any order.
+    for (const int64_t dim : {8, 40, 64, 256}) {
+      constexpr int64_t kTokens = 64;
+      const int64_t stride = dim + 3;
+      std::vector<std::byte> codes(static_cast<size_t>(kTokens * stride));
+      for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<std::byte>(i * 5);
+      std::vector<const std::byte*> rows(kTokens);
+      for (int64_t t = 0; t < kTokens; ++t) rows[t] = codes.data() + (kTokens - 1 - t) * stride;
+      std::vector<uint16_t> out(static_cast<size_t>(kTokens * dim) + 1, 0xABCD);
+      table.fp8_to_bf16({.rows = rows.data(),
+                         .tokens = kTokens,
+                         .dtype = GetParam(),
+                         .dim = dim,
+                         .out = reinterpret_cast<std::byte*>(out.data())});
+      EXPECT_EQ(out.back(), 0xABCD) << "wrote past the end";
+      for (int64_t t = 0; t < kTokens; ++t) {
+        for (int64_t e = 0; e < dim; ++e) {
+          const auto code = static_cast<uint8_t>(rows[t][e]);
+          const auto* bf16 = reinterpret_cast<const std::byte*>(&out[t * dim + e]);
+          ExpectSame(reference::Element(bf16, DType::kBF16, 0),
+                     testing::DecodeFp8(code, GetParam()), code);
+        }
+      }
+    }
+  }
+}
+
 TEST_P(Fp8Test, EncodesWhatItDecodes) {
   for (int code = 0; code < 256; ++code) {
     const double value = testing::DecodeFp8(static_cast<uint8_t>(code), GetParam());

@@ -40,13 +40,13 @@ double LargestMagnitude(const SaliencyParams& params, int64_t head) {
 }  // namespace
 
 SaliencyBound::SaliencyBound(const SaliencyParams& params) {
-  const double scale = std::fabs(SaliencyScale(params));
   double lse = 0;
   for (int64_t i = 0; params.lse != nullptr && i < params.queries.heads * params.queries.tokens;
        ++i) {
     lse = std::max(lse, static_cast<double>(std::fabs(params.lse[i])));
   }
   for (int64_t head = 0; head < params.keys.heads; ++head) {
+    const double scale = std::fabs(SaliencyScale(params, head));
     const double exponent = kUnit * ((static_cast<double>(params.keys.dim) + 8) * scale *
                                          LargestMagnitude(params, head) +
                                      2 * lse);
