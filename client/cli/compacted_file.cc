@@ -72,6 +72,7 @@ absl::StatusOr<std::unique_ptr<CompactedFile>> CompactedFile::Create(
   }
 
   for (auto& [key, value] : MethodMetadata(opened.method())) metadata[key] = value;
+  if (opened.has_rotary()) Flatten(opened.rotary(), "rotary", &metadata);
   metadata["structkv_version"] = STRUCTKV_VERSION;
   metadata["fingerprint"] = opened.fingerprint();
   file->metadata_ = std::move(metadata);
@@ -146,6 +147,7 @@ absl::Status CompactedFile::Finish(const v1::Summary& summary) {
   if (!status.ok()) return status;
   metadata_["logical_length"] = absl::StrCat(summary.logical_length());
   metadata_["kv_length"] = absl::StrCat(summary.kv_length());
+  metadata_["next_position"] = absl::StrCat(summary.next_position());
   return writer_->Finish(metadata_);
 }
 

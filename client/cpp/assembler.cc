@@ -306,6 +306,10 @@ absl::StatusOr<v1::Summary> Assembler::Finish(uint64_t sent_bytes) const {
   if (summary_->kv_length() != largest) {
     return Disagrees("kv_length", summary_->kv_length(), ", Opened.kept_tokens says ", largest);
   }
+  const uint32_t next = open_.has_rotary() ? largest : open_.prompt_tokens();
+  if (summary_->next_position() != next) {
+    return Disagrees("next_position", summary_->next_position(), ", it must be ", next);
+  }
   if (summary_->fingerprint() != opened_->fingerprint()) {
     return Disagrees("fingerprint", summary_->fingerprint(), ", Opened said ",
                      opened_->fingerprint());

@@ -1,6 +1,7 @@
 #include "service/engine/group_max.h"
 #include "service/engine/layer_skeleton.h"
 #include "service/engine/prompt_spec.h"
+#include "service/engine/rerotation.h"
 #include "service/method/centrality.h"
 #include "service/method/pivot_detector.h"
 #include "service/method/selection_policy.h"
@@ -34,7 +35,7 @@ int64_t State(const PromptSpec& spec) {
   const int64_t per_layer = spec.method.needs_statistics()
                                 ? static_cast<int64_t>(sizeof(method::LayerScore))
                                 : int64_t{1};
-  int64_t bytes = spec.geometry.layers * per_layer;
+  int64_t bytes = spec.geometry.layers * per_layer + Rerotation::StateBytes(spec);
   if (spec.method.has_centrality()) {
     const auto range = method::PossibleCentralities(spec.geometry.layers, spec.method.pivot);
     bytes += method::Centrality::MaxVectors(range.last) * spec.prompt_tokens * kFloat;

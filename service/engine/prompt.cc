@@ -9,6 +9,7 @@
 #include "absl/strings/string_view.h"
 #include "service/engine/layer_saliency.h"
 #include "service/engine/layer_skeleton.h"
+#include "service/engine/rerotation.h"
 #include "service/engine/shard_saliency.h"
 #include "service/method/centrality.h"
 #include "service/method/selection_policy.h"
@@ -46,6 +47,7 @@ class Prompt::Impl {
         answered_(spec_.geometry.layers, false) {
     for (const Shard& shard : shards_) part_specs_.push_back(ShardSpec(spec_, shard));
     if (shards_.empty()) part_specs_.push_back(spec_);
+    if (spec_.rotary.has_value()) rerotation_.emplace(spec_);
     if (spec_.method.needs_statistics()) metrics_.resize(spec_.geometry.layers);
     if (!spec_.method.has_centrality()) return;
     const auto range = method::PossibleCentralities(spec_.geometry.layers, spec_.method.pivot);
@@ -236,7 +238,13 @@ class Prompt::Impl {
     const HeadRange heads = shards_.empty() ? HeadRange{0, geometry.kv_heads}  // all
                                             : shards_[index].kv_heads;
     if (!spec_.pulls(InputTensor::kKeys)) {
-      output.keys = Kept(heads, std::move(input.keys), geometry.key_dim, tokens, output, parallel);
+      std::optional<LayerRotation> turned;
+      if (rerotation_.has_value()) {
+        turned =
+            rerotation_->ForLayer(output.positions, output.kept_tokens, tokens, input.positions);
+      }
+      output.keys = Kept(heads, std::move(input.keys), geometry.key_dim, tokens, output, parallel,
+                         turned.has_value() && turned->moves ? &turned->params : nullptr);
     }
     if (spec_.pulls(InputTensor::kValues)) return;
     output.values =
@@ -271,11 +279,13 @@ class Prompt::Impl {
   }
 
   // The rows of `source`, the tensor of those KV heads, that stay; `source` itself where all do.
+  // `rotation`: they are keys to be turned; null: nothing is to be.
   Buffer Kept(const HeadRange& heads, Buffer source, int64_t dim, int64_t tokens,
-              const LayerOutput& output, ParallelFor parallel) {
+              const LayerOutput& output, ParallelFor parallel,
+              const RotationParams* rotation = nullptr) {
     const int64_t kept = output.kept_tokens;
     const std::vector<HeadRange> runs = DecodeRuns(spec_, heads);
-    if (kept == tokens && runs.size() == 1) return source;
+    if (kept == tokens && runs.size() == 1 && rotation == nullptr) return source;
     const auto row_bytes = dim * static_cast<int64_t>(DTypeSize(spec_.dtype));
     Buffer rows = pool_.Acquire(heads.count * kept * row_bytes);
     const TensorView all =
@@ -284,11 +294,17 @@ class Prompt::Impl {
       TensorView from = all;
       from.data = all.Row(run.begin, 0);
       from.heads = run.count;
-      const int64_t sets_before = spec_.per_kv_head() ? run.begin : 0;
-      backend_.Gather(from, output.positions.data() + sets_before * kept, spec_.per_kv_head(),
-                      MutableTensorView::Dense(rows.data() + run.begin * kept * row_bytes,
-                                               spec_.dtype, spec_.layout, run.count, kept, dim),
-                      parallel);
+      const int64_t before = (spec_.per_kv_head() ? run.begin : 0) * kept;
+      const int32_t* positions = output.positions.data() + before;
+      const auto to = MutableTensorView::Dense(rows.data() + run.begin * kept * row_bytes,
+                                               spec_.dtype, spec_.layout, run.count, kept, dim);
+      if (rotation == nullptr) {
+        backend_.Gather(from, positions, spec_.per_kv_head(), to, parallel);
+      } else {
+        RotationParams params = *rotation;
+        params.positions += before;
+        backend_.GatherRotated(from, positions, spec_.per_kv_head(), params, to, parallel);
+      }
     }
     return rows;
   }
@@ -339,6 +355,7 @@ class Prompt::Impl {
   const Backend& backend_;
   BufferPool& pool_;
   const std::unique_ptr<method::SelectionPolicy> policy_;
+  std::optional<Rerotation> rerotation_;  // where kept keys are turned
   // The centrality is that of the layer which decides, so that what lies before it is summed up.
   const bool online_ = spec_.method.has_centrality() && spec_.may_have_skeleton_layers() &&
                        !spec_.method.pivot.given_layer();
