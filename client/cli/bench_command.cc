@@ -20,6 +20,7 @@
 #include "client/cli/compressor.h"
 #include "client/cli/geometry_text.h"
 #include "client/cli/method_flags.h"
+#include "client/cli/rotary_flags.h"
 #include "client/cli/synthetic.h"
 #include "client/cli/text.h"
 #include "nlohmann/json.hpp"
@@ -39,6 +40,7 @@ struct BenchFlags {
   std::string layout = "head-token-dim";
   std::string statistic = "window-queries";
   MethodFlags method;
+  RotaryFlags rotary;
   ConnectionFlags connection;
   uint32_t prompts = 4;
   uint32_t concurrency = 1;
@@ -121,6 +123,7 @@ absl::StatusOr<v1::Open> MakeOpen(const BenchFlags& flags) {
   }
   open.set_output(flags.plan || open.method().has_gemfilter() ? v1::OUTPUT_PLAN
                                                               : v1::OUTPUT_COMPACT);
+  SetRotary(flags.rotary, /*metadata=*/{}, &open);
   open.set_layers_in_flight(flags.layers_in_flight);
   open.set_model_id(absl::StrCat("bench/", flags.geometry));
   return open;
@@ -215,7 +218,10 @@ void PrintText(const BenchFlags& flags, const v1::Open& open, const v1::Opened& 
   std::printf("%s, %s backend\n", where.c_str(), m->backend.c_str());
   std::printf("prompt      %u layers, %s, %s tokens, %s, %s%s\n", g.layer_count(),
               HeadsText(g).c_str(), CountText(flags.tokens).c_str(), flags.dtype.c_str(),
-              MethodKind(opened.method()).c_str(), flags.plan ? ", plan" : "");
+              MethodKind(opened.method()).c_str(),
+              flags.plan            ? ", plan"
+              : opened.has_rotary() ? ", keys turned"
+                                    : "");
   std::printf("run         %u prompts, %u at a time, %s\n", flags.prompts, flags.concurrency,
               DurationText(absl::Seconds(m->wall_seconds)).c_str());
   std::printf(
@@ -266,6 +272,7 @@ void PrintJson(const BenchFlags& flags, const v1::Open& open, const v1::Opened& 
   json["block_tokens"] = flags.paged;
   for (const auto& [key, value] : MethodMetadata(opened.method())) json[key] = value;
   json["plan"] = flags.plan;
+  json["rerotate"] = opened.has_rotary();
   json["prompts"] = flags.prompts;
   json["concurrency"] = flags.concurrency;
   json["seconds"] = m->wall_seconds;
@@ -408,6 +415,7 @@ Command AddBench(CLI::App* app) {
       ->group(kRun);
   sub->add_flag("--checksums", flags->checksums, "Send a checksum with every piece")->group(kRun);
   AddMethodFlags(sub, &flags->method);
+  AddRotaryFlags(sub, &flags->rotary);
   AddConnectionFlags(sub, &flags->connection);
   sub->add_flag("--json", flags->json, "Print JSON");
   return {sub, [flags] { return RunBench(*flags); }};

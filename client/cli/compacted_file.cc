@@ -85,6 +85,7 @@ absl::StatusOr<std::unique_ptr<CompactedFile>> CompactedFile::Create(
   if (open.has_attention_scale()) {
     metadata["attention_scale"] = absl::StrFormat("%.17g", open.attention_scale());
   }
+  if (opened.has_rotary()) Flatten(opened.rotary(), "rotary", &metadata);
   metadata["structkv_version"] = STRUCTKV_VERSION;
   metadata["fingerprint"] = opened.fingerprint();
   file->metadata_ = std::move(metadata);
@@ -167,6 +168,7 @@ absl::Status CompactedFile::Finish(const v1::Summary& summary) {
   if (!status.ok()) return status;
   metadata_["logical_length"] = absl::StrCat(summary.logical_length());
   metadata_["kv_length"] = absl::StrCat(summary.kv_length());
+  metadata_["next_position"] = absl::StrCat(summary.next_position());
   return writer_->Finish(metadata_);
 }
 

@@ -27,7 +27,8 @@ class CompactedFile {
   // parameter in force, `pivot_layer`, `pivot_mode` (what really answered), `decided_at_layer`, and
   // where they have a value `transition_layer`, `skeleton_from_layer`, `profiled_prompts`,
   // `values_in_keys` ("true"), `attention_scale`;
-  // `logical_length`, `kv_length`, `fingerprint`, `structkv_version`.
+  // `logical_length`, `kv_length`, `next_position` (at which a decoder goes on), `fingerprint`,
+  // `structkv_version`; `rotary.*` for every rotary parameter where keys were turned.
   static absl::StatusOr<std::unique_ptr<CompactedFile>> Create(
       const std::string& path, const v1::Open& open, const v1::Opened& opened,
       std::map<std::string, std::string> metadata);

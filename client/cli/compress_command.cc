@@ -1,5 +1,6 @@
 #include <cstdio>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -16,6 +17,7 @@
 #include "client/cli/kept.h"
 #include "client/cli/method_flags.h"
 #include "client/cli/output_file.h"
+#include "client/cli/rotary_flags.h"
 #include "client/cli/text.h"
 #include "nlohmann/json.hpp"
 #include "structkv/sizes.h"
@@ -28,6 +30,7 @@ struct CompressFlags {
   std::string output;
   std::string column_sums;
   MethodFlags method;
+  RotaryFlags rotary;
   ConnectionFlags connection;
   bool plan = false;
   bool saliency = false;
@@ -67,6 +70,7 @@ absl::StatusOr<v1::Open> MakeOpen(const CompressFlags& flags, const Capture& cap
   }
   const bool plan = flags.plan || open.method().has_gemfilter();
   open.set_output(plan ? v1::OUTPUT_PLAN : v1::OUTPUT_COMPACT);
+  SetRotary(flags.rotary, capture.metadata(), &open);
   open.set_return_saliency(flags.saliency);
   open.set_return_centrality(flags.centrality);
   return open;
@@ -116,6 +120,10 @@ void PrintOutcome(const CompressFlags& flags, const Capture& capture, const Outc
               outcome.opened.method().has_gemfilter() ? " after a second prefill; positions only"
               : flags.plan                            ? ", positions only"
                                                       : "");
+  if (outcome.opened.has_rotary()) {
+    std::printf("positions turned to consecutive ones; a decoder goes on at %s\n",
+                CountText(summary.next_position()).c_str());
+  }
   if (outcome.pivot.has_value()) {
     std::printf("pivot     layer %u of %u, skeleton of %s tokens%s\n", outcome.pivot->pivot_layer,
                 g.layer_count(), CountText(outcome.pivot->skeleton.size()).c_str(),
@@ -144,6 +152,12 @@ void PrintJson(const CompressFlags& flags, const Capture& capture, const Outcome
   json["kv_bytes_after"] = BytesAfter(capture, outcome.opened);
   json["logical_length"] = summary.logical_length();
   json["kv_length"] = summary.kv_length();
+  json["next_position"] = summary.next_position();
+  if (outcome.opened.has_rotary()) {
+    std::map<std::string, std::string> rotary;
+    Flatten(outcome.opened.rotary(), "rotary", &rotary);
+    for (const auto& [key, value] : rotary) json[key] = value;
+  }
   json["input_bytes"] = summary.input_bytes();
   json["output_bytes"] = summary.output_bytes();
   if (flags.skeleton_layers) {
@@ -265,6 +279,7 @@ Command AddCompress(CLI::App* app) {
   sub->add_option("input", flags->input, "Captured prefill (safetensors)")->required();
   sub->add_option("--out,-o", flags->output, "Compacted cache to write (safetensors)")->required();
   AddMethodFlags(sub, &flags->method);
+  AddRotaryFlags(sub, &flags->rotary);
   AddConnectionFlags(sub, &flags->connection);
   sub->add_option("--column-sums", flags->column_sums,
                   "What h2o needs where the capture lacks it (safetensors)");

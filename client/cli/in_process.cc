@@ -241,6 +241,7 @@ absl::StatusOr<v1::Summary> InProcessCompressor::Run(const v1::Open& open,
   v1::Summary& summary = *prompt.summary();
   summary.set_logical_length(open.prompt_tokens());
   summary.set_kv_length(static_cast<uint32_t>(spec.largest_kept_tokens()));
+  summary.set_next_position(static_cast<uint32_t>(spec.next_position()));
   summary.set_fingerprint(opened.fingerprint());
   summary.set_backend(opened.backend());
   summary.set_transport("in-process");
@@ -288,6 +289,10 @@ absl::StatusOr<v1::GetCapabilitiesResponse> InProcessCompressor::GetCapabilities
   for (v1::PivotMode mode : {v1::PIVOT_MODE_EXACT, v1::PIVOT_MODE_FIXED, v1::PIVOT_MODE_ONLINE,
                              v1::PIVOT_MODE_PROFILED}) {
     response.add_pivot_modes(mode);
+  }
+  for (v1::RopeType type : {v1::ROPE_TYPE_DEFAULT, v1::ROPE_TYPE_LINEAR, v1::ROPE_TYPE_DYNAMIC,
+                            v1::ROPE_TYPE_YARN, v1::ROPE_TYPE_LLAMA3}) {
+    response.add_rope_types(type);
   }
   response.add_transports("in-process");
   v1::DimRange& dims = *response.mutable_key_dims();

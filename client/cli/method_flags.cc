@@ -166,6 +166,8 @@ std::string EnumText(const google::protobuf::EnumValueDescriptor& value) {
   return absl::AsciiStrToLower(absl::StripPrefix(value.name(), prefix));
 }
 
+}  // namespace
+
 void Flatten(const google::protobuf::Message& message, const std::string& prefix,
              std::map<std::string, std::string>* out) {
   using google::protobuf::FieldDescriptor;
@@ -187,13 +189,14 @@ void Flatten(const google::protobuf::Message& message, const std::string& prefix
       case FieldDescriptor::CPPTYPE_UINT32:
         (*out)[name] = absl::StrCat(reflection.GetUInt32(message, field));
         break;
+      case FieldDescriptor::CPPTYPE_BOOL:
+        (*out)[name] = reflection.GetBool(message, field) ? "true" : "false";
+        break;
       default:
-        break;  // no method has another type
+        break;  // no parameter has another type
     }
   }
 }
-
-}  // namespace
 
 const std::vector<std::string>& MethodNames() {
   static const auto& names = *new std::vector<std::string>{

@@ -9,6 +9,7 @@
 
 #include "CLI/CLI.hpp"
 #include "absl/status/statusor.h"
+#include "google/protobuf/message.h"
 #include "structkv/v1/compression.pb.h"
 
 namespace structkv::cli {
@@ -53,6 +54,10 @@ absl::StatusOr<v1::Method> BuildMethod(const MethodFlags& flags);
 // A method with every parameter, flat: {"method": "structkv", "method.kv_budget.ratio": "0.1",
 // ...}.
 std::map<std::string, std::string> MethodMetadata(const v1::Method& method);
+
+// A message's set fields, flat: {"prefix.kv_budget.ratio": "0.1", ...}. Enums by their short names.
+void Flatten(const google::protobuf::Message& message, const std::string& prefix,
+             std::map<std::string, std::string>* out);
 
 // "exact", "online" and so on.
 std::string PivotModeText(v1::PivotMode mode);

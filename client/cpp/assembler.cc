@@ -437,6 +437,10 @@ absl::StatusOr<v1::Summary> Assembler::Finish(uint64_t sent_bytes) const {
     return Disagrees("values_in_keys", summary_->values_in_keys() ? "true" : "false",
                      ", Open said otherwise");
   }
+  const uint32_t next = open_.has_rotary() ? largest : open_.prompt_tokens();
+  if (summary_->next_position() != next) {
+    return Disagrees("next_position", summary_->next_position(), ", it must be ", next);
+  }
   if (summary_->fingerprint() != opened_->fingerprint()) {
     return Disagrees("fingerprint", summary_->fingerprint(), ", Opened said ",
                      opened_->fingerprint());

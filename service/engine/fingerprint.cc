@@ -120,6 +120,36 @@ void AddShape(const PromptSpec& spec, std::string& text) {
   }
 }
 
+// One line, only where keys are turned: what caches were stored under before stays the same.
+void AddRotary(const method::RotarySpec& rotary, std::string& text) {
+  absl::StrAppendFormat(&text, "rotary=%s %d %d %.17g",
+                        rotary.pairing == RotaryPairing::kHalfSplit ? "half_split" : "interleaved",
+                        rotary.offset, rotary.dim, rotary.theta);
+  switch (rotary.type) {
+    case method::RopeType::kDefault:
+      absl::StrAppend(&text, " default");
+      break;
+    case method::RopeType::kLinear:
+      absl::StrAppendFormat(&text, " linear %.17g", rotary.factor);
+      break;
+    case method::RopeType::kDynamic:
+      absl::StrAppendFormat(&text, " dynamic %.17g %d", rotary.factor,
+                            rotary.max_position_embeddings);
+      break;
+    case method::RopeType::kYarn:
+      absl::StrAppendFormat(&text, " yarn %.17g %d %.17g %.17g %s", rotary.factor,
+                            rotary.original_max_position_embeddings, rotary.beta_fast,
+                            rotary.beta_slow, rotary.truncate ? "truncated" : "exact");
+      break;
+    case method::RopeType::kLlama3:
+      absl::StrAppendFormat(&text, " llama3 %.17g %d %.17g %.17g", rotary.factor,
+                            rotary.original_max_position_embeddings, rotary.low_freq_factor,
+                            rotary.high_freq_factor);
+      break;
+  }
+  absl::StrAppend(&text, "\n");
+}
+
 // One line a parameter, only those that the method has, so that an ignored one changes nothing.
 std::string CanonicalText(const PromptSpec& spec) {
   const method::MethodSpec& method = spec.method;
@@ -141,6 +171,7 @@ std::string CanonicalText(const PromptSpec& spec) {
     AddBudget("skeleton_budget", method.skeleton_budget, text);
     AddPivot(method.pivot, text);
   }
+  if (spec.rotary.has_value()) AddRotary(*spec.rotary, text);
   // Last, because it may hold anything.
   absl::StrAppend(&text, "model=", spec.model_id);
   return text;

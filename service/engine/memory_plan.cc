@@ -2,6 +2,7 @@
 #include "service/engine/kv_view.h"
 #include "service/engine/layer_skeleton.h"
 #include "service/engine/prompt_spec.h"
+#include "service/engine/rerotation.h"
 #include "service/method/centrality.h"
 #include "service/method/pivot_detector.h"
 #include "service/method/selection_policy.h"
@@ -37,7 +38,7 @@ int64_t State(const PromptSpec& spec) {
   const int64_t per_layer = spec.method.needs_statistics()
                                 ? static_cast<int64_t>(sizeof(method::LayerScore))
                                 : int64_t{1};
-  int64_t bytes = spec.geometry.layers * per_layer;
+  int64_t bytes = spec.geometry.layers * per_layer + Rerotation::StateBytes(spec);
   if (spec.paged.has_value()) bytes += spec.paged->Blocks(spec.prompt_tokens) * kPosition;
   if (spec.method.has_centrality()) {
     const auto range = method::PossibleCentralities(spec.geometry.layers, spec.method.pivot);

@@ -12,6 +12,7 @@
 #include "service/engine/kv_view.h"
 #include "service/engine/layer_saliency.h"
 #include "service/engine/layer_skeleton.h"
+#include "service/engine/rerotation.h"
 #include "service/engine/shard_saliency.h"
 #include "service/method/centrality.h"
 #include "service/method/selection_policy.h"
@@ -72,6 +73,7 @@ class Prompt::Impl {
         answered_(spec_.geometry.layers, false) {
     for (const Shard& shard : shards_) part_specs_.push_back(ShardSpec(spec_, shard));
     if (shards_.empty()) part_specs_.push_back(spec_);
+    if (spec_.rotary.has_value()) rerotation_.emplace(spec_);
     if (spec_.method.needs_statistics()) metrics_.resize(spec_.geometry.layers);
     if (!spec_.method.has_centrality()) return;
     const auto range = method::PossibleCentralities(spec_.geometry.layers, spec_.method.pivot);
@@ -267,13 +269,19 @@ class Prompt::Impl {
     output.key_scales = std::move(input.key_scales);
     output.value_scales = std::move(input.value_scales);
     if (spec_.paged.has_value()) output.kept_blocks = spec_.paged->Blocks(output.kept_tokens);
-    const auto kept = [&](Buffer source, int64_t dim) {
+    const auto kept = [&](Buffer source, int64_t dim, const RotationParams* rotation = nullptr) {
       const TensorView all = KvView(part_specs_[index], source.data(), dim, tokens,
                                     /*in_order=*/!input.positions.empty());
-      return Kept(heads, all, std::move(source), output, parallel);
+      return Kept(heads, all, std::move(source), output, parallel, rotation);
     };
     if (!spec_.pulls(InputTensor::kKeys)) {
-      output.keys = kept(std::move(input.keys), geometry.key_dim);
+      std::optional<LayerRotation> turned;
+      if (rerotation_.has_value()) {
+        turned =
+            rerotation_->ForLayer(output.positions, output.kept_tokens, tokens, input.positions);
+      }
+      output.keys = kept(std::move(input.keys), geometry.key_dim,
+                         turned.has_value() && turned->moves ? &turned->params : nullptr);
     }
     if (spec_.pulls(InputTensor::kValues) || geometry.values_in_keys) return;
     output.values = kept(std::move(input.values), geometry.value_dim);
@@ -307,12 +315,15 @@ class Prompt::Impl {
   }
 
   // The rows of `all`, a view of `source` with those KV heads, that stay; of a dense tensor
-  // `source` itself where all do.
+  // `source` itself where all do. `rotation`: they are keys to be turned; null: nothing is to be.
   Buffer Kept(const HeadRange& heads, const TensorView& all, Buffer source,
-              const LayerOutput& output, ParallelFor parallel) {
+              const LayerOutput& output, ParallelFor parallel,
+              const RotationParams* rotation = nullptr) {
     const int64_t kept = output.kept_tokens;
     const std::vector<HeadRange> runs = DecodeRuns(spec_, heads);
-    if (kept == all.tokens && runs.size() == 1 && !all.paged()) return source;
+    if (kept == all.tokens && runs.size() == 1 && !all.paged() && rotation == nullptr) {
+      return source;
+    }
     const auto element = static_cast<int64_t>(DTypeSize(spec_.dtype));
     const int64_t head_bytes = spec_.kv_slots(kept) * all.dim * element;
     Buffer rows = pool_.Acquire(heads.count * head_bytes);
@@ -320,10 +331,17 @@ class Prompt::Impl {
       TensorView from = all;
       from.data = source.data() + run.begin * all.head_stride * element;
       from.heads = run.count;
-      const int64_t sets_before = spec_.per_kv_head() ? run.begin : 0;
-      backend_.Gather(from, output.positions.data() + sets_before * kept, spec_.per_kv_head(),
-                      Room(rows.data() + run.begin * head_bytes, run.count, kept, all.dim),
-                      parallel);
+      const int64_t before = (spec_.per_kv_head() ? run.begin : 0) * kept;
+      const int32_t* positions = output.positions.data() + before;
+      const MutableTensorView to =
+          Room(rows.data() + run.begin * head_bytes, run.count, kept, all.dim);
+      if (rotation == nullptr) {
+        backend_.Gather(from, positions, spec_.per_kv_head(), to, parallel);
+      } else {
+        RotationParams params = *rotation;
+        params.positions += before;
+        backend_.GatherRotated(from, positions, spec_.per_kv_head(), params, to, parallel);
+      }
     }
     return rows;
   }
@@ -388,6 +406,7 @@ class Prompt::Impl {
   const Backend& backend_;
   BufferPool& pool_;
   const std::unique_ptr<method::SelectionPolicy> policy_;
+  std::optional<Rerotation> rerotation_;  // where kept keys are turned
   // The centrality is that of the layer which decides, so that what lies before it is summed up.
   const bool online_ = spec_.method.has_centrality() && spec_.may_have_skeleton_layers() &&
                        !spec_.method.pivot.given_layer();

@@ -55,6 +55,10 @@ int64_t PromptSpec::largest_kept_tokens() const {
   return method::LargestKeptTokens(method, prompt_tokens, geometry.layers);
 }
 
+int64_t PromptSpec::next_position() const {
+  return rotary.has_value() ? largest_kept_tokens() : prompt_tokens;
+}
+
 int64_t PromptSpec::skeleton_tokens() const {
   return method::SkeletonTokens(method, prompt_tokens);
 }

@@ -12,6 +12,7 @@
 #include "kernels/tensor.h"
 #include "service/engine/paged_layout.h"
 #include "service/method/method_spec.h"
+#include "service/method/rotary.h"
 
 namespace structkv::engine {
 
@@ -84,6 +85,8 @@ struct PromptSpec {
   // Decode ranks that kept rows are arranged for: each one's KV heads together, in the layout. 0 or
   // 1: all heads together.
   int64_t decode_shards = 0;
+  // Set: kept keys are turned to consecutive positions, the last one to largest_kept_tokens() - 1.
+  std::optional<method::RotarySpec> rotary;
   std::string model_id;
 
   // Element type of window queries.
@@ -100,6 +103,8 @@ struct PromptSpec {
   int64_t kept_tokens(int64_t layer) const;
   // The largest of the layers' counts.
   int64_t largest_kept_tokens() const;
+  // The position at which a decoder goes on.
+  int64_t next_position() const;
   // Tokens in the skeleton; 0 where the method has none.
   int64_t skeleton_tokens() const;
   bool per_kv_head() const;

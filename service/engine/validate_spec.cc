@@ -12,6 +12,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
 #include "service/engine/prompt_spec.h"
+#include "service/engine/validate_rotary.h"
 
 namespace structkv::engine {
 namespace {
@@ -389,6 +390,7 @@ absl::Status ValidateSpec(const PromptSpec& spec, const PromptLimits& limits,
       spec.method.pivot.mode == PivotMode::kProfiled) {
     return Invalid("open.model_id", "is empty; PIVOT_MODE_PROFILED needs the model's name");
   }
+  if (absl::Status rotary = ValidateRotary(spec); !rotary.ok()) return rotary;
   return CheckSize(spec);
 }
 

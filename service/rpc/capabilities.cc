@@ -45,6 +45,10 @@ v1::GetCapabilitiesResponse MakeCapabilities(const session::SessionManager& sess
                              v1::PIVOT_MODE_PROFILED}) {
     response.add_pivot_modes(mode);
   }
+  for (v1::RopeType type : {v1::ROPE_TYPE_DEFAULT, v1::ROPE_TYPE_LINEAR, v1::ROPE_TYPE_DYNAMIC,
+                            v1::ROPE_TYPE_YARN, v1::ROPE_TYPE_LLAMA3}) {
+    response.add_rope_types(type);
+  }
   response.add_transports("inline");
 
   v1::DimRange* dims = response.mutable_key_dims();

@@ -170,6 +170,7 @@ void CompressReactor::SendOpened(const session::Session& session) {
 
   summary_.set_logical_length(static_cast<uint32_t>(spec.prompt_tokens));
   summary_.set_kv_length(static_cast<uint32_t>(spec.largest_kept_tokens()));
+  summary_.set_next_position(static_cast<uint32_t>(spec.next_position()));
   summary_.set_fingerprint(opened->fingerprint());
   summary_.set_backend(opened->backend());
   summary_.set_transport("inline");

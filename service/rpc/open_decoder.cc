@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "service/rpc/method_codec.h"
+#include "service/rpc/rotary_codec.h"
 
 namespace structkv::rpc {
 namespace {
@@ -252,6 +253,11 @@ absl::StatusOr<OpenRequest> DecodeOpen(const v1::Open& open, int64_t max_message
   spec.pull = *pull;
   spec.return_saliency = open.return_saliency() && spec.method.needs_statistics();
   spec.return_centrality = open.return_centrality() && spec.method.has_centrality();
+  if (open.has_rotary()) {
+    absl::StatusOr<method::RotarySpec> rotary = DecodeRotary(open.rotary(), spec.geometry.key_dim);
+    if (!rotary.ok()) return rotary.status();
+    spec.rotary = *rotary;
+  }
   if (open.has_shard_group()) {
     if (absl::Status shard = DecodeShardGroup(open.shard_group(), &request); !shard.ok()) {
       return shard;
@@ -275,6 +281,7 @@ v1::Opened EncodeOpened(const engine::PromptSpec& spec) {
   opened.set_window_tokens(static_cast<uint32_t>(spec.window_rows()));
   opened.set_statistic(EncodeStatistic(spec.statistic));
   opened.set_fingerprint(engine::Fingerprint(spec));
+  if (spec.rotary.has_value()) *opened.mutable_rotary() = EncodeRotary(*spec.rotary);
   return opened;
 }
 

@@ -41,7 +41,7 @@ absl::StatusOr<OpenRequest> DecodeOpen(const v1::Open& open, int64_t max_message
 v1::Method EncodeMethod(const method::MethodSpec& spec);
 
 // What of `Opened` follows from a valid spec: method, kept_tokens, skeleton_tokens,
-// required_tensors, window_tokens, statistic and fingerprint.
+// required_tensors, window_tokens, statistic, fingerprint and rotary.
 v1::Opened EncodeOpened(const engine::PromptSpec& spec);
 
 // `LayerResult.metrics`, without a transition score.

@@ -1,8 +1,10 @@
 // The CPU backend's operations at Llama-3.1-8B geometry, each beside its floor in the same run:
-// saliency beside the arithmetic peak, gather beside memcpy, selection beside nth_element; and
-// 8-bit keys, tensors in blocks and latent keys beside the dense form. Rates and shares are of the
-// median run. Google Benchmark's flags; --benchmark_filter=Saliency, for instance.
+// saliency beside the arithmetic peak, gather beside memcpy, turned keys beside gather, selection
+// beside nth_element; and 8-bit keys, tensors in blocks and latent keys beside the dense form. Rates
+// and shares are of the median run. Google Benchmark's flags; --benchmark_filter=Saliency, for
+// instance.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -93,6 +95,19 @@ void SelectNthElement(benchmark::State& state) {
   }
 }
 
+// The tokens that selections like a model's keep, of all heads alike or of each.
+std::vector<int32_t> KeptPositions(const Backend& backend, int64_t tokens, int64_t kept,
+                                   bool per_head) {
+  std::vector<int32_t> positions;
+  for (int64_t h = 0; h < (per_head ? kKvHeads : 1); ++h) {
+    std::vector<int32_t> one(kept);
+    const std::vector<float> scores = SaliencyLike(tokens, 7 + static_cast<uint32_t>(h));
+    backend.Select({scores.data(), tokens, 8, kept}, one.data());
+    positions.insert(positions.end(), one.begin(), one.end());
+  }
+  return positions;
+}
+
 // A tenth of keys and of values, beside memcpy of as many bytes to the same place, in turns.
 void Gather(benchmark::State& state, Layout layout, bool per_head) {
   const int threads = static_cast<int>(state.range(0));
@@ -103,13 +118,7 @@ void Gather(benchmark::State& state, Layout layout, bool per_head) {
   const Tensor values(DType::kBF16, kKvHeads, tokens, layout);
   Tensor kept_keys(DType::kBF16, kKvHeads, kept, layout);
   Tensor kept_values(DType::kBF16, kKvHeads, kept, layout);
-  std::vector<int32_t> positions;
-  for (int64_t h = 0; h < (per_head ? kKvHeads : 1); ++h) {
-    std::vector<int32_t> one(kept);
-    const std::vector<float> scores = SaliencyLike(tokens, 7 + static_cast<uint32_t>(h));
-    backend->Select({scores.data(), tokens, 8, kept}, one.data());
-    positions.insert(positions.end(), one.begin(), one.end());
-  }
+  const std::vector<int32_t> positions = KeptPositions(*backend, tokens, kept, per_head);
   Threads pool(threads);
   // memcpy walks over the whole source in turn, as the gather does: neither finds it in the cache.
   const int64_t bytes = kept_keys.bytes();
@@ -139,6 +148,48 @@ void Gather(benchmark::State& state, Layout layout, bool per_head) {
   state.counters["bytes_per_s"] = total / Median(gather_seconds);
   state.counters["memcpy_bytes_per_s"] = total / Median(copy_seconds);
   state.counters["share_of_memcpy"] = Median(copy_seconds) / Median(gather_seconds);
+}
+
+// A tenth of the keys, turned on their way, beside the same gather without turning, in turns.
+void GatherRotated(benchmark::State& state, Layout layout, bool per_head, RotaryPairing pairing) {
+  const int threads = static_cast<int>(state.range(0));
+  const int64_t tokens = state.range(1);
+  const int64_t kept = tokens / 10;
+  const std::unique_ptr<Backend> backend = Cpu("");
+  const Tensor keys(DType::kBF16, kKvHeads, tokens, layout);
+  Tensor kept_keys(DType::kBF16, kKvHeads, kept, layout);
+  const std::vector<int32_t> positions = KeptPositions(*backend, tokens, kept, per_head);
+  std::vector<float> frequencies(kDim / 2);
+  for (size_t j = 0; j < frequencies.size(); ++j) {
+    frequencies[j] = std::pow(500000.0F, -2.0F * static_cast<float>(j) / kDim);
+  }
+  Threads pool(threads);
+  std::vector<double> gather_seconds;
+  std::vector<double> rotate_seconds;
+  for (auto _ : state) {
+    gather_seconds.push_back(Seconds([&] {
+      pool.Run([&](ParallelFor parallel) {
+        backend->Gather(keys.view(), positions.data(), per_head, kept_keys.mutable_view(),
+                        parallel);
+      });
+    }));
+    rotate_seconds.push_back(Seconds([&] {
+      pool.Run([&](ParallelFor parallel) {
+        backend->GatherRotated(keys.view(), positions.data(), per_head,
+                               {.pairing = pairing,
+                                .pairs = kDim / 2,
+                                .from = frequencies.data(),
+                                .to = frequencies.data(),
+                                .positions = positions.data()},
+                               kept_keys.mutable_view(), parallel);
+      });
+    }));
+    state.SetIterationTime(rotate_seconds.back());
+  }
+  const auto bytes = static_cast<double>(kept_keys.bytes());
+  state.counters["bytes_per_s"] = bytes / Median(rotate_seconds);
+  state.counters["gather_bytes_per_s"] = bytes / Median(gather_seconds);
+  state.counters["times_gather"] = Median(rotate_seconds) / Median(gather_seconds);
 }
 
 void Register() {
@@ -177,6 +228,18 @@ void Register() {
           ->ArgsProduct(threads_and_tokens)
           ->Unit(benchmark::kMillisecond)
           ->UseManualTime();
+      for (const RotaryPairing pairing : {RotaryPairing::kHalfSplit, RotaryPairing::kInterleaved}) {
+        const bool halves = pairing == RotaryPairing::kHalfSplit;
+        const std::string rotated =
+            "GatherRotated" + name.substr(6) + (halves ? "/half_split" : "/interleaved");
+        benchmark::RegisterBenchmark(
+            rotated.c_str(),
+            [=](benchmark::State& state) { GatherRotated(state, layout, per_head, pairing); })
+            ->ArgNames({"threads", "tokens"})
+            ->ArgsProduct(threads_and_tokens)
+            ->Unit(benchmark::kMillisecond)
+            ->UseManualTime();
+      }
     }
   }
 }

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <sstream>
 #include <string>
 
@@ -87,6 +88,46 @@ TEST_F(CommandTest, CompressesTheSameWithAServerAndAlone) {
   }
   EXPECT_EQ((*a)->metadata().at("logical_length"), "1000");
   EXPECT_EQ((*a)->metadata().at("kv_length"), "100");
+}
+
+TEST_F(CommandTest, TurnsKeysToConsecutivePositions) {
+  const std::string plain = directory_.Path("plain.safetensors");
+  const std::string turned = directory_.Path("turned.safetensors");
+  const std::string arguments = std::string("compress ") + kCapture + " --in-process --json --out ";
+  ASSERT_EQ(RunCommand(arguments + plain).code, 0);
+  const Ran ran = RunCommand(arguments + turned + " --rerotate --rope-scaling linear" +
+                             " --rope-factor 2 --rope-pairing interleaved --rotary-dim 16");
+  ASSERT_EQ(ran.code, 0) << ran.output;
+  EXPECT_EQ(nlohmann::json::parse(ran.output).at("next_position"), 100);
+  const auto a = SafetensorsFile::Open(plain);
+  const auto b = SafetensorsFile::Open(turned);
+  ASSERT_TRUE(a.ok()) << a.status();
+  ASSERT_TRUE(b.ok()) << b.status();
+  EXPECT_EQ((*a)->metadata().at("next_position"), "1000");
+  EXPECT_EQ((*a)->metadata().count("rotary.rope_theta"), 0);
+  const std::map<std::string, std::string> wanted = {
+      {"logical_length", "1000"},        {"kv_length", "100"},
+      {"next_position", "100"},          {"rotary.rope_theta", "10000"},  // the capture's
+      {"rotary.rope_type", "linear"},    {"rotary.factor", "2"},
+      {"rotary.pairing", "interleaved"}, {"rotary.rotary_dim", "16"},
+  };
+  for (const auto& [key, value] : wanted) {
+    ASSERT_EQ((*b)->metadata().count(key), 1) << key;
+    EXPECT_EQ((*b)->metadata().at(key), value) << key;
+  }
+  EXPECT_NE((*a)->metadata().at("fingerprint"), (*b)->metadata().at("fingerprint"));
+  for (const auto& [name, info] : (*a)->tensors()) {
+    const auto* other = (*b)->Find(name);
+    ASSERT_NE(other, nullptr) << name;
+    const bool key = name.size() > 2 && name.substr(name.size() - 2) == ".k";
+    EXPECT_EQ((*a)->Data(info) == (*b)->Data(*other), !key) << name;
+  }
+  const Ran lost = RunCommand(arguments + plain + " --rope-theta 10000");
+  EXPECT_NE(lost.code, 0);
+  EXPECT_THAT(lost.output, HasSubstr("--rerotate"));
+  const Ran bad = RunCommand(arguments + plain + " --rerotate --rope-scaling yarn --rope-factor 2");
+  EXPECT_NE(bad.code, 0);
+  EXPECT_THAT(bad.output, HasSubstr("open.rotary.original_max_position_embeddings is not set"));
 }
 
 TEST_F(CommandTest, SendsSkeletonRowsPastThePivot) {

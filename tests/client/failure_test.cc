@@ -134,6 +134,8 @@ const Lie kLies[] = {
      "Summary.output_bytes is 1, received were 216"},
     {"SummaryLogical", [](Responses* r) { (*r)[3].mutable_summary()->set_logical_length(5); },
      "Summary.logical_length is 5"},
+    {"SummaryNext", [](Responses* r) { (*r)[3].mutable_summary()->set_next_position(3); },
+     "Summary.next_position is 3"},
     {"SummaryKv", [](Responses* r) { (*r)[3].mutable_summary()->set_kv_length(2); },
      "Summary.kv_length is 2"},
     {"SummaryFingerprint", [](Responses* r) { (*r)[3].mutable_summary()->set_fingerprint("f"); },

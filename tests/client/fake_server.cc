@@ -148,6 +148,7 @@ v1::Summary SummaryFor(const v1::Open& open, const v1::Opened& opened, uint64_t 
   summary.set_output_bytes(output_bytes);
   summary.set_logical_length(open.prompt_tokens());
   summary.set_kv_length(opened.kept_tokens(0));
+  summary.set_next_position(open.has_rotary() ? opened.kept_tokens(0) : open.prompt_tokens());
   summary.set_fingerprint(opened.fingerprint());
   return summary;
 }

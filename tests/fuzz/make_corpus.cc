@@ -129,6 +129,16 @@ void AddOpen(const Corpus& corpus) {
   open.set_output(v1::OUTPUT_PLAN);
   corpus.Add("open", "gemfilter", open.SerializeAsString());
   open = rpc::ValidOpen();
+  open.mutable_rotary()->set_rope_theta(500000);
+  open.mutable_rotary()->set_rope_type(v1::ROPE_TYPE_YARN);
+  open.mutable_rotary()->set_factor(4);
+  open.mutable_rotary()->set_original_max_position_embeddings(4096);
+  open.mutable_rotary()->set_beta_fast(16);
+  open.mutable_rotary()->set_pairing(v1::ROTARY_PAIRING_INTERLEAVED);
+  open.mutable_rotary()->set_rotary_dim(16);
+  open.mutable_rotary()->set_rotary_offset(8);
+  corpus.Add("open", "rotary", open.SerializeAsString());
+  open = rpc::ValidOpen();
   open.mutable_method()->mutable_full();
   open.set_layout(v1::LAYOUT_TOKEN_HEAD_DIM);
   open.set_dtype(v1::DTYPE_F32);
@@ -217,6 +227,7 @@ std::string Answers(bool plan, bool on_request) {
   summary.mutable_summary()->set_output_bytes(bytes);
   summary.mutable_summary()->set_logical_length(8);
   summary.mutable_summary()->set_kv_length(2);
+  summary.mutable_summary()->set_next_position(8);
   return messages + Framed(summary);
 }
 

@@ -1,11 +1,13 @@
 // Any `open`: decoded, validated, planned and opened. Nothing may crash, overflow, or reserve more
 // than the server has.
+#include <cmath>
 #include <memory>
 #include <string>
 
 #include "kernels/backend_registry.h"
 #include "service/rpc/method_codec.h"
 #include "service/rpc/open_decoder.h"
+#include "service/rpc/rotary_codec.h"
 #include "service/session/session.h"
 #include "service/session/session_plan.h"
 #include "tests/fuzz/fuzz_input.h"
@@ -48,6 +50,16 @@ void CheckSpec(const engine::PromptSpec& spec) {
   const auto again = rpc::DecodeMethod(opened.method(), spec.geometry.layers, opened.statistic());
   FUZZ_CHECK(again.ok());
   FUZZ_CHECK(rpc::EncodeMethod(*again).SerializeAsString() == opened.method().SerializeAsString());
+  FUZZ_CHECK(spec.rotary.has_value() == opened.has_rotary());
+  if (!spec.rotary.has_value()) return;
+  for (int64_t length : {spec.prompt_tokens, spec.largest_kept_tokens()}) {
+    for (float frequency : method::InverseFrequencies(*spec.rotary, length)) {
+      FUZZ_CHECK(std::isfinite(frequency) && frequency >= 0);
+    }
+  }
+  const auto rotary = rpc::DecodeRotary(opened.rotary(), spec.geometry.key_dim);
+  FUZZ_CHECK(rotary.ok());
+  FUZZ_CHECK(rpc::EncodeRotary(*rotary).SerializeAsString() == opened.rotary().SerializeAsString());
 }
 
 void CheckOpen(const v1::Open& open) {

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "tests/testing/answer.h"
+#include "tests/testing/rotation.h"
 
 namespace structkv::testkit {
 namespace {
@@ -139,7 +140,17 @@ class Comparison {
         const size_t from = data_.RowIndex(layer, h, token) * row;
         filled[OutputRowIndex(data_.open(), kept, h, i)] = true;
         const size_t to = OutputRowIndex(data_.open(), kept, h, i) * row;
-        if (got.compare(to, row, source, from, row) != 0) {
+        const bool turned = tensor == v1::TENSOR_KEYS && data_.open().has_rotary();
+        const auto place = static_cast<uint32_t>(i);
+        const TurnedKey key = {
+            .source = source,
+            .from = from / row * dim,
+            .got = got,
+            .to = to / row * dim,
+            .position = Original(layer, token),
+            .new_position = effective_.largest - static_cast<uint32_t>(kept) + place,
+            .kv_length = effective_.largest};
+        if (turned ? !IsTurned(data_.open(), key) : got.compare(to, row, source, from, row) != 0) {
           faults_.push_back(absl::StrCat(what, ": head ", h, ", token ", token, " differs"));
           return;
         }
@@ -151,6 +162,12 @@ class Comparison {
         return;
       }
     }
+  }
+
+  // The position in the prompt of a row of the layer.
+  uint32_t Original(uint32_t layer, size_t row) const {
+    const std::vector<int32_t>& rows = data_.rows(layer);
+    return static_cast<uint32_t>(rows.empty() ? static_cast<int32_t>(row) : rows[row]);
   }
 
   // Positions of the prompt as rows of the layer.
@@ -314,6 +331,9 @@ class Comparison {
     Equal(summary.output_bytes(), output, "summary.output_bytes");
     Equal(summary.logical_length(), data_.open().prompt_tokens(), "summary.logical_length");
     Equal(summary.kv_length(), effective_.largest, "summary.kv_length");
+    Equal(summary.next_position(),
+          data_.open().has_rotary() ? effective_.largest : data_.open().prompt_tokens(),
+          "summary.next_position");
     Equal(summary.transport(), "inline", "summary.transport");
     Equal(summary.kv_blocks(), Blocks(effective_.largest), "summary.kv_blocks");
     Equal(summary.values_in_keys(), data_.open().geometry().values_in_keys(),
