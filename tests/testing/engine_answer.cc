@@ -53,7 +53,8 @@ engine::LayerInput InputOf(const PromptData& data, uint32_t layer, engine::Buffe
           .values = copy(v1::TENSOR_VALUES),
           .window_queries = copy(v1::TENSOR_WINDOW_QUERIES),
           .window_lse = copy(v1::TENSOR_WINDOW_LSE),
-          .saliency = copy(v1::TENSOR_SALIENCY)};
+          .saliency = copy(v1::TENSOR_SALIENCY),
+          .positions = data.rows(layer)};
 }
 
 void AddLayer(const engine::LayerOutput& output, Answer* answer) {
