@@ -55,6 +55,7 @@ struct Buffer::Core {
 
   // A run of `size` bytes (whole pages) or slightly more.
   Run Take(size_t size) {
+    Runs dropped;
     {
       const std::lock_guard lock(mutex);
       auto fit = by_size.lower_bound(size);
@@ -71,7 +72,9 @@ struct Buffer::Core {
         return run;
       }
       CountUse(size);
+      dropped = Surplus();
     }
+    Unmap(dropped);  // before more is mapped
     return {MapPages(size), size};
   }
 
@@ -83,20 +86,37 @@ struct Buffer::Core {
       idle.push_back(run);
       by_size.emplace(run.size, std::prev(idle.end()));
       idle_bytes += run.size;
-      // The run that nobody wanted for the longest time goes first.
-      while (idle_bytes > idle_limit_bytes) {
-        auto oldest = idle.begin();
-        auto [entry, end] = by_size.equal_range(oldest->size);
-        while (entry != end && entry->second != oldest) ++entry;
-        by_size.erase(entry);
-        idle_bytes -= oldest->size;
-        dropped.splice(dropped.end(), idle, oldest);
-      }
+      dropped = Surplus();
     }
     Unmap(dropped);
   }
 
-  // Under the mutex.
+  void ChangeAllowance(size_t add, size_t remove) {
+    Runs dropped;
+    {
+      const std::lock_guard lock(mutex);
+      allowed_bytes = allowed_bytes + add - remove;
+      dropped = Surplus();
+    }
+    Unmap(dropped);
+  }
+
+  // Under the mutex:
+
+  // Takes out what may not be kept: the run that nobody wanted for the longest time first.
+  Runs Surplus() {
+    Runs dropped;
+    while (idle_bytes > idle_limit_bytes && in_use_bytes + idle_bytes > allowed_bytes) {
+      auto oldest = idle.begin();
+      auto [entry, end] = by_size.equal_range(oldest->size);
+      while (entry != end && entry->second != oldest) ++entry;
+      by_size.erase(entry);
+      idle_bytes -= oldest->size;
+      dropped.splice(dropped.end(), idle, oldest);
+    }
+    return dropped;
+  }
+
   void CountUse(size_t size) {
     in_use_bytes += size;
     peak_in_use_bytes = std::max(peak_in_use_bytes, in_use_bytes);
@@ -106,6 +126,7 @@ struct Buffer::Core {
   mutable std::mutex mutex;
   Runs idle;  // oldest return first
   std::multimap<size_t, Runs::iterator> by_size;
+  size_t allowed_bytes = 0;
   size_t idle_bytes = 0;
   size_t in_use_bytes = 0;
   size_t peak_in_use_bytes = 0;
@@ -136,6 +157,20 @@ void Buffer::Reset() {
   capacity_ = 0;
 }
 
+BufferAllowance& BufferAllowance::operator=(BufferAllowance&& other) noexcept {
+  if (this == &other) return *this;
+  Release();
+  core_ = std::move(other.core_);
+  bytes_ = std::exchange(other.bytes_, 0);
+  return *this;
+}
+
+void BufferAllowance::Release() {
+  if (core_ != nullptr) core_->ChangeAllowance(0, bytes_);
+  core_.reset();
+  bytes_ = 0;
+}
+
 BufferPool::BufferPool(size_t idle_limit_bytes)
     : core_(std::make_shared<Buffer::Core>(idle_limit_bytes)) {}
 
@@ -148,6 +183,14 @@ Buffer BufferPool::Acquire(size_t size) {
   buffer.size_ = size;
   buffer.capacity_ = run.size;
   return buffer;
+}
+
+BufferAllowance BufferPool::Allow(size_t bytes) {
+  core_->ChangeAllowance(bytes, 0);
+  BufferAllowance allowance;
+  allowance.core_ = core_;
+  allowance.bytes_ = bytes;
+  return allowance;
 }
 
 size_t BufferPool::in_use_bytes() const {

@@ -41,6 +41,7 @@ class Buffer {
 
  private:
   friend class BufferPool;
+  friend class BufferAllowance;
   struct Core;
   std::shared_ptr<Core> core_;  // null for borrowed memory
   std::byte* data_ = nullptr;
@@ -48,12 +49,35 @@ class Buffer {
   size_t capacity_ = 0;
 };
 
-// Thread-safe. Buffers may outlive the pool.
+// Memory that a user of the pool has reserved: until it is dropped, returned memory is kept for
+// reuse as long as the pool holds no more than all allowances together. Move-only.
+class BufferAllowance {
+ public:
+  BufferAllowance() = default;
+  BufferAllowance(BufferAllowance&& other) noexcept { *this = std::move(other); }
+  BufferAllowance& operator=(BufferAllowance&& other) noexcept;
+  BufferAllowance(const BufferAllowance&) = delete;
+  BufferAllowance& operator=(const BufferAllowance&) = delete;
+  ~BufferAllowance() { Release(); }
+  // What nobody else may keep goes back to the system before this returns.
+  void Release();
+
+ private:
+  friend class BufferPool;
+  std::shared_ptr<Buffer::Core> core_;
+  size_t bytes_ = 0;
+};
+
+// Thread-safe. Buffers and allowances may outlive the pool.
 class BufferPool {
  public:
-  // Keeps at most `idle_limit_bytes` of returned memory for reuse; the rest goes back to the
-  // system.
+  // Keeps at most `idle_limit_bytes` of returned memory for reuse, more while there are allowances;
+  // the rest goes back to the system.
   explicit BufferPool(size_t idle_limit_bytes);
+
+  // A prompt of a million tokens has layers far above any idle limit, and fresh pages for each of
+  // them would cost more than all else that is done with it.
+  BufferAllowance Allow(size_t bytes);
 
   // At least `size` bytes, page-aligned, contents unspecified. Does not fail short of the process's
   // end: the caller reserves from a budget first.

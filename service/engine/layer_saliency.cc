@@ -120,7 +120,7 @@ absl::StatusOr<LayerSaliency> SumUp(const PromptSpec& spec, const Backend& backe
   }
   const int64_t top_count =
       std::max<int64_t>(1, method::ShareOfTokens(spec.method.pivot.sparsity_ratio, tokens));
-  const SaliencySums sums = backend.Sums(saliency.sum_scores(), tokens, top_count, parallel);
+  SaliencySums sums = backend.Sums(saliency.sum_scores(), tokens, top_count, parallel);
   if (sums.total == 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("layer ", layer, ": saliency is zero for every token"));
@@ -131,6 +131,9 @@ absl::StatusOr<LayerSaliency> SumUp(const PromptSpec& spec, const Backend& backe
                                                    sums.total, "; at most ", kMaxSaliencyTotal,
                                                    " is allowed"));
   }
+  // The same sum, rounded in another order: the difference would be a gradient from layer to layer
+  // where there is none, and gradients are taken as shares of the largest.
+  if (top_count == tokens) sums.top_mass = sums.total;
   saliency.metrics = method::MetricsFromSums(sums, tokens);
   return saliency;
 }

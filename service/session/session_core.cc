@@ -40,7 +40,8 @@ SessionCore::SessionCore(std::string id, const SessionRequest& request, const Se
       layers_in_flight_(request.layers_in_flight),
       host_(host),
       lane_(host.scheduler->NewLane()),
-      reservation_(std::move(reservation)) {
+      reservation_(std::move(reservation)),
+      allowance_(host.buffers->Allow(static_cast<size_t>(plan.reserved_bytes))) {
   assembler_.emplace(&spec_, host_.buffers, layers_in_flight_);
   prompt_.emplace(spec_, host_.backend, host_.buffers);
 }
@@ -48,6 +49,7 @@ SessionCore::SessionCore(std::string id, const SessionRequest& request, const Se
 SessionCore::~SessionCore() {
   Drop();
   prompt_.reset();
+  allowance_.Release();
   reservation_.Release();
   host_.registry->Remove(id_);
 }
@@ -359,6 +361,7 @@ void SessionCore::ReleaseIfFree() {
   if (layer_runs_) return;
   prompt_.reset();
   if (unsent_bytes_ > 0) return;
+  allowance_.Release();
   reservation_.Release();
   host_.registry->Remove(id_);
 }

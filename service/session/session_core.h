@@ -121,6 +121,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   int64_t unsent_bytes_ = 0;  // of results
   std::map<int64_t, engine::LayerOutput> wait_for_rows_;  // by layer
   Reservation reservation_;
+  engine::BufferAllowance allowance_;  // of the same bytes; goes first
   SessionSummary summary_;
   Clock::duration queued_{};
   Clock::duration computed_{};

@@ -119,6 +119,32 @@ TEST(BufferPoolTest, MemoryBeyondTheIdleLimitGoesBackToTheSystem) {
   EXPECT_TRUE(IsMapped(buffers[3].second));
 }
 
+TEST(BufferPoolTest, AnAllowanceKeepsMoreForReuse) {
+  BufferPool pool(2 * kMiB);
+  BufferAllowance allowance = pool.Allow(32 * kMiB);
+  std::byte* first = nullptr;
+  {
+    const Buffer a = pool.Acquire(16 * kMiB);
+    const Buffer b = pool.Acquire(12 * kMiB);
+    first = a.data();
+  }
+  EXPECT_EQ(pool.idle_bytes(), 28 * kMiB);
+  {
+    const Buffer again = pool.Acquire(16 * kMiB);
+    EXPECT_EQ(again.data(), first);
+    // No more than is allowed in all: what lies idle makes room before more is mapped.
+    const Buffer other = pool.Acquire(5 * kMiB);
+    EXPECT_EQ(pool.in_use_bytes(), 21 * kMiB);
+    EXPECT_EQ(pool.idle_bytes(), 0U);
+  }
+  EXPECT_EQ(pool.idle_bytes(), 21 * kMiB);
+  BufferAllowance second = pool.Allow(20 * kMiB);
+  allowance.Release();
+  EXPECT_EQ(pool.idle_bytes(), 16 * kMiB);  // the one that was returned last
+  second = BufferAllowance();
+  EXPECT_EQ(pool.idle_bytes(), 0U);
+}
+
 TEST(BufferPoolTest, ALimitOfNothingKeepsNothing) {
   BufferPool pool(0);
   Buffer buffer = pool.Acquire(kMiB);

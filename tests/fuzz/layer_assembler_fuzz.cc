@@ -1,8 +1,11 @@
 // The service's assembler against a model that keeps a byte map: the same verdict on every piece,
 // the same bytes in every layer.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <map>
+#include <memory>
+#include <numeric>
 #include <optional>
 #include <set>
 #include <utility>
@@ -33,6 +36,11 @@ engine::PromptSpec MakeSpec(FuzzInput* input) {
   }
   spec.window_lse = (flags & 4) != 0 && spec.statistic == engine::Statistic::kWindowQueries;
   spec.plan_only = (flags & 8) != 0;
+  if ((flags & 16) != 0) {  // layers of skeleton rows may come, of fewer tokens than the prompt
+    spec.method.pivot.mode = method::PivotMode::kFixed;
+    spec.method.window = 1;
+    spec.method.skeleton_budget.ratio = 0.5;
+  }
   return spec;
 }
 
@@ -45,17 +53,29 @@ struct ModelTensor {
   int64_t missing() const { return std::count(piece_of.begin(), piece_of.end(), 0); }
 };
 
+constexpr auto kPositions = engine::InputTensor::kPositions;
+
 class Model {
  public:
   Model(const engine::PromptSpec& spec, int64_t layers_in_flight)
-      : layers_in_flight_(layers_in_flight), layers_(static_cast<size_t>(spec.geometry.layers)) {
+      : spec_(spec),
+        layers_in_flight_(layers_in_flight),
+        layers_(static_cast<size_t>(spec.geometry.layers)),
+        is_skeleton_(layers_.size()) {
     for (auto& layer : layers_) {
       for (const engine::InputTensor tensor : spec.RequiredTensors()) {
-        const auto size = static_cast<size_t>(spec.InputBytes(tensor));
-        layer[tensor] = {.bytes = std::string(size, '\0'), .piece_of = std::vector<int>(size)};
+        SetSize(spec.InputBytes(tensor), &layer[tensor]);
       }
     }
   }
+
+  // Layers from `from` on may come as the rows of `skeleton`.
+  void Allow(std::vector<int32_t> skeleton, std::optional<int64_t> from) {
+    skeleton_ = std::move(skeleton);
+    from_ = from;
+  }
+  bool is_skeleton(int64_t layer) const { return is_skeleton_[static_cast<size_t>(layer)]; }
+  const std::vector<int32_t>& skeleton() const { return skeleton_; }
 
   bool IsComplete(size_t layer) const {
     for (const auto& [tensor, model] : layers_[layer]) {
@@ -80,7 +100,12 @@ class Model {
     if (piece.layer < 0 || piece.layer >= static_cast<int64_t>(layers_.size())) {
       return absl::StatusCode::kOutOfRange;
     }
-    auto* tensor = const_cast<ModelTensor*>(Find(piece.layer, piece.tensor));
+    if (!IsInTurn(piece)) return absl::StatusCode::kInvalidArgument;
+    // Nothing came of a layer that its positions are about to make one of skeleton rows.
+    const bool becomes = piece.tensor == kPositions && !is_skeleton(piece.layer);
+    ModelTensor fresh;
+    SetSize(spec_.SkeletonInputBytes(kPositions), &fresh);
+    auto* tensor = becomes ? &fresh : const_cast<ModelTensor*>(Find(piece.layer, piece.tensor));
     const auto size = static_cast<int64_t>(data.size());
     if (tensor == nullptr || size == 0 || piece.offset_bytes < 0 ||
         piece.offset_bytes + size > static_cast<int64_t>(tensor->bytes.size())) {
@@ -110,6 +135,15 @@ class Model {
       return tensor->bytes.compare(at, data.size(), data) == 0 ? absl::StatusCode::kOk
                                                                : absl::StatusCode::kAlreadyExists;
     }
+    if (piece.tensor == kPositions &&
+        std::memcmp(data.data(), reinterpret_cast<const char*>(skeleton_.data()) + at,
+                    data.size()) != 0) {
+      return absl::StatusCode::kInvalidArgument;
+    }
+    if (becomes) {
+      BecomeSkeleton(piece.layer);
+      tensor = const_cast<ModelTensor*>(Find(piece.layer, piece.tensor));
+    }
     tensor->pieces.insert({piece.offset_bytes, size});
     std::fill_n(tensor->piece_of.begin() + piece.offset_bytes, size, 1);
     tensor->bytes.replace(at, data.size(), data);
@@ -121,8 +155,36 @@ class Model {
   int64_t layers() const { return static_cast<int64_t>(layers_.size()); }
 
  private:
+  static void SetSize(int64_t bytes, ModelTensor* tensor) {
+    const auto size = static_cast<size_t>(bytes);
+    *tensor = {.bytes = std::string(size, '\0'), .piece_of = std::vector<int>(size), .pieces = {}};
+  }
+
+  // Positions come first, once they may.
+  bool IsInTurn(const InputPiece& piece) const {
+    const auto& tensors = layers_[static_cast<size_t>(piece.layer)];
+    if (is_skeleton(piece.layer)) {
+      return piece.tensor == kPositions || tensors.at(kPositions).missing() == 0;
+    }
+    if (piece.tensor != kPositions) return true;
+    if (!from_.has_value() || piece.layer < *from_) return false;
+    return std::all_of(tensors.begin(), tensors.end(),
+                       [](const auto& entry) { return entry.second.pieces.empty(); });
+  }
+
+  void BecomeSkeleton(int64_t layer) {
+    auto& tensors = layers_[static_cast<size_t>(layer)];
+    is_skeleton_[static_cast<size_t>(layer)] = true;
+    for (auto& [tensor, model] : tensors) SetSize(spec_.SkeletonInputBytes(tensor), &model);
+    SetSize(spec_.SkeletonInputBytes(kPositions), &tensors[kPositions]);
+  }
+
+  const engine::PromptSpec& spec_;
   const int64_t layers_in_flight_;
   std::vector<std::map<engine::InputTensor, ModelTensor>> layers_;
+  std::vector<bool> is_skeleton_;  // of each layer
+  std::vector<int32_t> skeleton_;
+  std::optional<int64_t> from_;
   int64_t received_ = 0;
 };
 
@@ -135,6 +197,9 @@ void CheckLayer(const Model& model, engine::LayerInput input) {
       {engine::InputTensor::kSaliency, &input.saliency},
       {engine::InputTensor::kKeyScales, &input.key_scales},
       {engine::InputTensor::kValueScales, &input.value_scales}};
+  const bool skeleton_rows = model.is_skeleton(input.layer);
+  FUZZ_CHECK(input.positions ==
+             (skeleton_rows ? absl::MakeConstSpan(model.skeleton()) : absl::Span<const int32_t>()));
   for (const auto& [tensor, buffer] : tensors) {
     const ModelTensor* expected = model.Find(input.layer, tensor);
     FUZZ_CHECK((expected == nullptr ? 0 : expected->bytes.size()) == buffer->size());
@@ -174,6 +239,18 @@ void Run(FuzzInput input) {
       }
       continue;
     }
+    if (op % 8 == 7) {
+      if (!spec.may_have_skeleton_layers() || !model.skeleton().empty()) continue;
+      std::vector<int32_t> skeleton(static_cast<size_t>(spec.skeleton_tokens()));
+      const auto first = input.Between(0, spec.prompt_tokens - spec.skeleton_tokens());
+      std::iota(skeleton.begin(), skeleton.end(), static_cast<int32_t>(first));
+      std::optional<int64_t> from = input.Between(0, spec.geometry.layers);
+      if (*from == spec.geometry.layers) from.reset();
+      model.Allow(skeleton, from);
+      assembler.SetSkeleton(std::make_shared<const engine::Skeleton>(
+          engine::Skeleton{.from_layer = from, .positions = std::move(skeleton)}));
+      continue;
+    }
     InputPiece piece;
     piece.layer = input.Between(0, spec.geometry.layers);
     piece.tensor = static_cast<engine::InputTensor>(input.Between(0, engine::kInputTensors - 1));
@@ -182,6 +259,12 @@ void Run(FuzzInput input) {
     std::string data(input.Byte() % 64, '\0');
     for (size_t i = 0; i < data.size(); ++i) {
       data[i] = static_cast<char>(piece.offset_bytes + static_cast<int64_t>(i) * 3 + op / 128);
+    }
+    if (piece.tensor == kPositions && op < 128) {
+      const std::string skeleton(reinterpret_cast<const char*>(model.skeleton().data()),
+                                 model.skeleton().size() * sizeof(int32_t));
+      const auto at = static_cast<size_t>(std::max<int64_t>(piece.offset_bytes, 0));
+      if (at < skeleton.size()) data.replace(0, data.size(), skeleton, at, data.size());
     }
     const absl::Span<const std::byte> all(reinterpret_cast<const std::byte*>(data.data()),
                                           data.size());

@@ -123,6 +123,10 @@ void AddOpen(const Corpus& corpus) {
   open.mutable_method()->mutable_fastkv()->set_tsp_layer(5);
   open.mutable_method()->mutable_fastkv()->set_group_reduce(v1::GROUP_REDUCE_MAX);
   corpus.Add("open", "fastkv", open.SerializeAsString());
+  open.mutable_method()->mutable_structkv()->mutable_pivot()->set_mode(v1::PIVOT_MODE_ONLINE);
+  open.mutable_method()->mutable_structkv()->mutable_pivot()->set_patience(3);
+  open.mutable_method()->mutable_structkv()->mutable_pivot()->set_confirm_score(0.25);
+  corpus.Add("open", "online", open.SerializeAsString());
   open.mutable_method()->mutable_h2o()->set_recent_share(0.25);
   corpus.Add("open", "h2o", open.SerializeAsString());
   open.mutable_method()->mutable_gemfilter()->set_filter_layer(2);
@@ -165,6 +169,23 @@ void AddAssemblers(const Corpus& corpus) {
   corpus.Add("layer_assembler", "overlap", head + std::string{2, 0, 0, 0, 5, 0, 2, 0, 0, 3, 3, 0});
   corpus.Add("layer_assembler", "plan", std::string("\x02\x01\x01\x09\x01\x08\x01\x08\x01", 9));
   corpus.Add("layer_assembler", "checksum", head + std::string{114, 0, 0, 0, 8, 0});
+
+  // Layers 2, value_dim 2, tokens 4, skeleton rows, in flight 2; layer 0 whole, the skeleton of two
+  // tokens from layer 1 on, then layer 1 as its rows: positions in two pieces, and all else.
+  const std::string skeleton_head("\x01\x01\x03\x10\x01", 5);
+  const std::string first = skeleton_head + std::string{2, 0, 0, 0, 16, 3} +
+                            std::string{2, 0, 1, 0, 16, 0} + std::string{2, 0, 2, 0, 8, 1} +
+                            std::string{8, 1, 7, 1, 1};
+  const std::string positions = std::string{2, 1, 5, 0, 3, 1} + std::string{18, 1, 5, 3, 5, 0};
+  const std::string rest = std::string{2, 1, 0, 0, 8, 0} + std::string{2, 1, 1, 0, 8, 0} +
+                           std::string{2, 1, 2, 0, 8, 0} + std::string{8, 1};
+  corpus.Add("layer_assembler", "skeleton", first + positions + rest);
+  corpus.Add("layer_assembler", "skeleton_again", first + positions + rest + positions);
+  corpus.Add("layer_assembler", "skeleton_mixed", first + rest.substr(0, 6) + positions);
+  corpus.Add("layer_assembler", "skeleton_early", skeleton_head + positions);
+  corpus.Add("layer_assembler", "skeleton_keys_first",
+             first + positions.substr(0, 6) + rest.substr(0, 6));
+  corpus.Add("layer_assembler", "skeleton_wrong", first + std::string{'\x82', 1, 5, 0, 8, 0});
 
   std::string pieces("\xff\x00", 2);
   for (int i = 0; i < 20; ++i) pieces += std::string{static_cast<char>(16 + 10 * i), 0, 10};

@@ -17,6 +17,30 @@ namespace {
 
 using engine::InputTensor;
 
+// Often a pivot in mid-prefill, so that layers may come as skeleton rows.
+void ChoosePivot(testkit::Random* random, v1::Open* open) {
+  const testkit::Effective effective(*open);
+  const int64_t layers = open->geometry().layer_count();
+  const auto layer = static_cast<uint32_t>(random->Between(0, layers - 1));
+  const bool one_vector = effective.statistic == v1::STATISTIC_SALIENCY;
+  if (!effective.structkv || random->Chance(30)) return;
+  if (!one_vector && random->Chance(30)) {
+    open->set_return_centrality(false);
+    open->mutable_method()->mutable_fastkv()->set_tsp_layer(layer);
+    return;
+  }
+  v1::Pivot* pivot = open->mutable_method()->mutable_structkv()->mutable_pivot();
+  pivot->clear_fixed_layer();
+  if (random->Chance(50)) {
+    pivot->set_mode(v1::PIVOT_MODE_FIXED);
+    pivot->set_fixed_layer(layer);
+  } else {
+    pivot->set_mode(v1::PIVOT_MODE_ONLINE);
+    pivot->set_patience(1);
+    pivot->set_confirm_score(0);
+  }
+}
+
 v1::Open RandomOpen(uint32_t tokens, testkit::Random* random) {
   const std::vector<testkit::PromptCase>& cases = testkit::PromptCases();
   v1::Open open;
@@ -28,6 +52,7 @@ v1::Open RandomOpen(uint32_t tokens, testkit::Random* random) {
   if (open.has_paged()) {
     testkit::PageAtRandom(open.paged().block_tokens(), /*spare=*/1, random->Next(), &open);
   }
+  ChoosePivot(random, &open);
   // With a log-sum-exp it would be slow: the data are made for it row by row.
   const bool queries = testkit::Effective(open).statistic == v1::STATISTIC_WINDOW_QUERIES;
   if (queries && !open.window_lse() && random->Chance(60)) MakeLarge(&open);
@@ -39,15 +64,29 @@ void Spoil(testkit::PromptData* data, uint32_t layer) {
   const bool given = !data->tensor(layer, v1::TENSOR_SALIENCY).empty();
   const v1::Tensor tensor = given ? v1::TENSOR_SALIENCY : v1::TENSOR_KEYS;
   const uint64_t row = given ? 0 : data->RowIndex(layer, 0, 0) * data->open().geometry().key_dim();
-  testkit::SetElement(given ? v1::DTYPE_F32 : data->open().dtype(), std::nanf(""), row + 11,
+  testkit::SetElement(given ? v1::DTYPE_F32 : data->open().dtype(), std::nanf(""), row + 7,
                       data->mutable_tensor(layer, tensor));
+}
+
+testkit::Answer Direct(const testkit::PromptData& data, const Backend& backend) {
+  engine::BufferPool pool(0);
+  absl::StatusOr<testkit::Answer> direct =
+      testkit::CompressDirectly(data, backend, &pool, testkit::InOrder(data.layers()), SerialFor);
+  EXPECT_TRUE(direct.ok()) << direct.status();
+  return direct.ok() ? *std::move(direct) : testkit::Answer();
+}
+
+int64_t OutputBytes(const testkit::LayerAnswer& layer) {
+  size_t bytes = 0;
+  for (const auto& [tensor, data] : layer.tensors) bytes += data.size();
+  return static_cast<int64_t>(bytes);
 }
 
 }  // namespace
 
 Scenario::Scenario(uint32_t tokens, testkit::Random* random, const Backend& backend)
-    : clean(RandomOpen(tokens, random), random->Next()), sent(clean) {
-  request.spec = testkit::SpecOf(clean.open());
+    : sent(RandomOpen(tokens, random), random->Next()) {
+  request.spec = testkit::SpecOf(sent.open());
   const engine::PromptSpec& spec = request.spec;
   const int64_t layers = spec.geometry.layers;
   request.layers_in_flight = random->Between(1, layers);
@@ -60,6 +99,12 @@ Scenario::Scenario(uint32_t tokens, testkit::Random* random, const Backend& back
   const bool scores = spec.method.needs_statistics();
   const bool gathers = !spec.plan_only && spec.kept_tokens(0) < spec.prompt_tokens;
   model.gate_holds = !plan->small && (scores || gathers);
+  expected = Direct(sent, backend);
+  CutLayers(random);
+  expected = Direct(sent, backend);
+  for (const auto& [layer, answer] : expected.layers) {
+    model.output_bytes.push_back(OutputBytes(answer));
+  }
   calm = random->Chance(60);
   if (!calm && scores && random->Chance(20)) {
     const int64_t bad = random->Between(0, layers - 1);
@@ -68,11 +113,22 @@ Scenario::Scenario(uint32_t tokens, testkit::Random* random, const Backend& back
   } else if (!calm && spec.statistic == engine::Statistic::kWindowQueries && random->Chance(20)) {
     model.failing_call = failing_call = random->Between(0, layers - 1);
   }
-  engine::BufferPool pool(0);
-  absl::StatusOr<testkit::Answer> direct =
-      testkit::CompressDirectly(clean, backend, &pool, testkit::InOrder(clean.layers()), SerialFor);
-  EXPECT_TRUE(direct.ok()) << direct.status();
-  if (direct.ok()) expected = *std::move(direct);
+}
+
+// Has the worker send skeleton rows for some of the layers past the pivot.
+void Scenario::CutLayers(testkit::Random* random) {
+  if (!expected.pivot.has_value()) return;
+  const v1::PivotDecision& decision = expected.pivot->decision;
+  model.decided_at = decision.decided_at_layer();
+  model.decided_by_one_layer = request.spec.method.skeleton_layer().has_value();
+  if (!decision.has_skeleton_from_layer()) return;
+  model.skeleton_from = decision.skeleton_from_layer();
+  model.skeleton = testkit::AsInts(expected.pivot->tensors.at(v1::TENSOR_SKELETON_POSITIONS));
+  for (uint32_t layer = decision.skeleton_from_layer(); layer < sent.layers(); ++layer) {
+    if (!random->Chance(70)) continue;
+    sent.KeepRows(layer, model.skeleton);
+    ++cut_layers;
+  }
 }
 
 SessionDriver::SessionDriver(const Scenario& scenario, std::shared_ptr<Session> session,
@@ -99,8 +155,10 @@ SessionDriver::SessionDriver(const Scenario& scenario, std::shared_ptr<Session> 
 void SessionDriver::CutTensors() {
   const engine::PromptSpec& spec = scenario_.request.spec;
   for (int64_t layer = 0; layer < spec.geometry.layers; ++layer) {
-    for (const InputTensor tensor : spec.RequiredTensors()) {
-      const int64_t size = spec.InputBytes(tensor);
+    std::vector<InputTensor> tensors = spec.RequiredTensors();
+    if (IsCut(layer)) tensors.push_back(InputTensor::kPositions);
+    for (const InputTensor tensor : tensors) {
+      const int64_t size = IsCut(layer) ? spec.SkeletonInputBytes(tensor) : spec.InputBytes(tensor);
       std::vector<int64_t> ends = {size};
       const int64_t cuts = random_.Between(0, 2);
       for (int64_t i = 0; i < cuts; ++i) ends.push_back(random_.Between(1, size));
@@ -112,6 +170,21 @@ void SessionDriver::CutTensors() {
       }
     }
   }
+}
+
+bool SessionDriver::IsCut(int64_t layer) const {
+  return !scenario_.sent.rows(static_cast<uint32_t>(layer)).empty();
+}
+
+// Skeleton rows only once the pivot is known, and their positions before all else.
+bool SessionDriver::MayBeSent(const Cut& cut) const {
+  if (cut.layer >= model_.window_end()) return false;
+  if (!IsCut(cut.layer)) return true;
+  if (!model_.pivot()) return false;
+  return cut.tensor == InputTensor::kPositions ||
+         std::none_of(unsent_cuts_.begin(), unsent_cuts_.end(), [&cut](const Cut& other) {
+           return other.layer == cut.layer && other.tensor == InputTensor::kPositions;
+         });
 }
 
 PieceBytes SessionDriver::Make(const Cut& cut) {
@@ -135,7 +208,7 @@ void SessionDriver::SendMessage() {
     }
     std::vector<size_t> allowed;
     for (size_t at = 0; at < unsent_cuts_.size(); ++at) {
-      if (unsent_cuts_[at].layer < model_.window_end()) allowed.push_back(at);
+      if (MayBeSent(unsent_cuts_[at])) allowed.push_back(at);
     }
     if (allowed.empty()) break;
     const auto last = static_cast<int64_t>(allowed.size()) - 1;

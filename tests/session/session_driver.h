@@ -21,13 +21,17 @@ struct Scenario {
   // `tokens` tells the prompt from others that run at the same time.
   Scenario(uint32_t tokens, testkit::Random* random, const Backend& backend);
 
-  testkit::PromptData clean;
-  testkit::PromptData sent;  // with a NaN, where a layer is bad
+  // With skeleton rows in some layers past the pivot, and a NaN where a layer is bad.
+  testkit::PromptData sent;
   SessionRequest request;
   testkit::Answer expected;  // of an engine::Prompt without a session
   SessionModel::Options model;
   std::optional<int64_t> failing_call;
-  bool calm = false;  // nothing goes wrong: it must end well
+  bool calm = false;   // nothing goes wrong: it must end well
+  int cut_layers = 0;  // that are sent as skeleton rows
+
+ private:
+  void CutLayers(testkit::Random* random);
 };
 
 // Expectations are GoogleTest's. Not thread-safe.
@@ -59,6 +63,8 @@ class SessionDriver {
   };
   void CutTensors();
   void SendMessage();
+  bool IsCut(int64_t layer) const;
+  bool MayBeSent(const Cut& cut) const;
   PieceBytes Make(const Cut& cut);
   PieceBytes BadPiece();
   void Append(const std::vector<PieceBytes>& pieces);

@@ -8,17 +8,56 @@ namespace structkv::session {
 
 SessionModel::SessionModel(Options options)
     : options_(std::move(options)), layers_(static_cast<size_t>(options_.spec.geometry.layers)) {
-  for (auto& layer : layers_) {
-    for (const engine::InputTensor tensor : options_.spec.RequiredTensors()) {
-      const auto size = static_cast<size_t>(options_.spec.InputBytes(tensor));
-      layer[tensor] = {.bytes = std::string(size, '\0'),
-                       .came = std::vector<char>(size),
-                       .missing = static_cast<int64_t>(size)};
-    }
+  for (size_t layer = 0; layer < layers_.size(); ++layer) {
+    layers_[layer] = TensorsOf(static_cast<int64_t>(layer), /*skeleton_rows=*/false);
   }
   if (!options_.spec.RequiredTensors().empty()) return;
   for (int64_t layer = 0; layer < options_.spec.geometry.layers; ++layer)
     complete_.push_back(layer);
+}
+
+std::map<engine::InputTensor, SessionModel::TensorBytes> SessionModel::TensorsOf(
+    int64_t layer, bool skeleton_rows) const {
+  std::map<engine::InputTensor, TensorBytes> tensors;
+  const auto add = [&tensors](engine::InputTensor tensor, int64_t bytes) {
+    const auto size = static_cast<size_t>(bytes);
+    tensors[tensor] = {
+        .bytes = std::string(size, '\0'), .came = std::vector<char>(size), .missing = bytes};
+  };
+  if (!options_.spec.has_input(layer)) return tensors;
+  for (const engine::InputTensor tensor : options_.spec.RequiredTensors()) {
+    add(tensor, skeleton_rows ? options_.spec.SkeletonInputBytes(tensor)
+                              : options_.spec.InputBytes(tensor));
+  }
+  constexpr auto kPositions = engine::InputTensor::kPositions;
+  if (skeleton_rows) add(kPositions, options_.spec.SkeletonInputBytes(kPositions));
+  return tensors;
+}
+
+// The pivot is known, the layer comes after it, and nothing of it came.
+bool SessionModel::MayBecomeSkeleton(int64_t layer) const {
+  if (!pivot_ || !options_.skeleton_from.has_value() || layer < *options_.skeleton_from) {
+    return false;
+  }
+  for (const auto& [tensor, model] : layers_[static_cast<size_t>(layer)]) {
+    if (!model.pieces.empty()) return false;
+  }
+  return true;
+}
+
+// The tensor that the piece is of; null where there is none, or it is not its turn.
+SessionModel::TensorBytes* SessionModel::Find(const PieceBytes& piece) {
+  auto& tensors = layers_[static_cast<size_t>(piece.layer)];
+  constexpr auto kPositions = engine::InputTensor::kPositions;
+  if (skeleton_layers_.contains(piece.layer)) {
+    if (piece.tensor != kPositions && tensors[kPositions].missing > 0) return nullptr;
+  } else if (piece.tensor == kPositions) {
+    if (!MayBecomeSkeleton(piece.layer)) return nullptr;
+    skeleton_layers_.insert(piece.layer);
+    tensors = TensorsOf(piece.layer, /*skeleton_rows=*/true);
+  }
+  const auto found = tensors.find(piece.tensor);
+  return found == tensors.end() ? nullptr : &found->second;
 }
 
 bool SessionModel::IsComplete(int64_t layer) const {
@@ -116,10 +155,9 @@ SessionModel::Verdict SessionModel::Take(const PieceBytes& piece) {
   if (piece.layer < 0 || piece.layer >= options_.spec.geometry.layers) {
     return Refuse(absl::StatusCode::kOutOfRange);
   }
-  auto& tensors = layers_[static_cast<size_t>(piece.layer)];
-  const auto found = tensors.find(piece.tensor);
-  if (found == tensors.end()) return Refuse(absl::StatusCode::kInvalidArgument);
-  TensorBytes& tensor = found->second;
+  TensorBytes* const found = Find(piece);
+  if (found == nullptr) return Refuse(absl::StatusCode::kInvalidArgument);
+  TensorBytes& tensor = *found;
   const auto size = static_cast<int64_t>(piece.bytes.size());
   const auto whole = static_cast<int64_t>(tensor.bytes.size());
   if (size == 0 || piece.offset < 0 || piece.offset > whole || size > whole - piece.offset) {
@@ -151,6 +189,13 @@ SessionModel::Verdict SessionModel::Take(const PieceBytes& piece) {
       if (tensor.bytes[at + i] != piece.bytes[i]) return Refuse(absl::StatusCode::kAlreadyExists);
     }
     return Verdict::kTaken;
+  }
+  if (piece.tensor == engine::InputTensor::kPositions) {
+    const std::string skeleton(reinterpret_cast<const char*>(options_.skeleton.data()),
+                               tensor.bytes.size());
+    if (skeleton.compare(at, piece.bytes.size(), piece.bytes) != 0) {
+      return Refuse(absl::StatusCode::kInvalidArgument);
+    }
   }
   tensor.bytes.replace(at, piece.bytes.size(), piece.bytes);
   std::fill_n(begin, size, 1);
@@ -191,7 +236,14 @@ void SessionModel::StartLayer() {
 
 // Whatever is being computed gets done, unless the gate holds it.
 void SessionModel::AtRest() {
-  while (running_.has_value() && (gate_open_ || !options_.gate_holds)) Answer();
+  while (running_.has_value() && (gate_open_ || !options_.gate_holds || !IsDisturbed(*running_))) {
+    Answer();
+  }
+}
+
+bool SessionModel::IsDisturbed(int64_t layer) const {
+  return !skeleton_layers_.contains(layer) ||
+         options_.spec.skeleton_tokens() == options_.spec.prompt_tokens;
 }
 
 void SessionModel::Answer() {
@@ -202,7 +254,7 @@ void SessionModel::Answer() {
     return;
   }
   const auto bad = options_.bad_layers.find(layer);
-  if (options_.failing_call == calls_++) {
+  if (IsDisturbed(layer) && options_.failing_call == calls_++) {
     Refuse(absl::StatusCode::kInternal);
     return;
   }
@@ -212,15 +264,16 @@ void SessionModel::Answer() {
   }
   holders_.erase(layer);
   answered_.push_back(static_cast<uint32_t>(layer));
-  unsent_bytes_ += options_.layer_output_bytes;
-  const method::MethodSpec& method = options_.spec.method;
-  if (method.has_skeleton() && !pivot_) {
-    const int64_t last = method.pivot.mode == method::PivotMode::kFixed
-                             ? method.pivot.fixed_layer
-                             : options_.spec.geometry.layers - 1;
-    int64_t needed = 0;
-    for (const uint32_t each : answered_) needed += each <= last ? 1 : 0;
-    if (needed == last + 1) {
+  unsent_bytes_ += options_.output_bytes[static_cast<size_t>(layer)];
+  if (options_.spec.method.has_skeleton() && !pivot_) {
+    int64_t needed = options_.decided_by_one_layer ? options_.decided_at : 0;
+    for (const uint32_t each : answered_) {
+      if (options_.decided_by_one_layer ? each == options_.decided_at
+                                        : each <= options_.decided_at) {
+        ++needed;
+      }
+    }
+    if (needed == options_.decided_at + 1) {
       pivot_ = true;
       unsent_bytes_ += options_.pivot_bytes;
     }

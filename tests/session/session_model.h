@@ -22,8 +22,16 @@ class SessionModel {
   struct Options {
     engine::PromptSpec spec;
     int64_t layers_in_flight = 2;
-    int64_t layer_output_bytes = 0;
+    int64_t layer_output_bytes = 0;     // of a layer, at most
+    std::vector<int64_t> output_bytes;  // of each layer, of skeleton rows where it comes so
     int64_t pivot_bytes = 0;
+    // The layer with which the pivot is decided: once it and all before it were answered, or it
+    // alone was.
+    int64_t decided_at = 0;
+    bool decided_by_one_layer = false;
+    // The layers from this one on may come as the rows of `skeleton`. None: no layer may.
+    std::optional<int64_t> skeleton_from;
+    std::vector<int32_t> skeleton;
     // Whether a closed gate may keep layers from being computed. Small ones are computed by whoever
     // completes them, whom a gate would hold.
     bool gate_holds = true;
@@ -81,6 +89,10 @@ class SessionModel {
 
   int64_t LowestUnfinished() const;
   bool IsComplete(int64_t layer) const;
+  // What the layer's tensors are where it holds skeleton rows, or all.
+  std::map<engine::InputTensor, TensorBytes> TensorsOf(int64_t layer, bool skeleton_rows) const;
+  bool MayBecomeSkeleton(int64_t layer) const;
+  TensorBytes* Find(const PieceBytes& piece);
   bool output_full() const;
   Verdict Take(const PieceBytes& piece);
   Verdict Refuse(absl::StatusCode code);
@@ -88,6 +100,8 @@ class SessionModel {
   void Ask();
   void StartLayer();
   void AtRest();
+  // Gates and failures know a prompt by its number of tokens, and so pass over layers of fewer.
+  bool IsDisturbed(int64_t layer) const;
   void Answer();
   void GoOn();
   void End(State state);
@@ -96,8 +110,9 @@ class SessionModel {
   State state_ = State::kIdle;
   bool gate_open_ = true;
   std::vector<std::map<engine::InputTensor, TensorBytes>> layers_;
-  std::set<int64_t> holders_;     // layers with buffers
-  std::deque<int64_t> complete_;  // that wait to be computed
+  std::set<int64_t> skeleton_layers_;  // that came as skeleton rows
+  std::set<int64_t> holders_;          // layers with buffers
+  std::deque<int64_t> complete_;       // that wait to be computed
   std::optional<int64_t> running_;
   bool begun_by_last_message_ = false;
   int64_t calls_ = 0;

@@ -71,6 +71,8 @@ void MakeLarge(v1::Open* open) {
   open->mutable_geometry()->set_key_dim(64);
   if (open->method().has_snapkv()) {
     open->mutable_method()->mutable_snapkv()->set_window_tokens(64);
+  } else if (open->method().has_fastkv()) {
+    open->mutable_method()->mutable_fastkv()->set_window_tokens(64);
   } else {
     open->mutable_method()->mutable_structkv()->set_window_tokens(64);
   }

@@ -213,6 +213,7 @@ TEST_F(SessionRandomTest, SessionsOnSeveralThreadsAreAsTheirModels) {
   std::atomic<int> drivers_left{kDrivers};
   std::atomic<int> finished{0};
   std::atomic<int> failed{0};
+  std::atomic<int> cut_layers{0};  // of prompts that finished
   std::vector<std::thread> threads;
   for (int t = 0; t < kDrivers; ++t) {
     threads.emplace_back([&, t] {
@@ -234,6 +235,7 @@ TEST_F(SessionRandomTest, SessionsOnSeveralThreadsAreAsTheirModels) {
           EXPECT_TRUE(driver.model().finished());
         }
         (driver.model().finished() ? finished : failed) += 1;
+        if (driver.model().finished()) cut_layers += scenario.cut_layers;
         driver.OpenGate();
       }
       --drivers_left;
@@ -257,6 +259,7 @@ TEST_F(SessionRandomTest, SessionsOnSeveralThreadsAreAsTheirModels) {
   ExpectNothingLeft();
   EXPECT_GT(finished, kDrivers * kSessions / 3);
   EXPECT_GT(failed, kDrivers * kSessions / 10);
+  EXPECT_GT(cut_layers, kDrivers * kSessions / 10);
 }
 
 }  // namespace

@@ -56,7 +56,8 @@ engine::LayerInput InputOf(const PromptData& data, uint32_t layer, engine::Buffe
           .window_lse = copy(v1::TENSOR_WINDOW_LSE),
           .saliency = copy(v1::TENSOR_SALIENCY),
           .key_scales = copy(v1::TENSOR_KEY_SCALES),
-          .value_scales = copy(v1::TENSOR_VALUE_SCALES)};
+          .value_scales = copy(v1::TENSOR_VALUE_SCALES),
+          .positions = data.rows(layer)};
 }
 
 void AddLayer(const engine::LayerOutput& output, Answer* answer) {

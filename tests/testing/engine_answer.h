@@ -16,7 +16,8 @@ namespace structkv::testkit {
 // The spec of a prompt that is valid for every backend; ends the program for another.
 engine::PromptSpec SpecOf(const v1::Open& open);
 
-// A layer's tensors, copied to buffers of `pool`.
+// A layer's tensors, copied to buffers of `pool`, and the tokens that it holds where they are not
+// all. `data` outlives it.
 engine::LayerInput InputOf(const PromptData& data, uint32_t layer, engine::BufferPool* pool);
 
 // Adds an answer of the engine.

@@ -110,7 +110,8 @@ void SetMetrics(double sparsity_ratio, OracleLayer* layer) {
   }
   std::sort(p.begin(), p.end(), std::greater<>());
   const auto top = static_cast<ptrdiff_t>(std::ceil(sparsity_ratio * tokens - 1e-9));
-  layer->sparsity = std::accumulate(p.begin(), p.begin() + top, 0.0);
+  // All of it is 1, without a rounding that a gradient could be made of.
+  layer->sparsity = top == std::ssize(p) ? 1 : std::accumulate(p.begin(), p.begin() + top, 0.0);
 }
 
 // The gradient of x at each layer, over its largest magnitude.
