@@ -45,8 +45,9 @@ absl::StatusOr<Shard> EvenShard(const ModelGeometry& geometry, int64_t shard_cou
   }
   const int64_t queries = geometry.query_heads / shard_count;
   const int64_t keys = std::max<int64_t>(1, geometry.kv_heads / shard_count);
-  return Shard{.kv_heads = {shard_index * geometry.kv_heads / shard_count, keys},
-               .query_heads = {shard_index * queries, queries}};
+  const int64_t first =
+      shared ? shard_index / (shard_count / geometry.kv_heads) : shard_index * keys;
+  return Shard{.kv_heads = {first, keys}, .query_heads = {shard_index * queries, queries}};
 }
 
 absl::Status ValidateShard(const ShardMember& member, const ModelGeometry& geometry) {

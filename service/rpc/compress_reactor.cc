@@ -10,6 +10,7 @@
 #include "grpcpp/server_context.h"
 #include "service/method/method_spec.h"
 #include "service/rpc/method_codec.h"
+#include "service/rpc/shard_agreement.h"
 #include "service/rpc/status_mapping.h"
 
 namespace structkv::rpc {
@@ -124,15 +125,13 @@ void CompressReactor::TakeOpen(const v1::Open& open) {
     End(request.status());
     return;
   }
-  if (request->shard.has_value() && request->shard->shard_count > 1) {
-    End(absl::UnimplementedError("open.shard_group: groups of several shards are not served yet"));
-    return;
-  }
-  absl::StatusOr<std::shared_ptr<session::Session>> opened =
-      shared_->sessions->Open({.spec = request->spec,
-                               .layers_in_flight = request->layers_in_flight,
-                               .idempotency_key = request->idempotency_key,
-                               .max_message_bytes = shared_->limits.max_message_bytes});
+  session::SessionRequest wanted = {.spec = request->spec,
+                                    .layers_in_flight = request->layers_in_flight,
+                                    .idempotency_key = request->idempotency_key,
+                                    .max_message_bytes = shared_->limits.max_message_bytes,
+                                    .shard = request->shard};
+  if (wanted.shard.has_value()) wanted.agreed = AgreedFields(open, *request);
+  absl::StatusOr<std::shared_ptr<session::Session>> opened = shared_->sessions->Open(wanted);
   if (!opened.ok()) {
     if (absl::IsResourceExhausted(opened.status())) {
       context()->AddTrailingMetadata(
@@ -315,7 +314,7 @@ void CompressReactor::End(const absl::Status& status) {
     ended_ = true;
     running = session_;
   }
-  if (running != nullptr) running->Cancel();
+  if (running != nullptr) running->Cancel(status);
   EndWith(ToGrpc(status));
 }
 
@@ -337,6 +336,8 @@ void CompressReactor::CheckLimits(int64_t now) {
   } else if (over(begun_, limits.session)) {
     End(absl::DeadlineExceededError(
         absl::StrCat("the stream took longer than the limit of ", Seconds(limits.session))));
+  } else if (auto running = session()) {
+    running->CheckShardGroup(limits.shard_group);
   }
 }
 

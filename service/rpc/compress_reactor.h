@@ -31,6 +31,8 @@ struct StreamLimits {
   absl::Duration silence = absl::Seconds(60);
   // How long a stream may last.
   absl::Duration session = absl::Minutes(30);
+  // How long a shard group waits for its ranks, counted from the first.
+  absl::Duration shard_group = absl::Seconds(30);
   // When a caller that found no room should try again.
   absl::Duration retry_pushback = absl::Seconds(1);
 };
