@@ -326,11 +326,6 @@ absl::Status ValidateSpec(const PromptSpec& spec, const PromptLimits& limits,
     return Invalid("open.shard_group.decode_shard_count", spec.decode_shards,
                    " neither divides the ", kv_heads, " KV heads nor is a multiple of them");
   }
-  if (spec.decode_shards > 1 && spec.pull != Pull::kNone) {
-    return Invalid(
-        "open.shard_group.decode_shard_count", spec.decode_shards,
-        ", but the rows that are pulled come back as the worker sends them; it must be 1");
-  }
   if (absl::Status pull = CheckPull(spec); !pull.ok()) return pull;
   if (spec.model_id.size() > kMaxModelIdBytes) {
     return Invalid("open.model_id", spec.model_id.size(), " bytes; at most ", kMaxModelIdBytes,

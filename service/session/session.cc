@@ -21,6 +21,7 @@ void Session::Commit(int64_t layers, int64_t input_bytes) {
   impl_->core->Commit(layers, input_bytes);
 }
 void Session::EndOfInput() { impl_->core->EndOfInput(); }
+void Session::Fail(absl::Status status) { impl_->core->Fail(std::move(status)); }
 void Session::OutputSent(int64_t bytes) { impl_->core->OutputSent(bytes); }
 void Session::Cancel(absl::Status reason) { impl_->core->Cancel(std::move(reason)); }
 void Session::CheckShardGroup(absl::Duration limit) { impl_->core->CheckShardGroup(limit); }

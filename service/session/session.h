@@ -128,6 +128,9 @@ class Session : public std::enable_shared_from_this<Session> {
   // reported in the end: the session keeps its reservation, and counts as active, until then.
   void OutputSent(int64_t bytes);
 
+  // Ends the session by `failed`, as a fault of its own would.
+  void Fail(absl::Status status);
+
   // Drops everything. Memory is free when this returns, or as soon as a layer that is being
   // computed, a call on another thread or the calling callback ends. `reason` is what the other
   // ranks of a shard group learn.
