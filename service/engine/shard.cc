@@ -100,6 +100,7 @@ absl::Status CheckApart(const ShardMember& one, const ShardMember& other) {
 
 absl::Status CheckComplete(const std::vector<ShardMember>& members, const ModelGeometry& geometry) {
   std::vector<HeadRange> ranges;
+  ranges.reserve(members.size() + 1);
   for (const ShardMember& member : members) ranges.push_back(member.heads.query_heads);
   ranges.push_back({geometry.query_heads, 0});
   std::sort(ranges.begin(), ranges.end(),

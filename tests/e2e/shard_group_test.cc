@@ -14,6 +14,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/testing/process.h"
+#include "tests/testing/pull.h"
 #include "tests/testing/service_test.h"
 #include "tests/testing/shards.h"
 
@@ -255,6 +256,29 @@ INSTANTIATE_TEST_SUITE_P(, SkeletonRanksTest,
                          ::testing::Combine(::testing::Values(v1::LAYOUT_HEAD_TOKEN_DIM,
                                                               v1::LAYOUT_TOKEN_HEAD_DIM),
                                             ::testing::Values(2, 8)));
+
+// Each rank is asked for the rows of its own heads.
+TEST_F(ShardGroupTest, RowsMayBePulled) {
+  Start();
+  for (const char* changes : {"layout: LAYOUT_TOKEN_HEAD_DIM",
+                              "method { structkv { granularity: GRANULARITY_PER_KV_HEAD } }"}) {
+    const PromptData whole(ShardOpen(changes), 11);
+    const Answer answer = Assemble(Run(AllMessages(whole)));
+    for (const uint32_t ranks : {2U, 8U}) {
+      const std::vector<PromptData> parts = SplitByRanks(whole, ranks);
+      const std::vector<Outcome> outcomes = Together(ranks, [&](size_t i) {
+        return RunWithPull(channel(), parts[i], v1::PULL_VALUES, /*layers_in_flight=*/2);
+      });
+      for (uint32_t i = 0; i < ranks; ++i) {
+        EXPECT_TRUE(outcomes[i].status.ok()) << outcomes[i].status.error_message();
+        EXPECT_TRUE(
+            ResultBytesOfLayers(Assemble(outcomes[i])) ==
+            ResultBytesOfLayers(SliceAnswer(whole.open(), answer, parts[i].open().shard_group())))
+            << "shard " << i << " of " << ranks;
+      }
+    }
+  }
+}
 
 TEST_F(ShardGroupTest, RowsAreArrangedForDecodeRanks) {
   Start();
