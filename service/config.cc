@@ -178,6 +178,8 @@ void AddLimits(Schema* schema, Config* config) {
                  "A caller that sends nothing for this long is cut off (DEADLINE_EXCEEDED)");
   schema->Millis(kGroup, "session-limit", &streams.session, 1, 7 * kDayMillis,
                  "Longest a stream may last (DEADLINE_EXCEEDED)");
+  schema->Millis(kGroup, "shard-group-limit", &streams.shard_group, 1, kDayMillis,
+                 "How long a tensor-parallel group waits for its ranks (DEADLINE_EXCEEDED)");
   schema->Millis(kGroup, "retry-pushback", &streams.retry_pushback, 0, kDayMillis,
                  "When a caller that found no room is told to try again");
   schema->Millis(kGroup, "drain-limit", &config->drain_limit, 0, 7 * kDayMillis,

@@ -35,7 +35,8 @@ int Millis(absl::Duration duration) {
 
 // Often enough to be exact to about an eighth of the shortest limit.
 absl::Duration TickFor(const rpc::StreamLimits& limits) {
-  const absl::Duration shortest = std::min({limits.stall, limits.silence, limits.session});
+  const absl::Duration shortest =
+      std::min({limits.stall, limits.silence, limits.session, limits.shard_group});
   return std::clamp(shortest / 8, absl::Milliseconds(5), absl::Milliseconds(500));
 }
 
@@ -50,7 +51,8 @@ absl::Status CheckOptions(const ServerOptions& options) {
   }
   for (const auto& [name, limit] : {std::pair("stall limit", options.streams.stall),
                                     std::pair("silence limit", options.streams.silence),
-                                    std::pair("session limit", options.streams.session)}) {
+                                    std::pair("session limit", options.streams.session),
+                                    std::pair("shard group limit", options.streams.shard_group)}) {
     if (limit <= absl::ZeroDuration()) {
       return absl::InvalidArgumentError(
           absl::StrCat("the ", name, " is ", absl::FormatDuration(limit), "; it must be above 0"));

@@ -16,6 +16,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
+#include "absl/types/span.h"
 #include "client/cli/commands.h"
 #include "client/cli/compressor.h"
 #include "client/cli/geometry_text.h"
@@ -44,6 +45,7 @@ struct BenchFlags {
   ConnectionFlags connection;
   uint32_t prompts = 4;
   uint32_t concurrency = 1;
+  uint32_t shards = 1;
   uint32_t layers_in_flight = 0;
   uint32_t chunk_kib = 2048;
   uint64_t seed = 1;
@@ -143,10 +145,26 @@ absl::StatusOr<v1::Opened> Probe(Compressor& compressor, const v1::Open& open,
   return *std::move(opened);
 }
 
-// Runs one prompt and adds its figures.
+// What one rank sends.
+struct Rank {
+  v1::Open open;
+  std::unique_ptr<SyntheticPrompt> prompt;
+};
+
+// `open` of a rank; of one rank alone, `open`.
+v1::Open RankOpen(v1::Open open, uint32_t ranks, uint32_t index, const std::string& group) {
+  if (ranks == 1) return open;
+  open.mutable_shard_group()->set_group_id(group);
+  open.mutable_shard_group()->set_shard_count(ranks);
+  open.mutable_shard_group()->set_shard_index(index);
+  return open;
+}
+
+// Runs one prompt, or a rank's part of it, and adds its figures: bytes, and, of the first rank
+// alone, times.
 absl::Status RunPrompt(Compressor& compressor, const v1::Open& open, const SyntheticPrompt& prompt,
                        client::SessionOptions options, std::atomic<uint64_t>* layers_done,
-                       Measured* measured) {
+                       Measured* measured, bool first_rank) {
   const uint32_t layers = open.geometry().layer_count();
   // Sent by one thread, answered on another: atomic, so that the two need no lock.
   std::vector<std::atomic<int64_t>> sent(layers);
@@ -157,7 +175,7 @@ absl::Status RunPrompt(Compressor& compressor, const v1::Open& open, const Synth
     if (layer == nullptr) return;
     latencies.push_back(
         static_cast<double>(absl::GetCurrentTimeNanos() - sent[layer->layer].load()) * 1e-9);
-    layers_done->fetch_add(1);
+    if (first_rank) layers_done->fetch_add(1);
   };
   const auto source = [&](uint32_t layer) -> absl::StatusOr<client::LayerTensors> {
     sent[layer].store(absl::GetCurrentTimeNanos());
@@ -168,29 +186,57 @@ absl::Status RunPrompt(Compressor& compressor, const v1::Open& open, const Synth
   if (!summary.ok()) return summary.status();
   const double seconds = absl::ToDoubleSeconds(absl::Now() - start);
   absl::MutexLock lock(&measured->mutex);
-  measured->prompt_seconds.push_back(seconds);
-  measured->layer_seconds.insert(measured->layer_seconds.end(), latencies.begin(), latencies.end());
   measured->input_bytes += summary->input_bytes();
   measured->output_bytes += summary->output_bytes();
+  if (!first_rank) return absl::OkStatus();
+  measured->prompt_seconds.push_back(seconds);
+  measured->layer_seconds.insert(measured->layer_seconds.end(), latencies.begin(), latencies.end());
   measured->compute_micros += summary->timing().compute_micros();
   measured->queue_micros += summary->timing().queue_micros();
   measured->backend = summary->backend();
   return absl::OkStatus();
 }
 
-// Takes prompts off the counter until none is left or one has failed.
-void Work(const BenchFlags& flags, Compressor& compressor, const v1::Open& open,
-          const SyntheticPrompt& prompt, std::atomic<uint32_t>* next,
-          std::atomic<uint64_t>* layers_done, Measured* measured) {
-  Scratch scratch;
-  client::SessionOptions options = MakeSessionOptions(flags.connection);
-  options.checksums = flags.checksums;
-  options.chunk_bytes = size_t{flags.chunk_kib} << 10;
-  options.allocate = [&scratch](uint32_t, v1::Tensor tensor, size_t size) {
-    return scratch.Get(tensor, size);
+// Runs the ranks of one prompt together, each on a thread and a connection of its own.
+absl::Status RunRanks(absl::Span<const std::unique_ptr<Compressor>> compressors,
+                      const std::vector<Rank>& ranks,
+                      const std::vector<client::SessionOptions>& options, const std::string& group,
+                      std::atomic<uint64_t>* layers_done, Measured* measured) {
+  const auto count = static_cast<uint32_t>(ranks.size());
+  std::vector<absl::Status> statuses(count);
+  const auto run = [&](uint32_t i) {
+    statuses[i] = RunPrompt(*compressors[i], RankOpen(ranks[i].open, count, i, group),
+                            *ranks[i].prompt, options[i], layers_done, measured, i == 0);
   };
+  std::vector<std::thread> threads;
+  for (uint32_t i = 1; i < count; ++i) threads.emplace_back(run, i);
+  run(0);
+  for (std::thread& thread : threads) thread.join();
+  absl::Status worst;
+  for (const absl::Status& status : statuses) {
+    // The rank at fault says why.
+    if (worst.ok() || absl::IsAborted(worst)) worst = status.ok() ? worst : status;
+  }
+  return worst;
+}
+
+// Takes prompts off the counter until none is left or one has failed.
+void Work(const BenchFlags& flags, absl::Span<const std::unique_ptr<Compressor>> compressors,
+          const std::vector<Rank>& ranks, std::atomic<uint32_t>* next,
+          std::atomic<uint64_t>* layers_done, Measured* measured) {
+  std::vector<Scratch> scratch(ranks.size());
+  std::vector<client::SessionOptions> options(ranks.size(), MakeSessionOptions(flags.connection));
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    options[i].checksums = flags.checksums;
+    options[i].chunk_bytes = size_t{flags.chunk_kib} << 10;
+    options[i].allocate = [own = &scratch[i]](uint32_t, v1::Tensor tensor, size_t size) {
+      return own->Get(tensor, size);
+    };
+  }
   while (next->fetch_add(1) < flags.prompts) {
-    absl::Status status = RunPrompt(compressor, open, prompt, options, layers_done, measured);
+    const std::string group = absl::StrCat("bench-", absl::GetCurrentTimeNanos(), "-",
+                                           reinterpret_cast<uintptr_t>(&options));
+    absl::Status status = RunRanks(compressors, ranks, options, group, layers_done, measured);
     if (status.ok()) continue;
     absl::MutexLock lock(&measured->mutex);
     measured->status.Update(status);
@@ -222,7 +268,8 @@ void PrintText(const BenchFlags& flags, const v1::Open& open, const v1::Opened& 
               flags.plan            ? ", plan"
               : opened.has_rotary() ? ", keys turned"
                                     : "");
-  std::printf("run         %u prompts, %u at a time, %s\n", flags.prompts, flags.concurrency,
+  std::printf("run         %u prompts, %u at a time, %s%s\n", flags.prompts, flags.concurrency,
+              flags.shards > 1 ? absl::StrCat("each of ", flags.shards, " ranks, ").c_str() : "",
               DurationText(absl::Seconds(m->wall_seconds)).c_str());
   std::printf(
       "throughput  %s/s in, %s/s out, %.2f prompts/s, %.1f layers/s\n",
@@ -232,9 +279,9 @@ void PrintText(const BenchFlags& flags, const v1::Open& open, const v1::Opened& 
           .c_str(),
       flags.prompts / m->wall_seconds,
       static_cast<double>(m->layer_seconds.size()) / m->wall_seconds);
-  std::printf("bytes       %s in, %s out; %s reserved for a prompt\n",
+  std::printf("bytes       %s in, %s out; %s reserved for a %s\n",
               BytesText(m->input_bytes).c_str(), BytesText(m->output_bytes).c_str(),
-              BytesText(opened.reserved_bytes()).c_str());
+              BytesText(opened.reserved_bytes()).c_str(), flags.shards > 1 ? "rank" : "prompt");
   const auto per_layer = [&](uint64_t micros) {
     return DurationText(absl::Microseconds(micros) /
                         static_cast<double>(std::max<size_t>(1, m->layer_seconds.size())));
@@ -255,7 +302,7 @@ void PrintText(const BenchFlags& flags, const v1::Open& open, const v1::Opened& 
 }
 
 void PrintJson(const BenchFlags& flags, const v1::Open& open, const v1::Opened& opened,
-               const std::string& where, const SyntheticPrompt& prompt, Measured* m) {
+               const std::string& where, uint64_t synthetic_bytes, Measured* m) {
   const v1::ModelGeometry& g = open.geometry();
   nlohmann::ordered_json json;
   json["where"] = where;
@@ -275,6 +322,7 @@ void PrintJson(const BenchFlags& flags, const v1::Open& open, const v1::Opened& 
   json["rerotate"] = opened.has_rotary();
   json["prompts"] = flags.prompts;
   json["concurrency"] = flags.concurrency;
+  json["shards"] = flags.shards;
   json["seconds"] = m->wall_seconds;
   json["input_bytes"] = m->input_bytes;
   json["output_bytes"] = m->output_bytes;
@@ -284,7 +332,7 @@ void PrintJson(const BenchFlags& flags, const v1::Open& open, const v1::Opened& 
   json["reserved_bytes"] = opened.reserved_bytes();
   json["compute_micros"] = m->compute_micros;
   json["queue_micros"] = m->queue_micros;
-  json["synthetic_bytes"] = prompt.resident_bytes();
+  json["synthetic_bytes"] = synthetic_bytes;
   json["peak_resident_bytes"] = PeakResidentBytes();
   for (const auto& [name, values] : {std::pair("layer_seconds", &m->layer_seconds),
                                      std::pair("prompt_seconds", &m->prompt_seconds)}) {
@@ -299,18 +347,30 @@ void PrintJson(const BenchFlags& flags, const v1::Open& open, const v1::Opened& 
 absl::Status RunBench(const BenchFlags& flags) {
   absl::StatusOr<v1::Open> open = MakeOpen(flags);
   if (!open.ok()) return open.status();
-  // One connection for each worker; the engine in this process is shared.
+  if (flags.connection.in_process && flags.shards > 1) {
+    return absl::InvalidArgumentError("--shards needs a server: each rank is a stream of its own");
+  }
+  // One connection for each worker and rank; the engine in this process is shared.
   std::vector<std::unique_ptr<Compressor>> compressors;
-  const uint32_t connections = flags.connection.in_process ? 1 : flags.concurrency;
+  const uint32_t connections = flags.connection.in_process ? 1 : flags.concurrency * flags.shards;
   for (uint32_t i = 0; i < connections; ++i) {
     absl::StatusOr<std::unique_ptr<Compressor>> made = MakeCompressor(flags.connection);
     if (!made.ok()) return made.status();
     compressors.push_back(*std::move(made));
   }
   absl::StatusOr<v1::Opened> opened =
-      Probe(*compressors[0], *open, MakeSessionOptions(flags.connection));
+      Probe(*compressors[0],
+            RankOpen(*open, flags.shards, 0, absl::StrCat("probe-", absl::GetCurrentTimeNanos())),
+            MakeSessionOptions(flags.connection));
   if (!opened.ok()) return opened.status();
-  const SyntheticPrompt prompt(*open, *opened, flags.seed);
+  std::vector<Rank> ranks;
+  uint64_t synthetic_bytes = 0;
+  for (uint32_t i = 0; i < flags.shards; ++i) {
+    Rank& rank = ranks.emplace_back();
+    rank.open = RankOpen(*open, flags.shards, i, "");
+    rank.prompt = std::make_unique<SyntheticPrompt>(rank.open, *opened, flags.seed + i);
+    synthetic_bytes += rank.prompt->resident_bytes();
+  }
 
   Measured measured;
   std::atomic<uint32_t> next{0};
@@ -321,7 +381,9 @@ absl::Status RunBench(const BenchFlags& flags) {
   std::vector<std::thread> workers;
   for (uint32_t i = 0; i < flags.concurrency; ++i) {
     workers.emplace_back([&, i] {
-      Work(flags, *compressors[i % connections], *open, prompt, &next, &layers_done, &measured);
+      Work(flags,
+           absl::MakeConstSpan(compressors).subspan(i * flags.shards % connections, flags.shards),
+           ranks, &next, &layers_done, &measured);
       finished.store(absl::GetCurrentTimeNanos());
       running.fetch_sub(1);
     });
@@ -338,7 +400,7 @@ absl::Status RunBench(const BenchFlags& flags) {
   if (!measured.status.ok()) return measured.status;
   const std::string where = compressors[0]->description();
   if (flags.json) {
-    PrintJson(flags, *open, *opened, where, prompt, &measured);
+    PrintJson(flags, *open, *opened, where, synthetic_bytes, &measured);
   } else {
     PrintText(flags, *open, *opened, where, &measured);
   }
@@ -402,6 +464,11 @@ Command AddBench(CLI::App* app) {
       ->capture_default_str()
       ->group(kRun);
   sub->add_option("--concurrency", flags->concurrency, "Prompts at a time")
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str()
+      ->group(kRun);
+  sub->add_option("--shards", flags->shards,
+                  "Tensor-parallel ranks of each prompt, each a stream of its own")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str()
       ->group(kRun);

@@ -210,6 +210,9 @@ absl::StatusOr<v1::Summary> InProcessCompressor::Run(const v1::Open& open,
   }
   absl::StatusOr<rpc::OpenRequest> request = rpc::DecodeOpen(open, kMessageBytes);
   if (!request.ok()) return request.status();
+  if (request->shard.has_value() && request->shard->shard_count > 1) {
+    return absl::InvalidArgumentError("a prompt of several ranks needs a server");
+  }
   engine::PromptSpec& spec = request->spec;
   absl::Status status =
       engine::ValidateSpec(spec, engine::PromptLimits(), backend_->capabilities());

@@ -102,7 +102,7 @@ absl::Status CompressSession::SendChunk(uint32_t layer, uint32_t first_token, ui
   }
   // Rows of all heads that lie together, and how often such a run comes in the tensor.
   const bool head_first = open.layout() == v1::LAYOUT_HEAD_TOKEN_DIM;
-  const uint64_t runs = head_first ? open.geometry().kv_head_count() : 1;
+  const uint64_t runs = head_first ? KvHeads(open) : 1;
   internal::Packer packer(core_.get());
   for (const auto& [tensor, data] :
        {std::pair(v1::TENSOR_KEYS, chunk.keys), std::pair(v1::TENSOR_VALUES, chunk.values)}) {

@@ -1,5 +1,6 @@
 #include "structkv/sizes.h"
 
+#include <algorithm>
 #include <cstdint>
 
 namespace structkv::client {
@@ -7,7 +8,7 @@ namespace {
 
 uint64_t Heads(const v1::Open& open, const v1::Opened& opened) {
   const bool per_head = EffectiveGranularity(opened.method()) == v1::GRANULARITY_PER_KV_HEAD;
-  return per_head ? open.geometry().kv_head_count() : 1;
+  return per_head ? KvHeads(open) : 1;
 }
 
 v1::Granularity PerHeadUnlessPerLayer(v1::Granularity granularity) {
@@ -46,18 +47,17 @@ uint64_t InputBytes(const v1::Open& open, const v1::Opened& opened, v1::Tensor t
   const uint64_t element = ElementBytes(open.dtype());
   switch (tensor) {
     case v1::TENSOR_KEYS:
-      return element * geometry.kv_head_count() * slots * geometry.key_dim();
+      return element * KvHeads(open) * slots * geometry.key_dim();
     case v1::TENSOR_VALUES:
-      return element * geometry.kv_head_count() * slots * ValueDim(geometry);
+      return element * KvHeads(open) * slots * ValueDim(geometry);
     case v1::TENSOR_WINDOW_QUERIES:
-      return ElementBytes(QueryDType(open)) * geometry.query_head_count() * opened.window_tokens() *
+      return ElementBytes(QueryDType(open)) * QueryHeads(open) * opened.window_tokens() *
              geometry.key_dim();
     case v1::TENSOR_WINDOW_LSE:
-      return sizeof(float) * uint64_t{geometry.query_head_count()} * opened.window_tokens();
+      return sizeof(float) * uint64_t{QueryHeads(open)} * opened.window_tokens();
     case v1::TENSOR_SALIENCY:
       return sizeof(float) * tokens *
-             (opened.statistic() == v1::STATISTIC_SALIENCY_PER_KV_HEAD ? geometry.kv_head_count()
-                                                                       : 1);
+             (opened.statistic() == v1::STATISTIC_SALIENCY_PER_KV_HEAD ? KvHeads(open) : 1);
     case v1::TENSOR_KEY_SCALES:
     case v1::TENSOR_VALUE_SCALES:
       return ScaleBytes(open);
@@ -86,6 +86,23 @@ uint64_t ElementBytes(v1::DType dtype) {
 v1::DType QueryDType(const v1::Open& open) {
   if (open.query_dtype() != v1::DTYPE_UNSPECIFIED) return open.query_dtype();
   return ElementBytes(open.dtype()) == 1 ? v1::DTYPE_BF16 : open.dtype();
+}
+
+uint32_t KvHeads(const v1::Open& open) {
+  const uint32_t heads = open.geometry().kv_head_count();
+  if (!open.has_shard_group()) return heads;
+  const v1::ShardGroup& group = open.shard_group();
+  if (group.has_kv_heads()) return group.kv_heads().count();
+  // Its even share; more ranks than heads have one each.
+  return std::max(1U, heads / std::max(1U, group.shard_count()));
+}
+
+uint32_t QueryHeads(const v1::Open& open) {
+  const uint32_t heads = open.geometry().query_head_count();
+  if (!open.has_shard_group()) return heads;
+  const v1::ShardGroup& group = open.shard_group();
+  if (group.has_query_heads()) return group.query_heads().count();
+  return heads / std::max(1U, group.shard_count());
 }
 
 v1::Granularity EffectiveGranularity(const v1::Method& method) {
@@ -135,7 +152,7 @@ uint64_t OutputTensorBytes(const v1::Open& open, const v1::Opened& opened, uint3
 uint64_t AnswerTensorBytes(const v1::Open& open, const v1::Opened& opened, v1::Tensor tensor,
                            uint32_t tokens, uint32_t kept) {
   const v1::ModelGeometry& geometry = open.geometry();
-  const uint64_t row = ElementBytes(open.dtype()) * geometry.kv_head_count() * Slots(open, kept);
+  const uint64_t row = ElementBytes(open.dtype()) * KvHeads(open) * Slots(open, kept);
   const bool plan = open.output() == v1::OUTPUT_PLAN;
   switch (tensor) {
     case v1::TENSOR_POSITIONS:

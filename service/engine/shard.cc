@@ -45,8 +45,9 @@ absl::StatusOr<Shard> EvenShard(const ModelGeometry& geometry, int64_t shard_cou
   }
   const int64_t queries = geometry.query_heads / shard_count;
   const int64_t keys = std::max<int64_t>(1, geometry.kv_heads / shard_count);
-  return Shard{.kv_heads = {shard_index * geometry.kv_heads / shard_count, keys},
-               .query_heads = {shard_index * queries, queries}};
+  const int64_t first =
+      shared ? shard_index / (shard_count / geometry.kv_heads) : shard_index * keys;
+  return Shard{.kv_heads = {first, keys}, .query_heads = {shard_index * queries, queries}};
 }
 
 absl::Status ValidateShard(const ShardMember& member, const ModelGeometry& geometry) {
@@ -99,6 +100,7 @@ absl::Status CheckApart(const ShardMember& one, const ShardMember& other) {
 
 absl::Status CheckComplete(const std::vector<ShardMember>& members, const ModelGeometry& geometry) {
   std::vector<HeadRange> ranges;
+  ranges.reserve(members.size() + 1);
   for (const ShardMember& member : members) ranges.push_back(member.heads.query_heads);
   ranges.push_back({geometry.query_heads, 0});
   std::sort(ranges.begin(), ranges.end(),

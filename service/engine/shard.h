@@ -37,8 +37,8 @@ struct ShardMember {
   Shard heads;
 };
 
-// The even division of the model's heads; ranks beyond the KV heads share one. INVALID_ARGUMENT
-// where the numbers do not divide each other.
+// The even division of the model's heads, shard_index < shard_count; ranks beyond the KV heads
+// share one. INVALID_ARGUMENT where the numbers do not divide each other.
 absl::StatusOr<Shard> EvenShard(const ModelGeometry& geometry, int64_t shard_count,
                                 int64_t shard_index);
 

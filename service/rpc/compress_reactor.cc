@@ -10,6 +10,7 @@
 #include "grpcpp/server_context.h"
 #include "service/method/method_spec.h"
 #include "service/rpc/method_codec.h"
+#include "service/rpc/shard_agreement.h"
 #include "service/rpc/status_mapping.h"
 
 namespace structkv::rpc {
@@ -17,6 +18,11 @@ namespace {
 
 absl::Status OutOfOrder(absl::string_view came, absl::string_view due) {
   return absl::InvalidArgumentError(absl::StrCat("message `", came, "` came ", due));
+}
+
+uint32_t PromptOf(const wire::Request& request) {
+  if (const auto* pieces = std::get_if<wire::Pieces>(&request)) return pieces->prompt;
+  return std::get<v1::CompressRequest>(request).prompt();
 }
 
 absl::string_view MessageName(const wire::Request& request) {
@@ -82,9 +88,39 @@ CompressReactor* CompressReactor::Start(const StreamShared* shared,
 CompressReactor::CompressReactor(const StreamShared* shared, grpc::CallbackServerContext* context)
     : StreamIo(context), shared_(shared), begun_(SteadyNanos()) {}
 
-std::shared_ptr<session::Session> CompressReactor::session() const {
+std::shared_ptr<session::Session> CompressReactor::session(const Slot& slot) const {
   absl::MutexLock lock(&session_mutex_);
-  return session_;
+  return slot.session;
+}
+
+std::vector<std::shared_ptr<session::Session>> CompressReactor::AllSessions() const {
+  std::vector<std::shared_ptr<session::Session>> sessions;
+  absl::MutexLock lock(&session_mutex_);
+  for (const auto& slot : slots_) {
+    if (slot->session != nullptr) sessions.push_back(slot->session);
+  }
+  return sessions;
+}
+
+int64_t CompressReactor::UnansweredPulls() const {
+  int64_t unanswered = 0;
+  absl::MutexLock lock(&session_mutex_);
+  for (const auto& slot : slots_) {
+    unanswered += std::max<int64_t>(0, slot->pulls.load() - slot->layers.load());
+  }
+  return unanswered;
+}
+
+absl::Status CompressReactor::Begin(const v1::Open& open) {
+  const uint32_t count = std::max(1U, open.batch_prompt_count());
+  if (count > kMaxBatchPrompts) {
+    return absl::InvalidArgumentError(absl::StrCat("open.batch_prompt_count is ", count, "; 1 to ",
+                                                   kMaxBatchPrompts, " are allowed"));
+  }
+  absl::MutexLock lock(&session_mutex_);
+  for (uint32_t i = 0; i < count; ++i) slots_.push_back(std::make_unique<Slot>(i));
+  unfinished_ = count;
+  return absl::OkStatus();
 }
 
 void CompressReactor::OnMessage(const grpc::ByteBuffer& message) {
@@ -95,71 +131,100 @@ void CompressReactor::OnMessage(const grpc::ByteBuffer& message) {
   }
   auto* pieces = std::get_if<wire::Pieces>(&*request);
   const auto* other = std::get_if<v1::CompressRequest>(&*request);
-  switch (phase_) {
+  const uint32_t prompt = PromptOf(*request);
+  const bool opens = other != nullptr && other->has_open();
+  if (slots_.empty()) {
+    absl::Status begun =
+        opens ? Begin(other->open()) : OutOfOrder(MessageName(*request), "first; `open` is due");
+    if (!begun.ok()) {
+      End(begun);
+      return;
+    }
+  }
+  if (prompt >= slots_.size()) {
+    End(absl::InvalidArgumentError(absl::StrCat("prompt is ", prompt, "; the stream carries ",
+                                                slots_.size(), " (open.batch_prompt_count)")));
+    return;
+  }
+  Slot& slot = *slots_[prompt];
+  slot.taking = true;
+  if (slot.failed) {  // the caller may not know yet
+    ReadOn(slot);
+    return;
+  }
+  const std::string of_prompt = is_batch() ? absl::StrCat(" of prompt ", prompt) : "";
+  switch (slot.phase) {
     case Phase::kOpen:
-      if (other != nullptr && other->has_open()) {
-        TakeOpen(other->open());
+      if (opens) {
+        TakeOpen(slot, other->open());
       } else {
-        End(OutOfOrder(MessageName(*request), "first; `open` is due"));
+        End(OutOfOrder(MessageName(*request), absl::StrCat("first", of_prompt, "; `open` is due")));
       }
       return;
     case Phase::kPieces:
       if (pieces != nullptr) {
-        TakePieces(std::move(*pieces));
+        TakePieces(slot, std::move(*pieces));
       } else if (other->has_commit()) {
-        TakeCommit(other->commit());
+        TakeCommit(slot, other->commit());
       } else {
-        End(OutOfOrder(MessageName(*request), "after `open`; `pieces` or `commit` is due"));
+        End(OutOfOrder(MessageName(*request),
+                       absl::StrCat("after `open`", of_prompt, "; `pieces` or `commit` is due")));
       }
       return;
     case Phase::kNothing:
-      End(OutOfOrder(MessageName(*request), "after `commit`; nothing is due"));
+      End(OutOfOrder(MessageName(*request),
+                     absl::StrCat("after `commit`", of_prompt, "; nothing is due")));
       return;
   }
 }
 
-void CompressReactor::TakeOpen(const v1::Open& open) {
+void CompressReactor::ReadOn(Slot& slot) {
+  if (slot.taking.exchange(false)) WantMessage();
+}
+
+void CompressReactor::TakeOpen(Slot& slot, const v1::Open& open) {
+  if (open.batch_prompt_count() != 0 && open.batch_prompt_count() != slots_.size()) {
+    End(absl::InvalidArgumentError(
+        absl::StrCat("open.batch_prompt_count is ", open.batch_prompt_count(), " of prompt ",
+                     slot.index, "; the stream's first `open` said ", slots_.size())));
+    return;
+  }
+  slot.phase = Phase::kPieces;
   absl::StatusOr<OpenRequest> request = DecodeOpen(open, shared_->limits.max_message_bytes);
   if (!request.ok()) {
-    End(request.status());
+    Fail(slot, request.status());
     return;
   }
-  if (request->shard.has_value() && request->shard->shard_count > 1) {
-    End(absl::UnimplementedError("open.shard_group: groups of several shards are not served yet"));
-    return;
-  }
-  absl::StatusOr<std::shared_ptr<session::Session>> opened =
-      shared_->sessions->Open({.spec = request->spec,
-                               .layers_in_flight = request->layers_in_flight,
-                               .idempotency_key = request->idempotency_key,
-                               .max_message_bytes = shared_->limits.max_message_bytes});
+  session::SessionRequest wanted = {.spec = request->spec,
+                                    .layers_in_flight = request->layers_in_flight,
+                                    .idempotency_key = request->idempotency_key,
+                                    .max_message_bytes = shared_->limits.max_message_bytes,
+                                    .shard = request->shard};
+  if (wanted.shard.has_value()) wanted.agreed = AgreedFields(open, *request);
+  absl::StatusOr<std::shared_ptr<session::Session>> opened = shared_->sessions->Open(wanted);
   if (!opened.ok()) {
-    if (absl::IsResourceExhausted(opened.status())) {
-      context()->AddTrailingMetadata(
-          kRetryPushbackKey, RetryPushback(opened.status(), shared_->limits.retry_pushback));
-    }
-    End(opened.status());
+    Fail(slot, opened.status(), /*at_open=*/true);
     return;
   }
-  max_response_bytes_ = request->max_response_message_bytes;
-  phase_ = Phase::kPieces;
+  slot.max_response_bytes = request->max_response_message_bytes;
   bool ended = false;
   {
     absl::MutexLock lock(&session_mutex_);
     ended = ended_;
-    if (!ended) session_ = *opened;
+    if (!ended) slot.session = *opened;
   }
   if (ended) {
     (*opened)->Cancel();
     return;
   }
-  SendOpened(**opened);
-  (*opened)->Start(Callbacks());
+  SendOpened(slot, **opened);
+  (*opened)->Start(Callbacks(slot));
 }
 
-void CompressReactor::SendOpened(const session::Session& session) {
+void CompressReactor::SendOpened(Slot& slot, const session::Session& session) {
   const engine::PromptSpec& spec = session.spec();
   v1::CompressResponse response;
+  response.set_prompt(slot.index);
   v1::Opened* opened = response.mutable_opened();
   *opened = EncodeOpened(spec);
   opened->set_session_id(session.id());
@@ -168,121 +233,170 @@ void CompressReactor::SendOpened(const session::Session& session) {
   opened->set_max_request_message_bytes(static_cast<uint64_t>(shared_->limits.max_message_bytes));
   opened->set_backend(std::string(shared_->sessions->backend().name()));
 
-  summary_.set_logical_length(static_cast<uint32_t>(spec.prompt_tokens));
-  summary_.set_kv_length(static_cast<uint32_t>(spec.largest_kept_tokens()));
-  summary_.set_next_position(static_cast<uint32_t>(spec.next_position()));
-  summary_.set_fingerprint(opened->fingerprint());
-  summary_.set_backend(opened->backend());
-  summary_.set_transport("inline");
-  summary_.set_kv_blocks(static_cast<uint32_t>(spec.kv_blocks()));
-  summary_.set_values_in_keys(spec.geometry.values_in_keys);
+  slot.summary.set_logical_length(static_cast<uint32_t>(spec.prompt_tokens));
+  slot.summary.set_kv_length(static_cast<uint32_t>(spec.largest_kept_tokens()));
+  slot.summary.set_fingerprint(opened->fingerprint());
+  slot.summary.set_backend(opened->backend());
+  slot.summary.set_transport("inline");
+  slot.summary.set_next_position(static_cast<uint32_t>(spec.next_position()));
+  slot.summary.set_kv_blocks(static_cast<uint32_t>(spec.kv_blocks()));
+  slot.summary.set_values_in_keys(spec.geometry.values_in_keys);
 
   std::vector<OutgoingMessage> messages;
-  messages.push_back({wire::Encode(response), 0});
+  messages.push_back({wire::Encode(response), 0, slot.index});
   Send(std::move(messages));
 }
 
-// The callbacks hold no share of this object: the session is held by it.
-session::SessionCallbacks CompressReactor::Callbacks() {
+// The callbacks hold no share of this object: the sessions are held by it. A slot lives as long.
+session::SessionCallbacks CompressReactor::Callbacks(Slot& slot) {
   const auto weak =
       std::weak_ptr<CompressReactor>(std::static_pointer_cast<CompressReactor>(shared_from_this()));
   session::SessionCallbacks callbacks;
-  callbacks.ready = [weak] {
-    if (auto self = weak.lock()) self->WantMessage();
+  callbacks.ready = [weak, &slot] {
+    if (auto self = weak.lock()) self->ReadOn(slot);
   };
-  callbacks.layer = [weak](engine::LayerOutput output) {
+  callbacks.layer = [weak, &slot](engine::LayerOutput output) {
     auto self = weak.lock();
     if (self == nullptr) return;
-    self->layers_.fetch_add(1, std::memory_order_relaxed);
-    self->Queue(BuildLayer(std::move(output), self->max_response_bytes_));
+    slot.layers.fetch_add(1, std::memory_order_relaxed);
+    self->Queue(slot, BuildLayer(std::move(output), slot.max_response_bytes, slot.index));
   };
-  callbacks.pivot = [weak](engine::PivotResult result) {
-    auto self = weak.lock();
-    if (self != nullptr) self->Queue(BuildPivot(std::move(result), self->max_response_bytes_));
-  };
-  callbacks.pull = [weak](engine::RowPull pull) {
+  callbacks.pivot = [weak, &slot](engine::PivotResult result) {
     auto self = weak.lock();
     if (self == nullptr) return;
-    self->pulls_.fetch_add(1, std::memory_order_relaxed);
-    self->Queue(BuildPull(std::move(pull), self->max_response_bytes_));
+    self->Queue(slot, BuildPivot(std::move(result), slot.max_response_bytes, slot.index));
   };
-  callbacks.finished = [weak](const session::SessionSummary& summary) {
-    if (auto self = weak.lock()) self->OnAnswered(summary);
+  callbacks.pull = [weak, &slot](engine::RowPull pull) {
+    auto self = weak.lock();
+    if (self == nullptr) return;
+    slot.pulls.fetch_add(1, std::memory_order_relaxed);
+    self->Queue(slot, BuildPull(std::move(pull), slot.max_response_bytes, slot.index));
   };
-  callbacks.failed = [weak](const absl::Status& status) {
-    if (auto self = weak.lock()) self->End(status);
+  callbacks.finished = [weak, &slot](const session::SessionSummary& summary) {
+    if (auto self = weak.lock()) self->SendSummary(slot, summary);
+  };
+  callbacks.failed = [weak, &slot](const absl::Status& status) {
+    if (auto self = weak.lock()) self->Fail(slot, status);
   };
   return callbacks;
 }
 
-void CompressReactor::Queue(std::vector<OutgoingMessage> messages) {
+void CompressReactor::Queue(Slot& slot, std::vector<OutgoingMessage> messages) {
   int64_t bytes = 0;
   for (const OutgoingMessage& message : messages) bytes += message.tensor_bytes;
-  output_bytes_.fetch_add(bytes, std::memory_order_relaxed);
+  slot.output_bytes.fetch_add(bytes, std::memory_order_relaxed);
   answered_at_.store(SteadyNanos());
   Send(std::move(messages));
 }
 
-// The summary says that the stream was as it should be, so it waits for the half-close after the
-// commit: nothing can follow then.
-void CompressReactor::OnAnswered(const session::SessionSummary& summary) {
+void CompressReactor::Fail(Slot& slot, const absl::Status& status, bool at_open) {
+  const bool try_again = at_open && absl::IsResourceExhausted(status);
+  const int64_t pushback = RetryPushbackMillis(status, shared_->limits.retry_pushback);
+  if (!is_batch()) {
+    if (try_again) context()->AddTrailingMetadata(kRetryPushbackKey, std::to_string(pushback));
+    End(status);
+    return;
+  }
+  slot.failed = true;
   {
     absl::MutexLock lock(&session_mutex_);
-    answered_ = summary;
-    if (!half_closed_) return;
+    slot.status = status;
   }
-  SendSummary(summary);
-}
-
-void CompressReactor::OnHalfClose() {
-  session::SessionSummary summary;
-  {
-    absl::MutexLock lock(&session_mutex_);
-    half_closed_ = true;
-    if (!answered_.has_value()) return;
-    summary = *answered_;
-  }
-  SendSummary(summary);
-}
-
-void CompressReactor::SendSummary(const session::SessionSummary& summary) {
+  Drop(slot.index);
+  const grpc::Status encoded = ToGrpc(status);
   v1::CompressResponse response;
+  response.set_prompt(slot.index);
+  response.mutable_failed()->set_code(static_cast<uint32_t>(encoded.error_code()));
+  response.mutable_failed()->set_message(encoded.error_message());
+  if (try_again && pushback >= 0) {
+    response.mutable_failed()->set_retry_after_millis(static_cast<uint64_t>(pushback));
+  }
+  SendTerminal(std::move(response));
+  ReadOn(slot);
+}
+
+// Of a batch the session says so, in turn with its answers.
+void CompressReactor::Refuse(Slot& slot, const absl::Status& status) {
+  if (!is_batch()) {
+    End(status);
+  } else if (auto running = session(slot)) {
+    running->Fail(status);
+  }
+}
+
+void CompressReactor::SendSummary(Slot& slot, const session::SessionSummary& summary) {
+  v1::CompressResponse response;
+  response.set_prompt(slot.index);
   v1::Summary* encoded = response.mutable_summary();
-  *encoded = summary_;
+  *encoded = slot.summary;
   encoded->set_layer_count(static_cast<uint32_t>(summary.layers));
   encoded->set_input_bytes(static_cast<uint64_t>(summary.input_bytes));
-  encoded->set_output_bytes(static_cast<uint64_t>(output_bytes_.load()));
+  encoded->set_output_bytes(static_cast<uint64_t>(slot.output_bytes.load()));
   encoded->mutable_timing()->set_session_micros(static_cast<uint64_t>(summary.session_micros));
   encoded->mutable_timing()->set_queue_micros(static_cast<uint64_t>(summary.queue_micros));
   encoded->mutable_timing()->set_compute_micros(static_cast<uint64_t>(summary.compute_micros));
-  SendLast(wire::Encode(response));
+  SendTerminal(std::move(response));
 }
 
-void CompressReactor::TakePieces(wire::Pieces pieces) {
+void CompressReactor::SendTerminal(v1::CompressResponse response) {
+  const uint32_t prompt = response.prompt();
+  grpc::ByteBuffer bytes = wire::Encode(response);
+  bool last = false;
+  {
+    absl::MutexLock lock(&session_mutex_);
+    last = --unfinished_ == 0;
+    if (last) {
+      last_ = std::move(bytes);
+    } else {
+      ++sending_;  // the last one must not overtake it
+    }
+  }
+  if (!last) {
+    std::vector<OutgoingMessage> messages;
+    messages.push_back({std::move(bytes), 0, prompt});
+    Send(std::move(messages));
+    absl::MutexLock lock(&session_mutex_);
+    --sending_;
+  }
+  SendLastIfDue();
+}
+
+void CompressReactor::SendLastIfDue() {
+  grpc::ByteBuffer bytes;
+  {
+    absl::MutexLock lock(&session_mutex_);
+    if (!last_.has_value() || !half_closed_ || sending_ > 0) return;
+    bytes = *std::move(last_);
+    last_.reset();
+  }
+  SendLast(bytes);
+}
+
+void CompressReactor::TakePieces(Slot& slot, wire::Pieces pieces) {
   int64_t bytes = 0;
   absl::StatusOr<session::InputMessage> message = ToInput(std::move(pieces), &bytes);
   if (!message.ok()) {
-    End(message.status());
+    Refuse(slot, message.status());
     return;
   }
-  input_bytes_.fetch_add(bytes, std::memory_order_relaxed);
-  if (auto running = session()) running->Append(*std::move(message));
+  slot.input_bytes.fetch_add(bytes, std::memory_order_relaxed);
+  if (auto running = session(slot)) running->Append(*std::move(message));
 }
 
-void CompressReactor::TakeCommit(const v1::Commit& commit) {
+void CompressReactor::TakeCommit(Slot& slot, const v1::Commit& commit) {
   constexpr uint64_t kMaxBytes = std::numeric_limits<int64_t>::max();
   if (commit.input_bytes() > kMaxBytes) {
-    End(absl::InvalidArgumentError(
-        absl::StrCat("commit.input_bytes is ", commit.input_bytes(), "; that many never came")));
+    Refuse(slot, absl::InvalidArgumentError(absl::StrCat(
+                     "commit.input_bytes is ", commit.input_bytes(), "; that many never came")));
     return;
   }
-  phase_ = Phase::kNothing;
-  if (auto running = session()) {
+  slot.phase = Phase::kNothing;
+  if (auto running = session(slot)) {
     running->Commit(commit.layer_count(), static_cast<int64_t>(commit.input_bytes()));
   }
-  // Reads on for the half-close, and to notice what should not come; the session must have the
-  // commit before it.
-  WantMessage();
+  // Reads on for other prompts and the half-close, and to notice what should not come; the session
+  // must have the commit before it.
+  ReadOn(slot);
 }
 
 void CompressReactor::OnEndOfInput(bool cancelled) {
@@ -290,16 +404,29 @@ void CompressReactor::OnEndOfInput(bool cancelled) {
     OnBroken();
     return;
   }
-  if (phase_ == Phase::kOpen) {
+  if (slots_.empty()) {
     End(absl::InvalidArgumentError("the stream ended before `open`"));
     return;
   }
-  if (auto running = session()) running->EndOfInput();
-  if (phase_ == Phase::kNothing) OnHalfClose();
+  for (const auto& slot : slots_) {
+    if (slot->phase != Phase::kOpen) continue;
+    End(absl::InvalidArgumentError(absl::StrCat("the stream ended before `open` of prompt ",
+                                                slot->index, " of ", slots_.size())));
+    return;
+  }
+  {
+    absl::MutexLock lock(&session_mutex_);
+    half_closed_ = true;
+  }
+  for (const auto& slot : slots_) {
+    if (slot->failed) continue;
+    if (auto running = session(*slot)) running->EndOfInput();
+  }
+  SendLastIfDue();
 }
 
-void CompressReactor::OnSent(int64_t tensor_bytes) {
-  if (auto running = session()) running->OutputSent(tensor_bytes);
+void CompressReactor::OnSent(uint32_t prompt, int64_t tensor_bytes) {
+  if (auto running = session(*slots_[prompt])) running->OutputSent(tensor_bytes);
 }
 
 void CompressReactor::OnBroken() {
@@ -311,13 +438,15 @@ void CompressReactor::OnBroken() {
 }
 
 void CompressReactor::End(const absl::Status& status) {
-  std::shared_ptr<session::Session> running;
+  std::vector<std::shared_ptr<session::Session>> running;
   {
     absl::MutexLock lock(&session_mutex_);
     ended_ = true;
-    running = session_;
+    for (const auto& slot : slots_) {
+      if (slot->session != nullptr) running.push_back(slot->session);
+    }
   }
-  if (running != nullptr) running->Cancel();
+  for (const auto& each : running) each->Cancel(status);
   EndWith(ToGrpc(status));
 }
 
@@ -331,7 +460,7 @@ void CompressReactor::CheckLimits(int64_t now) {
         "the caller took no results for longer than the stall limit of ", Seconds(limits.stall))));
   } else if (const int64_t reading = reading_since();
              over(reading == 0 ? 0 : std::max(reading, answered_at_.load()), limits.silence)) {
-    const int64_t unanswered = pulls_.load() - layers_.load();
+    const int64_t unanswered = UnansweredPulls();
     End(absl::DeadlineExceededError(absl::StrCat(
         "no message came for longer than the silence limit of ", Seconds(limits.silence),
         unanswered > 0 ? absl::StrCat("; the rows of ", unanswered, " layers were asked for")
@@ -339,32 +468,44 @@ void CompressReactor::CheckLimits(int64_t now) {
   } else if (over(begun_, limits.session)) {
     End(absl::DeadlineExceededError(
         absl::StrCat("the stream took longer than the limit of ", Seconds(limits.session))));
+  } else {
+    for (const auto& running : AllSessions()) running->CheckShardGroup(limits.shard_group);
   }
 }
 
+void CompressReactor::LogEnd(const Slot* slot, const session::Session* session) const {
+  if (shared_->log == nullptr) return;
+  grpc::Status status = end_status();
+  if (slot != nullptr && slot->failed) status = ToGrpc(slot->status);
+  const auto count = [slot](std::atomic<int64_t> Slot::*counter) {
+    return slot == nullptr ? int64_t{0} : (slot->*counter).load();
+  };
+  const std::string_view method =
+      session == nullptr ? "-" : method::MethodName(session->spec().method.method);
+  shared_->log->Write("session",
+                      {{"id", session == nullptr ? std::string_view("-") : session->id()},
+                       {"method", method},
+                       {"layers", count(&Slot::layers)},
+                       {"input_bytes", count(&Slot::input_bytes)},
+                       {"output_bytes", count(&Slot::output_bytes)},
+                       {"micros", (SteadyNanos() - begun_) / 1000},
+                       {"status", CodeName(status.error_code())},
+                       {"error", status.error_message()}});
+}
+
 void CompressReactor::OnGone() {
-  std::shared_ptr<session::Session> done;
+  std::vector<std::shared_ptr<session::Session>> done(slots_.size());
   {
     absl::MutexLock lock(&session_mutex_);
     ended_ = true;
-    done.swap(session_);
+    for (size_t i = 0; i < slots_.size(); ++i) done[i].swap(slots_[i]->session);
   }
-  const int64_t micros = (SteadyNanos() - begun_) / 1000;
-  if (shared_->log != nullptr) {
-    const grpc::Status status = end_status();
-    const std::string_view method =
-        done == nullptr ? "-" : method::MethodName(done->spec().method.method);
-    shared_->log->Write("session", {{"id", done == nullptr ? std::string_view("-") : done->id()},
-                                    {"method", method},
-                                    {"layers", layers_.load()},
-                                    {"input_bytes", input_bytes_.load()},
-                                    {"output_bytes", output_bytes_.load()},
-                                    {"micros", micros},
-                                    {"status", CodeName(status.error_code())},
-                                    {"error", status.error_message()}});
+  if (slots_.empty()) LogEnd(nullptr, nullptr);
+  for (size_t i = 0; i < slots_.size(); ++i) LogEnd(slots_[i].get(), done[i].get());
+  for (const auto& each : done) {
+    if (each != nullptr) each->Cancel();
   }
-  if (done != nullptr) done->Cancel();
-  done.reset();
+  done.clear();
   shared_->streams->Remove(this);
 }
 

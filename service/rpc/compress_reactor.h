@@ -1,4 +1,4 @@
-// One `Compress` stream: decodes what the caller sends, drives the prompt's session with it, and
+// One `Compress` stream: decodes what the caller sends, drives its prompts' sessions with it, and
 // sends the answers. No policy of its own beyond the order of messages and the limits of time.
 #pragma once
 
@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
@@ -31,9 +32,14 @@ struct StreamLimits {
   absl::Duration silence = absl::Seconds(60);
   // How long a stream may last.
   absl::Duration session = absl::Minutes(30);
+  // How long a shard group waits for its ranks, counted from the first.
+  absl::Duration shard_group = absl::Seconds(30);
   // When a caller that found no room should try again.
   absl::Duration retry_pushback = absl::Seconds(1);
 };
+
+// Prompts of a batch, at most.
+inline constexpr uint32_t kMaxBatchPrompts = 1024;
 
 // What streams share; outlives them.
 struct StreamShared {
@@ -51,49 +57,81 @@ class CompressReactor final : public StreamIo, public Stream {
   CompressReactor(const StreamShared* shared, grpc::CallbackServerContext* context);
 
   void CheckLimits(int64_t now) override;
-  // Ends the stream: frees the session's memory, then tells the caller.
+  // Ends the stream: frees the sessions' memory, then tells the caller.
   void End(const absl::Status& status) override;
 
  private:
-  // What is due from the caller.
+  // What is due of a prompt from the caller.
   enum class Phase : uint8_t { kOpen, kPieces, kNothing };
+
+  // One prompt of the stream.
+  struct Slot {
+    explicit Slot(uint32_t number) : index(number) {}
+
+    const uint32_t index;
+    // Written while its open is taken, read afterwards.
+    int64_t max_response_bytes = kDefaultMessageBytes;
+    v1::Summary summary;  // what is known of it at open
+    // Written by messages, which come one at a time.
+    Phase phase = Phase::kOpen;
+    std::atomic<int64_t> input_bytes{0};
+    std::atomic<int64_t> output_bytes{0};
+    std::atomic<int64_t> layers{0};
+    std::atomic<int64_t> pulls{0};
+    // A message of it was read, and the next one of any prompt is not to be read yet. All other
+    // sessions have asked for theirs, so whoever takes this down reads on.
+    std::atomic<bool> taking{false};
+    std::atomic<bool> failed{false};            // of a batch; what comes of it is dropped
+    std::shared_ptr<session::Session> session;  // under session_mutex_
+    absl::Status status;                        // of `failed`; under session_mutex_
+  };
 
   void OnMessage(const grpc::ByteBuffer& message) override;
   void OnEndOfInput(bool cancelled) override;
-  void OnSent(int64_t tensor_bytes) override;
+  void OnSent(uint32_t prompt, int64_t tensor_bytes) override;
   void OnBroken() override;
   void OnGone() override;
 
-  void TakeOpen(const v1::Open& open);
-  void TakePieces(wire::Pieces pieces);
-  void TakeCommit(const v1::Commit& commit);
-  void SendOpened(const session::Session& session);
-  session::SessionCallbacks Callbacks();
-  void OnAnswered(const session::SessionSummary& summary);
-  void OnHalfClose();
-  void SendSummary(const session::SessionSummary& summary);
-  void Queue(std::vector<OutgoingMessage> messages);
+  // Makes the slots, as the stream's first message says.
+  absl::Status Begin(const v1::Open& open);
+  void TakeOpen(Slot& slot, const v1::Open& open);
+  void TakePieces(Slot& slot, wire::Pieces pieces);
+  void TakeCommit(Slot& slot, const v1::Commit& commit);
+  void SendOpened(Slot& slot, const session::Session& session);
+  session::SessionCallbacks Callbacks(Slot& slot);
+  // Reads on, where a message of the slot was what held the stream up.
+  void ReadOn(Slot& slot);
+  // What came of the prompt cannot be taken.
+  void Refuse(Slot& slot, const absl::Status& status);
+  // The prompt failed: ends the stream, or, of a batch, the prompt.
+  void Fail(Slot& slot, const absl::Status& status, bool at_open = false);
+  void SendSummary(Slot& slot, const session::SessionSummary& summary);
+  // Sends a prompt's last message. The stream's last one ends it, and waits for the half-close:
+  // nothing can follow then.
+  void SendTerminal(v1::CompressResponse response);
+  void SendLastIfDue();
+  void Queue(Slot& slot, std::vector<OutgoingMessage> messages);
+  // One line of the log; null where there was no prompt.
+  void LogEnd(const Slot* slot, const session::Session* session) const;
 
-  std::shared_ptr<session::Session> session() const;
+  bool is_batch() const { return slots_.size() > 1; }
+  std::shared_ptr<session::Session> session(const Slot& slot) const;
+  std::vector<std::shared_ptr<session::Session>> AllSessions() const;
+  // Layers whose rows were asked for and have not come.
+  int64_t UnansweredPulls() const;
 
   const StreamShared* const shared_;
   const int64_t begun_;
-  // Written while the open is taken, read afterwards.
-  int64_t max_response_bytes_ = kDefaultMessageBytes;
-  v1::Summary summary_;  // what is known of it at open
-  // Written by messages, which come one at a time; read by limits too.
-  std::atomic<Phase> phase_{Phase::kOpen};
-  std::atomic<int64_t> input_bytes_{0};
-  std::atomic<int64_t> output_bytes_{0};
-  std::atomic<int64_t> layers_{0};
-  std::atomic<int64_t> pulls_{0};
+  // Made by the first message, before there is any session.
+  std::vector<std::unique_ptr<Slot>> slots_;
   std::atomic<int64_t> answered_at_{0};  // SteadyNanos() of the last answer
 
   mutable absl::Mutex session_mutex_;
   bool ended_ ABSL_GUARDED_BY(session_mutex_) = false;
-  bool half_closed_ ABSL_GUARDED_BY(session_mutex_) = false;  // after the commit
-  std::optional<session::SessionSummary> answered_ ABSL_GUARDED_BY(session_mutex_);
-  std::shared_ptr<session::Session> session_ ABSL_GUARDED_BY(session_mutex_);
+  bool half_closed_ ABSL_GUARDED_BY(session_mutex_) = false;
+  size_t unfinished_ ABSL_GUARDED_BY(session_mutex_) = 0;  // prompts without a last message
+  int sending_ ABSL_GUARDED_BY(session_mutex_) = 0;        // threads that send one
+  std::optional<grpc::ByteBuffer> last_ ABSL_GUARDED_BY(session_mutex_);
 };
 
 }  // namespace structkv::rpc

@@ -93,20 +93,6 @@ absl::StatusOr<engine::Statistic> DecodeStatistic(v1::Statistic statistic,
   return decoded;
 }
 
-v1::Statistic EncodeStatistic(engine::Statistic statistic) {
-  switch (statistic) {
-    case engine::Statistic::kNone:
-      return v1::STATISTIC_NONE;
-    case engine::Statistic::kWindowQueries:
-      return v1::STATISTIC_WINDOW_QUERIES;
-    case engine::Statistic::kSaliency:
-      return v1::STATISTIC_SALIENCY;
-    case engine::Statistic::kSaliencyPerKvHead:
-      return v1::STATISTIC_SALIENCY_PER_KV_HEAD;
-  }
-  return v1::STATISTIC_UNSPECIFIED;
-}
-
 absl::StatusOr<engine::Pull> DecodePull(v1::Pull pull) {
   switch (pull) {
     case v1::PULL_UNSPECIFIED:
@@ -158,7 +144,8 @@ absl::Status DecodeShardGroup(const v1::ShardGroup& group, OpenRequest* request)
         .kv_heads = {group.kv_heads().begin(), group.kv_heads().count()},
         .query_heads = {group.query_heads().begin(), group.query_heads().count()},
     };
-  } else if (geometry.kv_heads > 0) {  // else the geometry is refused first
+  } else if (geometry.kv_heads > 0 && member.shard_index < member.shard_count) {
+    // Others are refused before the heads are looked at.
     absl::StatusOr<engine::Shard> even =
         engine::EvenShard(geometry, member.shard_count, member.shard_index);
     if (!even.ok()) return even.status();
@@ -283,6 +270,20 @@ v1::Opened EncodeOpened(const engine::PromptSpec& spec) {
   opened.set_fingerprint(engine::Fingerprint(spec));
   if (spec.rotary.has_value()) *opened.mutable_rotary() = EncodeRotary(*spec.rotary);
   return opened;
+}
+
+v1::Statistic EncodeStatistic(engine::Statistic statistic) {
+  switch (statistic) {
+    case engine::Statistic::kNone:
+      return v1::STATISTIC_NONE;
+    case engine::Statistic::kWindowQueries:
+      return v1::STATISTIC_WINDOW_QUERIES;
+    case engine::Statistic::kSaliency:
+      return v1::STATISTIC_SALIENCY;
+    case engine::Statistic::kSaliencyPerKvHead:
+      return v1::STATISTIC_SALIENCY_PER_KV_HEAD;
+  }
+  return v1::STATISTIC_UNSPECIFIED;
 }
 
 v1::LayerMetrics EncodeMetrics(int64_t layer, const method::LayerMetrics& metrics) {

@@ -51,7 +51,7 @@ v1::LayerMetrics EncodeMetrics(int64_t layer, const method::LayerMetrics& metric
 v1::PivotDecision EncodePivot(const method::PivotDecision& decision);
 
 v1::DType EncodeDType(DType dtype);
-
+v1::Statistic EncodeStatistic(engine::Statistic statistic);
 v1::Tensor EncodeTensor(engine::InputTensor tensor);
 // nullopt for a tensor that no client sends, or an unknown number.
 std::optional<engine::InputTensor> DecodeTensor(int tensor);

@@ -86,6 +86,7 @@ class Cutter {
 
   void Flush(const v1::CompressResponse& header) {
     OutgoingMessage message;
+    message.prompt = header.prompt();
     for (const wire::OutgoingPiece& piece : pieces_) {
       message.tensor_bytes += static_cast<int64_t>(piece.data.size());
     }
@@ -103,9 +104,11 @@ class Cutter {
 
 }  // namespace
 
-std::vector<OutgoingMessage> BuildLayer(engine::LayerOutput output, int64_t max_message_bytes) {
+std::vector<OutgoingMessage> BuildLayer(engine::LayerOutput output, int64_t max_message_bytes,
+                                        uint32_t prompt) {
   const auto layer = static_cast<uint32_t>(output.layer);
   v1::CompressResponse header;
+  header.set_prompt(prompt);
   header.mutable_layer()->set_layer(layer);
   header.mutable_layer()->set_kept_tokens(static_cast<uint32_t>(output.kept_tokens));
   header.mutable_layer()->set_kept_blocks(static_cast<uint32_t>(output.kept_blocks));
@@ -129,8 +132,10 @@ std::vector<OutgoingMessage> BuildLayer(engine::LayerOutput output, int64_t max_
   return messages;
 }
 
-std::vector<OutgoingMessage> BuildPivot(engine::PivotResult result, int64_t max_message_bytes) {
+std::vector<OutgoingMessage> BuildPivot(engine::PivotResult result, int64_t max_message_bytes,
+                                        uint32_t prompt) {
   v1::CompressResponse header;
+  header.set_prompt(prompt);
   *header.mutable_pivot() = EncodePivot(result.decision);
   const OutgoingTensor tensors[] = {
       FromVector(v1::TENSOR_SKELETON_POSITIONS, std::move(result.skeleton)),
@@ -145,8 +150,10 @@ std::vector<OutgoingMessage> BuildPivot(engine::PivotResult result, int64_t max_
   return messages;
 }
 
-std::vector<OutgoingMessage> BuildPull(engine::RowPull pull, int64_t max_message_bytes) {
+std::vector<OutgoingMessage> BuildPull(engine::RowPull pull, int64_t max_message_bytes,
+                                       uint32_t prompt) {
   v1::CompressResponse header;
+  header.set_prompt(prompt);
   header.mutable_pull()->set_layer(static_cast<uint32_t>(pull.layer));
   header.mutable_pull()->set_kept_tokens(static_cast<uint32_t>(pull.kept_tokens));
   if (pull.keys) header.mutable_pull()->add_tensors(v1::TENSOR_KEYS);

@@ -17,9 +17,9 @@ grpc::Status ToGrpc(const absl::Status& status) {
   return {static_cast<grpc::StatusCode>(status.code()), text};
 }
 
-std::string RetryPushback(const absl::Status& refusal, absl::Duration pushback) {
-  if (refusal.GetPayload(session::kNeverFits).has_value()) return "-1";
-  return std::to_string(absl::ToInt64Milliseconds(pushback));
+int64_t RetryPushbackMillis(const absl::Status& refusal, absl::Duration pushback) {
+  if (refusal.GetPayload(session::kNeverFits).has_value()) return -1;
+  return absl::ToInt64Milliseconds(pushback);
 }
 
 absl::Status FromGrpc(const grpc::Status& status) {

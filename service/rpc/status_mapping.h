@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstddef>
-#include <string>
+#include <cstdint>
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
@@ -22,7 +22,7 @@ absl::Status FromGrpc(const grpc::Status& status);
 
 // What kRetryPushbackKey says beside a refusal for lack of room: `pushback`, or -1 (never) where
 // the prompt is larger than the whole budget.
-std::string RetryPushback(const absl::Status& refusal, absl::Duration pushback);
+int64_t RetryPushbackMillis(const absl::Status& refusal, absl::Duration pushback);
 
 // "INVALID_ARGUMENT".
 const char* CodeName(grpc::StatusCode code);

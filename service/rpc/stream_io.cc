@@ -99,6 +99,20 @@ void StreamIo::SendLast(const grpc::ByteBuffer& message) {
   Advance();
 }
 
+void StreamIo::Drop(uint32_t prompt) {
+  std::deque<OutgoingMessage> kept;
+  std::vector<OutgoingMessage> dropped;  // released outside of the lock
+  absl::MutexLock lock(&mutex_);
+  for (OutgoingMessage& message : queue_) {
+    if (message.prompt == prompt && message.tensor_bytes > 0) {
+      dropped.push_back(std::move(message));
+    } else {
+      kept.push_back(std::move(message));
+    }
+  }
+  queue_.swap(kept);
+}
+
 bool StreamIo::EndWith(const grpc::Status& status) {
   std::deque<OutgoingMessage> dropped;  // released outside of the lock
   {
@@ -158,7 +172,7 @@ void StreamIo::OnWriteDone(bool ok) {
   if (sent.tensor_bytes > 0) {
     const int64_t tensor_bytes = sent.tensor_bytes;
     sent.bytes.Clear();
-    OnSent(tensor_bytes);
+    OnSent(sent.prompt, tensor_bytes);
   }
 }
 

@@ -40,8 +40,8 @@ class StreamIo : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuff
   virtual void OnMessage(const grpc::ByteBuffer& message) = 0;
   // The caller half-closed, or the stream broke; `cancelled` where gRPC says so already.
   virtual void OnEndOfInput(bool cancelled) = 0;
-  // A message of that many tensor bytes has left.
-  virtual void OnSent(int64_t tensor_bytes) = 0;
+  // A message of that many tensor bytes, of that prompt of a batch, has left.
+  virtual void OnSent(uint32_t prompt, int64_t tensor_bytes) = 0;
   // The stream broke or was cancelled. Perhaps more than once, perhaps after the end.
   virtual void OnBroken() = 0;
   // The last reaction.
@@ -56,6 +56,8 @@ class StreamIo : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuff
   void Send(std::vector<OutgoingMessage> messages);
   // Queues the last message; the stream ends with OK after it.
   void SendLast(const grpc::ByteBuffer& message);
+  // Drops the messages with tensors of a prompt that wait to be written.
+  void Drop(uint32_t prompt);
   // Ends the stream with an error, drops what is queued. False where its end was decided before.
   bool EndWith(const grpc::Status& status);
 

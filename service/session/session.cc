@@ -8,7 +8,7 @@
 namespace structkv::session {
 
 Session::Session(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-Session::~Session() { impl_->core->Cancel(); }
+Session::~Session() { impl_->core->Cancel(absl::CancelledError("the session was dropped")); }
 
 const std::string& Session::id() const { return impl_->core->id(); }
 const engine::PromptSpec& Session::spec() const { return impl_->core->spec(); }
@@ -21,7 +21,9 @@ void Session::Commit(int64_t layers, int64_t input_bytes) {
   impl_->core->Commit(layers, input_bytes);
 }
 void Session::EndOfInput() { impl_->core->EndOfInput(); }
+void Session::Fail(absl::Status status) { impl_->core->Fail(std::move(status)); }
 void Session::OutputSent(int64_t bytes) { impl_->core->OutputSent(bytes); }
-void Session::Cancel() { impl_->core->Cancel(); }
+void Session::Cancel(absl::Status reason) { impl_->core->Cancel(std::move(reason)); }
+void Session::CheckShardGroup(absl::Duration limit) { impl_->core->CheckShardGroup(limit); }
 
 }  // namespace structkv::session

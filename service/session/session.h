@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/container/inlined_vector.h"
@@ -18,6 +19,7 @@
 #include "service/engine/prompt.h"
 #include "service/engine/prompt_spec.h"
 #include "service/engine/scheduler.h"
+#include "service/engine/shard.h"
 #include "service/session/memory_budget.h"
 #include "service/session/pivot_profile.h"
 
@@ -30,6 +32,10 @@ struct SessionRequest {
   std::string idempotency_key;   // may be empty
   // Longest message that may have to be parked; counted in the reservation.
   int64_t max_message_bytes = 0;
+  // The rank that this is, of a prompt that several sessions hold. `spec` is the whole prompt's.
+  std::optional<engine::ShardMember> shard;
+  // What all ranks must say alike: names of fields and their values, sorted by name.
+  std::vector<std::pair<std::string, std::string>> agreed;
 };
 
 // One piece of a received message. The data lie in the message.
@@ -72,7 +78,7 @@ struct SessionCallbacks {
   // not wait for that layer's tensors, and whoever has the answers of the first n layers knows
   // whether they decided it.
   absl::AnyInvocable<void(engine::PivotResult)> pivot;
-  // The commit was verified and everything was answered.
+  // The commit was verified and everything was answered; of a shard group, all ranks' commits.
   absl::AnyInvocable<void(SessionSummary)> finished;
   // The session failed; its memory is on its way back.
   absl::AnyInvocable<void(absl::Status)> failed;
@@ -123,9 +129,17 @@ class Session : public std::enable_shared_from_this<Session> {
   // reported in the end: the session keeps its reservation, and counts as active, until then.
   void OutputSent(int64_t bytes);
 
+  // Ends the session by `failed`, as a fault of its own would.
+  void Fail(absl::Status status);
+
   // Drops everything. Memory is free when this returns, or as soon as a layer that is being
-  // computed, a call on another thread or the calling callback ends.
-  void Cancel();
+  // computed, a call on another thread or the calling callback ends. `reason` is what the other
+  // ranks of a shard group learn.
+  void Cancel(absl::Status reason = absl::CancelledError("the session was cancelled"));
+
+  // Of a shard group that still waits for ranks: ends it where it has waited longer than `limit`,
+  // as DEADLINE_EXCEEDED by `failed`.
+  void CheckShardGroup(absl::Duration limit);
 
  private:
   friend class SessionManager;
@@ -150,17 +164,18 @@ class SessionManager {
   SessionManager(const SessionManagerOptions& options, std::unique_ptr<Backend> backend);
   ~SessionManager();
 
-  // Validates, reserves memory and registers. A running session with the same non-empty idempotency
-  // key fails as ABORTED first, and its memory comes back: that waits for a layer that is being
-  // computed, 2 seconds at most. Not to be called from a callback of that session.
+  // Validates, reserves memory and registers. A shard joins its group, which begins with the last
+  // one; the ranks that wait in a group end as INVALID_ARGUMENT where the new one disagrees. A
+  // running session with the same non-empty idempotency key fails as ABORTED first, and its memory
+  // comes back: that waits for a layer that is being computed, 2 seconds at most. Not to be called
+  // from a callback of that session.
   //   INVALID_ARGUMENT    the spec
   //   RESOURCE_EXHAUSTED  the budget or the session limit is taken, or the whole budget is too
-  //   small
-  //                       (payload kNeverFits)
+  //                       small (payload kNeverFits)
   //   UNAVAILABLE         draining
   absl::StatusOr<std::shared_ptr<Session>> Open(const SessionRequest& wanted);
 
-  // Refuses new sessions from now on.
+  // Refuses new sessions from now on, and ends shard groups that still wait as UNAVAILABLE.
   void StartDraining();
   bool draining() const;
   // Waits until no session is left; false at the deadline.

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "service/session/shard_group.h"
 
 namespace structkv::session {
 namespace {
@@ -33,17 +34,22 @@ int64_t OutputBytes(const engine::PivotResult& result) {
 int64_t OutputBytes(const engine::RowPull& pull) { return Bytes(pull.positions); }
 
 SessionCore::SessionCore(std::string id, const SessionRequest& request, const SessionPlan& plan,
-                         Reservation reservation, const SessionHost& host)
+                         Reservation reservation, const SessionHost& host,
+                         std::shared_ptr<ShardGroup> group)
     : id_(std::move(id)),
       spec_(request.spec),
+      own_spec_(group == nullptr ? spec_ : engine::ShardSpec(spec_, request.shard->heads)),
+      group_(std::move(group)),
+      shard_index_(group_ == nullptr ? 0 : request.shard->shard_index),
       plan_(plan),
       layers_in_flight_(request.layers_in_flight),
       host_(host),
       lane_(host.scheduler->NewLane()),
       reservation_(std::move(reservation)),
       allowance_(host.buffers->Allow(static_cast<size_t>(plan.reserved_bytes))) {
-  assembler_.emplace(&spec_, host_.buffers, layers_in_flight_);
-  prompt_.emplace(spec_, host_.backend, host_.buffers);
+  assembler_.emplace(&own_spec_, host_.buffers, layers_in_flight_);
+  in_group_ = group_ != nullptr;
+  if (!in_group_) prompt_.emplace(spec_, host_.backend, host_.buffers);
 }
 
 SessionCore::~SessionCore() {
@@ -140,25 +146,74 @@ void SessionCore::OutputSent(int64_t bytes) {
   });
 }
 
-void SessionCore::Fail(absl::Status status) {
-  Enqueue([this, status = std::move(status)] {
-    if (!ended()) DoFail(status);
+void SessionCore::Fail(absl::Status status, bool replaced) {
+  Enqueue([this, status = std::move(status), replaced] {
+    if (ended()) return;
+    replaced_ = replaced;
+    DoFail(status);
   });
 }
 
-void SessionCore::Cancel() {
+void SessionCore::Cancel(absl::Status reason) {
   cancelled_.store(true);
   stopped_.store(true);
-  Enqueue([this] {
+  Enqueue([this, reason = std::move(reason)] {
     if (!ended()) {
       state_ = State::kFailed;
       Drop();
       host_.registry->ForgetKey(id_);
+      LeaveGroup(reason);
     }
     callbacks_ = {};
     unsent_bytes_ = 0;
     ReleaseIfFree();
   });
+}
+
+// The group
+
+void SessionCore::CheckShardGroup(absl::Duration limit) {
+  if (group_ != nullptr) group_->CheckWait(limit);
+}
+
+void SessionCore::TakeGroupAnswer(Answer answer) {
+  Enqueue([this, answer = std::move(answer)]() mutable {
+    told_room_ = false;
+    OnAnswer(std::move(answer));
+  });
+}
+
+void SessionCore::GroupHasFinished() {
+  Enqueue([this] {
+    in_group_ = false;
+    if (ended()) {
+      ReleaseIfFree();
+    } else {
+      Finish();
+    }
+  });
+}
+
+void SessionCore::GroupIsOver() {
+  Enqueue([this] {
+    in_group_ = false;
+    if (ended()) ReleaseIfFree();
+  });
+}
+
+// Hands over what is complete, and says when an answer is welcome.
+void SessionCore::OfferLayers() {
+  while (std::optional<engine::LayerInput> input = assembler_->PopComplete()) {
+    group_->Offer(shard_index_, *std::move(input));
+  }
+  if (told_room_ || output_full()) return;
+  told_room_ = true;
+  group_->HasRoom(shard_index_);
+}
+
+void SessionCore::LeaveGroup(const absl::Status& reason) {
+  if (!in_group_ || (replaced_ && group_->Release(this))) return;
+  group_->Left(this, reason);
 }
 
 // Input
@@ -198,6 +253,10 @@ void SessionCore::AskForMessage() {
 // Layers
 
 void SessionCore::StartLayer() {
+  if (group_ != nullptr) {
+    OfferLayers();
+    return;
+  }
   if (layer_runs_ || output_full() || !assembler_->has_complete()) return;
   {
     const std::lock_guard lock(next_mutex_);
@@ -279,7 +338,7 @@ void SessionCore::AnswerPulled() {
     engine::LayerOutput output = std::move(waiting->second);
     wait_for_rows_.erase(waiting);
     absl::Status taken =
-        engine::TakeRows(spec_, std::move(rows.keys), std::move(rows.values), &output);
+        engine::TakeRows(own_spec_, std::move(rows.keys), std::move(rows.values), &output);
     if (!taken.ok()) {
       DoFail(absl::InternalError(taken.message()));
       return;
@@ -303,7 +362,13 @@ void SessionCore::GoOn() {
   } else if (owes_ready_) {
     AskForMessage();
   }
-  if (state_ == State::kCommitted && summary_.layers == spec_.geometry.layers) Finish();
+  if (state_ != State::kCommitted || summary_.layers < spec_.geometry.layers) return;
+  if (group_ == nullptr) {
+    Finish();
+  } else if (!told_done_) {
+    told_done_ = true;
+    group_->Done(shard_index_);
+  }
 }
 
 // The end
@@ -311,8 +376,10 @@ void SessionCore::GoOn() {
 void SessionCore::Finish() {
   state_ = State::kFinished;
   stopped_.store(true);
-  if (const std::optional<int64_t> pivot = prompt_->ExactPivot()) {
-    host_.pivot_profile->Record(spec_, *pivot);
+  if (prompt_.has_value()) {
+    if (const std::optional<int64_t> pivot = prompt_->ExactPivot()) {
+      host_.pivot_profile->Record(spec_, *pivot);
+    }
   }
   Drop();
   host_.registry->ForgetKey(id_);
@@ -334,6 +401,7 @@ void SessionCore::DoFail(const absl::Status& status) {
   auto failed = std::move(callbacks_.failed);
   callbacks_ = {};
   unsent_bytes_ = 0;
+  LeaveGroup(status);
   ReleaseIfFree();
   if (!started) {
     failed_before_start_ = status;
@@ -358,7 +426,7 @@ void SessionCore::Drop() {
 // After the end, gives the reservation back once the memory is free: no layer runs, and after a
 // success all results were sent.
 void SessionCore::ReleaseIfFree() {
-  if (layer_runs_) return;
+  if (layer_runs_ || in_group_) return;
   prompt_.reset();
   if (unsent_bytes_ > 0) return;
   allowance_.Release();

@@ -23,6 +23,9 @@
 
 namespace structkv::session {
 
+class ShardGroup;
+class ShardGroups;
+
 // What a session uses of its server; outlives its layers' computation.
 struct SessionHost {
   const Backend* backend = nullptr;
@@ -30,6 +33,7 @@ struct SessionHost {
   engine::Scheduler* scheduler = nullptr;
   std::shared_ptr<SessionRegistry> registry;
   PivotProfile* pivot_profile = nullptr;
+  std::shared_ptr<ShardGroups> groups;
 };
 
 // Thread-safe; see Session. Every event (a call, a layer that is done) is a task of a serial queue:
@@ -37,8 +41,22 @@ struct SessionHost {
 // from within a callback come after it.
 class SessionCore : public std::enable_shared_from_this<SessionCore> {
  public:
+  using Clock = std::chrono::steady_clock;
+
+  // What a layer's computation left.
+  struct Answer {
+    absl::StatusOr<engine::LayerOutput> output;
+    std::optional<engine::PivotResult> pivot;
+    std::shared_ptr<const engine::Skeleton> skeleton;  // with the pivot
+    Clock::duration queued{};
+    Clock::duration computed{};
+  };
+
+  // With a `group`, which it joins before it is used, the session is a rank of it, and the group
+  // computes.
   SessionCore(std::string id, const SessionRequest& request, const SessionPlan& plan,
-              Reservation reservation, const SessionHost& host);
+              Reservation reservation, const SessionHost& host,
+              std::shared_ptr<ShardGroup> group = nullptr);
   ~SessionCore();
 
   const std::string& id() const { return id_; }
@@ -52,27 +70,27 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   void Commit(int64_t layers, int64_t input_bytes);
   void EndOfInput();
   void OutputSent(int64_t bytes);
-  void Cancel();
+  void Cancel(absl::Status reason);
+  void CheckShardGroup(absl::Duration limit);
 
-  // Ends the session by `failed`.
-  void Fail(absl::Status status);
+  // Ends the session by `failed`. `replaced`: another one takes its place, for which a group that
+  // still waits goes on waiting.
+  void Fail(absl::Status status, bool replaced = false);
+
+  // What the group says. This rank's part of a layer's answer.
+  void TakeGroupAnswer(Answer answer);
+  // All ranks have committed, and everything was answered. The group has let go of this one's
+  // memory.
+  void GroupHasFinished();
+  // The group has let go of this one's memory, after its end.
+  void GroupIsOver();
 
  private:
-  using Clock = std::chrono::steady_clock;
   enum class State : uint8_t { kIdle, kRunning, kCommitted, kFinished, kFailed };
   struct Parked {
     InputMessage message;
     size_t next = 0;  // piece
   };
-  // What a layer's computation left.
-  struct Answer {
-    absl::StatusOr<engine::LayerOutput> output;
-    std::optional<engine::PivotResult> pivot;
-    std::shared_ptr<const engine::Skeleton> skeleton;  // with the pivot
-    Clock::duration queued{};
-    Clock::duration computed{};
-  };
-
   void Enqueue(absl::AnyInvocable<void()> event);
 
   // On the serial queue:
@@ -85,6 +103,8 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   void TakeMessage(Parked parked);
   void AskForMessage();
   void StartLayer();
+  void OfferLayers();
+  void LeaveGroup(const absl::Status& reason);
   void OnAnswer(Answer answer);
   // Keeps the answer of a layer whose rows are to be pulled.
   engine::RowPull WaitForRows(engine::LayerOutput output);
@@ -101,6 +121,9 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
 
   const std::string id_;
   const engine::PromptSpec spec_;
+  const engine::PromptSpec own_spec_;  // with this rank's heads alone
+  const std::shared_ptr<ShardGroup> group_;
+  const int64_t shard_index_;
   const SessionPlan plan_;
   const int64_t layers_in_flight_;
   const SessionHost host_;
@@ -118,6 +141,10 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   bool asked_ = false;        // `ready` was called, and no message came since
   bool owes_ready_ = false;   // a message was taken in, and `ready` not called yet
   bool layer_runs_ = false;   // a layer is with the scheduler
+  bool in_group_ = false;     // the group may hold memory of this session
+  bool replaced_ = false;     // failed in favour of another session
+  bool told_done_ = false;    // the group knows that this rank is done
+  bool told_room_ = false;    // the group knows that there is room for an answer
   int64_t unsent_bytes_ = 0;  // of results
   std::map<int64_t, engine::LayerOutput> wait_for_rows_;  // by layer
   Reservation reservation_;

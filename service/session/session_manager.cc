@@ -13,6 +13,7 @@
 #include "service/session/session_impl.h"
 #include "service/session/session_plan.h"
 #include "service/session/session_registry.h"
+#include "service/session/shard_group.h"
 
 namespace structkv::session {
 namespace {
@@ -54,7 +55,8 @@ class SessionManager::Impl {
     const std::shared_ptr<SessionCore> old = registry->FindKey(key);
     if (old == nullptr) return;
     old->Fail(
-        absl::AbortedError("a new stream with the same idempotency_key took this one's place"));
+        absl::AbortedError("a new stream with the same idempotency_key took this one's place"),
+        /*replaced=*/true);
     registry->WaitRemoved(old->id(), limit);
     registry->ForgetKey(old->id());
   }
@@ -65,6 +67,7 @@ class SessionManager::Impl {
   MemoryBudget budget;
   engine::BufferPool buffers;
   const std::shared_ptr<SessionRegistry> registry = std::make_shared<SessionRegistry>();
+  const std::shared_ptr<ShardGroups> groups = std::make_shared<ShardGroups>();
   engine::Scheduler scheduler;  // last: its threads use all of the above
 };
 
@@ -84,9 +87,13 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
   absl::Status valid =
       engine::ValidateSpec(wanted.spec, options.limits, impl_->backend->capabilities());
   if (!valid.ok()) return valid;
+  if (wanted.shard.has_value()) {
+    valid = engine::ValidateShard(*wanted.shard, wanted.spec.geometry);
+    if (!valid.ok()) return valid;
+  }
   SessionRequest request = wanted;
   impl_->pivot_profile->Resolve(&request.spec);
-  const absl::StatusOr<SessionPlan> plan = PlanSession(request, *impl_->backend);
+  absl::StatusOr<SessionPlan> plan = PlanSession(request, *impl_->backend);
   if (!plan.ok()) return plan.status();
   // A prompt that can never fit must not end the one that it would replace.
   if (plan->reserved_bytes > options.memory_budget_bytes) {
@@ -98,17 +105,32 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
     if (!request.idempotency_key.empty()) {
       impl_->Replace(request.idempotency_key, kReplaceLimit - waited);
     }
-    absl::StatusOr<Reservation> reservation = impl_->budget.Reserve(plan->reserved_bytes);
-    if (!reservation.ok()) return reservation.status();
     const SessionHost host = {.backend = impl_->backend.get(),
                               .buffers = &impl_->buffers,
                               .scheduler = &impl_->scheduler,
                               .registry = impl_->registry,
-                              .pivot_profile = impl_->pivot_profile.get()};
-    auto core =
-        std::make_shared<SessionCore>(NewId(), request, *plan, *std::move(reservation), host);
+                              .pivot_profile = impl_->pivot_profile.get(),
+                              .groups = impl_->groups};
+    std::shared_ptr<ShardGroup> group;
+    if (request.shard.has_value()) {
+      absl::StatusOr<std::shared_ptr<ShardGroup>> found = impl_->groups->Find(request, host);
+      if (!found.ok()) return found.status();
+      group = *std::move(found);
+      request.spec = group->spec();  // a profile may know more now than when the group was made
+      plan = PlanSession(request, *impl_->backend);
+      if (!plan.ok()) return plan.status();
+    }
+    absl::StatusOr<Reservation> reservation = impl_->budget.Reserve(plan->reserved_bytes);
+    if (!reservation.ok()) return reservation.status();
+    auto core = std::make_shared<SessionCore>(NewId(), request, *plan, *std::move(reservation),
+                                              host, group);
     switch (impl_->registry->Add(core->id(), request.idempotency_key, core, options.max_sessions)) {
       case SessionRegistry::Added::kYes: {
+        if (group != nullptr) {
+          const absl::StatusOr<bool> joined = group->Join(request, core);
+          if (!joined.ok()) return joined.status();
+          if (!*joined) break;  // it ended meanwhile: find another
+        }
         auto handle = std::make_unique<Session::Impl>();
         handle->core = std::move(core);
         return std::shared_ptr<Session>(new Session(std::move(handle)));
@@ -124,7 +146,10 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
   }
 }
 
-void SessionManager::StartDraining() { impl_->registry->StartDraining(); }
+void SessionManager::StartDraining() {
+  impl_->registry->StartDraining();
+  impl_->groups->EndWaiting(absl::UnavailableError("the server is draining"));
+}
 bool SessionManager::draining() const { return impl_->registry->draining(); }
 bool SessionManager::WaitUntilEmpty(absl::Duration limit) {
   return impl_->registry->WaitEmpty(limit);

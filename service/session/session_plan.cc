@@ -23,8 +23,11 @@ int64_t PivotBytes(const engine::PromptSpec& spec) {
   return bytes;
 }
 
+}  // namespace
+
 // A rough estimate from low rates of one core: 20 multiply-adds a nanosecond, 5 bytes a nanosecond.
-bool IsSmall(const engine::PromptSpec& spec, const engine::MemoryPlan& memory) {
+bool IsSmall(const engine::PromptSpec& spec, const Backend& backend) {
+  const engine::MemoryPlan memory = engine::PlanMemory(spec, backend);
   constexpr double kSmallNanos = 300e3;
   const double dots = static_cast<double>(spec.geometry.query_heads) *
                       static_cast<double>(spec.window_rows()) *
@@ -35,8 +38,6 @@ bool IsSmall(const engine::PromptSpec& spec, const engine::MemoryPlan& memory) {
   const auto bytes = static_cast<double>(memory.layer_input_bytes + memory.layer_output_bytes);
   return multiplies / 20 + bytes / 5 < kSmallNanos;
 }
-
-}  // namespace
 
 absl::StatusOr<SessionPlan> PlanSession(const SessionRequest& request, const Backend& backend) {
   const engine::PromptSpec& spec = request.spec;
@@ -54,20 +55,28 @@ absl::StatusOr<SessionPlan> PlanSession(const SessionRequest& request, const Bac
     return absl::InvalidArgumentError(
         absl::StrCat("max_message_bytes is ", request.max_message_bytes, "; 0 or more is allowed"));
   }
-  const engine::MemoryPlan memory = engine::PlanMemory(spec, backend);
+  // A rank's own tensors, and its share of what the group has in common.
+  const engine::PromptSpec own =
+      request.shard.has_value() ? engine::ShardSpec(spec, request.shard->heads) : spec;
+  const engine::MemoryPlan memory = engine::PlanMemory(own, backend);
+  int64_t common = memory.state_bytes + memory.scratch_bytes;
+  if (request.shard.has_value()) {
+    const int64_t ranks = request.shard->shard_count;
+    common = (engine::SharedBytes(spec, backend) + ranks - 1) / ranks;
+  }
   SessionPlan plan;
   plan.layer_output_bytes = memory.layer_output_bytes;
   const bool pulls = spec.pull != engine::Pull::kNone;
   plan.output_limit_bytes =
       (pulls ? kUnsentLayersWithPull : kUnsentLayers) * memory.layer_output_bytes +
       PivotBytes(spec);
-  plan.small = IsSmall(spec, memory);
+  plan.small = IsSmall(spec, backend);
   // A layer that waits for its rows holds them and the rest of its answer in place of its input.
   const int64_t layer_bytes = pulls ? std::max(memory.layer_input_bytes, memory.layer_output_bytes)
                                     : memory.layer_input_bytes;
   const absl::int128 total = absl::int128(request.layers_in_flight) * layer_bytes +
-                             plan.output_limit_bytes + memory.state_bytes + memory.scratch_bytes +
-                             request.max_message_bytes + LayerAssembler::RecordBytes(spec);
+                             plan.output_limit_bytes + common + request.max_message_bytes +
+                             LayerAssembler::RecordBytes(own);
   if (total > std::numeric_limits<int64_t>::max()) {
     return absl::InvalidArgumentError("the prompt needs more memory than can be counted");
   }

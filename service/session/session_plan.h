@@ -19,8 +19,13 @@ struct SessionPlan {
   bool small = false;  // layers compute in well under a millisecond
 };
 
-// `request.spec` was validated. INVALID_ARGUMENT where `layers_in_flight`, `idempotency_key` or
-// `max_message_bytes` is out of range, or the sum of bytes does not fit 63 bits.
+// Whether a prompt's layers compute in well under a millisecond.
+bool IsSmall(const engine::PromptSpec& spec, const Backend& backend);
+
+// `request.spec` was validated, and so was its shard, of whose group every rank reserves an even
+// share of what is not one rank's alone. INVALID_ARGUMENT where `layers_in_flight`,
+// `idempotency_key` or `max_message_bytes` is out of range, or the sum of bytes does not fit 63
+// bits.
 absl::StatusOr<SessionPlan> PlanSession(const SessionRequest& request, const Backend& backend);
 
 }  // namespace structkv::session

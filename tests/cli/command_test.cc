@@ -409,6 +409,31 @@ TEST_F(CommandTest, AnInterruptedRunLeavesNothing) {
   EXPECT_EQ(files, 1U);
 }
 
+TEST_F(CommandTest, BenchRunsTheRanksOfAPromptTogether) {
+  const std::string address = "unix:" + directory_.Path("socket");
+  testkit::Process server({STRUCTKV_SERVER, "--listen", address});
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.error();
+  const std::string bench = "bench --geometry tiny-llama --tokens 500 --prompts 3 --json";
+  const Ran whole = RunCommand(bench + " --server " + address);
+  ASSERT_EQ(whole.code, 0) << whole.output;
+  // 6 query and 2 KV heads: with 6 ranks three share a KV head and its 2 x 500 rows.
+  for (const auto& [shards, copies] : {std::pair(2, 1), std::pair(6, 3)}) {
+    const Ran ran =
+        RunCommand(bench + " --server " + address + " --shards " + std::to_string(shards));
+    ASSERT_EQ(ran.code, 0) << ran.output;
+    const auto one = nlohmann::json::parse(whole.output);
+    const auto many = nlohmann::json::parse(ran.output);
+    EXPECT_EQ(many.at("shards"), shards);
+    // Keys and values of 12 layers, 3 prompts; window queries are not copied.
+    const int64_t rows = int64_t{3} * 12 * 2 * 500 * (32 + 32) * 2;
+    EXPECT_EQ(many.at("input_bytes").get<int64_t>() - one.at("input_bytes").get<int64_t>(),
+              (copies - 1) * rows);
+  }
+  const Ran alone = RunCommand(bench + " --in-process --shards 2");
+  EXPECT_NE(alone.code, 0);
+  EXPECT_THAT(alone.output, HasSubstr("--shards needs a server"));
+}
+
 TEST_F(CommandTest, SaysWhatIsWrong) {
   const std::string out = directory_.Path("out.safetensors");
   const Ran missing = RunCommand("compress /nowhere.safetensors --in-process --out " + out);

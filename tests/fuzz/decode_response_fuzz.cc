@@ -8,6 +8,6 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     return response;
   };
   structkv::fuzz::CheckAgainstProtobuf<structkv::v1::CompressResponse>(
-      {data, size}, structkv::v1::CompressResponse::kPullFieldNumber, decode);
+      {data, size}, structkv::v1::CompressResponse::kFailedFieldNumber, decode);
   return 0;
 }

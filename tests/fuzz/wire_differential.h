@@ -19,7 +19,9 @@ inline std::string LastMember(const std::string& bytes, uint32_t last_member) {
   using google::protobuf::internal::WireFormatLite;
   google::protobuf::io::CodedInputStream in(reinterpret_cast<const uint8_t*>(bytes.data()),
                                             static_cast<int>(bytes.size()));
+  constexpr uint32_t kPromptTag = 10 << 3;  // beside the oneof
   std::string kept;
+  std::string prompt;
   uint32_t member = 0;
   int begin = 0;
   while (const uint32_t tag = in.ReadTag()) {
@@ -31,9 +33,13 @@ inline std::string LastMember(const std::string& bytes, uint32_t last_member) {
       kept.append(bytes, static_cast<size_t>(begin),
                   static_cast<size_t>(in.CurrentPosition() - begin));
     }
+    if (tag == kPromptTag) {
+      prompt.assign(bytes, static_cast<size_t>(begin),
+                    static_cast<size_t>(in.CurrentPosition() - begin));
+    }
     begin = in.CurrentPosition();
   }
-  return kept;
+  return kept + prompt;
 }
 
 template <typename Message, typename Decode>

@@ -65,7 +65,8 @@ TEST(EncodeRequestTest, ProtobufReadsIt) {
   Random random(10);
   for (int i = 0; i < 300; ++i) {
     const v1::CompressRequest request = testing::RandomPieces(&random);
-    const std::string bytes = Flatten(EncodeRequest(Outgoing(request.pieces().pieces(), &random)));
+    const std::string bytes =
+        Flatten(EncodeRequest(Outgoing(request.pieces().pieces(), &random), request.prompt()));
     v1::CompressRequest parsed;
     ASSERT_TRUE(parsed.ParseFromString(bytes)) << "message " << i;
     EXPECT_EQ(Normalized(parsed), Normalized(request)) << "message " << i;

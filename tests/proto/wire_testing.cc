@@ -138,6 +138,7 @@ std::string Flatten(const grpc::ByteBuffer& buffer) {
 v1::CompressRequest ToProto(const Request& request) {
   if (const auto* message = std::get_if<v1::CompressRequest>(&request)) return *message;
   v1::CompressRequest message;
+  message.set_prompt(std::get<Pieces>(request).prompt);
   message.mutable_pieces();
   for (const Piece& piece : std::get<Pieces>(request).pieces) {
     *message.mutable_pieces()->add_pieces() = ToProto(piece);
@@ -205,6 +206,8 @@ v1::CompressRequest RandomPieces(Random* random) {
   v1::CompressRequest request;
   request.mutable_pieces();
   AddRandomPieces(random, request.mutable_pieces());
+  if (random->Chance(50))
+    request.set_prompt(static_cast<uint32_t>(RandomNumber(random, UINT32_MAX)));
   return request;
 }
 
@@ -228,6 +231,9 @@ v1::CompressResponse RandomResponse(Random* random) {
       break;
     default:
       FillLayer(random, response.mutable_layer());
+  }
+  if (random->Chance(50)) {
+    response.set_prompt(static_cast<uint32_t>(RandomNumber(random, UINT32_MAX)));
   }
   return response;
 }

@@ -111,6 +111,7 @@ TEST_F(ConfigTest, FlagsSetEveryOption) {
                               "--stall-limit=9s",
                               "--silence-limit=1m",
                               "--session-limit=1h",
+                              "--shard-group-limit=7s",
                               "--retry-pushback=0",
                               "--drain-limit=1m30s",
                               "--log-format=json",
@@ -136,6 +137,7 @@ TEST_F(ConfigTest, FlagsSetEveryOption) {
   EXPECT_EQ(server.streams.stall, absl::Seconds(9));
   EXPECT_EQ(server.streams.silence, absl::Minutes(1));
   EXPECT_EQ(server.streams.session, absl::Hours(1));
+  EXPECT_EQ(server.streams.shard_group, absl::Seconds(7));
   EXPECT_EQ(server.streams.retry_pushback, absl::ZeroDuration());
   EXPECT_EQ(config.drain_limit, absl::Seconds(90));
   EXPECT_EQ(config.log_format, rpc::LogFormat::kJson);
@@ -264,6 +266,7 @@ INSTANTIATE_TEST_SUITE_P(
                       BadValue{"stall-limit", "30", "is no duration"},
                       BadValue{"silence-limit", "-1s", "is no duration"},
                       BadValue{"session-limit", "169h", "allowed: 1ms to 168h"},
+                      BadValue{"shard-group-limit", "0", "allowed: 1ms to 24h"},
                       BadValue{"retry-pushback", "25h", "allowed: 0 to 24h"},
                       BadValue{"drain-limit", "inf", "is no duration"}));
 

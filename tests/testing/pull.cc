@@ -18,7 +18,9 @@ uint64_t DataBytes(const v1::CompressRequest& message) {
 std::string PulledRows(const PromptData& data, uint32_t layer, v1::Tensor tensor,
                        const std::vector<int32_t>& positions, bool per_head) {
   const std::string& all = data.tensor(layer, tensor);
-  const uint64_t heads = data.open().geometry().kv_head_count();
+  const uint64_t heads = data.open().has_shard_group()
+                             ? data.open().shard_group().kv_heads().count()
+                             : data.open().geometry().kv_head_count();
   const uint64_t tokens = data.tokens(layer);
   const uint64_t row = all.size() / heads / tokens;
   const uint64_t kept = positions.size() / (per_head ? heads : 1);

@@ -21,6 +21,10 @@ constexpr size_t kInlineBytes = 4096;
 
 constexpr uint32_t kPieceField = v1::TensorPieces::kPiecesFieldNumber;
 
+// Beside the oneof of either message.
+constexpr uint32_t kPromptField = v1::CompressRequest::kPromptFieldNumber;
+static_assert(kPromptField == v1::CompressResponse::kPromptFieldNumber);
+
 constexpr uint32_t MakeTag(uint32_t field, WireType type) {
   return field << 3 | static_cast<uint32_t>(type);
 }
@@ -108,6 +112,7 @@ absl::Status ReadPieces(SliceCursor& cursor, uint64_t end, uint32_t piece_field,
 // it has any. `PieceField(member)` is the number of the field of pieces within a member, or 0.
 struct TopLevel {
   uint32_t member = 0;
+  uint32_t prompt = 0;
   std::vector<Piece> pieces;
   std::string rest;  // the member's other fields, encoded
 };
@@ -120,6 +125,12 @@ absl::Status ReadTopLevel(absl::Span<const grpc::Slice> slices, uint32_t last_me
   while (cursor.position() < end) {
     const absl::StatusOr<Tag> tag = cursor.ReadTag(end);
     if (!tag.ok()) return tag.status();
+    if (tag->type == WireType::kVarint && tag->field == kPromptField) {
+      const absl::StatusOr<uint64_t> value = cursor.ReadVarint(end);
+      if (!value.ok()) return value.status();
+      top.prompt = static_cast<uint32_t>(*value);
+      continue;
+    }
     if (tag->type != WireType::kBytes || tag->field > last_member) {
       if (absl::Status skipped = cursor.SkipValue(tag->type, end); !skipped.ok()) return skipped;
       continue;
@@ -254,7 +265,7 @@ void WritePiece(uint32_t field, const OutgoingPiece& piece, SliceWriter& out) {
 
 // A message whose member `member` is made of `rest`, encoded, and pieces in field `piece_field`.
 grpc::ByteBuffer EncodeMember(uint32_t member, const std::string& rest, uint32_t piece_field,
-                              absl::Span<const OutgoingPiece> pieces) {
+                              absl::Span<const OutgoingPiece> pieces, uint32_t prompt) {
   size_t size = rest.size();
   for (const OutgoingPiece& piece : pieces) size += FieldSize(PieceSize(piece));
   SliceWriter out;
@@ -262,6 +273,10 @@ grpc::ByteBuffer EncodeMember(uint32_t member, const std::string& rest, uint32_t
   out.Varint(size);
   out.Copy(rest.data(), rest.size());
   for (const OutgoingPiece& piece : pieces) WritePiece(piece_field, piece, out);
+  if (prompt != 0) {
+    out.Varint(MakeTag(kPromptField, WireType::kVarint));
+    out.Varint(prompt);
+  }
   return out.Finish();
 }
 
@@ -285,6 +300,7 @@ absl::StatusOr<Request> DecodeRequest(const grpc::ByteBuffer& buffer) {
   if (!read.ok()) return read;
   if (top.member == v1::CompressRequest::kPiecesFieldNumber) {
     Pieces pieces;
+    pieces.prompt = top.prompt;
     pieces.slices = *std::move(slices);
     pieces.pieces = std::move(top.pieces);
     return Request(std::move(pieces));
@@ -298,7 +314,7 @@ absl::StatusOr<Response> DecodeResponse(const grpc::ByteBuffer& buffer) {
   absl::StatusOr<std::vector<grpc::Slice>> slices = Slices(buffer);
   if (!slices.ok()) return slices.status();
   TopLevel top;
-  absl::Status read = ReadTopLevel(*slices, v1::CompressResponse::kPullFieldNumber,
+  absl::Status read = ReadTopLevel(*slices, v1::CompressResponse::kFailedFieldNumber,
                                    /*keep_rest=*/true, PieceFieldOfAnswer, top);
   if (!read.ok()) return read;
   Response response;
@@ -319,13 +335,14 @@ absl::StatusOr<Response> DecodeResponse(const grpc::ByteBuffer& buffer) {
     return absl::InvalidArgumentError(
         absl::StrCat("message cannot be parsed: bad field in `", name, "`"));
   }
+  response.message.set_prompt(top.prompt);
   response.pieces.slices = *std::move(slices);
   response.pieces.pieces = std::move(top.pieces);
   return response;
 }
 
-grpc::ByteBuffer EncodeRequest(absl::Span<const OutgoingPiece> pieces) {
-  return EncodeMember(v1::CompressRequest::kPiecesFieldNumber, {}, kPieceField, pieces);
+grpc::ByteBuffer EncodeRequest(absl::Span<const OutgoingPiece> pieces, uint32_t prompt) {
+  return EncodeMember(v1::CompressRequest::kPiecesFieldNumber, {}, kPieceField, pieces, prompt);
 }
 
 grpc::ByteBuffer EncodeResponse(const v1::CompressResponse& message,
@@ -333,16 +350,16 @@ grpc::ByteBuffer EncodeResponse(const v1::CompressResponse& message,
   if (message.has_layer()) {
     return EncodeMember(v1::CompressResponse::kLayerFieldNumber,
                         message.layer().SerializeAsString(), v1::LayerResult::kPiecesFieldNumber,
-                        pieces);
+                        pieces, message.prompt());
   }
   if (message.has_pivot()) {
     return EncodeMember(v1::CompressResponse::kPivotFieldNumber,
                         message.pivot().SerializeAsString(), v1::PivotDecision::kPiecesFieldNumber,
-                        pieces);
+                        pieces, message.prompt());
   }
   if (message.has_pull()) {
     return EncodeMember(v1::CompressResponse::kPullFieldNumber, message.pull().SerializeAsString(),
-                        v1::RowPull::kPiecesFieldNumber, pieces);
+                        v1::RowPull::kPiecesFieldNumber, pieces, message.prompt());
   }
   return Encode(message);
 }

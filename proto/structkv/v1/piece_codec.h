@@ -43,6 +43,7 @@ struct Pieces {
   Pieces(Pieces&&) = default;
   Pieces& operator=(Pieces&&) = default;
 
+  uint32_t prompt = 0;  // of a batch
   std::vector<grpc::Slice> slices;
   std::vector<Piece> pieces;
 };
@@ -84,7 +85,7 @@ inline constexpr size_t kPieceOverheadBytes = 64;
 
 // `CompressRequest{pieces}`. The data are not copied, except small ones (cheaper than a slice of
 // their own).
-grpc::ByteBuffer EncodeRequest(absl::Span<const OutgoingPiece> pieces);
+grpc::ByteBuffer EncodeRequest(absl::Span<const OutgoingPiece> pieces, uint32_t prompt = 0);
 // `message` (its `layer`, `pivot` or `pull` set, without pieces) with the pieces added.
 grpc::ByteBuffer EncodeResponse(const v1::CompressResponse& message,
                                 absl::Span<const OutgoingPiece> pieces);

@@ -13,6 +13,10 @@ uint64_t ElementBytes(v1::DType dtype);
 // The element type of window queries: `Open.query_dtype` or its default.
 v1::DType QueryDType(const v1::Open& open);
 
+// KV and query heads that this stream carries: the model's, or of a shard group its rank's.
+uint32_t KvHeads(const v1::Open& open);
+uint32_t QueryHeads(const v1::Open& open);
+
 // The granularity of a method with every parameter in force, as `Opened` has it: PER_LAYER where
 // the method has none.
 v1::Granularity EffectiveGranularity(const v1::Method& method);
