@@ -20,7 +20,7 @@ uint64_t RowBytes(const v1::Open& open, v1::Tensor tensor) {
 
 absl::Status CheckSize(const v1::Open& open, uint32_t layer, v1::Tensor tensor, size_t size,
                        size_t tokens) {
-  const uint64_t needed = RowBytes(open, tensor) * open.geometry().kv_head_count() * tokens;
+  const uint64_t needed = RowBytes(open, tensor) * KvHeads(open) * tokens;
   if (size == needed) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat("layer ", layer, ": ", v1::Tensor_Name(tensor),
                                                  " has ", size, " bytes; the server may ask for ",
@@ -47,7 +47,7 @@ absl::StatusOr<std::vector<int32_t>> Places(absl::Span<const int32_t> wanted,
 // `places` is [kept] or [heads, kept].
 void Gather(const v1::Open& open, const std::byte* from, size_t row, size_t tokens, size_t kept,
             absl::Span<const int32_t> places, std::byte* to) {
-  const size_t heads = open.geometry().kv_head_count();
+  const size_t heads = KvHeads(open);
   const size_t step = places.size() == kept ? 0 : kept;
   if (open.layout() == v1::LAYOUT_TOKEN_HEAD_DIM) {
     if (step == 0) {  // all heads of a token lie together
@@ -103,8 +103,7 @@ absl::StatusOr<PulledRows> GatherPulledRows(const v1::Open& open, const LayerTen
   const auto gather = [&](v1::Tensor tensor, absl::Span<const std::byte>* span) {
     const size_t row = RowBytes(open, tensor);
     const size_t kept = pull.kept_tokens;
-    const Bytes& out =
-        owners->emplace_back(pool->Acquire(open.geometry().kv_head_count() * kept * row));
+    const Bytes& out = owners->emplace_back(pool->Acquire(KvHeads(open) * kept * row));
     Gather(open, span->data(), row, tokens, kept, places, out.data());
     *span = out.span();
   };
