@@ -246,7 +246,9 @@ TEST_P(ServiceGoldenTest, AnswersTheKeysOfAShorterPrompt) {
   };
   const auto compressed = InProcess(backend)->Collect(open, source, {});
   ASSERT_TRUE(compressed.ok()) << compressed.status();
-  if (!large) EXPECT_TRUE(sent == keys) << "the caller's keys were changed";
+  if (!large) {
+    EXPECT_TRUE(sent == keys) << "the caller's keys were changed";
+  }
 
   // The service's frequencies may be Hugging Face's but for the last places.
   const auto from = method::InverseFrequencies(golden.rotary, golden.tokens);

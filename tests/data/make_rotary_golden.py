@@ -82,12 +82,14 @@ def gpt_neox_part(keys, positions, dim, longest, rope):
         hidden_size=whole,
         num_attention_heads=1,
         max_position_embeddings=longest,
+        rotary_pct=0.5,
         rope_parameters={**rope, "partial_rotary_factor": 0.5},
     )
     rotary = gpt_neox.GPTNeoXRotaryEmbedding(made)
     cos, sin = rotary(keys, positions[None])
     padded = torch.cat((keys, torch.ones(len(keys), whole - dim)), -1)[None, None]
     rotated, _ = gpt_neox.apply_rotary_pos_emb(padded, padded, cos, sin)
+    assert rotary.inv_freq.numel() == dim // 2
     assert (rotated[0, 0, :, dim:] == 1).all()
     return rotated[0, 0, :, :dim], rotary.inv_freq, rotary.attention_scaling
 

@@ -295,7 +295,7 @@ TEST_F(ServiceTest, AHugePoolIsRefused) {
   v1::Open open = SmallOpen(100);
   PageAtRandom(4096, 0, 1, &open);
   open.mutable_paged()->set_block_count(0x7fffffff);
-  ExpectFailure(Run({OpenMessage(open)}), grpc::StatusCode::INVALID_ARGUMENT, {"bytes"});
+  ExpectFailure(Run({OpenMessage(open)}), grpc::StatusCode::RESOURCE_EXHAUSTED, {"bytes"});
   open.mutable_paged()->set_block_count(100000);
   const Outcome outcome = Run({OpenMessage(open)});
   EXPECT_FALSE(outcome.status.ok());
