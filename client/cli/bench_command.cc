@@ -16,6 +16,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
+#include "client/cli/bytes_table.h"
 #include "client/cli/commands.h"
 #include "client/cli/compressor.h"
 #include "client/cli/method_flags.h"
@@ -41,6 +42,8 @@ struct BenchFlags {
   uint32_t chunk_kib = 2048;
   uint64_t seed = 1;
   bool plan = false;
+  bool pull = false;
+  bool bytes = false;
   bool checksums = false;
   bool json = false;
 };
@@ -105,6 +108,10 @@ absl::StatusOr<v1::Open> MakeOpen(const BenchFlags& flags) {
   }
   open.set_output(flags.plan || open.method().has_gemfilter() ? v1::OUTPUT_PLAN
                                                               : v1::OUTPUT_COMPACT);
+  if (flags.pull) {
+    open.set_pull(open.statistic() == v1::STATISTIC_WINDOW_QUERIES ? v1::PULL_VALUES
+                                                                   : v1::PULL_KEYS_AND_VALUES);
+  }
   open.set_layers_in_flight(flags.layers_in_flight);
   open.set_model_id(absl::StrCat("bench/", flags.geometry));
   return open;
@@ -200,7 +207,10 @@ void PrintText(const BenchFlags& flags, const v1::Open& open, const v1::Opened& 
   std::printf("prompt      %u layers, %u query and %u KV heads of %u, %s tokens, %s, %s%s\n",
               g.layer_count(), g.query_head_count(), g.kv_head_count(), g.key_dim(),
               CountText(flags.tokens).c_str(), flags.dtype.c_str(),
-              MethodKind(opened.method()).c_str(), flags.plan ? ", plan" : "");
+              MethodKind(opened.method()).c_str(),
+              flags.plan   ? ", plan"
+              : flags.pull ? ", pull"
+                           : "");
   std::printf("run         %u prompts, %u at a time, %s\n", flags.prompts, flags.concurrency,
               DurationText(absl::Seconds(m->wall_seconds)).c_str());
   std::printf(
@@ -248,6 +258,7 @@ void PrintJson(const BenchFlags& flags, const v1::Open& open, const v1::Opened& 
   json["dtype"] = flags.dtype;
   for (const auto& [key, value] : MethodMetadata(opened.method())) json[key] = value;
   json["plan"] = flags.plan;
+  json["pull"] = flags.pull;
   json["prompts"] = flags.prompts;
   json["concurrency"] = flags.concurrency;
   json["seconds"] = m->wall_seconds;
@@ -272,6 +283,11 @@ void PrintJson(const BenchFlags& flags, const v1::Open& open, const v1::Opened& 
 }
 
 absl::Status RunBench(const BenchFlags& flags) {
+  if (flags.bytes) {
+    absl::StatusOr<std::string> table = BytesTable(flags.geometry);
+    if (table.ok()) std::printf("%s", table->c_str());
+    return table.status();
+  }
   absl::StatusOr<v1::Open> open = MakeOpen(flags);
   if (!open.ok()) return open.status();
   // One connection for each worker; the engine in this process is shared.
@@ -285,7 +301,7 @@ absl::Status RunBench(const BenchFlags& flags) {
   absl::StatusOr<v1::Opened> opened =
       Probe(*compressors[0], *open, MakeSessionOptions(flags.connection));
   if (!opened.ok()) return opened.status();
-  const SyntheticPrompt prompt(*open, *opened, flags.seed);
+  const SyntheticPrompt prompt(*open, WithPulledTensors(*open, *opened), flags.seed);
 
   Measured measured;
   std::atomic<uint32_t> next{0};
@@ -352,7 +368,15 @@ Command AddBench(CLI::App* app) {
       ->check(CLI::IsMember({"window-queries", "saliency", "saliency-per-kv-head"}))
       ->capture_default_str()
       ->group(kPrompt);
-  sub->add_flag("--plan", flags->plan, "Positions only")->group(kPrompt);
+  CLI::Option* plan = sub->add_flag("--plan", flags->plan, "Positions only")->group(kPrompt);
+  sub->add_flag("--pull", flags->pull,
+                "Send only the rows of values that the service asks for; with saliency also those "
+                "of keys")
+      ->excludes(plan)
+      ->group(kPrompt);
+  sub->add_flag("--bytes", flags->bytes,
+                "Print what each mode moves for this geometry, and measure nothing")
+      ->group(kPrompt);
   sub->add_option("--seed", flags->seed, "Seed of the random tensors")
       ->capture_default_str()
       ->group(kPrompt);
