@@ -17,6 +17,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "absl/types/span.h"
+#include "client/cli/bytes_table.h"
 #include "client/cli/commands.h"
 #include "client/cli/compressor.h"
 #include "client/cli/geometry_text.h"
@@ -50,6 +51,8 @@ struct BenchFlags {
   uint32_t chunk_kib = 2048;
   uint64_t seed = 1;
   bool plan = false;
+  bool pull = false;
+  bool bytes = false;
   bool checksums = false;
   bool json = false;
 };
@@ -126,6 +129,10 @@ absl::StatusOr<v1::Open> MakeOpen(const BenchFlags& flags) {
   open.set_output(flags.plan || open.method().has_gemfilter() ? v1::OUTPUT_PLAN
                                                               : v1::OUTPUT_COMPACT);
   SetRotary(flags.rotary, /*metadata=*/{}, &open);
+  if (flags.pull) {
+    open.set_pull(open.statistic() == v1::STATISTIC_WINDOW_QUERIES ? v1::PULL_VALUES
+                                                                   : v1::PULL_KEYS_AND_VALUES);
+  }
   open.set_layers_in_flight(flags.layers_in_flight);
   open.set_model_id(absl::StrCat("bench/", flags.geometry));
   return open;
@@ -266,6 +273,7 @@ void PrintText(const BenchFlags& flags, const v1::Open& open, const v1::Opened& 
               HeadsText(g).c_str(), CountText(flags.tokens).c_str(), flags.dtype.c_str(),
               MethodKind(opened.method()).c_str(),
               flags.plan            ? ", plan"
+              : flags.pull          ? ", pull"
               : opened.has_rotary() ? ", keys turned"
                                     : "");
   std::printf("run         %u prompts, %u at a time, %s%s\n", flags.prompts, flags.concurrency,
@@ -320,6 +328,7 @@ void PrintJson(const BenchFlags& flags, const v1::Open& open, const v1::Opened& 
   for (const auto& [key, value] : MethodMetadata(opened.method())) json[key] = value;
   json["plan"] = flags.plan;
   json["rerotate"] = opened.has_rotary();
+  json["pull"] = flags.pull;
   json["prompts"] = flags.prompts;
   json["concurrency"] = flags.concurrency;
   json["shards"] = flags.shards;
@@ -345,6 +354,11 @@ void PrintJson(const BenchFlags& flags, const v1::Open& open, const v1::Opened& 
 }
 
 absl::Status RunBench(const BenchFlags& flags) {
+  if (flags.bytes) {
+    absl::StatusOr<std::string> table = BytesTable(flags.geometry);
+    if (table.ok()) std::printf("%s", table->c_str());
+    return table.status();
+  }
   absl::StatusOr<v1::Open> open = MakeOpen(flags);
   if (!open.ok()) return open.status();
   if (flags.connection.in_process && flags.shards > 1) {
@@ -368,7 +382,8 @@ absl::Status RunBench(const BenchFlags& flags) {
   for (uint32_t i = 0; i < flags.shards; ++i) {
     Rank& rank = ranks.emplace_back();
     rank.open = RankOpen(*open, flags.shards, i, "");
-    rank.prompt = std::make_unique<SyntheticPrompt>(rank.open, *opened, flags.seed + i);
+    rank.prompt = std::make_unique<SyntheticPrompt>(rank.open, WithPulledTensors(*open, *opened),
+                                                    flags.seed + i);
     synthetic_bytes += rank.prompt->resident_bytes();
   }
 
@@ -455,7 +470,15 @@ Command AddBench(CLI::App* app) {
       ->check(CLI::IsMember({"window-queries", "saliency", "saliency-per-kv-head"}))
       ->capture_default_str()
       ->group(kPrompt);
-  sub->add_flag("--plan", flags->plan, "Positions only")->group(kPrompt);
+  CLI::Option* plan = sub->add_flag("--plan", flags->plan, "Positions only")->group(kPrompt);
+  sub->add_flag("--pull", flags->pull,
+                "Send only the rows of values that the service asks for; with saliency also those "
+                "of keys")
+      ->excludes(plan)
+      ->group(kPrompt);
+  sub->add_flag("--bytes", flags->bytes,
+                "Print what each mode moves for this geometry, and measure nothing")
+      ->group(kPrompt);
   sub->add_option("--seed", flags->seed, "Seed of the random tensors")
       ->capture_default_str()
       ->group(kPrompt);

@@ -33,6 +33,7 @@ struct CompressFlags {
   RotaryFlags rotary;
   ConnectionFlags connection;
   bool plan = false;
+  bool pull = false;
   bool saliency = false;
   bool centrality = false;
   bool checksums = false;
@@ -48,6 +49,7 @@ struct Outcome {
   absl::Duration elapsed;
   uint64_t full_bytes = 0;       // of the input, were every layer sent in full
   uint32_t skeleton_layers = 0;  // sent as skeleton rows
+  bool pulls_keys = false;
 };
 
 absl::StatusOr<v1::Open> MakeOpen(const CompressFlags& flags, const Capture& capture) {
@@ -71,6 +73,10 @@ absl::StatusOr<v1::Open> MakeOpen(const CompressFlags& flags, const Capture& cap
   const bool plan = flags.plan || open.method().has_gemfilter();
   open.set_output(plan ? v1::OUTPUT_PLAN : v1::OUTPUT_COMPACT);
   SetRotary(flags.rotary, capture.metadata(), &open);
+  if (flags.pull) {
+    open.set_pull(open.statistic() == v1::STATISTIC_WINDOW_QUERIES ? v1::PULL_VALUES
+                                                                   : v1::PULL_KEYS_AND_VALUES);
+  }
   open.set_return_saliency(flags.saliency);
   open.set_return_centrality(flags.centrality);
   return open;
@@ -89,7 +95,8 @@ std::string PivotText(const client::PivotResult& pivot) {
 }
 
 // Bytes of the tensors of all layers in full.
-uint64_t FullBytes(const v1::Open& open, const v1::Opened& opened) {
+uint64_t FullBytes(const v1::Open& open, const v1::Opened& asked) {
+  const v1::Opened opened = WithPulledTensors(open, asked);
   uint64_t bytes = 0;
   for (int tensor : opened.required_tensors()) {
     bytes += client::InputTensorBytes(open, opened, static_cast<v1::Tensor>(tensor));
@@ -129,6 +136,11 @@ void PrintOutcome(const CompressFlags& flags, const Capture& capture, const Outc
                 g.layer_count(), CountText(outcome.pivot->skeleton.size()).c_str(),
                 PivotText(*outcome.pivot).c_str());
   }
+  if (flags.pull && !flags.skeleton_layers) {
+    std::printf("sent      %s of %s; the rows of %s that stay alone\n",
+                BytesText(summary.input_bytes()).c_str(), BytesText(outcome.full_bytes).c_str(),
+                outcome.pulls_keys ? "keys and values" : "values");
+  }
   if (flags.skeleton_layers) {
     std::printf("sent      %s of %s, %u of %u layers as skeleton rows; %s not sent\n",
                 BytesText(summary.input_bytes()).c_str(), BytesText(outcome.full_bytes).c_str(),
@@ -160,8 +172,8 @@ void PrintJson(const CompressFlags& flags, const Capture& capture, const Outcome
   }
   json["input_bytes"] = summary.input_bytes();
   json["output_bytes"] = summary.output_bytes();
-  if (flags.skeleton_layers) {
-    json["skeleton_layers"] = outcome.skeleton_layers;
+  if (flags.skeleton_layers) json["skeleton_layers"] = outcome.skeleton_layers;
+  if (flags.skeleton_layers || flags.pull) {
     json["input_bytes_not_sent"] = outcome.full_bytes - summary.input_bytes();
   }
   if (outcome.pivot.has_value()) {
@@ -211,6 +223,7 @@ absl::Status RunCompress(const CompressFlags& flags) {
   if (!compressor.ok()) return compressor.status();
 
   Outcome outcome;
+  outcome.pulls_keys = open->pull() == v1::PULL_KEYS_AND_VALUES;
   std::unique_ptr<CompactedFile> file;
   absl::Status written;
   Progress progress("compressing");
@@ -241,7 +254,7 @@ absl::Status RunCompress(const CompressFlags& flags) {
   };
   const auto source = [&](uint32_t layer) -> absl::StatusOr<client::LayerTensors> {
     if (file == nullptr) return written;
-    return capture->Layer(layer, outcome.opened);
+    return capture->Layer(layer, WithPulledTensors(*open, outcome.opened));
   };
   const auto stepped =
       [&](uint32_t layer,
@@ -250,7 +263,7 @@ absl::Status RunCompress(const CompressFlags& flags) {
                       layer < *pivot->skeleton_from_layer;
     if (full || file == nullptr) return source(layer);
     ++outcome.skeleton_layers;
-    return capture->SkeletonLayer(layer, outcome.opened, pivot->skeleton);
+    return capture->SkeletonLayer(layer, WithPulledTensors(*open, outcome.opened), pivot->skeleton);
   };
   const absl::Time start = absl::Now();
   absl::StatusOr<v1::Summary> summary = flags.skeleton_layers
@@ -283,7 +296,11 @@ Command AddCompress(CLI::App* app) {
   AddConnectionFlags(sub, &flags->connection);
   sub->add_option("--column-sums", flags->column_sums,
                   "What h2o needs where the capture lacks it (safetensors)");
-  sub->add_flag("--plan", flags->plan, "Positions only, no keys and values");
+  CLI::Option* plan = sub->add_flag("--plan", flags->plan, "Positions only, no keys and values");
+  sub->add_flag("--pull", flags->pull,
+                "Send only the rows of values that the service asks for; with a saliency of the "
+                "capture's own also those of keys")
+      ->excludes(plan);
   CLI::Option* saliency =
       sub->add_flag("--saliency", flags->saliency, "Also write each layer's saliency");
   sub->add_flag("--centrality", flags->centrality, "Also write the centrality at the pivot");

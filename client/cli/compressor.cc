@@ -70,6 +70,13 @@ absl::StatusOr<client::Compressed> Compressor::Collect(const v1::Open& open,
   return compressed;
 }
 
+v1::Opened WithPulledTensors(const v1::Open& open, v1::Opened opened) {
+  const bool keys = open.pull() == v1::PULL_KEYS_AND_VALUES;
+  if (keys) opened.add_required_tensors(v1::TENSOR_KEYS);
+  if (keys || open.pull() == v1::PULL_VALUES) opened.add_required_tensors(v1::TENSOR_VALUES);
+  return opened;
+}
+
 void AddConnectionFlags(CLI::App* app, ConnectionFlags* flags) {
   constexpr char kGroup[] = "Where";
   CLI::Option* server =

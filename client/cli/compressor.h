@@ -37,6 +37,10 @@ class Compressor {
                                              client::SessionOptions options);
 };
 
+// `opened` as it would be if nothing were pulled (`Open.pull`): the tensors that a source must
+// have.
+v1::Opened WithPulledTensors(const v1::Open& open, v1::Opened opened);
+
 struct ConnectionFlags {
   std::string server = "127.0.0.1:7411";
   bool in_process = false;

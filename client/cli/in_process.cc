@@ -11,6 +11,8 @@
 #include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include "client/cli/method_flags.h"
+#include "client/cpp/bytes_pool.h"
+#include "client/cpp/row_gather.h"
 #include "kernels/backend_registry.h"
 #include "service/engine/buffer_pool.h"
 #include "service/engine/prompt.h"
@@ -32,9 +34,11 @@ uint64_t Micros(absl::Duration duration) {
 // One prompt's way through the engine.
 class LocalPrompt {
  public:
-  LocalPrompt(engine::PromptSpec spec, const Backend* backend, engine::BufferPool* pool,
-              engine::Scheduler* scheduler, const client::SessionOptions& options)
-      : options_(options),
+  LocalPrompt(const v1::Open& open, engine::PromptSpec spec, const Backend* backend,
+              engine::BufferPool* pool, engine::Scheduler* scheduler,
+              const client::SessionOptions& options)
+      : open_(open),
+        options_(options),
         pool_(pool),
         scheduler_(scheduler),
         lane_(scheduler->NewLane()),
@@ -49,11 +53,16 @@ class LocalPrompt {
   absl::StatusOr<engine::Buffer> Input(uint32_t layer, engine::InputTensor tensor,
                                        absl::Span<const std::byte> data, bool skeleton,
                                        bool borrowed);
+  // Puts the rows that are pulled into the answer; returns what keeps them alive.
+  absl::StatusOr<std::shared_ptr<const void>> PullRows(const client::LayerTensors& tensors,
+                                                       engine::LayerOutput* output);
   client::Bytes Output(engine::Buffer buffer, const std::shared_ptr<const void>& source);
   void Deliver(engine::LayerOutput output, const std::shared_ptr<const void>& source);
   void Deliver(engine::PivotResult pivot);
 
+  const v1::Open& open_;
   const client::SessionOptions& options_;
+  client::internal::BytesPool rows_{size_t{64} << 20};
   engine::BufferPool* const pool_;
   engine::Scheduler* const scheduler_;
   const std::shared_ptr<engine::Scheduler::Lane> lane_;
@@ -123,8 +132,45 @@ absl::Status LocalPrompt::RunLayer(uint32_t layer, const client::LayerTensors& t
   timing.set_compute_micros(timing.compute_micros() + Micros(absl::Now() - begun));
   if (!output.ok()) return output.status();
   if (std::optional<engine::PivotResult> pivot = prompt_.TakePivot()) Deliver(*std::move(pivot));
-  Deliver(*std::move(output), tensors.owner);
+  std::shared_ptr<const void> source = tensors.owner;
+  if (prompt_.spec().pull != engine::Pull::kNone) {
+    absl::StatusOr<std::shared_ptr<const void>> pulled = PullRows(tensors, &*output);
+    if (!pulled.ok()) return pulled.status();
+    source = *std::move(pulled);
+  }
+  Deliver(*std::move(output), source);
   return absl::OkStatus();
+}
+
+absl::StatusOr<std::shared_ptr<const void>> LocalPrompt::PullRows(
+    const client::LayerTensors& tensors, engine::LayerOutput* output) {
+  client::RowPull pull;
+  pull.layer = static_cast<uint32_t>(output->layer);
+  pull.kept_tokens = static_cast<uint32_t>(output->kept_tokens);
+  pull.keys = prompt_.spec().pulls(engine::InputTensor::kKeys);
+  const auto positions = std::make_shared<std::vector<int32_t>>(output->positions);
+  pull.positions = {reinterpret_cast<std::byte*>(positions->data()),
+                    positions->size() * sizeof(int32_t), positions};
+  summary_.set_output_bytes(summary_.output_bytes() + pull.positions.size());
+  absl::StatusOr<client::PulledRows> rows =
+      options_.rows
+          ? options_.rows(pull)
+          : client::internal::GatherPulledRows(open_, tensors, tensors.positions, pull, &rows_);
+  if (!rows.ok()) return rows.status();
+  const auto take = [&](absl::Span<const std::byte> data) {
+    summary_.set_input_bytes(summary_.input_bytes() + data.size());
+    if (rows->owner != nullptr) {
+      return engine::Buffer::Borrowed(const_cast<std::byte*>(data.data()), data.size());
+    }
+    engine::Buffer copy = pool_->Acquire(data.size());
+    if (!data.empty()) std::memcpy(copy.data(), data.data(), data.size());
+    return copy;
+  };
+  absl::Status taken =
+      engine::TakeRows(prompt_.spec(), take(rows->keys), take(rows->values), output);
+  if (!taken.ok()) return taken;
+  using Owners = std::pair<std::shared_ptr<const void>, std::shared_ptr<const void>>;
+  return std::make_shared<const Owners>(tensors.owner, rows->owner);
 }
 
 client::Bytes LocalPrompt::Output(engine::Buffer buffer,
@@ -228,7 +274,7 @@ absl::StatusOr<v1::Summary> InProcessCompressor::Run(const v1::Open& open,
   if (options.on_opened) options.on_opened(opened);
 
   const absl::Time start = absl::Now();
-  LocalPrompt prompt(spec, backend_.get(), &pool_, &scheduler_, options);
+  LocalPrompt prompt(open, spec, backend_.get(), &pool_, &scheduler_, options);
   for (uint32_t layer = 0; layer < open.geometry().layer_count(); ++layer) {
     if (absl::Now() - start > options.timeout) {
       return absl::DeadlineExceededError(absl::StrCat("layer ", layer, " was reached after ",

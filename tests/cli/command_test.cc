@@ -130,6 +130,49 @@ TEST_F(CommandTest, TurnsKeysToConsecutivePositions) {
   EXPECT_THAT(bad.output, HasSubstr("open.rotary.original_max_position_embeddings is not set"));
 }
 
+TEST_F(CommandTest, SendsRowsThatAreAskedFor) {
+  const std::string address = "unix:" + directory_.Path("socket");
+  testkit::Process server({STRUCTKV_SERVER, "--listen", address});
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.error();
+  const std::string sums = STRUCTKV_TEST_DATA "/column-sums-tiny-llama-1000.safetensors";
+  const struct {
+    std::string method;
+    int not_sent;
+  } methods[] = {
+      {" --method snapkv", 12 * 900 * 2 * 32 * 2},                         // values
+      {" --method h2o --column-sums " + sums, 12 * 2 * 900 * 2 * 32 * 2},  // keys too
+      {" --pivot online --pivot-score 0 --skeleton-layers",
+       6 * (800 * 2 * 2 * 32 * 2 - 200 * 4) + 6 * 900 * 2 * 32 * 2 + 6 * 100 * 2 * 32 * 2},
+  };
+  for (const auto& [method, not_sent] : methods) {
+    SCOPED_TRACE(method);
+    const std::string whole = directory_.Path("whole.safetensors");
+    const std::string arguments = std::string("compress ") + kCapture + method + " --json --out ";
+    ASSERT_EQ(RunCommand(arguments + whole + " --in-process").code, 0);
+    for (const std::string& where : {" --server " + address, std::string(" --in-process")}) {
+      const std::string pulled = directory_.Path("pulled.safetensors");
+      const Ran ran = RunCommand(arguments + pulled + " --pull" + where);
+      ASSERT_EQ(ran.code, 0) << ran.output;
+      EXPECT_EQ(nlohmann::json::parse(ran.output).at("input_bytes_not_sent"), not_sent);
+      EXPECT_TRUE(Read(pulled) == Read(whole)) << where;
+    }
+  }
+  const Ran text = RunCommand(std::string("compress ") + kCapture + " --in-process --pull --out " +
+                              directory_.Path("text.safetensors"));
+  EXPECT_THAT(text.output, HasSubstr("the rows of values that stay alone"));
+  const Ran full =
+      RunCommand(std::string("compress ") + kCapture + " --in-process --method full --pull --out " +
+                 directory_.Path("full.safetensors"));
+  EXPECT_EQ(full.code, 2);
+  EXPECT_THAT(full.output, HasSubstr("open.pull"));
+  const Ran bench = RunCommand(
+      "bench --geometry tiny-llama --tokens 500 --prompts 1 --pull --json --server " + address);
+  ASSERT_EQ(bench.code, 0) << bench.output;
+  // Keys, window queries, and 50 rows of values.
+  EXPECT_EQ(nlohmann::json::parse(bench.output).at("input_bytes"),
+            12 * (500 * 2 * 32 * 2 + 6 * 8 * 32 * 2 + 50 * 2 * 32 * 2));
+}
+
 TEST_F(CommandTest, SendsSkeletonRowsPastThePivot) {
   const std::string address = "unix:" + directory_.Path("socket");
   testkit::Process server({STRUCTKV_SERVER, "--listen", address});

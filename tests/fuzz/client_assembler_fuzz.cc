@@ -25,6 +25,7 @@ v1::Open MakeOpen(uint8_t flags) {
   open.set_return_saliency((flags & 1) != 0);
   open.set_return_centrality((flags & 2) != 0);
   if ((flags & 4) != 0) open.set_output(v1::OUTPUT_PLAN);
+  if ((flags & 12) == 8) open.set_pull(v1::PULL_VALUES);
   return open;
 }
 
@@ -42,11 +43,21 @@ void CheckLayer(const v1::Open& open, const v1::Opened& opened, const LayerResul
   }
 }
 
+void CheckPull(const v1::Open& open, const RowPull& pull) {
+  FUZZ_CHECK(open.pull() == v1::PULL_VALUES && pull.layer < open.geometry().layer_count());
+  FUZZ_CHECK(pull.position_values().size() >= pull.kept_tokens);
+  // The rows at these places are read from the caller's memory.
+  for (int32_t position : pull.position_values()) {
+    FUZZ_CHECK(position >= 0 && position < static_cast<int32_t>(open.prompt_tokens()));
+  }
+}
+
 void Run(fuzz::FuzzInput input) {
   const v1::Open open = MakeOpen(input.Byte());
   BytesPool pool(1 << 16);
   Assembler assembler(open, nullptr, &pool);
   std::set<uint32_t> layers;
+  std::set<uint32_t> pulls;
   int pivots = 0;
   while (!input.empty()) {
     const std::string bytes = input.Bytes(input.Short());
@@ -55,12 +66,18 @@ void Run(fuzz::FuzzInput input) {
     if (!response.ok()) return;
     const absl::StatusOr<std::optional<Event>> event = assembler.Add(*std::move(response));
     if (!event.ok()) {
-      FUZZ_CHECK(absl::IsDataLoss(event.status()));
+      const bool unknown = open.pull() != 0 && absl::IsUnimplemented(event.status());
+      FUZZ_CHECK(absl::IsDataLoss(event.status()) || unknown);
       return;
+    }
+    if (const std::optional<RowPull> pull = assembler.TakePull()) {
+      CheckPull(open, *pull);
+      FUZZ_CHECK(pulls.insert(pull->layer).second);
     }
     if (!event->has_value()) continue;
     if (const auto* layer = std::get_if<LayerResult>(&**event)) {
       FUZZ_CHECK(layers.insert(layer->layer).second);
+      FUZZ_CHECK(open.pull() == 0 || pulls.contains(layer->layer));
       CheckLayer(open, assembler.opened(), *layer);
     } else if (const auto* pivot = std::get_if<PivotResult>(&**event)) {
       FUZZ_CHECK(++pivots == 1);

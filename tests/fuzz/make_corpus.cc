@@ -205,7 +205,7 @@ std::string Framed(const v1::CompressResponse& message) {
 }
 
 // A server's messages in answer to the target's `open`.
-std::string Answers(bool plan, bool on_request) {
+std::string Answers(bool plan, bool on_request, bool pull = false) {
   v1::CompressResponse opened;
   v1::Opened* out = opened.mutable_opened();
   out->mutable_method()->mutable_structkv();
@@ -220,6 +220,15 @@ std::string Answers(bool plan, bool on_request) {
     piece->set_data(std::string(size, '\0'));
     bytes += size;
   };
+  for (uint32_t layer = 0; layer < 2 && pull; ++layer) {
+    v1::CompressResponse response;
+    response.mutable_pull()->set_layer(layer);
+    response.mutable_pull()->set_kept_tokens(2);
+    response.mutable_pull()->add_tensors(v1::TENSOR_VALUES);
+    response.mutable_pull()->set_complete(true);
+    add(response.mutable_pull()->add_pieces(), layer, v1::TENSOR_POSITIONS, 8);
+    messages += Framed(response);
+  }
   for (uint32_t layer = 0; layer < 2; ++layer) {
     v1::CompressResponse response;
     v1::LayerResult* result = response.mutable_layer();
@@ -302,6 +311,8 @@ int main(int argc, char** argv) {
     corpus.Add("client_assembler", "answers" + std::to_string(flags),
                static_cast<char>(flags) + structkv::fuzz::Answers((flags & 4) != 0, on_request));
   }
+  corpus.Add("client_assembler", "answers8",
+             '\x08' + structkv::fuzz::Answers(/*plan=*/false, /*on_request=*/false, /*pull=*/true));
   structkv::fuzz::AddTexts(corpus);
   return 0;
 }

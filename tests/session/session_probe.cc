@@ -26,6 +26,14 @@ SessionCallbacks Probe::Callbacks() {
       testkit::AddPivot(result, &seen.answer);
     });
   };
+  callbacks.pull = [self](const engine::RowPull& pull) {
+    self->Call([&](Seen& seen) {
+      seen.unsent_bytes += OutputBytes(pull);
+      if (!seen.pulls.emplace(pull.layer, pull).second) {
+        seen.faults.emplace_back("a layer was pulled twice");
+      }
+    });
+  };
   callbacks.finished = [self](const SessionSummary& summary) {
     self->Call([&](Seen& seen) { seen.finished = summary; });
   };

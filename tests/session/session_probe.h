@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -20,8 +21,9 @@ namespace structkv::session {
 // What was called so far.
 struct Seen {
   int ready = 0;
-  testkit::Answer answer;    // layers and pivot
-  int64_t unsent_bytes = 0;  // of results, less what Sent() took
+  testkit::Answer answer;                    // layers and pivot
+  std::map<int64_t, engine::RowPull> pulls;  // by layer
+  int64_t unsent_bytes = 0;                  // of results, less what Sent() took
   std::optional<SessionSummary> finished;
   std::optional<absl::Status> failed;
   std::vector<std::string> faults;  // broken promises of SessionCallbacks
