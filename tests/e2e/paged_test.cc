@@ -294,13 +294,13 @@ TEST_F(ServiceTest, AHugePoolIsRefused) {
   Start();
   v1::Open open = SmallOpen(100);
   PageAtRandom(4096, 0, 1, &open);
-  open.mutable_paged()->set_block_count(0x7fffffff);
-  ExpectFailure(Run({OpenMessage(open)}), grpc::StatusCode::RESOURCE_EXHAUSTED, {"bytes"});
-  open.mutable_paged()->set_block_count(100000);
-  const Outcome outcome = Run({OpenMessage(open)});
-  EXPECT_FALSE(outcome.status.ok());
-  EXPECT_THAT(outcome.responses, ::testing::IsEmpty());
-  ExpectMemoryBack();
+  for (const uint32_t blocks : {0x7fffffffU, 100000U}) {
+    open.mutable_paged()->set_block_count(blocks);
+    const Outcome outcome = Run({OpenMessage(open)});
+    ExpectFailure(outcome, grpc::StatusCode::RESOURCE_EXHAUSTED, {"bytes of memory"});
+    EXPECT_THAT(outcome.responses, ::testing::IsEmpty()) << "nothing may be opened";
+    ExpectMemoryBack();
+  }
 }
 
 TEST_F(ServiceTest, BlocksAreNotPulled) {
