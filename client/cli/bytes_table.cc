@@ -27,10 +27,11 @@ uint64_t InputBytes(const v1::Open& open, const v1::Opened& opened, bool skeleto
 }  // namespace
 
 absl::StatusOr<std::vector<Mode>> ModesOf(const std::string& geometry) {
-  absl::StatusOr<v1::ModelGeometry> known = GeometryByName(geometry);
+  absl::StatusOr<KnownModel> known = ModelByName(geometry);
   if (!known.ok()) return known.status();
   v1::Open compact;
-  *compact.mutable_geometry() = *std::move(known);
+  *compact.mutable_geometry() = known->geometry;
+  if (known->attention_scale.has_value()) compact.set_attention_scale(*known->attention_scale);
   compact.set_dtype(v1::DTYPE_BF16);
   compact.set_layout(v1::LAYOUT_HEAD_TOKEN_DIM);
   compact.mutable_method()->mutable_structkv();
@@ -52,15 +53,19 @@ absl::StatusOr<std::vector<Mode>> ModesOf(const std::string& geometry) {
   v1::Open plan_heads = plan;
   plan_heads.set_statistic(v1::STATISTIC_SALIENCY_PER_KV_HEAD);
   plan_heads.mutable_method()->mutable_structkv()->set_granularity(v1::GRANULARITY_PER_KV_HEAD);
-  return std::vector<Mode>{
+  std::vector<Mode> modes = {
       {"compaction", compact},
       {absl::StrCat("compaction, skeleton rows after a pivot at layer ", half), fixed, true},
-      {"pull of values", pull},
-      {"pull of keys and values, saliency `[N]`", pull_both},
-      {"plan, window queries and keys", plan},
-      {"plan, saliency `[N]`", plan_saliency},
-      {"plan, saliency `[Hkv, N]`, per KV head", plan_heads},
   };
+  // Values that are a part of the keys have no rows to pull.
+  if (!compact.geometry().values_in_keys()) {
+    modes.push_back({"pull of values", pull});
+    modes.push_back({"pull of keys and values, saliency `[N]`", pull_both});
+  }
+  modes.push_back({"plan, window queries and keys", plan});
+  modes.push_back({"plan, saliency `[N]`", plan_saliency});
+  modes.push_back({"plan, saliency `[Hkv, N]`, per KV head", plan_heads});
+  return modes;
 }
 
 absl::StatusOr<MovedBytes> MovedBytesOf(const Mode& mode, uint32_t tokens) {
