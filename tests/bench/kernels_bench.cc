@@ -1,8 +1,8 @@
 // The CPU backend's operations at Llama-3.1-8B geometry, each beside its floor in the same run:
 // saliency beside the arithmetic peak, gather beside memcpy, turned keys beside gather, selection
-// beside nth_element; and 8-bit keys, tensors in blocks and latent keys beside the dense form. Rates
-// and shares are of the median run. Google Benchmark's flags; --benchmark_filter=Saliency, for
-// instance.
+// beside nth_element; and 8-bit keys, tensors in blocks and latent keys beside the dense form.
+// Rates and shares are of the median run. Google Benchmark's flags; --benchmark_filter=Saliency,
+// for instance.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
