@@ -311,7 +311,7 @@ void CompressReactor::Fail(Slot& slot, const absl::Status& status, bool at_open)
   if (try_again && pushback >= 0) {
     response.mutable_failed()->set_retry_after_millis(static_cast<uint64_t>(pushback));
   }
-  SendTerminal(std::move(response));
+  SendTerminal(response);
   ReadOn(slot);
 }
 
@@ -335,25 +335,25 @@ void CompressReactor::SendSummary(Slot& slot, const session::SessionSummary& sum
   encoded->mutable_timing()->set_session_micros(static_cast<uint64_t>(summary.session_micros));
   encoded->mutable_timing()->set_queue_micros(static_cast<uint64_t>(summary.queue_micros));
   encoded->mutable_timing()->set_compute_micros(static_cast<uint64_t>(summary.compute_micros));
-  SendTerminal(std::move(response));
+  SendTerminal(response);
 }
 
-void CompressReactor::SendTerminal(v1::CompressResponse response) {
+void CompressReactor::SendTerminal(const v1::CompressResponse& response) {
   const uint32_t prompt = response.prompt();
-  grpc::ByteBuffer bytes = wire::Encode(response);
+  const grpc::ByteBuffer bytes = wire::Encode(response);
   bool last = false;
   {
     absl::MutexLock lock(&session_mutex_);
     last = --unfinished_ == 0;
     if (last) {
-      last_ = std::move(bytes);
+      last_ = bytes;
     } else {
       ++sending_;  // the last one must not overtake it
     }
   }
   if (!last) {
     std::vector<OutgoingMessage> messages;
-    messages.push_back({std::move(bytes), 0, prompt});
+    messages.push_back({bytes, 0, prompt});
     Send(std::move(messages));
     absl::MutexLock lock(&session_mutex_);
     --sending_;

@@ -108,7 +108,7 @@ class CompressReactor final : public StreamIo, public Stream {
   void SendSummary(Slot& slot, const session::SessionSummary& summary);
   // Sends a prompt's last message. The stream's last one ends it, and waits for the half-close:
   // nothing can follow then.
-  void SendTerminal(v1::CompressResponse response);
+  void SendTerminal(const v1::CompressResponse& response);
   void SendLastIfDue();
   void Queue(Slot& slot, std::vector<OutgoingMessage> messages);
   // One line of the log; null where there was no prompt.
