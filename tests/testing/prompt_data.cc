@@ -359,6 +359,7 @@ void PromptData::KeepHeads(const v1::ShardGroup& group, uint32_t sharers) {
       keep(v1::TENSOR_SALIENCY, 1, geometry.kv_head_count(), group.kv_heads());
     }
     std::string& saliency = tensors_[layer][v1::TENSOR_SALIENCY];
+    if (saliency.empty()) continue;
     std::vector<float> values(saliency.size() / sizeof(float));
     std::memcpy(values.data(), saliency.data(), saliency.size());
     for (float& value : values) value /= static_cast<float>(sharers);
