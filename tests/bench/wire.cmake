@@ -1,7 +1,7 @@
 # Streams and round trips over real sockets, beside a bare gRPC service in the same run.
 add_executable(structkv_wire_bench
-  wire_arithmetic.cc wire_bare.cc wire_bench.cc wire_peer.cc wire_plan.cc wire_round_trip.cc
-  wire_stream.cc)
+  wire_arithmetic.cc wire_bare.cc wire_bench.cc wire_peer.cc wire_plan.cc wire_prompt.cc
+  wire_round_trip.cc wire_stream.cc)
 target_link_libraries(structkv_wire_bench PRIVATE
   structkv_options structkv_wire structkv_session structkv_open_decoder structkv_kernels
   structkv_testkit CLI11::CLI11
