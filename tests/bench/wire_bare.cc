@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <deque>
 #include <mutex>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -14,6 +15,7 @@
 #include "grpcpp/server.h"
 #include "grpcpp/server_builder.h"
 #include "grpcpp/support/byte_buffer.h"
+#include "tests/bench/wire_arithmetic.h"
 
 namespace structkv::bench {
 namespace {
@@ -21,9 +23,11 @@ namespace {
 // Echoes, or answers with a fixed message. Messages that wait to be written are bounded.
 class BareReactor : public grpc::ServerGenericBidiReactor {
  public:
-  explicit BareReactor(const grpc::ByteBuffer* answer) {
+  // Null: the request is sent back.
+  BareReactor(const grpc::ByteBuffer* answer, uint32_t arithmetic_tokens) {
     if (answer != nullptr) answer_ = *answer;
     fixed_ = answer != nullptr;
+    if (arithmetic_tokens > 0) arithmetic_.emplace(arithmetic_tokens);
     StartRead(&incoming_);
   }
 
@@ -34,6 +38,7 @@ class BareReactor : public grpc::ServerGenericBidiReactor {
       if (queue_.empty()) FinishOnce();
       return;
     }
+    if (arithmetic_.has_value()) arithmetic_->Run();
     queue_.push_back(fixed_ ? answer_ : std::move(incoming_));
     incoming_.Clear();
     if (queue_.size() == 1) StartWrite(&queue_.front());
@@ -69,6 +74,7 @@ class BareReactor : public grpc::ServerGenericBidiReactor {
   std::mutex mutex_;
   grpc::ByteBuffer incoming_;
   grpc::ByteBuffer answer_;
+  std::optional<LayerArithmetic> arithmetic_;
   std::deque<grpc::ByteBuffer> queue_;
   bool fixed_ = false;
   bool reading_ = true;
@@ -80,15 +86,18 @@ class BareService : public grpc::CallbackGenericService {
  public:
   grpc::ServerGenericBidiReactor* CreateReactor(
       grpc::GenericCallbackServerContext* context) override {
-    if (context->method() != kAnswerMethod) return new BareReactor(nullptr);
-    size_t bytes = 0;
-    const auto& metadata = context->client_metadata();
-    if (const auto it = metadata.find(kAnswerBytesKey); it != metadata.end()) {
-      bytes = std::strtoull(std::string(it->second.data(), it->second.size()).c_str(), nullptr, 10);
-    }
-    const grpc::Slice slice(std::string(bytes, 'a'));
+    const auto arithmetic_tokens = static_cast<uint32_t>(Number(*context, kArithmeticTokensKey));
+    if (context->method() != kAnswerMethod) return new BareReactor(nullptr, arithmetic_tokens);
+    const grpc::Slice slice(std::string(Number(*context, kAnswerBytesKey), 'a'));
     const grpc::ByteBuffer answer(&slice, 1);
-    return new BareReactor(&answer);
+    return new BareReactor(&answer, arithmetic_tokens);
+  }
+
+ private:
+  static uint64_t Number(const grpc::GenericCallbackServerContext& context, const char* key) {
+    const auto it = context.client_metadata().find(key);
+    if (it == context.client_metadata().end()) return 0;
+    return std::strtoull(std::string(it->second.data(), it->second.size()).c_str(), nullptr, 10);
   }
 };
 

@@ -12,6 +12,9 @@ inline constexpr char kEchoMethod[] = "/structkv.bench.Bare/Echo";
 // Answers every message with `kAnswerBytesKey` (request metadata) bytes.
 inline constexpr char kAnswerMethod[] = "/structkv.bench.Bare/Answer";
 inline constexpr char kAnswerBytesKey[] = "answer-bytes";
+// Request metadata of both: before each answer the arithmetic of a layer of that many tokens is
+// done (wire_arithmetic.h); 0: none.
+inline constexpr char kArithmeticTokensKey[] = "arithmetic-tokens";
 
 // Makes glibc's malloc keep freed pages, as structkv-server does. Call first in main.
 void KeepFreedMemory();

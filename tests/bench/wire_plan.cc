@@ -112,9 +112,9 @@ PlanTimes MeasurePlan(const PlanCase& plan, const std::string& bare_address,
     CompressPrompt(channel, open, saliency, piece_bytes, /*warm_up=*/0, &compress);
     engine.RunPrompt(saliency, &arithmetic);
     BareRoundTrips(bare_channel, kAnswerMethod, compress.request_bytes, compress.answer_bytes,
-                   kLayers, /*warm_up=*/0, &bare);
-    BareRoundTrips(bare_channel, kEchoMethod, compress.request_bytes, 0, kLayers, /*warm_up=*/0,
-                   &echo);
+                   /*arithmetic_tokens=*/0, kLayers, /*warm_up=*/0, &bare);
+    BareRoundTrips(bare_channel, kEchoMethod, compress.request_bytes, 0, /*arithmetic_tokens=*/0,
+                   kLayers, /*warm_up=*/0, &echo);
   }
   PlanTimes times;
   times.compress = Summarise(std::move(compress.micros));

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <memory>
+#include <utility>
 
 #include "structkv/v1/compression.pb.h"
 #include "tests/bench/wire_bare.h"
@@ -21,9 +22,10 @@ constexpr uint32_t kWarmUp = 32;  // first round trips of a stream, left out
 }  // namespace
 
 void BareRoundTrips(const std::shared_ptr<grpc::Channel>& channel, const char* method,
-                    uint64_t request_bytes, uint64_t answer_bytes, uint32_t count, uint32_t warm_up,
-                    std::vector<double>* micros) {
+                    uint64_t request_bytes, uint64_t answer_bytes, uint32_t arithmetic_tokens,
+                    uint32_t count, uint32_t warm_up, std::vector<double>* micros) {
   grpc::ClientContext context;
+  context.AddMetadata(kArithmeticTokensKey, std::to_string(arithmetic_tokens));
   context.AddMetadata(kAnswerBytesKey, std::to_string(answer_bytes));
   const auto stream = StartStream(channel, method, &context);
   const std::string data(request_bytes, 'b');
@@ -58,16 +60,22 @@ RoundTrips MeasureRoundTrips(const std::string& bare_address, const std::string&
   const v1::Open open = PlanOpen(kLayers, tokens);
   Sample compress;
   std::vector<double> bare;
+  std::vector<double> computing;
   std::vector<double> echo;
   for (int i = 0; i < prompts; ++i) {
     CompressPrompt(channel, open, saliency, saliency.size(), kWarmUp, &compress);
-    BareRoundTrips(bare_channel, kAnswerMethod, compress.request_bytes, compress.answer_bytes,
-                   kLayers, kWarmUp, &bare);
-    BareRoundTrips(bare_channel, kEchoMethod, compress.request_bytes, 0, kLayers, kWarmUp, &echo);
+    for (const auto& [arithmetic_tokens, micros] :
+         {std::pair(uint32_t{0}, &bare), std::pair(tokens, &computing)}) {
+      BareRoundTrips(bare_channel, kAnswerMethod, compress.request_bytes, compress.answer_bytes,
+                     arithmetic_tokens, kLayers, kWarmUp, micros);
+    }
+    BareRoundTrips(bare_channel, kEchoMethod, compress.request_bytes, 0, 0, kLayers, kWarmUp,
+                   &echo);
   }
   RoundTrips result;
   result.compress = Summarise(std::move(compress.micros));
   result.bare = Summarise(std::move(bare));
+  result.computing = Summarise(std::move(computing));
   result.echo = Summarise(std::move(echo));
   result.request_bytes = compress.request_bytes;
   result.answer_bytes = compress.answer_bytes;

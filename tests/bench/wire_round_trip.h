@@ -22,6 +22,9 @@ struct RoundTrips {
   RoundTrip compress;
   // The bare service: a request and an answer of the same lengths.
   RoundTrip bare;
+  // The same, with the arithmetic of such a layer between request and answer. A machine that rests
+  // for that long takes longer to wake, so it is more than their sum.
+  RoundTrip computing;
   // The bare service: the request sent back.
   RoundTrip echo;
   uint64_t request_bytes = 0;
@@ -33,13 +36,10 @@ RoundTrips MeasureRoundTrips(const std::string& bare_address, const std::string&
                              uint32_t tokens, int prompts);
 
 // `count` round trips of a request and an answer of these lengths on one stream of the bare service
-// (see wire_bare.h for `method`); adds the microseconds of all but the first `warm_up`.
+// (see wire_bare.h for `method` and `arithmetic_tokens`); adds the microseconds of all but the
+// first `warm_up`.
 void BareRoundTrips(const std::shared_ptr<grpc::Channel>& channel, const char* method,
-                    uint64_t request_bytes, uint64_t answer_bytes, uint32_t count, uint32_t warm_up,
-                    std::vector<double>* micros);
-
-// What the backend computes for such a layer, called directly and serially in this process: check,
-// sums for the metrics, centrality, selection.
-RoundTrip MeasureArithmetic(uint32_t tokens, int layers);
+                    uint64_t request_bytes, uint64_t answer_bytes, uint32_t arithmetic_tokens,
+                    uint32_t count, uint32_t warm_up, std::vector<double>* micros);
 
 }  // namespace structkv::bench
