@@ -120,6 +120,11 @@ class Backend {
   virtual std::string device() const = 0;
   virtual const BackendCapabilities& capabilities() const = 0;
 
+  // OK, until what computes is lost for good: UNAVAILABLE with the cause. From then on operations
+  // return at once and what they write is unspecified, so whoever uses results asks after the
+  // operations that made them. Only a new process can do better.
+  virtual absl::Status Health() const { return absl::OkStatus(); }
+
   // Bytes of scratch memory that one Saliency call takes at most; counted in a prompt's
   // reservation.
   virtual int64_t SaliencyScratchBytes(const SaliencyParams& params) const = 0;

@@ -4,6 +4,7 @@
 
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <utility>
@@ -15,6 +16,7 @@
 #include "service/config.h"
 #include "service/rpc/log.h"
 #include "service/rpc/version.h"
+#include "service/serve_loop.h"
 #include "service/server.h"
 
 namespace structkv {
@@ -63,17 +65,9 @@ int Serve(Config config) {
                        {"threads", sessions.threads()},
                        {"memory_budget_bytes", sessions.budget().limit_bytes()}});
 
-  int signal = 0;
-  sigwait(&signals, &signal);
-  // A second signal ends the process as it would any other.
-  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
-  log->Write("draining", {{"signal", signal == SIGTERM ? "SIGTERM" : "SIGINT"},
-                          {"streams", (*server)->active_streams()},
-                          {"limit_ms", absl::ToInt64Milliseconds(config.drain_limit)}});
-  const bool finished = (*server)->Drain(config.drain_limit);
-  log->Write("stopped",
-             {{"streams_cut", finished ? "none" : "some"}, {"log_lines_dropped", log->dropped()}});
-  return 0;
+  const ServeEnd end = ServeUntilEnd(server->get(), signals, config.drain_limit, log.get());
+  if (end.at_once) std::_Exit(end.exit_code);
+  return end.exit_code;
 }
 
 int Main(int argc, const char* const* argv) {

@@ -144,6 +144,13 @@ class Server::Impl {
     return finished;
   }
 
+  void FailAll(const absl::Status& status, absl::Duration limit) {
+    server_->GetHealthCheckService()->SetServingStatus(false);
+    sessions_.StartDraining();
+    streams_.EndAll(status);
+    streams_.WaitUntilEmpty(limit);
+  }
+
   void Shutdown() {
     {
       absl::MutexLock lock(&mutex_);
@@ -215,6 +222,9 @@ std::shared_ptr<grpc::Channel> Server::InProcessChannel(const grpc::ChannelArgum
 }
 
 bool Server::Drain(absl::Duration limit) { return impl_->Drain(limit); }
+void Server::FailAll(const absl::Status& status, absl::Duration limit) {
+  impl_->FailAll(status, limit);
+}
 void Server::Shutdown() { impl_->Shutdown(); }
 
 }  // namespace structkv

@@ -70,6 +70,11 @@ class Server {
   // everything finished in time. Once.
   bool Drain(absl::Duration limit);
 
+  // For a server whose backend is lost: health says NOT_SERVING, and every stream, running or new,
+  // fails with `status`. Waits until the running ones are over, at most `limit`: a thread may be
+  // stuck in the backend. The same holds for the destructor, which has no limit.
+  void FailAll(const absl::Status& status, absl::Duration limit);
+
   // Fails what runs as UNAVAILABLE and stops serving. Once; later calls do nothing.
   void Shutdown();
 

@@ -132,6 +132,10 @@ class Prompt::Impl {
     if (spec_.return_saliency && spec_.has_input(whole.layer)) {
       ReturnSaliency(std::move(saliency), tokens, outputs);
     }
+    if (absl::Status health = backend_.Health(); !health.ok()) {
+      failed_ = true;
+      return health;
+    }
     return outputs;
   }
 

@@ -82,6 +82,7 @@ SessionManager::~SessionManager() {
 
 absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionRequest& wanted) {
   const absl::Status draining = absl::UnavailableError("the server is draining");
+  if (absl::Status health = impl_->backend->Health(); !health.ok()) return health;
   if (this->draining()) return draining;
   const SessionManagerOptions& options = impl_->options;
   absl::Status valid =

@@ -15,6 +15,7 @@ class FaultBackend final : public Backend {
   std::string_view name() const override { return real_->name(); }
   std::string device() const override { return real_->device(); }
   const BackendCapabilities& capabilities() const override { return real_->capabilities(); }
+  absl::Status Health() const override { return faults_->Health(); }
   int64_t SaliencyScratchBytes(const SaliencyParams& params) const override {
     return real_->SaliencyScratchBytes(params);
   }
@@ -111,6 +112,16 @@ absl::Status Faults::SaliencyStatus(int64_t tokens) {
   Rule& rule = rules_[tokens];
   if (rule.failure.ok() || rule.calls_left-- > 0) return absl::OkStatus();
   return rule.failure;
+}
+
+void Faults::Lose(absl::Status status) {
+  const std::lock_guard lock(mutex_);
+  health_ = std::move(status);
+}
+
+absl::Status Faults::Health() {
+  const std::lock_guard lock(mutex_);
+  return health_;
 }
 
 std::unique_ptr<Backend> MakeFaultBackend(std::unique_ptr<Backend> real,

@@ -26,10 +26,13 @@ class Faults {
   bool WaitUntilBlocked(int64_t tokens, int layers = 1);
   // The saliency of such a prompt fails with `status` after `calls` that go well.
   void FailSaliency(int64_t tokens, int64_t calls, absl::Status status);
+  // From now on the backend is lost: its Health() is `status`, which is not OK.
+  void Lose(absl::Status status);
 
   // For the backend.
   void Pass(int64_t tokens);
   absl::Status SaliencyStatus(int64_t tokens);
+  absl::Status Health();
 
  private:
   struct Rule {
@@ -41,6 +44,7 @@ class Faults {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::map<int64_t, Rule> rules_;
+  absl::Status health_;
 };
 
 // Full, and plans of methods without statistics, ask the backend for nothing, so that no gate holds
