@@ -297,7 +297,7 @@ void AddTexts(const Corpus& corpus) {
 }  // namespace structkv::fuzz
 
 int main(int argc, char** argv) {
-  if (argc != 2) {
+  if (argc != 2 || argv[1][0] == '-') {
     std::fprintf(stderr, "usage: %s DIRECTORY\n", argv[0]);
     return 2;
   }
