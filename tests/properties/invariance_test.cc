@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -95,20 +96,20 @@ TEST_P(InvarianceTest, NumberOfThreads) {
   });
 }
 
+// Dense in either order of axes, and in blocks.
 TEST_P(InvarianceTest, Layout) {
-  ForEachPrompt(2, [&](const PromptData& data, Random&, const Answer& expected) {
-    Answer got = Compress(InOtherLayout(data), InOrder(data.layers()), SerialFor);
-    const uint64_t heads = data.open().geometry().kv_head_count();
-    const bool head_first = data.open().layout() == v1::LAYOUT_HEAD_TOKEN_DIM;
-    for (auto& [index, layer] : got.layers) {
-      const uint64_t kept = layer.kept_tokens;
-      for (const v1::Tensor tensor : {v1::TENSOR_KEYS, v1::TENSOR_VALUES}) {
-        if (!layer.tensors.contains(tensor)) continue;
-        std::string& bytes = layer.tensors[tensor];
-        bytes = Transposed(bytes, head_first ? kept : heads, head_first ? heads : kept);
+  ForEachPrompt(2, [&](const PromptData& data, Random& random, const Answer& expected) {
+    for (const v1::Layout layout : {v1::LAYOUT_HEAD_TOKEN_DIM, v1::LAYOUT_TOKEN_HEAD_DIM}) {
+      for (const bool paged : {false, true}) {
+        v1::Open open = data.open();
+        open.set_layout(layout);
+        open.clear_paged();
+        if (paged) RandomBlocks(&random, &open);
+        SCOPED_TRACE(absl::StrCat(v1::Layout_Name(layout), ", ", open.paged().ShortDebugString()));
+        const Answer got = Compress(Rearranged(data, open), InOrder(data.layers()), SerialFor);
+        ExpectSame(got, Rearranged(expected, data.open(), open));
       }
     }
-    ExpectSame(got, expected);
   });
 }
 
@@ -150,24 +151,94 @@ TEST_P(InvarianceTest, NumberOfShards) {
   EXPECT_GT(divided, 15);
 }
 
-TEST_P(InvarianceTest, PiecesChunksAndThreadsOfASession) {
-  for (const int threads : {1, 3}) {
-    session::SessionManager manager(
-        {.memory_budget_bytes = int64_t{4} << 30, .idle_buffer_bytes = 1 << 20, .threads = threads},
+class SessionInvarianceTest : public InvarianceTest {
+ protected:
+  void Start(int threads) {
+    manager_ = std::make_unique<session::SessionManager>(
+        session::SessionManagerOptions{.memory_budget_bytes = int64_t{4} << 30,
+                                       .idle_buffer_bytes = 1 << 20,
+                                       .threads = threads},
         structkv::testing::MakeBackend(GetParam()));
-    ForEachPrompt(4, [&](const PromptData& data, Random& random, const Answer& expected) {
-      session::SessionRequest request{.spec = SpecOf(data.open())};
-      request.layers_in_flight = request.spec.geometry.layers;
-      const absl::StatusOr<Answer> answer = RunMessages(
-          manager, data, request, session::RandomMessages(data, request.spec, &random), &random);
-      ASSERT_TRUE(answer.ok()) << answer.status();
-      ExpectSame(*answer, expected);
-      EXPECT_THAT(CompareResultsWithOracle(data, *answer), IsEmpty());
-    });
-    EXPECT_TRUE(session::Eventually([&] {
-      return manager.budget().reserved_bytes() == 0 && manager.buffers().in_use_bytes() == 0;
-    }));
   }
+
+  // All layers may be in flight.
+  static session::SessionInput InputAtRandom(const PromptData& data, const engine::PromptSpec& spec,
+                                             std::optional<engine::ShardMember> shard,
+                                             Random* random) {
+    const engine::PromptSpec own = shard.has_value() ? engine::ShardSpec(spec, shard->heads) : spec;
+    session::SessionInput input = {
+        .data = &data,
+        .request = {
+            .spec = spec, .layers_in_flight = spec.geometry.layers, .shard = std::move(shard)}};
+    input.messages = session::RandomMessages(data, own, random);
+    return input;
+  }
+
+  void ExpectMemoryBack() {
+    EXPECT_TRUE(session::Eventually([&] {
+      return manager_->budget().reserved_bytes() == 0 && manager_->buffers().in_use_bytes() == 0;
+    })) << manager_->budget().reserved_bytes()
+        << " bytes";
+  }
+
+  std::unique_ptr<session::SessionManager> manager_;
+};
+
+INSTANTIATE_TEST_SUITE_P(, SessionInvarianceTest,
+                         ::testing::ValuesIn(structkv::testing::BackendsUnderTest()),
+                         [](const auto& each) { return each.param; });
+
+TEST_P(SessionInvarianceTest, PiecesChunksAndThreads) {
+  for (const int threads : {1, 3}) {
+    Start(threads);
+    ForEachPrompt(4, [&](const PromptData& data, Random& random, const Answer& expected) {
+      const session::SessionInput input =
+          InputAtRandom(data, SpecOf(data.open()), std::nullopt, &random);
+      const absl::StatusOr<std::vector<Answer>> answers =
+          session::RunSessions(*manager_, {input}, &random);
+      ASSERT_TRUE(answers.ok()) << answers.status();
+      ExpectSame(answers->front(), expected);
+      EXPECT_THAT(CompareResultsWithOracle(data, answers->front()), IsEmpty());
+    });
+    ExpectMemoryBack();
+  }
+}
+
+// Each rank gets the positions of the whole prompt and the rows of its heads.
+TEST_P(SessionInvarianceTest, NumberOfShards) {
+  std::map<uint32_t, int> divided;
+  for (const int threads : {1, 3}) {
+    Start(threads);
+    ForEachPrompt(5, [&](const PromptData& data, Random& random, const Answer& expected) {
+      const engine::PromptSpec whole = SpecOf(data.open());
+      for (const uint32_t ranks : {1U, 2U, 4U}) {
+        if (!engine::EvenShard(whole.geometry, ranks, 0).ok()) continue;
+        ++divided[ranks];
+        SCOPED_TRACE(absl::StrCat(ranks, " ranks"));
+        const std::vector<PromptData> parts = SplitByRanks(data, ranks);
+        std::vector<session::SessionInput> inputs;
+        for (uint32_t i = 0; i < ranks; ++i) {
+          const engine::ShardMember member = {
+              .group_id = "group",
+              .shard_count = ranks,
+              .shard_index = i,
+              .heads = *engine::EvenShard(whole.geometry, ranks, i)};
+          inputs.push_back(InputAtRandom(parts[i], whole, member, &random));
+        }
+        const absl::StatusOr<std::vector<Answer>> answers =
+            session::RunSessions(*manager_, inputs, &random);
+        ASSERT_TRUE(answers.ok()) << answers.status();
+        for (uint32_t i = 0; i < ranks; ++i) {
+          SCOPED_TRACE(absl::StrCat("rank ", i));
+          ExpectSame((*answers)[i],
+                     SliceAnswer(data.open(), expected, parts[i].open().shard_group()));
+        }
+      }
+    });
+    ExpectMemoryBack();
+  }
+  EXPECT_GT(divided[2], 15);
+  EXPECT_GT(divided[4], 15);
 }
 
 }  // namespace

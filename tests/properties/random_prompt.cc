@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <iterator>
 #include <string>
+#include <utility>
 
 #include "tests/testing/oracle.h"
 
@@ -156,6 +157,29 @@ void SetMethod(Random* random, v1::Open* open) {
   }
 }
 
+// fp8, with scales or without.
+void SetElements(Random* random, v1::Open* open) {
+  open->set_dtype(Pick(random, {v1::DTYPE_F32, v1::DTYPE_F16, v1::DTYPE_BF16, v1::DTYPE_F8_E4M3,
+                                v1::DTYPE_F8_E5M2}));
+  if (ElementBytes(open->dtype()) > 1) return;
+  open->set_kv_scales(
+      Pick(random, {v1::KV_SCALES_NONE, v1::KV_SCALES_PER_TENSOR, v1::KV_SCALES_PER_KV_HEAD}));
+  if (random->Chance(50)) {
+    open->set_query_dtype(Pick(random, {v1::DTYPE_F32, v1::DTYPE_F16, v1::DTYPE_BF16}));
+  }
+}
+
+// Values of their own size, or the beginning of the keys.
+void SetValues(Random* random, v1::ModelGeometry* geometry) {
+  if (random->Chance(20)) {
+    geometry->set_values_in_keys(true);
+    geometry->set_value_dim(
+        static_cast<uint32_t>(32 + 8 * random->Between(0, (geometry->key_dim() - 32) / 8)));
+  } else if (random->Chance(40)) {
+    geometry->set_value_dim(Pick(random, {32U, 64U, 72U, 128U}));
+  }
+}
+
 uint64_t Work(const v1::Open& open) {
   if (Effective(open).statistic != v1::STATISTIC_WINDOW_QUERIES) return 0;
   const v1::ModelGeometry& geometry = open.geometry();
@@ -177,13 +201,14 @@ v1::Open RandomOpen(Random* random) {
     geometry->set_kv_head_count(heads);
     geometry->set_query_head_count(heads * Pick(random, {1U, 1U, 2U, 3U, 4U, 7U, 8U}));
     geometry->set_key_dim(Pick(random, {32U, 32U, 40U, 64U, 96U, 128U}));
-    if (random->Chance(40)) geometry->set_value_dim(Pick(random, {32U, 64U, 72U, 128U}));
+    SetValues(random, geometry);
     open.set_prompt_tokens(static_cast<uint32_t>(random->Chance(25) ? random->Between(1, 20)
                                                  : random->Chance(90)
                                                      ? random->Between(20, 300)
                                                      : random->Between(300, 3000)));
-    open.set_dtype(Pick(random, {v1::DTYPE_F32, v1::DTYPE_F16, v1::DTYPE_BF16}));
+    SetElements(random, &open);
     open.set_layout(Pick(random, {v1::LAYOUT_HEAD_TOKEN_DIM, v1::LAYOUT_TOKEN_HEAD_DIM}));
+    if (random->Chance(30)) RandomBlocks(random, &open);
     open.set_statistic(Pick(random, {v1::STATISTIC_WINDOW_QUERIES, v1::STATISTIC_WINDOW_QUERIES,
                                      v1::STATISTIC_SALIENCY, v1::STATISTIC_SALIENCY_PER_KV_HEAD}));
     if (random->Chance(25)) open.set_output(v1::OUTPUT_PLAN);
@@ -217,29 +242,34 @@ v1::Budget* MutableBudget(v1::Method* method) {
   return nullptr;
 }
 
+void RandomBlocks(Random* random, v1::Open* open) {
+  PageAtRandom(Pick(random, {16U, 16U, 32U, 48U, 128U, 256U}),
+               static_cast<uint32_t>(random->Between(0, 3)), random->Next(), open);
+}
+
 void AddTies(PromptData* data, Random* random) {
   const v1::Open& open = data->open();
   const int64_t before = int64_t{open.prompt_tokens()} - data->effective().always;
   if (before < 2) return;
   const bool queries = data->effective().statistic == v1::STATISTIC_WINDOW_QUERIES;
-  const v1::Tensor tensor = queries ? v1::TENSOR_KEYS : v1::TENSOR_SALIENCY;
-  const bool token_first = queries && open.layout() == v1::LAYOUT_TOKEN_HEAD_DIM;
   const uint64_t tokens = open.prompt_tokens();
+  const uint64_t rows =
+      data->effective().statistic == v1::STATISTIC_SALIENCY ? 1 : open.geometry().kv_head_count();
+  const uint64_t row_bytes =
+      queries ? open.geometry().key_dim() * ElementBytes(open.dtype()) : sizeof(float);
   for (uint32_t layer = 0; layer < data->layers(); ++layer) {
-    std::string* bytes = data->mutable_tensor(layer, tensor);
+    std::string* bytes =
+        data->mutable_tensor(layer, queries ? v1::TENSOR_KEYS : v1::TENSOR_SALIENCY);
     if (bytes->empty()) continue;
-    // [outer, token, row]: with the tokens first all heads are one row.
-    const uint64_t outer = token_first ? 1
-                           : data->effective().statistic == v1::STATISTIC_SALIENCY
-                               ? 1
-                               : open.geometry().kv_head_count();
-    const uint64_t row = bytes->size() / outer / tokens;
+    const auto at = [&](uint64_t row, uint64_t token) {
+      return (queries ? data->RowIndex(layer, row, token) : row * tokens + token) * row_bytes;
+    };
     for (int64_t i = 0; i < before; ++i) {
       const auto from = static_cast<uint64_t>(random->Between(0, std::min<int64_t>(before, 9) - 1));
       const auto to = static_cast<uint64_t>(random->Between(0, before - 1));
-      for (uint64_t run = 0; run < outer; ++run) {
-        const std::string copy = bytes->substr((run * tokens + from) * row, row);
-        bytes->replace((run * tokens + to) * row, row, copy);
+      for (uint64_t row = 0; row < rows; ++row) {
+        const std::string copy = bytes->substr(at(row, from), row_bytes);
+        bytes->replace(at(row, to), row_bytes, copy);
       }
     }
     std::string* lse = data->mutable_tensor(layer, v1::TENSOR_WINDOW_LSE);
@@ -249,31 +279,50 @@ void AddTies(PromptData* data, Random* random) {
   }
 }
 
-std::string Transposed(const std::string& bytes, uint64_t outer, uint64_t inner) {
-  if (bytes.empty()) return "";
-  const uint64_t row = bytes.size() / outer / inner;
-  std::string out;
-  out.reserve(bytes.size());
-  for (uint64_t i = 0; i < inner; ++i) {
-    for (uint64_t o = 0; o < outer; ++o) out.append(bytes, (o * inner + i) * row, row);
+PromptData Rearranged(const PromptData& data, const v1::Open& open) {
+  PromptData other(open, 0);
+  const uint64_t heads = open.geometry().kv_head_count();
+  const uint64_t tokens = open.prompt_tokens();
+  for (uint32_t layer = 0; layer < data.layers(); ++layer) {
+    for (const v1::Tensor tensor : data.effective().tensors) {
+      const std::string& from = data.tensor(layer, tensor);
+      std::string* to = other.mutable_tensor(layer, tensor);
+      if (tensor != v1::TENSOR_KEYS && tensor != v1::TENSOR_VALUES) {
+        *to = from;
+        continue;
+      }
+      if (from.empty()) continue;
+      const uint64_t row =
+          ElementBytes(open.dtype()) *
+          (tensor == v1::TENSOR_KEYS ? open.geometry().key_dim() : data.effective().value_dim);
+      for (uint64_t head = 0; head < heads; ++head) {
+        for (uint64_t token = 0; token < tokens; ++token) {
+          to->replace(other.RowIndex(layer, head, token) * row, row, from,
+                      data.RowIndex(layer, head, token) * row, row);
+        }
+      }
+    }
   }
-  return out;
+  return other;
 }
 
-PromptData InOtherLayout(const PromptData& data) {
-  v1::Open open = data.open();
-  const uint64_t heads = open.geometry().kv_head_count();
-  const bool head_first = open.layout() == v1::LAYOUT_HEAD_TOKEN_DIM;
-  open.set_layout(head_first ? v1::LAYOUT_TOKEN_HEAD_DIM : v1::LAYOUT_HEAD_TOKEN_DIM);
-  PromptData other(open, 0);
-  for (uint32_t layer = 0; layer < data.layers(); ++layer) {
-    const uint64_t tokens = data.tokens(layer);
-    for (const v1::Tensor tensor : data.effective().tensors) {
-      const bool rows = tensor == v1::TENSOR_KEYS || tensor == v1::TENSOR_VALUES;
-      const std::string& bytes = data.tensor(layer, tensor);
-      *other.mutable_tensor(layer, tensor) =
-          rows ? Transposed(bytes, head_first ? heads : tokens, head_first ? tokens : heads)
-               : bytes;
+Answer Rearranged(const Answer& answer, const v1::Open& from, const v1::Open& to) {
+  Answer other = answer;
+  const uint64_t heads = from.geometry().kv_head_count();
+  for (auto& [index, layer] : other.layers) {
+    const uint64_t kept = layer.kept_tokens;
+    for (const v1::Tensor tensor : {v1::TENSOR_KEYS, v1::TENSOR_VALUES}) {
+      const auto found = layer.tensors.find(tensor);
+      if (found == layer.tensors.end()) continue;
+      const std::string old = std::move(found->second);
+      const uint64_t row = old.size() / OutputRows(from, kept);
+      found->second.assign(OutputRows(to, kept) * row, '\0');
+      for (uint64_t head = 0; head < heads; ++head) {
+        for (uint64_t i = 0; i < kept; ++i) {
+          found->second.replace(OutputRowIndex(to, kept, head, i) * row, row, old,
+                                OutputRowIndex(from, kept, head, i) * row, row);
+        }
+      }
     }
   }
   return other;

@@ -277,20 +277,23 @@ TEST_P(SelectionPropertiesTest, EqualKeysHaveEqualSaliency) {
   int pairs = 0;
   ForEachPrompt(7, true, [&](const PromptData& data, const Answer& answer) {
     if (data.effective().statistic != v1::STATISTIC_WINDOW_QUERIES) return;
-    const v1::Open& open = data.open();
-    const uint64_t heads = open.geometry().kv_head_count();
+    const v1::ModelGeometry& geometry = data.open().geometry();
+    const uint64_t row = geometry.key_dim() * ElementBytes(data.open().dtype());
     for (uint32_t layer = 0; layer < data.layers(); ++layer) {
       const uint64_t tokens = data.tokens(layer);
       const std::string& bytes = data.tensor(layer, v1::TENSOR_KEYS);
       if (bytes.empty()) continue;
-      const std::string keys =
-          open.layout() == v1::LAYOUT_TOKEN_HEAD_DIM ? bytes : Transposed(bytes, heads, tokens);
-      const uint64_t row = keys.size() / tokens;
+      std::vector<std::string> keys(tokens);  // of all heads
+      for (uint64_t token = 0; token < tokens; ++token) {
+        for (uint32_t head = 0; head < geometry.kv_head_count(); ++head) {
+          keys[token].append(bytes, data.RowIndex(layer, head, token) * row, row);
+        }
+      }
       const uint64_t before = tokens - std::min<uint64_t>(data.effective().always, tokens);
       for (const std::vector<float>& saliency : Saliency(data, answer, layer)) {
         for (uint64_t i = 0; i < before; ++i) {
           for (uint64_t j = i + 1; j < before; ++j) {
-            if (keys.compare(i * row, row, keys, j * row, row) != 0) continue;
+            if (keys[i] != keys[j]) continue;
             ++pairs;
             EXPECT_NEAR(saliency[i], saliency[j], rounding * saliency[i])
                 << "layer " << layer << ", " << i << " and " << j;

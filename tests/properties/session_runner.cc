@@ -31,6 +31,61 @@ void Shuffle(std::vector<T>* values, testkit::Random* random) {
   }
 }
 
+// One session, and what it is still to be sent.
+class Runner {
+ public:
+  Runner(std::shared_ptr<Session> session, const SessionInput& input)
+      : session_(std::move(session)), input_(input) {
+    session_->Start(probe_->Callbacks());
+  }
+
+  // Does one thing that a good client would do now; false where there is none.
+  bool Step(testkit::Random* random) {
+    int64_t unsent_bytes = 0;
+    bool asked = false;
+    probe_->Is([&](const Seen& seen) {
+      unsent_bytes = seen.unsent_bytes;
+      return asked = !Over(seen) && seen.ready > static_cast<int>(sent_);
+    });
+    if (unsent_bytes > 0) {
+      probe_->Sent(unsent_bytes);
+      session_->OutputSent(unsent_bytes);
+      return true;
+    }
+    if (!asked || committed_) return false;
+    if (sent_ < input_.messages.size()) {
+      session_->Append(
+          MessageOf(input_.messages[sent_++], static_cast<size_t>(random->Between(1, 4))));
+      return true;
+    }
+    committed_ = true;
+    session_->Commit(input_.request.spec.geometry.layers,
+                     static_cast<int64_t>(input_.data->total_bytes()));
+    session_->EndOfInput();
+    return true;
+  }
+
+  bool over() const { return probe_->Is(Over); }
+
+  absl::StatusOr<testkit::Answer> Result() const {
+    Seen seen = probe_->seen();
+    if (!seen.faults.empty()) return absl::InternalError(absl::StrJoin(seen.faults, "; "));
+    if (seen.failed.has_value()) return *seen.failed;
+    return std::move(seen.answer);
+  }
+
+ private:
+  static bool Over(const Seen& seen) {
+    return seen.failed.has_value() || seen.finished.has_value();
+  }
+
+  const std::shared_ptr<Probe> probe_ = std::make_shared<Probe>();
+  const std::shared_ptr<Session> session_;
+  const SessionInput& input_;
+  size_t sent_ = 0;
+  bool committed_ = false;
+};
+
 }  // namespace
 
 std::vector<std::vector<PieceBytes>> RandomMessages(const testkit::PromptData& data,
@@ -56,42 +111,38 @@ std::vector<std::vector<PieceBytes>> RandomMessages(const testkit::PromptData& d
   return messages;
 }
 
-absl::StatusOr<testkit::Answer> RunMessages(SessionManager& manager,
-                                            const testkit::PromptData& data,
-                                            const SessionRequest& request,
-                                            const std::vector<std::vector<PieceBytes>>& messages,
-                                            testkit::Random* random) {
-  const absl::StatusOr<std::shared_ptr<Session>> session = manager.Open(request);
-  if (!session.ok()) return session.status();
-  const auto probe = std::make_shared<Probe>();
-  (*session)->Start(probe->Callbacks());
-  size_t sent = 0;
-  bool committed = false;
-  while (true) {
-    const bool called = probe->WaitFor([&](const Seen& seen) {
-      return seen.failed.has_value() || seen.finished.has_value() || seen.unsent_bytes > 0 ||
-             (!committed && seen.ready > static_cast<int>(sent));
-    });
-    if (!called) return absl::InternalError("the session neither asks nor ends");
-    Seen seen = probe->seen();
-    if (!seen.faults.empty()) return absl::InternalError(absl::StrJoin(seen.faults, "; "));
-    if (seen.failed.has_value()) return *seen.failed;
-    if (seen.unsent_bytes > 0) {
-      probe->Sent(seen.unsent_bytes);
-      (*session)->OutputSent(seen.unsent_bytes);
-    }
-    if (seen.finished.has_value()) return std::move(seen.answer);
-    if (committed || seen.ready <= static_cast<int>(sent)) continue;
-    if (sent < messages.size()) {
-      const auto runs = static_cast<size_t>(random->Between(1, 4));
-      (*session)->Append(MessageOf(messages[sent], runs));
-      ++sent;
-      continue;
-    }
-    committed = true;
-    (*session)->Commit(request.spec.geometry.layers, static_cast<int64_t>(data.total_bytes()));
-    (*session)->EndOfInput();
+absl::StatusOr<std::vector<testkit::Answer>> RunSessions(SessionManager& manager,
+                                                         const std::vector<SessionInput>& inputs,
+                                                         testkit::Random* random) {
+  std::vector<std::unique_ptr<Runner>> runners;
+  for (const SessionInput& input : inputs) {
+    absl::StatusOr<std::shared_ptr<Session>> session = manager.Open(input.request);
+    if (!session.ok()) return session.status();
+    runners.push_back(std::make_unique<Runner>(*std::move(session), input));
   }
+  std::vector<Runner*> order;
+  for (const auto& runner : runners) order.push_back(runner.get());
+  const auto step = [&] {  // of any that can do something
+    Shuffle(&order, random);
+    return std::any_of(order.begin(), order.end(),
+                       [&](Runner* runner) { return runner->Step(random); });
+  };
+  const auto over = [&] {
+    return std::all_of(runners.begin(), runners.end(),
+                       [](const auto& runner) { return runner->over(); });
+  };
+  while (!over() || step()) {
+    if (!Eventually([&] { return step() || over(); })) {
+      return absl::InternalError("the sessions neither ask nor end");
+    }
+  }
+  std::vector<testkit::Answer> answers;
+  for (const auto& runner : runners) {
+    absl::StatusOr<testkit::Answer> answer = runner->Result();
+    if (!answer.ok()) return answer.status();
+    answers.push_back(*std::move(answer));
+  }
+  return answers;
 }
 
 }  // namespace structkv::session

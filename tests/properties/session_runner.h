@@ -1,4 +1,4 @@
-// A prompt through a session, in any pieces and any order.
+// Prompts through sessions, in any pieces and any order.
 #pragma once
 
 #include <cstdint>
@@ -19,12 +19,18 @@ std::vector<std::vector<PieceBytes>> RandomMessages(const testkit::PromptData& d
                                                     const engine::PromptSpec& spec,
                                                     testkit::Random* random);
 
-// Sends the messages as a good client would, and gives the answer. The session's error, or INTERNAL
+// What one session is asked for and sent. `data` is that of its own heads.
+struct SessionInput {
+  const testkit::PromptData* data = nullptr;
+  SessionRequest request;
+  std::vector<std::vector<PieceBytes>> messages;
+};
+
+// Runs the sessions at once as good clients would, on one thread, whichever can go on at random,
+// and gives their answers: alone, or all ranks of a group. An error of one of them, or INTERNAL
 // where a promise was broken.
-absl::StatusOr<testkit::Answer> RunMessages(SessionManager& manager,
-                                            const testkit::PromptData& data,
-                                            const SessionRequest& request,
-                                            const std::vector<std::vector<PieceBytes>>& messages,
-                                            testkit::Random* random);
+absl::StatusOr<std::vector<testkit::Answer>> RunSessions(SessionManager& manager,
+                                                         const std::vector<SessionInput>& inputs,
+                                                         testkit::Random* random);
 
 }  // namespace structkv::session

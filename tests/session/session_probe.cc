@@ -64,6 +64,11 @@ Seen Probe::seen() const {
   return seen;
 }
 
+bool Probe::Is(const std::function<bool(const Seen&)>& condition) const {
+  const std::lock_guard lock(mutex_);
+  return condition(seen_);
+}
+
 bool Probe::WaitFor(const std::function<bool(const Seen&)>& condition) const {
   std::unique_lock lock(mutex_);
   return changed_.wait_for(lock, std::chrono::minutes(1), [&] { return condition(seen_); });

@@ -35,6 +35,8 @@ class Probe : public std::enable_shared_from_this<Probe> {
   SessionCallbacks Callbacks();
 
   Seen seen() const;
+  // Whether something holds now.
+  bool Is(const std::function<bool(const Seen&)>& condition) const;
   // Waits for something to be seen; false after a minute.
   bool WaitFor(const std::function<bool(const Seen&)>& condition) const;
   // Bytes that are reported by OutputSent now.

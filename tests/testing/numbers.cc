@@ -1,8 +1,10 @@
 #include "tests/testing/numbers.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 namespace structkv::testkit {
 namespace {
@@ -41,19 +43,29 @@ double FromF8(v1::DType dtype, uint8_t code) {
   return sign * std::ldexp(1 + fraction, exponent - bias);
 }
 
-uint8_t ToF8(v1::DType dtype, float value) {
-  if (std::isnan(value)) return 0x7f;
-  const uint8_t sign = std::signbit(value) ? 0x80 : 0;
-  uint8_t best = 0;
-  for (int code = 0; code < 0x7f; ++code) {
-    const double at = FromF8(dtype, static_cast<uint8_t>(code));
-    if (std::isnan(at)) continue;
-    if (at == std::fabs(value)) return sign | static_cast<uint8_t>(code);
-    if (std::fabs(at - std::fabs(value)) < std::fabs(FromF8(dtype, best) - std::fabs(value))) {
-      best = static_cast<uint8_t>(code);
-    }
+// What the codes of positive numbers stand for, ascending; without those of NaN.
+std::vector<double> F8Magnitudes(v1::DType dtype) {
+  std::vector<double> values;
+  for (int code = 0; code < 0x80; ++code) {
+    const double value = FromF8(dtype, static_cast<uint8_t>(code));
+    if (!std::isnan(value)) values.push_back(value);
   }
-  return sign | best;
+  return values;
+}
+
+uint8_t ToF8(v1::DType dtype, float value) {
+  static const std::vector<double> e4m3 = F8Magnitudes(v1::DTYPE_F8_E4M3);
+  static const std::vector<double> e5m2 = F8Magnitudes(v1::DTYPE_F8_E5M2);
+  if (std::isnan(value)) return 0x7f;
+  const std::vector<double>& values = dtype == v1::DTYPE_F8_E4M3 ? e4m3 : e5m2;
+  const double magnitude = std::fabs(value);
+  auto nearest = std::lower_bound(values.begin(), values.end() - 1, magnitude);
+  if (*nearest != magnitude && nearest != values.begin() &&
+      magnitude - *(nearest - 1) <= *nearest - magnitude) {
+    --nearest;
+  }
+  const auto code = static_cast<uint8_t>(nearest - values.begin());
+  return std::signbit(value) ? code | 0x80 : code;
 }
 
 // The element's bytes, little-endian; `size` gets their count.

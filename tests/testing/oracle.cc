@@ -215,8 +215,7 @@ OraclePivot FindPivot(const PromptData& data, const std::vector<OracleLayer>& la
   return result;
 }
 
-// What the method's one layer makes of its scores: their sum over the heads, smoothed where that is
-// what the heads are ranked by.
+// What the method's one layer makes of its scores: their sum over the heads, smoothed.
 OraclePivot PivotOfLayer(const PromptData& data, const std::vector<OracleLayer>& layers) {
   OraclePivot result;
   result.pivot_layer = result.decided_at = *data.effective().skeleton_layer;
@@ -227,7 +226,10 @@ OraclePivot PivotOfLayer(const PromptData& data, const std::vector<OracleLayer>&
   }
   const OracleLayer& layer = layers[result.pivot_layer];
   result.centrality.assign(data.open().prompt_tokens(), 0);
-  for (const auto& head : layer.per_head) {
+  // FastKV smooths each head, GemFilter their sum.
+  const auto heads =
+      data.effective().fastkv ? layer.per_head : std::vector<std::vector<double>>{layer.saliency};
+  for (const auto& head : heads) {
     const std::vector<double> scores = Pooled(head, data.effective());
     for (size_t j = 0; j < scores.size(); ++j) result.centrality[j] += scores[j];
   }

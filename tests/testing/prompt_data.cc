@@ -246,9 +246,11 @@ void PromptData::FillLayer(uint32_t layer, Random* random) {
       default: {  // saliency: many distinct values, some ties, a few heavy tokens
         const uint64_t rows =
             effective_.statistic == v1::STATISTIC_SALIENCY ? 1 : geometry.kv_head_count();
+        const int64_t least = tokens < 4 ? 1 : 0;  // not 0 for every token
         for (uint64_t i = 0; i < rows * tokens; ++i) {
           const int64_t heavy = random->Chance(3) ? 64 * (1 + layer % 3) : 1;
-          AppendElement(v1::DTYPE_F32, static_cast<float>(random->Between(0, 255) * heavy) / 1024,
+          AppendElement(v1::DTYPE_F32,
+                        static_cast<float>(random->Between(least, 255) * heavy) / 1024,
                         &tensors_[layer][tensor]);
         }
         break;
