@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/backend_registry.h"
 #include "service/session/session_plan.h"
 #include "structkv/v1/piece_codec.h"
 #include "tests/testing/engine_answer.h"
@@ -68,6 +69,14 @@ void Spoil(testkit::PromptData* data, uint32_t layer) {
                       data->mutable_tensor(layer, tensor));
 }
 
+// Sometimes what the worker keeps until it is asked for it, where that is allowed.
+engine::Pull RandomPull(engine::PromptSpec spec, testkit::Random* random) {
+  spec.pull = random->Chance(50) ? engine::Pull::kValues : engine::Pull::kKeysAndValues;
+  const std::unique_ptr<Backend> backend = *CreateBackend("auto");
+  const bool allowed = engine::ValidateSpec(spec, {}, backend->capabilities()).ok();
+  return allowed && random->Chance(50) ? spec.pull : engine::Pull::kNone;
+}
+
 testkit::Answer Direct(const testkit::PromptData& data, const Backend& backend) {
   engine::BufferPool pool(0);
   absl::StatusOr<testkit::Answer> direct =
@@ -91,11 +100,13 @@ Scenario::Scenario(uint32_t tokens, testkit::Random* random, const Backend& back
   const int64_t layers = spec.geometry.layers;
   request.layers_in_flight = random->Between(1, layers);
   request.max_message_bytes = random->Between(0, 1) << 16;
+  request.spec.pull = RandomPull(spec, random);
   const absl::StatusOr<SessionPlan> plan = PlanSession(request, backend);
   model.spec = spec;
   model.layers_in_flight = request.layers_in_flight;
   model.layer_output_bytes = plan->layer_output_bytes;
-  model.pivot_bytes = plan->output_limit_bytes - 2 * plan->layer_output_bytes;
+  model.output_limit_bytes = plan->output_limit_bytes;
+  model.pivot_bytes = plan->output_limit_bytes - (pulls() ? 3 : 2) * plan->layer_output_bytes;
   const bool scores = spec.method.needs_statistics();
   const bool gathers = !spec.plan_only && spec.kept_tokens(0) < spec.prompt_tokens;
   model.gate_holds = !plan->small && (scores || gathers);
@@ -104,6 +115,10 @@ Scenario::Scenario(uint32_t tokens, testkit::Random* random, const Backend& back
   expected = Direct(sent, backend);
   for (const auto& [layer, answer] : expected.layers) {
     model.output_bytes.push_back(OutputBytes(answer));
+    model.kept_tokens.push_back(answer.kept_tokens);
+    const auto positions = answer.tensors.find(v1::TENSOR_POSITIONS);
+    model.pull_bytes.push_back(
+        positions == answer.tensors.end() ? 0 : static_cast<int64_t>(positions->second.size()));
   }
   calm = random->Chance(60);
   if (!calm && scores && random->Chance(20)) {
@@ -158,16 +173,32 @@ void SessionDriver::CutTensors() {
     std::vector<InputTensor> tensors = spec.RequiredTensors();
     if (IsCut(layer)) tensors.push_back(InputTensor::kPositions);
     for (const InputTensor tensor : tensors) {
-      const int64_t size = IsCut(layer) ? spec.SkeletonInputBytes(tensor) : spec.InputBytes(tensor);
-      std::vector<int64_t> ends = {size};
-      const int64_t cuts = random_.Between(0, 2);
-      for (int64_t i = 0; i < cuts; ++i) ends.push_back(random_.Between(1, size));
-      std::sort(ends.begin(), ends.end());
-      int64_t begin = 0;
-      for (const int64_t end : ends) {
-        if (end > begin) unsent_cuts_.push_back({layer, tensor, begin, end - begin});
-        begin = end;
-      }
+      CutTensor(layer, tensor,
+                IsCut(layer) ? spec.SkeletonInputBytes(tensor) : spec.InputBytes(tensor));
+    }
+  }
+}
+
+void SessionDriver::CutTensor(int64_t layer, InputTensor tensor, int64_t size) {
+  std::vector<int64_t> ends = {size};
+  const int64_t cuts = random_.Between(0, 2);
+  for (int64_t i = 0; i < cuts; ++i) ends.push_back(random_.Between(1, size));
+  std::sort(ends.begin(), ends.end());
+  int64_t begin = 0;
+  for (const int64_t end : ends) {
+    if (end > begin) unsent_cuts_.push_back({layer, tensor, begin, end - begin});
+    begin = end;
+  }
+}
+
+// The rows that were asked for since.
+void SessionDriver::CutPulled() {
+  const engine::PromptSpec& spec = scenario_.request.spec;
+  for (; cut_pulls_ < model_.pulls().size(); ++cut_pulls_) {
+    const uint32_t layer = model_.pulls()[cut_pulls_];
+    for (const InputTensor tensor : {InputTensor::kKeys, InputTensor::kValues}) {
+      const int64_t size = spec.PulledBytes(tensor, scenario_.model.kept_tokens[layer]);
+      if (size > 0) CutTensor(layer, tensor, size);
     }
   }
 }
@@ -179,7 +210,7 @@ bool SessionDriver::IsCut(int64_t layer) const {
 // Skeleton rows only once the pivot is known, and their positions before all else.
 bool SessionDriver::MayBeSent(const Cut& cut) const {
   if (cut.layer >= model_.window_end()) return false;
-  if (!IsCut(cut.layer)) return true;
+  if (!IsCut(cut.layer) || scenario_.request.spec.pulls(cut.tensor)) return true;
   if (!model_.pivot()) return false;
   return cut.tensor == InputTensor::kPositions ||
          std::none_of(unsent_cuts_.begin(), unsent_cuts_.end(), [&cut](const Cut& other) {
@@ -187,8 +218,22 @@ bool SessionDriver::MayBeSent(const Cut& cut) const {
          });
 }
 
+// Rows that are pulled are those of the answer.
+PieceBytes SessionDriver::BytesOf(const Cut& cut) const {
+  if (!scenario_.request.spec.pulls(cut.tensor)) {
+    return PieceOf(scenario_.sent, cut.layer, cut.tensor, cut.offset, cut.size);
+  }
+  const testkit::LayerAnswer& answer =
+      scenario_.expected.layers.at(static_cast<uint32_t>(cut.layer));
+  return {.layer = cut.layer,
+          .tensor = cut.tensor,
+          .offset = cut.offset,
+          .bytes = answer.tensors.at(ProtoTensor(cut.tensor))
+                       .substr(static_cast<size_t>(cut.offset), static_cast<size_t>(cut.size))};
+}
+
 PieceBytes SessionDriver::Make(const Cut& cut) {
-  PieceBytes piece = PieceOf(scenario_.sent, cut.layer, cut.tensor, cut.offset, cut.size);
+  PieceBytes piece = BytesOf(cut);
   if (random_.Chance(30)) {
     const absl::Span<const std::byte> bytes(reinterpret_cast<const std::byte*>(piece.bytes.data()),
                                             piece.bytes.size());
@@ -249,7 +294,7 @@ PieceBytes SessionDriver::BadPiece() {
       if (sent_cuts_.empty()) break;
       const auto last = static_cast<int64_t>(sent_cuts_.size()) - 1;
       const Cut& cut = sent_cuts_[static_cast<size_t>(random_.Between(0, last))];
-      piece = PieceOf(scenario_.sent, cut.layer, cut.tensor, cut.offset, cut.size);
+      piece = BytesOf(cut);
       if (random_.Chance(50)) {
         piece.bytes.back() = static_cast<char>(piece.bytes.back() ^ 1);  // other bytes
       } else {
@@ -274,7 +319,7 @@ void SessionDriver::Append(const std::vector<PieceBytes>& pieces) {
 void SessionDriver::CommitRight() {
   absl::StrAppend(&log_, "commit; ");
   const int64_t layers = scenario_.request.spec.geometry.layers;
-  const auto bytes = static_cast<int64_t>(scenario_.sent.total_bytes());
+  const int64_t bytes = model_.received_bytes();
   model_.Commit(layers, bytes);
   session_->Commit(layers, bytes);
 }
@@ -359,7 +404,7 @@ void SessionDriver::Step() {
   } else if (random_.Chance(30)) {
     Sent();
   } else if (model_.asked() && !model_.committed()) {
-    if (unsent_cuts_.empty()) {
+    if (model_.all_came()) {
       CommitRight();
     } else {
       SendMessage();
@@ -380,6 +425,7 @@ void SessionDriver::Check() {
   }
   const bool came = probe_->WaitFor([&](const Seen& seen) {
     return seen.ready >= model_.ready() && seen.answer.order.size() >= model_.layers().size() &&
+           seen.pulls.size() >= model_.pulls().size() &&
            seen.answer.pivot.has_value() >= model_.pivot() &&
            seen.finished.has_value() >= model_.finished() &&
            seen.failed.has_value() >= model_.failed().has_value();
@@ -391,6 +437,8 @@ void SessionDriver::Check() {
   const Seen seen = probe_->seen();
   EXPECT_EQ(seen.ready, model_.ready());
   EXPECT_EQ(seen.answer.order, model_.layers());
+  EXPECT_EQ(seen.pulls.size(), model_.pulls().size());
+  CutPulled();
   EXPECT_EQ(seen.answer.pivot.has_value(), model_.pivot());
   EXPECT_EQ(seen.finished.has_value(), model_.finished());
   EXPECT_EQ(seen.failed.has_value(), model_.failed().has_value());
@@ -411,6 +459,14 @@ void SessionDriver::CheckResults(const Seen& seen) {
     EXPECT_TRUE(LayerBytes(seen.answer, layer) == LayerBytes(scenario_.expected, layer))
         << "layer " << layer;
   }
+  for (const uint32_t layer : model_.pulls()) {
+    const auto pull = seen.pulls.find(layer);
+    ASSERT_TRUE(pull != seen.pulls.end()) << "layer " << layer << " was not pulled";
+    const testkit::LayerAnswer& answer = scenario_.expected.layers.at(layer);
+    EXPECT_EQ(pull->second.kept_tokens, answer.kept_tokens);
+    EXPECT_EQ(pull->second.positions, testkit::AsInts(answer.tensors.at(v1::TENSOR_POSITIONS)));
+    EXPECT_EQ(pull->second.keys, scenario_.request.spec.pulls(InputTensor::kKeys));
+  }
   if (seen.answer.pivot.has_value()) {
     testkit::Answer got;
     testkit::Answer want;
@@ -420,7 +476,7 @@ void SessionDriver::CheckResults(const Seen& seen) {
   }
   if (seen.finished.has_value()) {
     EXPECT_EQ(seen.finished->layers, scenario_.request.spec.geometry.layers);
-    EXPECT_EQ(seen.finished->input_bytes, static_cast<int64_t>(scenario_.sent.total_bytes()));
+    EXPECT_EQ(seen.finished->input_bytes, model_.received_bytes());
   }
 }
 

@@ -29,6 +29,7 @@ struct Scenario {
   std::optional<int64_t> failing_call;
   bool calm = false;   // nothing goes wrong: it must end well
   int cut_layers = 0;  // that are sent as skeleton rows
+  bool pulls() const { return request.spec.pull != engine::Pull::kNone; }
 
  private:
   void CutLayers(testkit::Random* random);
@@ -62,9 +63,12 @@ class SessionDriver {
     int64_t size;
   };
   void CutTensors();
+  void CutTensor(int64_t layer, engine::InputTensor tensor, int64_t size);
+  void CutPulled();
   void SendMessage();
   bool IsCut(int64_t layer) const;
   bool MayBeSent(const Cut& cut) const;
+  PieceBytes BytesOf(const Cut& cut) const;
   PieceBytes Make(const Cut& cut);
   PieceBytes BadPiece();
   void Append(const std::vector<PieceBytes>& pieces);
@@ -84,6 +88,7 @@ class SessionDriver {
   SessionModel model_;
   std::vector<Cut> unsent_cuts_;
   std::vector<Cut> sent_cuts_;
+  size_t cut_pulls_ = 0;             // of the model's
   size_t checked_layers_ = 0;        // of the answer
   std::weak_ptr<const void> owner_;  // of the last message
   std::string log_;

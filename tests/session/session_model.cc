@@ -69,13 +69,13 @@ bool SessionModel::IsComplete(int64_t layer) const {
 
 int64_t SessionModel::LowestUnfinished() const {
   int64_t layer = 0;
-  while (layer < options_.spec.geometry.layers && IsComplete(layer)) ++layer;
+  while (layer < options_.spec.geometry.layers && IsFinished(layer)) ++layer;
   return layer;
 }
 
 bool SessionModel::output_full() const {
-  return unsent_bytes_ + options_.layer_output_bytes >
-         2 * options_.layer_output_bytes + options_.pivot_bytes;
+  const int64_t running = pulls_rows() && running_.has_value() ? options_.layer_output_bytes : 0;
+  return unsent_bytes_ + running + options_.layer_output_bytes > options_.output_limit_bytes;
 }
 
 // Events
@@ -183,7 +183,9 @@ SessionModel::Verdict SessionModel::Take(const PieceBytes& piece) {
   const auto at = static_cast<size_t>(piece.offset);
   if (known) {
     // Once the layer is complete, what came without a checksum is known by a sample.
-    const bool sampled = IsComplete(piece.layer) && !tensor.pieces[{piece.offset, size}];
+    const bool decides = !options_.spec.pulls(piece.tensor);
+    const bool complete = IsComplete(piece.layer) || (decides && pulled_.contains(piece.layer));
+    const bool sampled = complete && !tensor.pieces[{piece.offset, size}];
     for (size_t i = 0; i < piece.bytes.size(); ++i) {
       if (sampled && i % 8192 >= 256) continue;
       if (tensor.bytes[at + i] != piece.bytes[i]) return Refuse(absl::StatusCode::kAlreadyExists);
@@ -202,7 +204,9 @@ SessionModel::Verdict SessionModel::Take(const PieceBytes& piece) {
   tensor.missing -= size;
   tensor.pieces[{piece.offset, size}] = piece.xxh3_64.has_value();
   received_bytes_ += size;
-  if (IsComplete(piece.layer)) complete_.push_back(piece.layer);
+  if (IsComplete(piece.layer)) {
+    (pulled_.contains(piece.layer) ? complete_rows_ : complete_).push_back(piece.layer);
+  }
   return Verdict::kTaken;
 }
 
@@ -211,6 +215,7 @@ void SessionModel::TakeParked() {
     const Verdict verdict = Take(parked_.front());
     if (verdict == Verdict::kRefused) return;
     StartLayer();
+    AnswerPulled();
     if (verdict == Verdict::kNoBuffer) return;
     parked_.pop_front();
   }
@@ -262,12 +267,17 @@ void SessionModel::Answer() {
     Refuse(bad->second);
     return;
   }
-  holders_.erase(layer);
-  answered_.push_back(static_cast<uint32_t>(layer));
-  unsent_bytes_ += options_.output_bytes[static_cast<size_t>(layer)];
+  computed_.push_back(static_cast<uint32_t>(layer));
+  if (pulls_rows()) {
+    Pull(layer);
+  } else {
+    holders_.erase(layer);
+    answered_.push_back(static_cast<uint32_t>(layer));
+    unsent_bytes_ += options_.output_bytes[static_cast<size_t>(layer)];
+  }
   if (options_.spec.method.has_skeleton() && !pivot_) {
     int64_t needed = options_.decided_by_one_layer ? options_.decided_at : 0;
-    for (const uint32_t each : answered_) {
+    for (const uint32_t each : computed_) {
       if (options_.decided_by_one_layer ? each == options_.decided_at
                                         : each <= options_.decided_at) {
         ++needed;
@@ -278,10 +288,37 @@ void SessionModel::Answer() {
       unsent_bytes_ += options_.pivot_bytes;
     }
   }
+  StartLayer();
   GoOn();
 }
 
+// From now on the layer's rows may come.
+void SessionModel::Pull(int64_t layer) {
+  const auto index = static_cast<size_t>(layer);
+  pulled_.insert(layer);
+  pulls_.push_back(static_cast<uint32_t>(layer));
+  unsent_bytes_ += options_.pull_bytes[index];
+  for (const auto tensor : {engine::InputTensor::kKeys, engine::InputTensor::kValues}) {
+    const int64_t bytes = options_.spec.PulledBytes(tensor, options_.kept_tokens[index]);
+    if (bytes == 0) continue;
+    const auto size = static_cast<size_t>(bytes);
+    layers_[index][tensor] = {
+        .bytes = std::string(size, '\0'), .came = std::vector<char>(size), .missing = bytes};
+  }
+}
+
+void SessionModel::AnswerPulled() {
+  while (!complete_rows_.empty() && !output_full()) {
+    const int64_t layer = complete_rows_.front();
+    complete_rows_.pop_front();
+    holders_.erase(layer);
+    answered_.push_back(static_cast<uint32_t>(layer));
+    unsent_bytes_ += options_.output_bytes[static_cast<size_t>(layer)];
+  }
+}
+
 void SessionModel::GoOn() {
+  AnswerPulled();
   StartLayer();
   if (!parked_.empty()) {
     TakeParked();
@@ -298,6 +335,7 @@ void SessionModel::End(State state) {
   state_ = state;
   parked_.clear();
   complete_.clear();
+  complete_rows_.clear();
   if (!running_.has_value() && unsent_bytes_ == 0) holds_memory_ = false;
 }
 

@@ -24,7 +24,11 @@ class SessionModel {
     int64_t layers_in_flight = 2;
     int64_t layer_output_bytes = 0;     // of a layer, at most
     std::vector<int64_t> output_bytes;  // of each layer, of skeleton rows where it comes so
+    int64_t output_limit_bytes = 0;     // of results that wait to be sent
     int64_t pivot_bytes = 0;
+    // With PromptSpec::pull: of each layer, what a pull has, and the rows that it asks for.
+    std::vector<int64_t> pull_bytes;
+    std::vector<int64_t> kept_tokens;
     // The layer with which the pivot is decided: once it and all before it were answered, or it
     // alone was.
     int64_t decided_at = 0;
@@ -56,6 +60,7 @@ class SessionModel {
   // What must have been called, once everything is at rest.
   int ready() const { return ready_; }
   const std::vector<uint32_t>& layers() const { return answered_; }
+  const std::vector<uint32_t>& pulls() const { return pulls_; }
   bool pivot() const { return pivot_; }
   bool finished() const { return state_ == State::kFinished; }
   std::optional<absl::StatusCode> failed() const { return failed_; }
@@ -74,6 +79,8 @@ class SessionModel {
   bool holds_memory() const { return holds_memory_; }
   int64_t unsent_bytes() const { return unsent_bytes_; }
   int64_t received_bytes() const { return received_bytes_; }
+  // Every layer, and every row that is pulled.
+  bool all_came() const { return LowestUnfinished() == options_.spec.geometry.layers; }
   // Layers at or above this one are refused.
   int64_t window_end() const { return LowestUnfinished() + options_.layers_in_flight; }
 
@@ -88,7 +95,12 @@ class SessionModel {
   enum class Verdict : uint8_t { kTaken, kNoBuffer, kRefused };
 
   int64_t LowestUnfinished() const;
+  bool pulls_rows() const { return options_.spec.pull != engine::Pull::kNone; }
+  // All came that is due: what decides, or after the layer's pull its rows.
   bool IsComplete(int64_t layer) const;
+  bool IsFinished(int64_t layer) const {
+    return IsComplete(layer) && (!pulls_rows() || pulled_.contains(layer));
+  }
   // What the layer's tensors are where it holds skeleton rows, or all.
   std::map<engine::InputTensor, TensorBytes> TensorsOf(int64_t layer, bool skeleton_rows) const;
   bool MayBecomeSkeleton(int64_t layer) const;
@@ -103,6 +115,8 @@ class SessionModel {
   // Gates and failures know a prompt by its number of tokens, and so pass over layers of fewer.
   bool IsDisturbed(int64_t layer) const;
   void Answer();
+  void Pull(int64_t layer);
+  void AnswerPulled();
   void GoOn();
   void End(State state);
 
@@ -112,7 +126,10 @@ class SessionModel {
   std::vector<std::map<engine::InputTensor, TensorBytes>> layers_;
   std::set<int64_t> skeleton_layers_;  // that came as skeleton rows
   std::set<int64_t> holders_;          // layers with buffers
-  std::deque<int64_t> complete_;       // that wait to be computed
+  std::set<int64_t> pulled_;
+  std::deque<int64_t> complete_rows_;  // that wait for room
+  std::vector<uint32_t> computed_;
+  std::deque<int64_t> complete_;  // that wait to be computed
   std::optional<int64_t> running_;
   bool begun_by_last_message_ = false;
   int64_t calls_ = 0;
@@ -121,6 +138,7 @@ class SessionModel {
   bool owes_ready_ = false;
   int ready_ = 0;
   std::vector<uint32_t> answered_;
+  std::vector<uint32_t> pulls_;
   bool pivot_ = false;
   std::optional<absl::StatusCode> failed_;
   bool holds_memory_ = true;

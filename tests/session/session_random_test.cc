@@ -214,6 +214,7 @@ TEST_F(SessionRandomTest, SessionsOnSeveralThreadsAreAsTheirModels) {
   std::atomic<int> finished{0};
   std::atomic<int> failed{0};
   std::atomic<int> cut_layers{0};  // of prompts that finished
+  std::atomic<int> pulled_layers{0};
   std::vector<std::thread> threads;
   for (int t = 0; t < kDrivers; ++t) {
     threads.emplace_back([&, t] {
@@ -235,7 +236,10 @@ TEST_F(SessionRandomTest, SessionsOnSeveralThreadsAreAsTheirModels) {
           EXPECT_TRUE(driver.model().finished());
         }
         (driver.model().finished() ? finished : failed) += 1;
-        if (driver.model().finished()) cut_layers += scenario.cut_layers;
+        if (driver.model().finished()) {
+          cut_layers += scenario.cut_layers;
+          pulled_layers += static_cast<int>(driver.model().pulls().size());
+        }
         driver.OpenGate();
       }
       --drivers_left;
@@ -260,6 +264,7 @@ TEST_F(SessionRandomTest, SessionsOnSeveralThreadsAreAsTheirModels) {
   EXPECT_GT(finished, kDrivers * kSessions / 3);
   EXPECT_GT(failed, kDrivers * kSessions / 10);
   EXPECT_GT(cut_layers, kDrivers * kSessions / 10);
+  EXPECT_GT(pulled_layers, kDrivers * kSessions / 5);
 }
 
 }  // namespace
