@@ -41,21 +41,28 @@ const Buffer& TensorOf(const LayerInput& input, InputTensor tensor) {
   return input.keys;
 }
 
-// Scales are factors: NaN fails too.
+// Scales are factors: NaN fails too, and so does a key scale that scores cannot be multiplied by.
 // `first_head`: of the model's KV heads, the input's first.
 absl::Status CheckScales(const PromptSpec& spec, const LayerInput& input, InputTensor tensor,
                          int64_t first_head) {
   const Buffer& buffer = TensorOf(input, tensor);
   const auto* scales = buffer.as<const float>();
+  const bool scored =
+      tensor == InputTensor::kKeyScales && spec.statistic == Statistic::kWindowQueries;
+  const double factor = scored ? spec.attention_scale.value_or(1) : 1;
   for (size_t i = 0; i < buffer.size() / sizeof(float); ++i) {
-    if (scales[i] > 0 && std::isfinite(scales[i])) continue;
+    if (scales[i] > 0 && std::isfinite(scales[i]) &&
+        std::isfinite(static_cast<float>(factor * scales[i]))) {
+      continue;
+    }
     const std::string_view name = InputTensorName(tensor);
     return absl::InvalidArgumentError(absl::StrCat(
         "layer ", input.layer, ": ", absl::string_view(name.data(), name.size()), ": that of ",
         spec.kv_scales == KvScales::kPerTensor
             ? "every KV head"
             : absl::StrCat("KV head ", first_head + static_cast<int64_t>(i)),
-        " is ", std::isnan(scales[i]) ? NAN : scales[i], "; a finite number above 0 is needed"));
+        " is ", std::isnan(scales[i]) ? NAN : scales[i], "; a finite number above 0 is needed",
+        factor == 1 ? "" : absl::StrCat(", times attention_scale (", factor, ") too")));
   }
   return absl::OkStatus();
 }

@@ -253,6 +253,21 @@ TEST_F(RotaryOutputTest, APlanHasNoKeysToTurn) {
                 {"open.rotary", "PLAN"});
 }
 
+TEST_F(RotaryOutputTest, KeysOfFp8AreNotTurned) {
+  Start();
+  for (const v1::DType dtype : {v1::DTYPE_F8_E4M3, v1::DTYPE_F8_E5M2}) {
+    v1::Open open = SmallOpen();
+    *open.mutable_rotary() = Valid(kDefault);
+    open.set_dtype(dtype);
+    const Outcome outcome = Run({OpenMessage(open)});
+    ExpectFailure(
+        outcome, grpc::StatusCode::INVALID_ARGUMENT,
+        {"open.rotary", dtype == v1::DTYPE_F8_E4M3 ? "f8_e4m3" : "f8_e5m2", "f32, f16, bf16"});
+    EXPECT_THAT(outcome.responses, ::testing::IsEmpty());
+    ExpectMemoryBack();
+  }
+}
+
 TEST_F(RotaryOutputTest, PulledKeysAreNotTurned) {
   Start();
   v1::Open open = SmallOpen();

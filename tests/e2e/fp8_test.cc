@@ -194,6 +194,21 @@ INSTANTIATE_TEST_SUITE_P(
                                "value_scales: that of KV head 0 is -inf"}),
     [](const auto& instance) { return instance.param.name; });
 
+// By its own KV head, also where the heads of a group are scored one by one.
+TEST_F(ServiceTest, AKeyScaleThatOverflowsWithTheAttentionScaleIsNamed) {
+  Start();
+  for (const v1::GroupReduce reduce : {v1::GROUP_REDUCE_SUM, v1::GROUP_REDUCE_MAX}) {
+    v1::Open open = Fp8Open(v1::DTYPE_F8_E4M3, kPerHead);
+    open.mutable_method()->mutable_structkv()->set_group_reduce(reduce);
+    open.set_attention_scale(4);
+    PromptData data(open, 48);
+    SetElement(v1::DTYPE_F32, 1e38F, 1, data.mutable_tensor(2, v1::TENSOR_KEY_SCALES));
+    ExpectFailure(Run(AllMessages(data)), grpc::StatusCode::INVALID_ARGUMENT,
+                  {"layer 2: key_scales: that of KV head 1 is 1e+38", "times attention_scale (4)"});
+    ExpectMemoryBack();
+  }
+}
+
 TEST_F(ServiceTest, AnotherCountOfScalesIsRefused) {
   Start();
   const PromptData data(Fp8Open(v1::DTYPE_F8_E4M3, kPerHead), 45);
