@@ -37,6 +37,16 @@ void Shorten(Pieces* pieces) {
   }
 }
 
+// The end of one prompt of a batch.
+v1::CompressResponse Failed() {
+  v1::CompressResponse response;
+  response.set_prompt(1);
+  response.mutable_failed()->set_code(8);
+  response.mutable_failed()->set_message("the budget is taken");
+  response.mutable_failed()->set_retry_after_millis(250);
+  return response;
+}
+
 void AddWire(const Corpus& corpus) {
   Random random(5);
   const std::string cuts("\x03\x01\x07\x1e", 4);
@@ -53,6 +63,21 @@ void AddWire(const Corpus& corpus) {
   corpus.Add("decode_request", "open", std::string(1, '\0') + open.SerializeAsString());
   v1::CompressRequest pieces;
   pieces.mutable_pieces()->add_pieces()->set_data("data");
+  v1::CompressRequest of_batch = open;
+  of_batch.set_prompt(3);
+  of_batch.mutable_open()->set_batch_prompt_count(4);
+  corpus.Add("decode_request", "open_of_batch",
+             std::string(1, '\0') + of_batch.SerializeAsString());
+  of_batch = pieces;
+  of_batch.set_prompt(1000);
+  corpus.Add("decode_request", "pieces_of_batch", cuts + of_batch.SerializeAsString());
+  // The prompt may come before what is of it, and more than once.
+  v1::CompressRequest prompt;
+  prompt.set_prompt(2);
+  corpus.Add("decode_request", "prompt_first",
+             cuts + prompt.SerializeAsString() + commit.SerializeAsString());
+  corpus.Add("decode_request", "prompt_twice",
+             cuts + of_batch.SerializeAsString() + prompt.SerializeAsString());
   corpus.Add("decode_request", "members",
              cuts + open.SerializeAsString() + pieces.SerializeAsString() +
                  commit.SerializeAsString() + pieces.SerializeAsString());
@@ -62,7 +87,10 @@ void AddWire(const Corpus& corpus) {
     if (response.has_pivot()) Shorten(response.mutable_pivot()->mutable_pieces());
     if (response.has_pull()) Shorten(response.mutable_pull()->mutable_pieces());
     corpus.Add("decode_response", "response" + Number(i), cuts + response.SerializeAsString());
+    response.set_prompt(static_cast<uint32_t>(i) + 1);
+    corpus.Add("decode_response", "of_batch" + Number(i), cuts + response.SerializeAsString());
   }
+  corpus.Add("decode_response", "failed", cuts + Failed().SerializeAsString());
 }
 
 void AddOpen(const Corpus& corpus) {
@@ -105,6 +133,20 @@ void AddOpen(const Corpus& corpus) {
   open.mutable_paged()->set_block_count(6);
   for (const uint32_t block : {5U, 0U, 3U, 2U}) open.mutable_paged()->add_block_table(block);
   corpus.Add("open", "paged", open.SerializeAsString());
+  open = rpc::ValidOpen();
+  open.mutable_shard_group()->set_group_id("group");
+  open.mutable_shard_group()->set_shard_count(2);
+  open.mutable_shard_group()->set_shard_index(1);
+  open.set_batch_prompt_count(3);
+  corpus.Add("open", "shard_group", open.SerializeAsString());
+  const v1::ModelGeometry& geometry = open.geometry();
+  open.mutable_shard_group()->mutable_kv_heads()->set_begin(1);
+  open.mutable_shard_group()->mutable_kv_heads()->set_count(geometry.kv_head_count() - 1);
+  const uint32_t group = geometry.query_head_count() / geometry.kv_head_count();
+  open.mutable_shard_group()->mutable_query_heads()->set_begin(group);
+  open.mutable_shard_group()->mutable_query_heads()->set_count(geometry.query_head_count() - group);
+  open.mutable_shard_group()->set_decode_shard_count(2);
+  corpus.Add("open", "uneven_shard_group", open.SerializeAsString());
   open = rpc::ValidOpen();
   open.mutable_method()->mutable_snapkv()->set_pooling(v1::POOLING_NONE);
   open.set_window_lse(true);
@@ -313,6 +355,8 @@ int main(int argc, char** argv) {
   }
   corpus.Add("client_assembler", "answers8",
              '\x08' + structkv::fuzz::Answers(/*plan=*/false, /*on_request=*/false, /*pull=*/true));
+  corpus.Add("client_assembler", "failed",
+             std::string(1, '\0') + structkv::fuzz::Framed(structkv::fuzz::Failed()));
   structkv::fuzz::AddTexts(corpus);
   return 0;
 }
