@@ -1,11 +1,12 @@
 # Flags that every target of the project gets through structkv_options.
 add_library(structkv_options INTERFACE)
 target_include_directories(structkv_options INTERFACE ${PROJECT_SOURCE_DIR})
-target_compile_options(structkv_options INTERFACE
-  -Wall -Wextra -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual -Wno-missing-field-initializers)
+# Not for nvcc, which has its own (cmake/Cuda.cmake).
+target_compile_options(structkv_options INTERFACE $<$<COMPILE_LANGUAGE:C,CXX>:
+  -Wall -Wextra -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual -Wno-missing-field-initializers>)
 option(STRUCTKV_WERROR "Treat warnings as errors" ON)
 if(STRUCTKV_WERROR)
-  target_compile_options(structkv_options INTERFACE -Werror)
+  target_compile_options(structkv_options INTERFACE $<$<COMPILE_LANGUAGE:C,CXX>:-Werror>)
 endif()
 
 if(STRUCTKV_SANITIZE)
@@ -21,4 +22,5 @@ endif()
 find_program(CCACHE ccache)
 if(CCACHE)
   set(CMAKE_CXX_COMPILER_LAUNCHER ${CCACHE})
+  set(CMAKE_CUDA_COMPILER_LAUNCHER ${CCACHE})
 endif()
