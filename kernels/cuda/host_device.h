@@ -6,8 +6,18 @@
 // Callable from both.
 #define STRUCTKV_HOST_DEVICE __host__ __device__
 // A part of a kernel, for the GPU (or, in the tests, the emulated one) alone.
-#define STRUCTKV_DEVICE __device__ __forceinline__
+#define STRUCTKV_DEVICE __device__
 #else
 #define STRUCTKV_HOST_DEVICE
-#define STRUCTKV_DEVICE inline
+#define STRUCTKV_DEVICE
+#endif
+
+// Before a loop that has to be unrolled, so that arrays that it indexes stay in registers, or must
+// not be, for want of them.
+#ifdef __CUDA_ARCH__
+#define STRUCTKV_UNROLL _Pragma("unroll")
+#define STRUCTKV_ROLLED _Pragma("unroll 1")
+#else
+#define STRUCTKV_UNROLL
+#define STRUCTKV_ROLLED
 #endif

@@ -1,0 +1,39 @@
+// The template behind the functions of saliency_scores.h.
+#pragma once
+
+#include "kernels/cuda/saliency_scores.h"
+#include "kernels/cuda/saliency_steps.h"
+#include "kernels/cuda/tensor_block.h"
+
+namespace structkv::cuda {
+
+// Two blocks to a multiprocessor: at most 128 registers, which the build holds the compiler to. One
+// under float32 queries, whose many multiplications are what takes the time.
+template <class P, int kPairs, bool kStore>
+__global__ void __launch_bounds__(kSaliencyThreads, P::kQueryParts == 1 ? 2 : 1)
+    ScoresKernel(const __grid_constant__ SaliencyPlan plan) {
+  extern __shared__ float shared[];
+  TensorBlock block;
+  Scores<P, kPairs, kStore>(block, plan, shared);
+}
+
+// Beyond 48 KB of shared memory a kernel has to be allowed.
+template <class Kernel>
+cudaError_t LaunchTiles(Kernel* kernel, const SaliencyPlan& plan, const TileLaunch& launch) {
+  if (const cudaError_t error = cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
+      error != cudaSuccess) {
+    return error;
+  }
+  kernel<<<launch.blocks, kSaliencyThreads, launch.shared_bytes, launch.stream>>>(plan);
+  return cudaGetLastError();
+}
+
+// Storing has no registers to spare for a head size that is known: it takes any.
+template <class P, int kPairs>
+cudaError_t LaunchScoresOf(const SaliencyPlan& plan, bool store, const TileLaunch& launch) {
+  if (store) return LaunchTiles(&ScoresKernel<P, 0, true>, plan, launch);
+  return LaunchTiles(&ScoresKernel<P, kPairs, false>, plan, launch);
+}
+
+}  // namespace structkv::cuda

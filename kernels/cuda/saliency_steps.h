@@ -1,0 +1,472 @@
+// The saliency kernels' own code, over what a block of threads can do (TensorBlock).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "kernels/cuda/pieces.h"
+#include "kernels/cuda/saliency_plan.h"
+
+namespace structkv::cuda {
+
+// Stands for the highest score where no row attends to any of the tokens.
+inline constexpr float kLowestScore = -3.0e38F;
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// A lane's scores of a block of tokens under a chunk of rows.
+using ScoreFragment = float[kRowTiles][4];
+
+// --- Queries ---
+
+template <DType kQuery>
+STRUCTKV_DEVICE float QueryElement(const unsigned char* row, int element) {
+  if constexpr (kQuery == DType::kF32) {
+    // Queries need no alignment beyond their bytes'.
+    uint32_t bits = 0;
+    for (int i = 0; i < 4; ++i) bits |= static_cast<uint32_t>(row[4 * element + i]) << (8 * i);
+    return FloatOf(bits);
+  } else {
+    const uint32_t bits = row[2 * element] | static_cast<uint32_t>(row[2 * element + 1]) << 8;
+    return kQuery == DType::kF16 ? HalfToFloat(bits) : FloatOf(bits << 16);
+  }
+}
+
+// Packs the queries as the multiplications take them, zeros where there are none, and converts the
+// log-sum-exps. Any number of blocks.
+template <DType kQuery, class Block>
+STRUCTKV_DEVICE void PackQueries(Block& block, const SaliencyPlan& plan) {
+  constexpr int kParts = kQuery == DType::kF32 ? 3 : 1;
+  constexpr int kBytes = kQuery == DType::kF32 ? 4 : 2;
+  const int64_t step = block.blocks() * block.threads();
+  const int64_t first = block.index() * block.threads() + block.thread();
+  const int64_t pieces = PackedIndex(plan, 1, plan.kv_heads, 0, 0);
+  for (int64_t i = first; i < pieces; i += step) {
+    const int lane = static_cast<int>(i % kLanes);
+    const int tile = static_cast<int>(i / kLanes % kRowTiles);
+    const int64_t outer = i / (kLanes * kRowTiles);
+    const int pair = static_cast<int>(outer % plan.pairs);
+    const int chunk = static_cast<int>(outer / plan.pairs % plan.row_chunks);
+    const int head = static_cast<int>(outer / plan.pairs / plan.row_chunks);
+    const int row = chunk * kChunkRows + tile * kTileRows + FragmentBRow(lane);
+    const int dim = PieceDim(pair, lane);
+    float values[kPieceDims] = {};
+    if (row < plan.rows && dim < plan.dim) {
+      const int64_t query_head = int64_t{head} * plan.group + row / plan.window;
+      const int window_row = row % plan.window;
+      const unsigned char* from =
+          plan.queries +
+          (query_head * plan.query_head_stride + window_row * plan.query_row_stride) * kBytes;
+      STRUCTKV_UNROLL
+      for (int e = 0; e < kPieceDims; ++e) {
+        values[e] = QueryElement<kQuery>(from, dim + e);
+        if (!IsFinite(values[e])) {
+          block.Min(&plan.flags->query,
+                    BadRow(query_head * plan.window + window_row, KindOf(values[e])));
+        }
+      }
+    }
+    Words4* const to = plan.packed + outer * kParts * kRowTiles * kLanes + tile * kLanes + lane;
+    if constexpr (kQuery == DType::kF32) {
+      uint32_t parts[kParts][kPieceWords];
+      SplitPiece(values, parts);
+      for (int part = 0; part < kParts; ++part) {
+        to[part * kRowTiles * kLanes] = {
+            {parts[part][0], parts[part][1], parts[part][2], parts[part][3]}};
+      }
+    } else {
+      Words4 words;
+      STRUCTKV_UNROLL
+      for (int w = 0; w < kPieceWords; ++w) {
+        words.w[w] = kQuery == DType::kF16 ? Halves(values[2 * w], values[2 * w + 1])
+                                           : UpperHalves(values[2 * w], values[2 * w + 1]);
+      }
+      *to = words;
+    }
+  }
+  if (plan.lse == nullptr) return;
+  const int padded = plan.padded_rows();
+  for (int64_t i = first; i < int64_t{plan.kv_heads} * padded; i += step) {
+    const int row = static_cast<int>(i % padded);
+    float lse = kInfinity;
+    if (row < plan.rows) {
+      const int64_t at = i / padded * plan.rows + row;
+      const float given = plan.lse[at];
+      if (!IsFinite(given)) block.Min(&plan.flags->lse, BadRow(at, KindOf(given)));
+      lse = given * 1.44269504F;
+    }
+    plan.row_lse[i] = lse;
+  }
+}
+
+// --- Scores ---
+
+// Pieces of a block's 16 keys, of which a lane has two rows.
+template <class P>
+using RawKeys = uint32_t[P::kPairsInFlight][2][P::kWords];
+
+template <class P, int kPairs, class Block>
+STRUCTKV_DEVICE void LoadKeys(Block& block, const SaliencyPlan& plan,
+                              const unsigned char* const (&rows)[2], int first_pair,
+                              RawKeys<P>& raw) {
+  STRUCTKV_UNROLL
+  for (int p = 0; p < P::kPairsInFlight; ++p) {
+    const int dim = PieceDim(first_pair + p, block.lane());
+    const bool there = kPairs != 0 ? first_pair + p < kPairs : dim < plan.dim;
+    STRUCTKV_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const unsigned char* const from = rows[r] + dim * P::kKeyBytes;
+      if (!there) {
+        STRUCTKV_UNROLL
+        for (int w = 0; w < P::kWords; ++w) raw[p][r][w] = 0;
+      } else if constexpr (P::kWords == 2) {
+        block.Once8(from, raw[p][r]);
+      } else {
+        STRUCTKV_UNROLL
+        for (int v = 0; v < P::kWords / 4; ++v) {
+          const Words4 words = block.Once16(from + 16 * v);
+          STRUCTKV_UNROLL
+          for (int w = 0; w < 4; ++w) raw[p][r][4 * v + w] = words.w[w];
+        }
+      }
+    }
+  }
+}
+
+template <class P, int kPairs, class Block>
+STRUCTKV_DEVICE void MultiplyKeys(Block& block, const SaliencyPlan& plan, const RawKeys<P>& raw,
+                                  const Words4* queries, int first_pair, ScoreFragment& scores) {
+  const int pairs = kPairs != 0 ? kPairs : plan.pairs;
+  STRUCTKV_UNROLL
+  for (int p = 0; p < P::kPairsInFlight; ++p) {
+    const int pair = first_pair + p;
+    if (pair >= pairs) break;
+    block.KeepOrder();
+    uint32_t keys[2][P::kKeyParts][kPieceWords];
+    KeyParts<P>(raw[p][0], keys[0]);
+    KeyParts<P>(raw[p][1], keys[1]);
+    STRUCTKV_UNROLL
+    for (int q = 0; q < P::kQueryParts; ++q) {
+      STRUCTKV_UNROLL
+      for (int tile = 0; tile < kRowTiles; ++tile) {
+        const Words4 query = block.Often16(
+            queries + ((pair * P::kQueryParts + q) * kRowTiles + tile) * kLanes + block.lane());
+        STRUCTKV_UNROLL
+        for (int k = 0; k < P::kKeyParts; ++k) {
+          if (k + q > 3) continue;
+          STRUCTKV_UNROLL
+          for (int step = 0; step < 2; ++step) {
+            const uint32_t a[4] = {keys[0][k][PieceWord(step, 0)], keys[1][k][PieceWord(step, 0)],
+                                   keys[0][k][PieceWord(step, 1)], keys[1][k][PieceWord(step, 1)]};
+            block.template Multiply<P::kHalf>(a, query.w[PieceWord(step, 0)],
+                                              query.w[PieceWord(step, 1)], scores[tile]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Whether row `row` of a group attends to `token`.
+STRUCTKV_HOST_DEVICE inline bool Attends(const SaliencyPlan& plan, int row, int token) {
+  return row < plan.rows && token <= LastToken(plan.tokens, plan.window, row);
+}
+
+// Reports scores that are not finite.
+template <class Block>
+STRUCTKV_DEVICE void ReportScores(Block& block, const SaliencyPlan& plan, int head, int chunk,
+                                  int first_token, const ScoreFragment& scores) {
+  STRUCTKV_UNROLL
+  for (int tile = 0; tile < kRowTiles; ++tile) {
+    STRUCTKV_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int row = chunk * kChunkRows + tile * kTileRows + FragmentCRow(block.lane(), i);
+      const int token = first_token + FragmentCToken(block.lane(), i);
+      const float score = scores[tile][i];
+      if (!IsFinite(score) && Attends(plan, row, token)) {
+        block.Min(&plan.flags->score, BadScore(token, head, KindOf(score)));
+      }
+    }
+  }
+}
+
+// Makes scores minus infinity where a row does not attend to a token.
+template <class Block>
+STRUCTKV_DEVICE void MaskScores(Block& block, const SaliencyPlan& plan, int chunk, int first_token,
+                                ScoreFragment& scores) {
+  STRUCTKV_UNROLL
+  for (int tile = 0; tile < kRowTiles; ++tile) {
+    STRUCTKV_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int row = chunk * kChunkRows + tile * kTileRows + FragmentCRow(block.lane(), i);
+      const int token = first_token + FragmentCToken(block.lane(), i);
+      if (!Attends(plan, row, token)) scores[tile][i] = -kInfinity;
+    }
+  }
+}
+
+// Adds the weights under the rows' given log-sum-exps to the sums of the lane's two tokens.
+template <class Block>
+STRUCTKV_DEVICE void WeighScores(Block& block, const SaliencyPlan& plan, int head, int chunk,
+                                 const ScoreFragment& scores, float (&sums)[2]) {
+  const float* const lse =
+      plan.row_lse + static_cast<int64_t>(head) * plan.padded_rows() + chunk * kChunkRows;
+  float of_chunk[2] = {0.0F, 0.0F};
+  STRUCTKV_UNROLL
+  for (int tile = 0; tile < kRowTiles; ++tile) {
+    STRUCTKV_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      of_chunk[i / 2] +=
+          Exp2(scores[tile][i] - lse[tile * kTileRows + FragmentCRow(block.lane(), i)]);
+    }
+  }
+  sums[0] += of_chunk[0];
+  sums[1] += of_chunk[1];
+}
+
+// Stores the exponentials relative to each row's highest score among the 16 tokens, and that and
+// their sum.
+template <class Block>
+STRUCTKV_DEVICE void StoreExps(Block& block, const SaliencyPlan& plan, int head, int chunk,
+                               int token_block, const ScoreFragment& scores) {
+  Words4* const to = plan.exps + ExpsIndex(plan, head, chunk, token_block) + block.lane();
+  Floats2* const row_sums =
+      plan.row_sums + RowSumsIndex(plan, head, chunk * kChunkRows, token_block);
+  Words4 halves = {};
+  STRUCTKV_UNROLL
+  for (int tile = 0; tile < kRowTiles; ++tile) {
+    uint32_t exps[4];
+    STRUCTKV_UNROLL
+    for (int column = 0; column < 2; ++column) {
+      const float low = scores[tile][column];
+      const float high = scores[tile][2 + column];
+      float top = fmaxf(fmaxf(low, high), kLowestScore);
+      STRUCTKV_UNROLL
+      for (int mask = 4; mask < kLanes; mask *= 2) top = fmaxf(top, block.ShuffleXor(top, mask));
+      exps[column] = FloatToHalf(Exp2(low - top));
+      exps[2 + column] = FloatToHalf(Exp2(high - top));
+      float sum = HalfToFloat(exps[column]) + HalfToFloat(exps[2 + column]);
+      STRUCTKV_UNROLL
+      for (int mask = 4; mask < kLanes; mask *= 2) sum += block.ShuffleXor(sum, mask);
+      if (LaneGroup(block.lane()) == 0) {
+        row_sums[(tile * kTileRows + FragmentCRow(block.lane(), column)) * plan.blocks] = {top,
+                                                                                           sum};
+      }
+    }
+    halves.w[tile % 2 * 2] = exps[0] | exps[1] << 16;
+    halves.w[tile % 2 * 2 + 1] = exps[2] | exps[3] << 16;
+    if (tile % 2 == 1) to[tile / 2 * kLanes] = halves;
+  }
+}
+
+// Adds up the sums of the four lanes that share a token, and leaves them with the head's other
+// tokens, [tile tokens].
+template <class Block>
+STRUCTKV_DEVICE void LeaveSums(Block& block, const SaliencyPlan& plan, float (&sums)[2],
+                               int in_tile, float* of_head) {
+  STRUCTKV_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    sums[half] += block.ShuffleXor(sums[half], 1);
+    sums[half] += block.ShuffleXor(sums[half], 2);
+    if (LaneQuarter(block.lane()) == 0) {
+      of_head[in_tile + FragmentCToken(block.lane(), 2 * half)] =
+          MultiplyRounded(sums[half], plan.mean);
+    }
+  }
+}
+
+// One warp, one head, 64 tokens: from keys to sums, or to stored exponentials.
+template <class P, int kPairs, bool kStore, class Block>
+STRUCTKV_DEVICE void ScoreUnit(Block& block, const SaliencyPlan& plan, int head, int tile, int unit,
+                               float* of_head) {
+  // Where all of a key fits in registers it stays there for all rows; else it is read again for
+  // each chunk of them, from the L2 cache.
+  constexpr bool kAtOnce = kPairs != 0 && kPairs <= P::kPairsInFlight;
+  float scale = plan.scale_log2;
+  if (plan.key_scales != nullptr) scale *= plan.key_scales[head];
+  STRUCTKV_ROLLED
+  for (int b = 0; b < kUnitBlocks; ++b) {
+    const int in_tile = unit * kUnitTokens + b * kBlockTokens;
+    const int64_t first = int64_t{tile} * plan.tile_tokens() + in_tile;
+    if (first >= plan.tokens) break;
+    const int first_token = static_cast<int>(first);
+    const bool masked = first_token + kBlockTokens - 1 > plan.tokens - plan.window;
+    const unsigned char* rows[2];
+    STRUCTKV_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int token = first_token + FragmentATokens(block.lane(), r);
+      // What lies behind the last token is read in its place, and masked.
+      rows[r] = plan.keys +
+                KeyOffset(plan, head, token < plan.tokens ? token : plan.tokens - 1, P::kKeyBytes);
+    }
+    RawKeys<P> raw;
+    if constexpr (kAtOnce) LoadKeys<P, kPairs>(block, plan, rows, 0, raw);
+    float sums[2] = {0.0F, 0.0F};
+    STRUCTKV_ROLLED
+    for (int chunk = 0; chunk < plan.row_chunks; ++chunk) {
+      const Words4* const queries = plan.packed + PackedIndex(plan, P::kQueryParts, head, chunk, 0);
+      ScoreFragment scores = {};
+      if constexpr (kAtOnce) {
+        MultiplyKeys<P, kPairs>(block, plan, raw, queries, 0, scores);
+      } else {
+        const int pairs = kPairs != 0 ? kPairs : plan.pairs;
+        for (int pair = 0; pair < pairs; pair += P::kPairsInFlight) {
+          LoadKeys<P, kPairs>(block, plan, rows, pair, raw);
+          MultiplyKeys<P, kPairs>(block, plan, raw, queries, pair, scores);
+        }
+      }
+      block.Multiplied();
+      // NaN if any score is not finite.
+      float check = 0.0F;
+      STRUCTKV_UNROLL
+      for (int i = 0; i < 4 * kRowTiles; ++i) {
+        scores[i / 4][i % 4] *= scale;
+        check += scores[i / 4][i % 4] * 0.0F;
+      }
+      if (!(check == 0.0F)) ReportScores(block, plan, head, chunk, first_token, scores);
+      if (masked || (chunk + 1) * kChunkRows > plan.rows) {
+        MaskScores(block, plan, chunk, first_token, scores);
+      }
+      if constexpr (kStore) {
+        StoreExps(block, plan, head, chunk, first_token / kBlockTokens, scores);
+      } else {
+        WeighScores(block, plan, head, chunk, scores, sums);
+      }
+    }
+    if constexpr (!kStore) {
+      LeaveSums(block, plan, sums, in_tile, of_head);
+      if (LaneQuarter(block.lane()) == 0) {
+        STRUCTKV_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int token = first_token + FragmentCToken(block.lane(), 2 * half);
+          if (!IsFinite(sums[half]) && token < plan.tokens) {
+            block.Min(&plan.flags->score, BadScore(token, head, KindOf(sums[half])));
+          }
+        }
+      }
+    }
+  }
+}
+
+// --- Outputs ---
+
+// Writes a tile's outputs from the heads' sums, [kv_heads, tile tokens] in shared memory.
+template <class Block>
+STRUCTKV_DEVICE void WriteTile(Block& block, const SaliencyPlan& plan, int tile,
+                               const float* shared) {
+  for (int i = block.thread(); i < plan.tile_tokens(); i += block.threads()) {
+    const int64_t token = int64_t{tile} * plan.tile_tokens() + i;
+    if (token >= plan.tokens) break;
+    float sum = 0.0F;
+    for (int head = 0; head < plan.kv_heads; ++head) {
+      const float value = shared[head * plan.tile_tokens() + i];
+      if (plan.per_head != nullptr) plan.per_head[int64_t{head} * plan.tokens + token] = value;
+      sum = AddRounded(sum, value);
+    }
+    if (plan.saliency != nullptr) plan.saliency[token] = sum;
+    if (plan.centrality != nullptr) {
+      plan.centrality[token] = AddRounded(MultiplyRounded(plan.decay, plan.centrality[token]), sum);
+    }
+  }
+}
+
+// --- Kernels ---
+
+// Keys to outputs, under given log-sum-exps, or (kStore) keys to stored exponentials. kPairs: the
+// head size over kPairDims where it is known, else 0. `shared` is [kv_heads, tile tokens], not used
+// with kStore. Any number of blocks.
+template <class P, int kPairs, bool kStore, class Block>
+STRUCTKV_DEVICE void Scores(Block& block, const SaliencyPlan& plan, float* shared) {
+  const int units = plan.kv_heads * plan.tile_units;
+  for (int tile = static_cast<int>(block.index()); tile < plan.tiles;
+       tile += static_cast<int>(block.blocks())) {
+    for (int u = block.warp(); u < units; u += block.warps()) {
+      const int head = u % plan.kv_heads;
+      ScoreUnit<P, kPairs, kStore>(block, plan, head, tile, u / plan.kv_heads,
+                                   kStore ? nullptr : shared + head * plan.tile_tokens());
+    }
+    if constexpr (!kStore) {
+      block.Sync();
+      WriteTile(block, plan, tile, shared);
+      block.Sync();
+    }
+  }
+}
+
+// Stored tile sums to each row's log-sum-exp over ln 2; one block for each padded row. `shared` is
+// [threads].
+template <class Block>
+STRUCTKV_DEVICE void CombineRow(Block& block, const SaliencyPlan& plan, Floats2* shared) {
+  const int64_t row = block.index();
+  if (row % plan.padded_rows() >= plan.rows) {
+    if (block.thread() == 0) plan.row_lse[row] = kInfinity;
+    return;
+  }
+  const Floats2* const parts = plan.row_sums + row * plan.blocks;
+  Floats2 all = {kLowestScore, 0.0F};
+  const auto add = [&all](const Floats2& part) {
+    const float top = fmaxf(all.x, part.x);
+    all.y = all.y * Exp2(all.x - top) + part.y * Exp2(part.x - top);
+    all.x = top;
+  };
+  for (int i = block.thread(); i < plan.blocks; i += block.threads()) add(parts[i]);
+  shared[block.thread()] = all;
+  block.Sync();
+  for (int half = block.threads() / 2; half > 0; half /= 2) {
+    if (block.thread() < half) {
+      add(shared[block.thread() + half]);
+      shared[block.thread()] = all;
+    }
+    block.Sync();
+  }
+  if (block.thread() == 0) plan.row_lse[row] = all.x + log2f(all.y);
+}
+
+// Stored exponentials to outputs; shared memory and blocks as Scores.
+template <class Block>
+STRUCTKV_DEVICE void WeighExps(Block& block, const SaliencyPlan& plan, float* shared) {
+  const int units = plan.kv_heads * plan.tile_units;
+  for (int tile = static_cast<int>(block.index()); tile < plan.tiles;
+       tile += static_cast<int>(block.blocks())) {
+    for (int u = block.warp(); u < units * kUnitBlocks; u += block.warps()) {
+      const int head = u % plan.kv_heads;
+      const int in_tile = u / plan.kv_heads * kBlockTokens;
+      const int64_t first = int64_t{tile} * plan.tile_tokens() + in_tile;
+      if (first >= plan.tokens) continue;
+      const int token_block = static_cast<int>(first / kBlockTokens);
+      float sums[2] = {0.0F, 0.0F};
+      for (int chunk = 0; chunk < plan.row_chunks; ++chunk) {
+        const Words4* const from = plan.exps + ExpsIndex(plan, head, chunk, token_block);
+        const Words4 words[2] = {block.Once16(from + block.lane()),
+                                 block.Once16(from + kLanes + block.lane())};
+        float of_chunk[2] = {0.0F, 0.0F};
+        STRUCTKV_UNROLL
+        for (int tile_row = 0; tile_row < kRowTiles; ++tile_row) {
+          float factors[2];
+          STRUCTKV_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const int row =
+                chunk * kChunkRows + tile_row * kTileRows + FragmentCRow(block.lane(), i);
+            const float top = plan.row_sums[RowSumsIndex(plan, head, row, token_block)].x;
+            factors[i] =
+                Exp2(top - plan.row_lse[static_cast<int64_t>(head) * plan.padded_rows() + row]);
+          }
+          STRUCTKV_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            const uint32_t exps = words[tile_row / 2].w[tile_row % 2 * 2 + half];
+            of_chunk[half] += HalfToFloat(exps & 0xFFFFU) * factors[0];
+            of_chunk[half] += HalfToFloat(exps >> 16) * factors[1];
+          }
+        }
+        sums[0] += of_chunk[0];
+        sums[1] += of_chunk[1];
+      }
+      LeaveSums(block, plan, sums, in_tile, shared + head * plan.tile_tokens());
+    }
+    block.Sync();
+    WriteTile(block, plan, tile, shared);
+    block.Sync();
+  }
+}
+
+}  // namespace structkv::cuda

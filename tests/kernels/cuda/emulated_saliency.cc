@@ -1,0 +1,114 @@
+#include "tests/kernels/cuda/emulated_saliency.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+
+#include "kernels/cuda/saliency_steps.h"
+#include "kernels/saliency_checks.h"
+#include "tests/kernels/cuda/emulated_block.h"
+
+namespace structkv::testing {
+namespace {
+
+using cuda::SaliencyPlan;
+
+template <class P, int kPairs>
+void RunScores(const SaliencyPlan& plan, int blocks) {
+  const bool store = plan.lse == nullptr;
+
+  std::vector<float> shared(static_cast<size_t>(plan.kv_heads) * plan.tile_tokens(),
+                            std::numeric_limits<float>::quiet_NaN());
+  EmulatedBlock::RunGrid(blocks, cuda::kSaliencyThreads, [&](EmulatedBlock& block) {
+    if (store) {
+      cuda::Scores<P, kPairs, true>(block, plan, nullptr);
+    } else {
+      cuda::Scores<P, kPairs, false>(block, plan, shared.data());
+    }
+  });
+}
+
+template <DType kKey, DType kQuery>
+void RunScoresOf(const SaliencyPlan& plan, int blocks) {
+  using P = cuda::Pieces<kKey, kQuery>;
+  // Every specialisation that the launchers have, and more.
+  if (kKey != DType::kF32 && plan.dim == 64) return RunScores<P, 2>(plan, blocks);
+  if (kKey != DType::kF32 && plan.dim == 128) return RunScores<P, 4>(plan, blocks);
+  RunScores<P, 0>(plan, blocks);
+}
+
+template <DType kKey>
+void RunScoresUnder(DType query, const SaliencyPlan& plan, int blocks) {
+  if (query == DType::kF16) return RunScoresOf<kKey, DType::kF16>(plan, blocks);
+  if (query == DType::kBF16) return RunScoresOf<kKey, DType::kBF16>(plan, blocks);
+  RunScoresOf<kKey, DType::kF32>(plan, blocks);
+}
+
+void RunScores(DType key, DType query, const SaliencyPlan& plan, int blocks) {
+  switch (key) {
+    case DType::kF16:
+      return RunScoresOf<DType::kF16, DType::kF16>(plan, blocks);
+    case DType::kBF16:
+      return RunScoresOf<DType::kBF16, DType::kBF16>(plan, blocks);
+    case DType::kF32:
+      return RunScoresOf<DType::kF32, DType::kF32>(plan, blocks);
+    case DType::kF8E4M3:
+      return RunScoresUnder<DType::kF8E4M3>(query, plan, blocks);
+    case DType::kF8E5M2:
+      return RunScoresUnder<DType::kF8E5M2>(query, plan, blocks);
+  }
+}
+
+void RunPack(DType query, const SaliencyPlan& plan) {
+  EmulatedBlock::RunGrid(3, cuda::kSaliencyThreads, [&](EmulatedBlock& block) {
+    if (query == DType::kF16) return cuda::PackQueries<DType::kF16>(block, plan);
+    if (query == DType::kBF16) return cuda::PackQueries<DType::kBF16>(block, plan);
+    cuda::PackQueries<DType::kF32>(block, plan);
+  });
+}
+
+}  // namespace
+
+EmulatedSaliency EmulateSaliency(const SaliencyParams& params, int blocks,
+                                 std::vector<float> centrality, float decay) {
+  const auto tokens = static_cast<size_t>(params.keys.tokens);
+  EmulatedSaliency out;
+  out.per_head.resize(static_cast<size_t>(params.keys.heads) * tokens);
+  out.saliency.resize(tokens);
+  out.centrality = std::move(centrality);
+  out.centrality.resize(tokens, 0.0F);
+  cuda::SaliencyRequest request;
+  request.queries = params.queries;
+  request.keys = params.keys;
+  request.lse = params.lse;
+  request.scale = static_cast<float>(SaliencyScale(params));
+  request.key_scales = params.key_scales;
+  request.per_head = out.per_head.data();
+  request.saliency = out.saliency.data();
+  request.centrality = out.centrality.data();
+  request.decay = decay;
+  request.flags = &out.flags;
+  SaliencyPlan plan = cuda::MakeSaliencyPlan(request);
+  const int64_t bytes = cuda::SaliencyWorkspaceBytes(request);
+  // What is not written is NaN of every type.
+  void* const workspace = std::aligned_alloc(16, static_cast<size_t>((bytes + 15) / 16 * 16));
+  std::memset(workspace, 0xFF, static_cast<size_t>(bytes));
+  cuda::LayOutWorkspace(&plan, params.queries.dtype, workspace);
+  std::memset(&out.flags, 0xFF, sizeof(out.flags));
+  RunPack(params.queries.dtype, plan);
+  RunScores(params.keys.dtype, params.queries.dtype, plan, blocks);
+  if (params.lse == nullptr) {
+    std::vector<cuda::Floats2> row(cuda::kSaliencyThreads);
+    EmulatedBlock::RunGrid(
+        int64_t{plan.kv_heads} * plan.padded_rows(), cuda::kSaliencyThreads,
+        [&](EmulatedBlock& block) { cuda::CombineRow(block, plan, row.data()); });
+    std::vector<float> shared(static_cast<size_t>(plan.kv_heads) * plan.tile_tokens());
+    EmulatedBlock::RunGrid(blocks, cuda::kSaliencyThreads, [&](EmulatedBlock& block) {
+      cuda::WeighExps(block, plan, shared.data());
+    });
+  }
+  std::free(workspace);
+  return out;
+}
+
+}  // namespace structkv::testing

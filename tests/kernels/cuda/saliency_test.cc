@@ -1,0 +1,211 @@
+// The CUDA saliency kernels, run on the host, against the oracle.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "kernels/reference/reference_backend.h"
+#include "tests/kernels/cuda/emulated_saliency.h"
+#include "tests/kernels/paged_tensor.h"
+#include "tests/kernels/random_tensor.h"
+#include "tests/kernels/saliency_bound.h"
+#include "tests/kernels/saliency_inputs.h"
+
+namespace structkv {
+namespace {
+
+using cuda::kNothingBad;
+using ::testing::Combine;
+using testing::EmulatedSaliency;
+using testing::EmulateSaliency;
+using testing::Expected;
+using testing::Inputs;
+using testing::PagedTensor;
+using testing::RowLse;
+using testing::Shape;
+using testing::Types;
+using ::testing::ValuesIn;
+
+const Shape kShapes[] = {
+    {1, 1, 1, 32, 1},      // one token
+    {2, 1, 7, 40, 7},      // nothing but the window
+    {4, 2, 64, 64, 64},    // the largest window, alone, in several chunks of rows
+    {8, 8, 65, 72, 8},     // a head for each warp; one token past a unit
+    {8, 2, 241, 128, 8},   // the usual geometry in small
+    {16, 1, 83, 256, 5},   // a group of 16, longer than what is in flight
+    {15, 5, 600, 96, 3},   // more heads than a tile has warps for, several tiles
+    {9, 9, 130, 64, 2},    // more heads than warps
+    {5, 1, 531, 56, 3},    // several tiles of one head
+    {16, 1, 40, 576, 8},   // latent keys
+    {128, 1, 35, 576, 2},  // and under many heads
+};
+
+const Types kTypes[] = {
+    {DType::kF16, DType::kF16},    {DType::kBF16, DType::kBF16},   {DType::kF32, DType::kF32},
+    {DType::kF16, DType::kF8E4M3}, {DType::kBF16, DType::kF8E4M3}, {DType::kF32, DType::kF8E4M3},
+    {DType::kF16, DType::kF8E5M2}, {DType::kBF16, DType::kF8E5M2}, {DType::kF32, DType::kF8E5M2},
+};
+
+// What the exponentials lose in float16: u = 2^-11 in a weight, and as much in the sum that it is
+// divided by; where a weight is below 2^-14 of the highest within its 16 tokens, 2^-25 of that,
+// which is at most 1 for each of the group's heads. 16 such errors in the 16 tokens of a sum whose
+// largest term is 1.
+void ExpectNear(const EmulatedSaliency& actual, const std::vector<float>& expected,
+                const SaliencyParams& params) {
+  const testing::SaliencyBound bound(params);
+  const bool stored = params.lse == nullptr;
+  const double relative =
+      stored ? std::expm1(2 * std::ldexp(1.0, -11) + 17 * std::ldexp(1.0, -25)) : 0.0;
+  const double absolute =
+      stored ? static_cast<double>(params.queries.heads / params.keys.heads) * std::ldexp(1.0, -25)
+             : 0.0;
+  EXPECT_EQ(actual.flags.score, kNothingBad);
+  EXPECT_EQ(actual.flags.query, kNothingBad);
+  EXPECT_EQ(actual.flags.lse, kNothingBad);
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const int64_t head = static_cast<int64_t>(i) / params.keys.tokens;
+    const double allowed =
+        bound.Tolerance(head, expected[i]) * (1 + relative) + relative * expected[i] + absolute;
+    ASSERT_LE(std::fabs(static_cast<double>(actual.per_head[i]) - expected[i]), allowed)
+        << "head " << head << ", token " << static_cast<int64_t>(i) % params.keys.tokens << ": "
+        << actual.per_head[i] << ", expected " << expected[i];
+  }
+}
+
+using Case = std::tuple<Types, Shape>;
+
+class CudaSaliencyTest : public ::testing::TestWithParam<Case> {
+ protected:
+  const Types types_ = std::get<0>(GetParam());
+  const Shape shape_ = std::get<1>(GetParam());
+  std::mt19937_64 random_ = testing::Random(shape_.tokens * 1000 + shape_.dim);
+};
+
+TEST_P(CudaSaliencyTest, AgreesWithTheOracle) {
+  const Inputs inputs(shape_, types_, Layout::kHeadTokenDim, random_);
+  SaliencyParams params = inputs.params();
+  ExpectNear(EmulateSaliency(params), Expected(params), params);
+  const std::vector<float> lse = RowLse(params);
+  params.lse = lse.data();
+  ExpectNear(EmulateSaliency(params), Expected(params), params);
+}
+
+std::string Name(const ::testing::TestParamInfo<Case>& instance) {
+  const auto& [types, s] = instance.param;
+  const auto number = [](int64_t n) { return std::to_string(n); };
+  return std::string(DTypeName(types.queries)) + "_" + std::string(DTypeName(types.keys)) + "_q" +
+         number(s.query_heads) + "_kv" + number(s.kv_heads) + "_n" + number(s.tokens) + "_d" +
+         number(s.dim) + "_w" + number(s.window);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, CudaSaliencyTest, Combine(ValuesIn(kTypes), ValuesIn(kShapes)), Name);
+
+class CudaSaliencyInputTest : public ::testing::Test {
+ protected:
+  const Shape shape_ = {6, 3, 210, 64, 8};
+  std::mt19937_64 random_ = testing::Random(3);
+  Inputs inputs_{shape_, DType::kBF16, Layout::kHeadTokenDim, random_};
+  const std::vector<float> lse_ = std::vector<float>(6 * 8, 1.5F);
+};
+
+TEST_F(CudaSaliencyInputTest, DependsOnNoLayoutPagesOrBlocks) {
+  for (const bool with_lse : {false, true}) {
+    SaliencyParams params = inputs_.params();
+    if (with_lse) params.lse = lse_.data();
+    const EmulatedSaliency expected = EmulateSaliency(params);
+    EXPECT_EQ(EmulateSaliency(params, 1).per_head, expected.per_head);
+    EXPECT_EQ(EmulateSaliency(params, 5).saliency, expected.saliency);
+    for (const Layout layout : {Layout::kHeadTokenDim, Layout::kTokenHeadDim}) {
+      for (const int64_t block_tokens : {1, 16, 48}) {
+        const PagedTensor paged(inputs_.keys.view(), layout, block_tokens, random_);
+        SaliencyParams other = params;
+        other.keys = paged.view();
+        EXPECT_EQ(EmulateSaliency(other).per_head, expected.per_head);
+      }
+    }
+    std::mt19937_64 random = testing::Random(3);
+    const Inputs token_first(shape_, DType::kBF16, Layout::kTokenHeadDim, random, 0);
+    SaliencyParams other = token_first.params();
+    other.lse = params.lse;
+    EXPECT_EQ(EmulateSaliency(other).per_head, expected.per_head);
+  }
+}
+
+TEST_F(CudaSaliencyInputTest, SumsHeadsInOrderAndAccumulates) {
+  std::vector<float> before;
+  for (int j = 0; j < 210; ++j) before.push_back(0.01F * static_cast<float>(j));
+  for (const bool with_lse : {false, true}) {
+    SaliencyParams params = inputs_.params();
+    if (with_lse) params.lse = lse_.data();
+    const EmulatedSaliency out = EmulateSaliency(params, 2, before, 0.9F);
+    for (size_t j = 0; j < 210; ++j) {
+      const float sum = (out.per_head[j] + out.per_head[210 + j]) + out.per_head[420 + j];
+      EXPECT_EQ(out.saliency[j], sum);
+      const float decayed = 0.9F * before[j];
+      EXPECT_EQ(out.centrality[j], decayed + sum);
+    }
+  }
+}
+
+// A negative scale, and scores so large that one token takes all.
+TEST_F(CudaSaliencyInputTest, TakesAnyScale) {
+  for (const float scale : {-0.2F, 1e-6F, 300.0F}) {
+    SaliencyParams params = inputs_.params();
+    params.scale = scale;
+    if (scale < 100.0F) {
+      ExpectNear(EmulateSaliency(params), Expected(params), params);
+      continue;
+    }
+    const EmulatedSaliency out = EmulateSaliency(params);
+    double sum = 0;
+    for (float value : out.saliency) sum += value;
+    EXPECT_NEAR(sum, 6.0, 0.01);
+  }
+}
+
+TEST_F(CudaSaliencyInputTest, NamesTheLowestTokenThatIsNotFinite) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  for (const float value : {kNan, kInf, -kInf}) {
+    for (const int64_t token : {0, 63, 64, 130, 201, 209}) {
+      for (const bool with_lse : {false, true}) {
+        SCOPED_TRACE(::testing::Message() << value << " at " << token << " lse " << with_lse);
+        Inputs inputs(shape_, DType::kBF16, Layout::kHeadTokenDim, random_);
+        inputs.keys.Set(1, token, 13, value);
+        inputs.keys.Set(2, token, 13, value);
+        if (token < 209) inputs.keys.Set(0, token + 1, 5, value);
+        SaliencyParams params = inputs.params();
+        if (with_lse) params.lse = lse_.data();
+        const EmulatedSaliency out = EmulateSaliency(params);
+        ASSERT_NE(out.flags.score, kNothingBad);
+        EXPECT_EQ(cuda::BadToken(out.flags.score), token);
+        EXPECT_EQ(cuda::BadHead(out.flags.score), 1);
+        EXPECT_EQ(out.flags.query, kNothingBad);
+      }
+    }
+  }
+}
+
+TEST_F(CudaSaliencyInputTest, NamesQueriesAndLogSumExpsThatAreNotFinite) {
+  inputs_.queries.Set(3, 5, 2, std::numeric_limits<float>::quiet_NaN());
+  inputs_.queries.Set(4, 1, 2, std::numeric_limits<float>::infinity());
+  std::vector<float> lse = lse_;
+  lse[2 * 8 + 6] = -std::numeric_limits<float>::infinity();
+  SaliencyParams params = inputs_.params();
+  params.lse = lse.data();
+  const EmulatedSaliency out = EmulateSaliency(params);
+  EXPECT_EQ(out.flags.query, cuda::BadRow(3 * 8 + 5, cuda::kNotANumber));
+  EXPECT_EQ(out.flags.lse, cuda::BadRow(2 * 8 + 6, cuda::kMinusInfinite));
+}
+
+TEST_F(CudaSaliencyInputTest, NamesAWeightThatIsNotFinite) {
+  std::vector<float> lse = lse_;
+  lse[8] = -500.0F;  // query head 1, of KV head 0
+  SaliencyParams params = inputs_.params();
+  params.lse = lse.data();
+  const EmulatedSaliency out = EmulateSaliency(params);
+  EXPECT_EQ(out.flags.score, cuda::BadScore(0, 0, cuda::kInfinite));
+}
+
+}  // namespace
+}  // namespace structkv
