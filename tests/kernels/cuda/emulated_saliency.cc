@@ -1,11 +1,10 @@
-#include "tests/kernels/cuda/emulated_saliency.h"
-
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 
 #include "kernels/cuda/saliency_steps.h"
 #include "kernels/saliency_checks.h"
+#include "tests/kernels/cuda/cuda_saliency.h"
 #include "tests/kernels/cuda/emulated_block.h"
 
 namespace structkv::testing {
@@ -69,10 +68,12 @@ void RunPack(DType query, const SaliencyPlan& plan) {
 
 }  // namespace
 
-EmulatedSaliency EmulateSaliency(const SaliencyParams& params, int blocks,
-                                 std::vector<float> centrality, float decay) {
+std::string WhyNoCudaSaliency() { return ""; }
+
+CudaSaliency RunCudaSaliency(const SaliencyParams& params, int blocks,
+                             std::vector<float> centrality, float decay) {
   const auto tokens = static_cast<size_t>(params.keys.tokens);
-  EmulatedSaliency out;
+  CudaSaliency out;
   out.per_head.resize(static_cast<size_t>(params.keys.heads) * tokens);
   out.saliency.resize(tokens);
   out.centrality = std::move(centrality);

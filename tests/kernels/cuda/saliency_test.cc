@@ -1,11 +1,11 @@
-// The CUDA saliency kernels, run on the host, against the oracle.
+// The CUDA saliency kernels against the oracle, on the host or on a GPU (cuda_saliency.h).
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <limits>
 
 #include "kernels/reference/reference_backend.h"
-#include "tests/kernels/cuda/emulated_saliency.h"
+#include "tests/kernels/cuda/cuda_saliency.h"
 #include "tests/kernels/paged_tensor.h"
 #include "tests/kernels/random_tensor.h"
 #include "tests/kernels/saliency_bound.h"
@@ -16,12 +16,12 @@ namespace {
 
 using cuda::kNothingBad;
 using ::testing::Combine;
-using testing::EmulatedSaliency;
-using testing::EmulateSaliency;
+using testing::CudaSaliency;
 using testing::Expected;
 using testing::Inputs;
 using testing::PagedTensor;
 using testing::RowLse;
+using testing::RunCudaSaliency;
 using testing::Shape;
 using testing::Types;
 using ::testing::ValuesIn;
@@ -50,7 +50,7 @@ const Types kTypes[] = {
 // divided by; where a weight is below 2^-14 of the highest within its 16 tokens, 2^-25 of that,
 // which is at most 1 for each of the group's heads. 16 such errors in the 16 tokens of a sum whose
 // largest term is 1.
-void ExpectNear(const EmulatedSaliency& actual, const std::vector<float>& expected,
+void ExpectNear(const CudaSaliency& actual, const std::vector<float>& expected,
                 const SaliencyParams& params) {
   const testing::SaliencyBound bound(params);
   const bool stored = params.lse == nullptr;
@@ -74,8 +74,14 @@ void ExpectNear(const EmulatedSaliency& actual, const std::vector<float>& expect
 
 using Case = std::tuple<Types, Shape>;
 
+void SkipWhereNoneRuns() {
+  if (const std::string why = testing::WhyNoCudaSaliency(); !why.empty()) GTEST_SKIP() << why;
+}
+
 class CudaSaliencyTest : public ::testing::TestWithParam<Case> {
  protected:
+  void SetUp() override { SkipWhereNoneRuns(); }
+
   const Types types_ = std::get<0>(GetParam());
   const Shape shape_ = std::get<1>(GetParam());
   std::mt19937_64 random_ = testing::Random(shape_.tokens * 1000 + shape_.dim);
@@ -84,10 +90,10 @@ class CudaSaliencyTest : public ::testing::TestWithParam<Case> {
 TEST_P(CudaSaliencyTest, AgreesWithTheOracle) {
   const Inputs inputs(shape_, types_, Layout::kHeadTokenDim, random_);
   SaliencyParams params = inputs.params();
-  ExpectNear(EmulateSaliency(params), Expected(params), params);
+  ExpectNear(RunCudaSaliency(params), Expected(params), params);
   const std::vector<float> lse = RowLse(params);
   params.lse = lse.data();
-  ExpectNear(EmulateSaliency(params), Expected(params), params);
+  ExpectNear(RunCudaSaliency(params), Expected(params), params);
 }
 
 std::string Name(const ::testing::TestParamInfo<Case>& instance) {
@@ -102,6 +108,8 @@ INSTANTIATE_TEST_SUITE_P(All, CudaSaliencyTest, Combine(ValuesIn(kTypes), Values
 
 class CudaSaliencyInputTest : public ::testing::Test {
  protected:
+  void SetUp() override { SkipWhereNoneRuns(); }
+
   const Shape shape_ = {6, 3, 210, 64, 8};
   std::mt19937_64 random_ = testing::Random(3);
   Inputs inputs_{shape_, DType::kBF16, Layout::kHeadTokenDim, random_};
@@ -112,22 +120,22 @@ TEST_F(CudaSaliencyInputTest, DependsOnNoLayoutPagesOrBlocks) {
   for (const bool with_lse : {false, true}) {
     SaliencyParams params = inputs_.params();
     if (with_lse) params.lse = lse_.data();
-    const EmulatedSaliency expected = EmulateSaliency(params);
-    EXPECT_EQ(EmulateSaliency(params, 1).per_head, expected.per_head);
-    EXPECT_EQ(EmulateSaliency(params, 5).saliency, expected.saliency);
+    const CudaSaliency expected = RunCudaSaliency(params);
+    EXPECT_EQ(RunCudaSaliency(params, 1).per_head, expected.per_head);
+    EXPECT_EQ(RunCudaSaliency(params, 5).saliency, expected.saliency);
     for (const Layout layout : {Layout::kHeadTokenDim, Layout::kTokenHeadDim}) {
       for (const int64_t block_tokens : {1, 16, 48}) {
         const PagedTensor paged(inputs_.keys.view(), layout, block_tokens, random_);
         SaliencyParams other = params;
         other.keys = paged.view();
-        EXPECT_EQ(EmulateSaliency(other).per_head, expected.per_head);
+        EXPECT_EQ(RunCudaSaliency(other).per_head, expected.per_head);
       }
     }
     std::mt19937_64 random = testing::Random(3);
     const Inputs token_first(shape_, DType::kBF16, Layout::kTokenHeadDim, random, 0);
     SaliencyParams other = token_first.params();
     other.lse = params.lse;
-    EXPECT_EQ(EmulateSaliency(other).per_head, expected.per_head);
+    EXPECT_EQ(RunCudaSaliency(other).per_head, expected.per_head);
   }
 }
 
@@ -137,7 +145,7 @@ TEST_F(CudaSaliencyInputTest, SumsHeadsInOrderAndAccumulates) {
   for (const bool with_lse : {false, true}) {
     SaliencyParams params = inputs_.params();
     if (with_lse) params.lse = lse_.data();
-    const EmulatedSaliency out = EmulateSaliency(params, 2, before, 0.9F);
+    const CudaSaliency out = RunCudaSaliency(params, 2, before, 0.9F);
     for (size_t j = 0; j < 210; ++j) {
       const float sum = (out.per_head[j] + out.per_head[210 + j]) + out.per_head[420 + j];
       EXPECT_EQ(out.saliency[j], sum);
@@ -153,10 +161,10 @@ TEST_F(CudaSaliencyInputTest, TakesAnyScale) {
     SaliencyParams params = inputs_.params();
     params.scale = scale;
     if (scale < 100.0F) {
-      ExpectNear(EmulateSaliency(params), Expected(params), params);
+      ExpectNear(RunCudaSaliency(params), Expected(params), params);
       continue;
     }
-    const EmulatedSaliency out = EmulateSaliency(params);
+    const CudaSaliency out = RunCudaSaliency(params);
     double sum = 0;
     for (float value : out.saliency) sum += value;
     EXPECT_NEAR(sum, 6.0, 0.01);
@@ -176,7 +184,7 @@ TEST_F(CudaSaliencyInputTest, NamesTheLowestTokenThatIsNotFinite) {
         if (token < 209) inputs.keys.Set(0, token + 1, 5, value);
         SaliencyParams params = inputs.params();
         if (with_lse) params.lse = lse_.data();
-        const EmulatedSaliency out = EmulateSaliency(params);
+        const CudaSaliency out = RunCudaSaliency(params);
         ASSERT_NE(out.flags.score, kNothingBad);
         EXPECT_EQ(cuda::BadToken(out.flags.score), token);
         EXPECT_EQ(cuda::BadHead(out.flags.score), 1);
@@ -193,7 +201,7 @@ TEST_F(CudaSaliencyInputTest, NamesQueriesAndLogSumExpsThatAreNotFinite) {
   lse[2 * 8 + 6] = -std::numeric_limits<float>::infinity();
   SaliencyParams params = inputs_.params();
   params.lse = lse.data();
-  const EmulatedSaliency out = EmulateSaliency(params);
+  const CudaSaliency out = RunCudaSaliency(params);
   EXPECT_EQ(out.flags.query, cuda::BadRow(3 * 8 + 5, cuda::kNotANumber));
   EXPECT_EQ(out.flags.lse, cuda::BadRow(2 * 8 + 6, cuda::kMinusInfinite));
 }
@@ -203,7 +211,7 @@ TEST_F(CudaSaliencyInputTest, NamesAWeightThatIsNotFinite) {
   lse[8] = -500.0F;  // query head 1, of KV head 0
   SaliencyParams params = inputs_.params();
   params.lse = lse.data();
-  const EmulatedSaliency out = EmulateSaliency(params);
+  const CudaSaliency out = RunCudaSaliency(params);
   EXPECT_EQ(out.flags.score, cuda::BadScore(0, 0, cuda::kInfinite));
 }
 
