@@ -17,14 +17,13 @@ __global__ void __launch_bounds__(kSaliencyThreads, P::kQueryParts == 1 ? 2 : 1)
   Scores<P, kPairs, kStore>(block, plan, shared);
 }
 
-// Beyond 48 KB of shared memory a kernel has to be allowed.
+// What a launch may have of shared memory without being allowed more.
+inline constexpr int kSharedBytes = 48 << 10;
+static_assert(kMaxKvHeads >= kSaliencyThreads / kLanes &&
+              kMaxKvHeads * kUnitTokens * sizeof(float) <= kSharedBytes);
+
 template <class Kernel>
 cudaError_t LaunchTiles(Kernel* kernel, const SaliencyPlan& plan, const TileLaunch& launch) {
-  if (const cudaError_t error = cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
-      error != cudaSuccess) {
-    return error;
-  }
   kernel<<<launch.blocks, kSaliencyThreads, launch.shared_bytes, launch.stream>>>(plan);
   return cudaGetLastError();
 }

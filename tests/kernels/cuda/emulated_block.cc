@@ -59,7 +59,7 @@ EmulatedBlock::EmulatedBlock(int64_t index, int64_t blocks, int threads,
       fibers_(static_cast<size_t>(threads)),
       shuffled_(2 * static_cast<size_t>(threads)) {
   for (Fiber& fiber : fibers_) {
-    fiber.stack = std::make_unique<char[]>(kStackBytes);
+    fiber.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
