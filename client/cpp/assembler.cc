@@ -29,6 +29,12 @@ bool HasSkeleton(const v1::Method& method) {
   return method.has_structkv() || method.has_fastkv() || method.has_gemfilter();
 }
 
+// With the default that the proto gives.
+v1::Method::KindCase KindOf(const v1::Method& method) {
+  return method.kind_case() == v1::Method::KIND_NOT_SET ? v1::Method::kStructkv
+                                                        : method.kind_case();
+}
+
 template <typename T>
 std::vector<T> Values(const Bytes& bytes) {
   const absl::Span<const T> values = bytes.as<T>();
@@ -89,6 +95,10 @@ absl::Status Assembler::AddOpened(v1::Opened opened) {
   if (static_cast<uint32_t>(opened.kept_tokens_size()) != layers) {
     return Broken("Opened.kept_tokens has ", opened.kept_tokens_size(), " entries for ", layers,
                   " layers");
+  }
+  // Which tensors come depends on it.
+  if (opened.method().kind_case() != KindOf(open_.method())) {
+    return Broken("Opened.method is another than that of Open");
   }
   for (uint32_t kept : opened.kept_tokens()) {
     if (kept > open_.prompt_tokens()) {
