@@ -1,0 +1,113 @@
+// One pass over a layer's saliency: sums over its heads, what is wrong with it, centrality, and the
+// sums of each tile; and smoothing.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/fused.h"
+#include "kernels/cuda/radix.h"
+#include "kernels/cuda/sums.h"
+
+namespace structkv::cuda {
+
+struct StatisticsParams {
+  const float* values = nullptr;  // [heads, tokens], device, not null
+  int64_t heads = 0;              // 1 or more; 1: `values` are the sum
+  int64_t tokens = 0;             // 1 .. 2^31 - 1
+  float* sum = nullptr;           // [tokens], device; null: not wanted. May not overlap `values`
+  float* centrality = nullptr;    // [tokens], device; becomes decay * centrality + sum; may be null
+  float decay = 0;
+  SumsPart* parts = nullptr;  // [Tiles(tokens)], device; of the sum; may be null
+  // One, device; becomes the least of itself and BadPlace of the values that are NaN, infinite or
+  // negative; the caller sets it to kNoBad before. Null: not looked for.
+  uint64_t* bad = nullptr;
+};
+
+inline constexpr uint64_t kNoBad = ~uint64_t{0};
+
+// The order in which bad values are named: the lowest token, and there the lowest head.
+STRUCTKV_HOST_DEVICE constexpr uint64_t BadPlace(int64_t head, int64_t token) {
+  return static_cast<uint64_t>(token) << 32 | static_cast<uint64_t>(head);
+}
+constexpr int64_t BadHead(uint64_t place) { return static_cast<int64_t>(place & 0xFFFFFFFFU); }
+constexpr int64_t BadToken(uint64_t place) { return static_cast<int64_t>(place >> 32); }
+
+// Whether a value is NaN, infinite or negative; -0.0 is not.
+STRUCTKV_HOST_DEVICE constexpr bool IsBad(float value) {
+  return !(value >= 0 && value <= 3.402823466e38F);
+}
+
+// A block takes one tile, a thread four of its tokens.
+inline constexpr int kStatisticsThreads = 128;
+inline constexpr int kStatisticsTokens = kTileTokens / kStatisticsThreads;
+
+struct StatisticsShared {
+  SumsPart warp_sums[kStatisticsThreads / 32];
+};
+
+template <class Block>
+STRUCTKV_DEVICE void TileStatistics(Block& block, const StatisticsParams& params,
+                                    StatisticsShared& shared) {
+  const int64_t tile = block.index();
+  const int64_t first = tile * kTileTokens + block.thread();
+  float sums[kStatisticsTokens] = {};
+  uint64_t bad = kNoBad;
+  for (int64_t head = 0; head < params.heads; ++head) {
+    const float* row = params.values + head * params.tokens;
+    STRUCTKV_UNROLL
+    for (int k = 0; k < kStatisticsTokens; ++k) {
+      const int64_t token = first + k * kStatisticsThreads;
+      const float value = token < params.tokens ? row[token] : 0.0F;
+      sums[k] = head == 0 ? value : sums[k] + value;
+      if (IsBad(value)) bad = bad < BadPlace(head, token) ? bad : BadPlace(head, token);
+    }
+  }
+  if (params.bad != nullptr && bad != kNoBad) block.Min(params.bad, bad);
+  SumsPart part;
+  STRUCTKV_UNROLL
+  for (int k = 0; k < kStatisticsTokens; ++k) {
+    const int64_t token = first + k * kStatisticsThreads;
+    if (token >= params.tokens) continue;
+    if (params.sum != nullptr) params.sum[token] = sums[k];
+    if (params.centrality != nullptr) {
+      params.centrality[token] = FusedMultiplyAdd(params.decay, params.centrality[token], sums[k]);
+    }
+    if (params.parts != nullptr) Add(sums[k], &part);
+  }
+  if (params.parts == nullptr) return;
+  part = SumLanes(block, part);
+  if (block.lane() == 0) shared.warp_sums[block.warp()] = part;
+  block.Sync();
+  if (block.thread() != 0) return;
+  for (int w = 1; w < block.warps(); ++w) part = Plus(part, shared.warp_sums[w]);
+  params.parts[tile] = part;
+}
+
+enum class Smoothing : uint8_t { kNone, kMean, kMaximum };
+
+// Smooths rows as Backend::Pool does (kernels/backend.h).
+struct PoolParams {
+  const float* in = nullptr;  // [rows, tokens], device, not null
+  float* out = nullptr;       // the same, not null, may not overlap `in`
+  int64_t rows = 0;           // 1 .. 65535
+  int64_t tokens = 0;         // 1 .. 2^31 - 1
+  Smoothing smoothing = Smoothing::kNone;
+  int64_t kernel = 1;  // odd, 1 or more
+};
+
+// The smoothed value at a token of one row.
+STRUCTKV_HOST_DEVICE inline float PoolAt(const float* in, int64_t tokens, Smoothing smoothing,
+                                         int64_t kernel, int64_t token) {
+  if (smoothing == Smoothing::kNone || kernel == 1) return in[token];
+  const int64_t begin = token > kernel / 2 ? token - kernel / 2 : 0;
+  const int64_t end = token + kernel / 2 + 1 < tokens ? token + kernel / 2 + 1 : tokens;
+  float value = in[begin];
+  if (smoothing == Smoothing::kMaximum) {
+    for (int64_t j = begin + 1; j < end; ++j) value = in[j] > value ? in[j] : value;
+    return value;
+  }
+  for (int64_t j = begin + 1; j < end; ++j) value += in[j];
+  return value * (1.0F / static_cast<float>(kernel));
+}
+
+}  // namespace structkv::cuda

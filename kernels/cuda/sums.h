@@ -1,0 +1,51 @@
+// Sums over a saliency vector, from which a layer's metrics follow, and their parts.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "kernels/cuda/fused.h"
+#include "kernels/cuda/host_device.h"
+#include "kernels/cuda/warp.h"
+
+namespace structkv::cuda {
+
+// Of one tile of kTileTokens tokens (kernels/cuda/radix.h); see SaliencySums of kernels/backend.h.
+struct SumsPart {
+  double total = 0;
+  double sum_s_log_s = 0;
+  double sum_squares = 0;
+};
+
+// Of a row: its parts in the order of the tiles, and the mass of the largest.
+struct RowSums {
+  SumsPart all;
+  double top_mass = 0;
+};
+
+STRUCTKV_HOST_DEVICE inline void Add(float saliency, SumsPart* part) {
+  const double s = saliency;
+  part->total += s;
+  if (s > 0) part->sum_s_log_s = FusedMultiplyAdd(s, log(s), part->sum_s_log_s);
+  part->sum_squares = FusedMultiplyAdd(s, s, part->sum_squares);
+}
+
+STRUCTKV_HOST_DEVICE constexpr SumsPart Plus(const SumsPart& a, const SumsPart& b) {
+  return {a.total + b.total, a.sum_s_log_s + b.sum_s_log_s, a.sum_squares + b.sum_squares};
+}
+
+template <class Block>
+STRUCTKV_DEVICE SumsPart SumLanes(Block& block, const SumsPart& part) {
+  return {SumLanes(block, part.total), SumLanes(block, part.sum_s_log_s),
+          SumLanes(block, part.sum_squares)};
+}
+
+// The sum of at(0) .. at(count - 1), in an order that `count` alone fixes. Called by a whole warp.
+template <class Block, class At>
+STRUCTKV_DEVICE double SumInOrder(Block& block, int64_t count, const At& at) {
+  double sum = 0;
+  for (int64_t i = block.lane(); i < count; i += Block::kLanes) sum += at(i);
+  return SumLanes(block, sum);
+}
+
+}  // namespace structkv::cuda

@@ -1,0 +1,370 @@
+// The kernels that select, on emulated clusters and grids, against the reference backend.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "kernels/cuda/select_plan.h"
+#include "kernels/cuda/statistics_kernel.h"
+#include "kernels/reference/reference_backend.h"
+#include "tests/kernels/cuda/emulated_cluster.h"
+#include "tests/kernels/random_tensor.h"
+
+namespace structkv::cuda {
+namespace {
+
+using testing::EmulatedCluster;
+using testing::EmulatedThread;
+
+constexpr int32_t kGuard = -77;
+const float kLargestFloat = std::numeric_limits<float>::max();
+
+std::vector<float> Scores(int64_t tokens, uint64_t number) {
+  std::mt19937_64 random = testing::Random(number);
+  std::lognormal_distribution<float> distribution(-6.0F, 3.0F);
+  std::vector<float> scores(static_cast<size_t>(tokens));
+  for (float& s : scores) s = distribution(random);
+  return scores;
+}
+
+// A way through the kernels: blocks of a cluster, or of a grid where `cluster` is false.
+struct Way {
+  bool cluster = true;
+  int blocks = 1;
+  int threads = 32;
+
+  std::string Text() const {
+    return (cluster ? "cluster of " : "grid of ") + std::to_string(blocks) + " by " +
+           std::to_string(threads);
+  }
+};
+
+void RunRow(const Way& way, const SelectRow& row, std::mt19937_64& random) {
+  if (way.cluster) {
+    const int64_t tiles = SliceOf(row.tokens, 0, way.blocks).tiles;
+    EmulatedCluster::RunCluster(way.blocks, way.threads,
+                                static_cast<size_t>(ClusterSharedBytes(tiles)), random,
+                                [&](EmulatedThread& thread, void* shared) {
+                                  ClusterSelector<EmulatedThread>(thread, row, shared).Run();
+                                });
+    return;
+  }
+  std::vector<std::max_align_t> state(
+      static_cast<size_t>(GlobalStateBytes(row.tokens)) / sizeof(std::max_align_t) + 1);
+  // The tiles' arrays are not zeroed on the device.
+  std::memset(static_cast<void*>(state.data()), 0xCD, state.size() * sizeof(state[0]));
+  std::memset(static_cast<void*>(state.data()), 0, sizeof(GlobalState));
+  const auto run = [&](const auto& step) {
+    EmulatedCluster::RunGrid(way.blocks, way.threads, sizeof(GlobalShared), random,
+                             [&](EmulatedThread& thread, void* shared) {
+                               GlobalSelector<EmulatedThread> selector(
+                                   thread, row, state.data(), *static_cast<GlobalShared*>(shared));
+                               step(selector);
+                             });
+  };
+  for (int digit = 0; digit < kDigits; ++digit) {
+    run([digit](auto& selector) { selector.FindDigit(digit); });
+  }
+  run([](auto& selector) { selector.Measure(); });
+  run([](auto& selector) { selector.Write(); });
+}
+
+std::vector<Way> Ways() {
+  return {{true, 1, 32}, {true, 2, 64}, {true, 8, 64}, {false, 1, 32}, {false, 3, 64}};
+}
+
+class CudaSelectTest : public ::testing::Test {
+ protected:
+  void ExpectSelected(const Way& way, const std::vector<float>& scores, int64_t window,
+                      int64_t keep) {
+    const auto tokens = static_cast<int64_t>(scores.size());
+    std::vector<int32_t> want(static_cast<size_t>(keep));
+    reference_->Select({scores.data(), tokens, window, keep}, want.data());
+    std::vector<int32_t> got(static_cast<size_t>(keep + 1), kGuard);
+    RunRow(way,
+           {.scores = scores.data(),
+            .tokens = tokens,
+            .positions = got.data(),
+            .window = window,
+            .keep = keep},
+           random_);
+    EXPECT_EQ(got.back(), kGuard) << "wrote past the end";
+    got.pop_back();
+    EXPECT_TRUE(got == want) << way.Text() << ": " << tokens << " tokens, window " << window
+                             << ", keep " << keep;
+  }
+
+  void ExpectAllBudgets(const std::vector<float>& scores) {
+    const auto tokens = static_cast<int64_t>(scores.size());
+    for (const Way& way : Ways()) {
+      for (const int64_t window : {int64_t{0}, int64_t{8}, tokens}) {
+        if (window > tokens) continue;
+        std::vector<int64_t> keeps = {window,     window + 1, tokens / 10,
+                                      tokens / 2, tokens - 1, tokens};
+        std::sort(keeps.begin(), keeps.end());
+        keeps.erase(std::unique(keeps.begin(), keeps.end()), keeps.end());
+        for (const int64_t keep : keeps) {
+          if (keep >= window && keep <= tokens) ExpectSelected(way, scores, window, keep);
+        }
+      }
+    }
+  }
+
+  const std::unique_ptr<Backend> reference_ = reference::CreateReferenceBackend();
+  std::mt19937_64 random_ = testing::Random(4000);
+};
+
+TEST_F(CudaSelectTest, KeysAreOrderedAsTheValues) {
+  std::mt19937_64 random = testing::Random(4001);
+  std::vector<float> values = {-kLargestFloat, -1.0F, -1e-45F, 0.0F, 1e-45F, 1.0F, kLargestFloat};
+  for (int i = 0; i < 2000; ++i) {
+    const auto bits = static_cast<uint32_t>(random());
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    if (std::isfinite(value)) values.push_back(value);
+  }
+  std::sort(values.begin(), values.end());
+  for (size_t i = 0; i < values.size(); ++i) {
+    EXPECT_EQ(KeyValue(OrderedKey(values[i])), values[i]);
+    EXPECT_LT(OrderedKey(values[i]), CutOfNothing().threshold);
+    if (i > 0 && values[i - 1] < values[i]) {
+      EXPECT_LT(OrderedKey(values[i - 1]), OrderedKey(values[i]));
+    }
+  }
+  EXPECT_EQ(OrderedKey(-0.0F), OrderedKey(0.0F));
+}
+
+TEST_F(CudaSelectTest, DigitsMakeTheKey) {
+  std::mt19937_64 random = testing::Random(4002);
+  for (int i = 0; i < 2000; ++i) {
+    const auto key = static_cast<uint32_t>(random());
+    uint32_t prefix = 0;
+    for (int digit = 0; digit < kDigits; ++digit) {
+      EXPECT_TRUE(HasPrefix(key, prefix, digit));
+      if (digit > 0) {
+        EXPECT_FALSE(HasPrefix(key ^ 1U << DigitShift(digit - 1), prefix, digit));
+      }
+      ASSERT_LT(DigitOf(key, digit), static_cast<uint32_t>(DigitBins(digit)));
+      prefix |= DigitOf(key, digit) << DigitShift(digit);
+    }
+    EXPECT_EQ(prefix, key);
+  }
+}
+
+TEST_F(CudaSelectTest, SlicesAreTheWholeRow) {
+  for (const int64_t tokens :
+       {int64_t{1}, int64_t{512}, int64_t{513}, int64_t{4099}, int64_t{131072}, kMaxTokens}) {
+    for (const int ranks : {1, 2, 4, 8}) {
+      int64_t next = 0;
+      for (int r = 0; r < ranks; ++r) {
+        const Slice slice = SliceOf(tokens, r, ranks);
+        EXPECT_EQ(slice.first_tile, next);
+        EXPECT_LE(slice.tiles, SliceOf(tokens, 0, ranks).tiles);
+        next += slice.tiles;
+      }
+      EXPECT_EQ(next, Tiles(tokens));
+    }
+  }
+}
+
+TEST_F(CudaSelectTest, KeepsTheBestAndTheWindow) {
+  for (const int64_t tokens : {1, 2, 8, 9, 31, 33, 511, 512, 513, 1025, 4099}) {
+    ExpectAllBudgets(Scores(tokens, 4100 + static_cast<uint64_t>(tokens)));
+  }
+}
+
+TEST_F(CudaSelectTest, TiesGoToTheLowerPosition) {
+  for (const int64_t tokens : {17, 1000, 4099}) {
+    ExpectAllBudgets(std::vector<float>(static_cast<size_t>(tokens), 0.25F));
+    std::vector<float> few = Scores(tokens, static_cast<uint64_t>(tokens));
+    for (float& s : few) s = std::ceil(std::log2(s)) / 16.0F;
+    ExpectAllBudgets(few);
+    for (float& s : few) s = random_() % 2 == 0 ? -0.0F : 0.0F;
+    ExpectAllBudgets(few);
+  }
+}
+
+TEST_F(CudaSelectTest, OrdersEveryKindOfNumber) {
+  std::vector<float> scores = Scores(3000, 5);
+  for (size_t j = 0; j < scores.size(); ++j) {
+    if (j % 7 == 1) scores[j] = -scores[j];
+    if (j % 11 == 2) scores[j] = 0.0F;
+    if (j % 13 == 3) scores[j] = std::numeric_limits<float>::denorm_min() * static_cast<float>(j);
+    if (j % 101 == 4) scores[j] = kLargestFloat;
+    if (j % 103 == 5) scores[j] = -kLargestFloat;
+  }
+  ExpectAllBudgets(scores);
+  float value = 1.0F;
+  for (float& s : scores) s = value = std::nextafter(value, 0.0F);
+  ExpectAllBudgets(scores);
+}
+
+// As on the device: whole blocks, and a layer's length.
+TEST_F(CudaSelectTest, SelectsOfALongRow) {
+  const std::vector<float> scores = Scores(131072, 6);
+  ExpectSelected({true, kMaxClusterBlocks, kClusterThreads}, scores, 8, 13108);
+  ExpectSelected({false, 5, kGlobalThreads}, scores, 8, 13108);
+}
+
+TEST_F(CudaSelectTest, SumsAreTheReferencesAndTheSameEachWay) {
+  for (const int64_t tokens : {1, 33, 512, 513, 4099}) {
+    std::vector<float> scores = Scores(tokens, 4200 + static_cast<uint64_t>(tokens));
+    scores[static_cast<size_t>(tokens) / 2] = 0.0F;
+    if (tokens > 600) scores[600] = scores[100];
+    std::vector<SumsPart> parts(static_cast<size_t>(Tiles(tokens)));
+    EmulatedCluster::RunGrid(
+        Tiles(tokens), kStatisticsThreads, sizeof(StatisticsShared), random_,
+        [&](EmulatedThread& thread, void* shared) {
+          TileStatistics(
+              thread,
+              {.values = scores.data(), .heads = 1, .tokens = tokens, .parts = parts.data()},
+              *static_cast<StatisticsShared*>(shared));
+        });
+    for (const int64_t top : {int64_t{0}, int64_t{1}, tokens / 10, tokens}) {
+      const SaliencySums want = reference_->Sums(scores.data(), tokens, top, SerialFor);
+      std::vector<RowSums> all;
+      for (const Way& way : Ways()) {
+        const int64_t window = std::min<int64_t>(tokens, 8);
+        const int64_t keep = std::max(window, tokens / 3);
+        std::vector<int32_t> positions(static_cast<size_t>(keep));
+        std::vector<int32_t> want_positions(static_cast<size_t>(keep));
+        RowSums got;
+        RunRow(way,
+               {.scores = scores.data(),
+                .tokens = tokens,
+                .positions = positions.data(),
+                .window = window,
+                .keep = keep,
+                .sums = &got,
+                .top_count = top,
+                .parts = parts.data()},
+               random_);
+        reference_->Select({scores.data(), tokens, window, keep}, want_positions.data());
+        EXPECT_TRUE(positions == want_positions) << way.Text() << ", " << tokens << ", top " << top;
+        RowSums alone;
+        RunRow(way,
+               {.scores = scores.data(),
+                .tokens = tokens,
+                .sums = &alone,
+                .top_count = top,
+                .parts = parts.data()},
+               random_);
+        all.push_back(got);
+        all.push_back(alone);
+        const std::string what =
+            way.Text() + ": " + std::to_string(tokens) + " tokens, top " + std::to_string(top);
+        EXPECT_NEAR(got.all.total, want.total, 1e-12 * want.total) << what;
+        EXPECT_NEAR(got.all.sum_squares, want.sum_squares, 1e-12 * want.sum_squares) << what;
+        EXPECT_NEAR(got.top_mass, want.top_mass, 1e-12 * want.total) << what;
+        EXPECT_NEAR(got.all.sum_s_log_s, want.sum_s_log_s,
+                    1e-12 * (std::fabs(want.sum_s_log_s) + want.total))
+            << what;
+      }
+      for (const RowSums& each : all) EXPECT_EQ(std::memcmp(&each, &all[0], sizeof(each)), 0);
+    }
+  }
+}
+
+TEST_F(CudaSelectTest, StatisticsAreTheReferences) {
+  constexpr int64_t kHeads = 5;
+  for (const int64_t tokens : {1, 127, 512, 513, 1500}) {
+    std::vector<float> values = Scores(kHeads * tokens, 4300 + static_cast<uint64_t>(tokens));
+    values[0] = -0.0F;
+    const std::vector<float> before = Scores(tokens, 4400);
+    for (const bool spoilt : {false, true}) {
+      if (spoilt) {
+        values[static_cast<size_t>(2 * tokens + tokens / 2)] = -1e-30F;
+        values[static_cast<size_t>(1 * tokens + tokens / 2)] =
+            std::numeric_limits<float>::quiet_NaN();
+        values[static_cast<size_t>(tokens - 1)] = std::numeric_limits<float>::infinity();
+      }
+      std::vector<float> sum(static_cast<size_t>(tokens));
+      std::vector<float> centrality = before;
+      uint64_t bad = kNoBad;
+      EmulatedCluster::RunGrid(Tiles(tokens), kStatisticsThreads, sizeof(StatisticsShared), random_,
+                               [&](EmulatedThread& thread, void* shared) {
+                                 TileStatistics(thread,
+                                                {.values = values.data(),
+                                                 .heads = kHeads,
+                                                 .tokens = tokens,
+                                                 .sum = sum.data(),
+                                                 .centrality = centrality.data(),
+                                                 .decay = 0.9F,
+                                                 .bad = &bad},
+                                                *static_cast<StatisticsShared*>(shared));
+                               });
+      const auto want = reference_->FindBad(values.data(), kHeads, tokens, SerialFor);
+      ASSERT_EQ(want.has_value(), bad != kNoBad);
+      if (want) {
+        EXPECT_EQ(BadToken(bad), want->token);
+        EXPECT_EQ(BadHead(bad), want->head);
+        continue;
+      }
+      for (int64_t j = 0; j < tokens; ++j) {
+        float in_order = values[j];
+        for (int64_t h = 1; h < kHeads; ++h) in_order += values[h * tokens + j];
+        ASSERT_EQ(sum[j], in_order);
+        ASSERT_EQ(centrality[j], std::fma(0.9F, before[j], in_order));
+      }
+    }
+  }
+}
+
+TEST_F(CudaSelectTest, PoolsAsTheReference) {
+  for (const int64_t tokens : {1, 2, 33, 100}) {
+    const std::vector<float> in = Scores(tokens, 4500);
+    std::vector<float> want(in.size());
+    for (const int64_t kernel : {1, 3, 7, 63}) {
+      reference_->Pool(in.data(), tokens, Pooling::kAvg, kernel, want.data());
+      for (int64_t j = 0; j < tokens; ++j) {
+        const float got = PoolAt(in.data(), tokens, Smoothing::kMean, kernel, j);
+        EXPECT_NEAR(got, want[j], static_cast<double>(kernel) * 1.2e-7 * want[j]);
+      }
+      reference_->Pool(in.data(), tokens, Pooling::kMax, kernel, want.data());
+      for (int64_t j = 0; j < tokens; ++j) {
+        EXPECT_EQ(PoolAt(in.data(), tokens, Smoothing::kMaximum, kernel, j), want[j]);
+        EXPECT_EQ(PoolAt(in.data(), tokens, Smoothing::kNone, kernel, j), in[j]);
+      }
+    }
+  }
+}
+
+TEST_F(CudaSelectTest, RunsTakeWhatFits) {
+  const SelectLimits h100 = {8, 227 << 10, 132};
+  const SelectLimits a100 = {1, 163 << 10, 108};
+  const float score = 0;
+  const auto row = [&](int64_t tokens) { return SelectRow{.scores = &score, .tokens = tokens}; };
+  EXPECT_EQ(ClusterBlocks(row(1), h100), 1);
+  EXPECT_EQ(ClusterBlocks(row(131072), h100), 8);
+  EXPECT_EQ(ClusterBlocks(row(350000), h100), 8);
+  EXPECT_EQ(ClusterBlocks(row(1 << 20), h100), 0);
+  EXPECT_EQ(ClusterBlocks(row(8192), a100), 1);
+  EXPECT_EQ(ClusterBlocks(row(131072), a100), 0);
+  for (const SelectLimits& limits : {h100, a100, SelectLimits{1, 1 << 10, 1}}) {
+    for (const int64_t tokens : {int64_t{1}, int64_t{30000}, int64_t{131072}, int64_t{400000}}) {
+      const int blocks = ClusterBlocks(row(tokens), limits);
+      if (blocks > 0) {
+        EXPECT_LE(ClusterSharedBytes(SliceOf(tokens, 0, blocks).tiles), limits.shared_bytes);
+      }
+    }
+  }
+  const std::vector<SelectRow> rows = {row(100), row(131072), row(1 << 20), row(1 << 21), row(5)};
+  const SelectRun first = NextRun(rows.data(), 5, h100);
+  EXPECT_EQ(first.rows, 2);
+  EXPECT_EQ(first.cluster_blocks, 8);
+  EXPECT_EQ(first.state_bytes, 0);
+  const SelectRun second = NextRun(rows.data() + 2, 3, h100);
+  EXPECT_EQ(second.rows, 2);
+  EXPECT_EQ(second.cluster_blocks, 0);
+  EXPECT_EQ(second.state_bytes, GlobalStateBytes(1 << 20) + GlobalStateBytes(1 << 21));
+  const std::vector<SelectRow> many(kSelectRows + 1, row(9));
+  EXPECT_EQ(NextRun(many.data(), kSelectRows + 1, h100).rows, kSelectRows);
+}
+
+}  // namespace
+}  // namespace structkv::cuda
