@@ -107,15 +107,6 @@ void EmulatedCluster::RunGrid(int64_t blocks, int threads, size_t shared_bytes,
   for (const int64_t index : order) block.Run(index, blocks);
 }
 
-// Alone: getcontext() may return twice for all that the compiler knows.
-void EmulatedCluster::MakeContext(EmulatedThread& thread) {
-  getcontext(&thread.context_);
-  thread.context_.uc_stack.ss_sp = thread.stack_.get();
-  thread.context_.uc_stack.ss_size = kStackBytes;
-  thread.context_.uc_link = nullptr;
-  makecontext(&thread.context_, &EmulatedCluster::Enter, 0);
-}
-
 void EmulatedCluster::Run(int64_t index, int64_t blocks) {
   // What was not written is no zero.
   std::memset(static_cast<void*>(shared_.data()), 0xCD, shared_.size() * sizeof(shared_[0]));
@@ -129,7 +120,7 @@ void EmulatedCluster::Run(int64_t index, int64_t blocks) {
     thread.blocks_ = blocks;
     thread.exchanges_ = 0;
     thread.done_ = false;
-    MakeContext(thread);
+    Prepare(&thread);
     ready_.push_back(&thread);
   }
   while (!ready_.empty()) {
@@ -146,6 +137,14 @@ void EmulatedCluster::Run(int64_t index, int64_t blocks) {
                  thread.rank_);
     std::abort();
   }
+}
+
+void EmulatedCluster::Prepare(EmulatedThread* thread) {
+  getcontext(&thread->context_);
+  thread->context_.uc_stack.ss_sp = thread->stack_.get();
+  thread->context_.uc_stack.ss_size = kStackBytes;
+  thread->context_.uc_link = nullptr;
+  makecontext(&thread->context_, &EmulatedCluster::Enter, 0);
 }
 
 void EmulatedCluster::Enter() {

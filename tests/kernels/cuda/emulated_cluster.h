@@ -112,11 +112,11 @@ class EmulatedCluster {
 
   EmulatedCluster(int ranks, int threads, size_t shared_bytes, std::mt19937_64& random,
                   const Body& body);
-  static void MakeContext(EmulatedThread& thread);
   void Run(int64_t index, int64_t blocks);
   void Meet(EmulatedThread* thread, Meeting* meeting);
   Meeting* WarpOf(const EmulatedThread& thread);
   std::byte* Shared(int rank);
+  static void Prepare(EmulatedThread* thread);
   static void Enter();
 
   const int ranks_;
