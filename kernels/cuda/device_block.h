@@ -1,5 +1,6 @@
 // What a kernel's threads can do together, by the device's own instructions. Kernels are templates
-// over such a class; tests/kernels/host_block.h has its twin, with which they run on the host.
+// over such a class; tests/kernels/cuda/emulated_cluster.h has its twin, with which they run on
+// the host.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -24,7 +25,6 @@ class DeviceBlock {
   __device__ int64_t blocks() const { return gridDim.x; }
 
   __device__ void Sync() { __syncthreads(); }
-  __device__ void SyncWarp() { __syncwarp(); }
   __device__ uint32_t Ballot(bool predicate) { return __ballot_sync(kAll, predicate); }
   template <class T>
   __device__ T Shuffle(T value, int from_lane) {

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "kernels/cuda/host_device.h"
+#include "kernels/cuda/numbers.h"
 
 namespace structkv::cuda {
 
@@ -30,18 +30,14 @@ STRUCTKV_HOST_DEVICE constexpr bool HasPrefix(uint32_t key, uint32_t prefix, int
 
 // Unsigned keys in the order of the values; both zeros have one key, as they compare equal.
 STRUCTKV_HOST_DEVICE inline uint32_t OrderedKey(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof(bits));
+  uint32_t bits = FloatBits(value);
   if (bits == 0x80000000U) bits = 0;
   return (bits & 0x80000000U) != 0 ? ~bits : bits | 0x80000000U;
 }
 
 // The value of a key.
 STRUCTKV_HOST_DEVICE inline float KeyValue(uint32_t key) {
-  const uint32_t bits = (key & 0x80000000U) != 0 ? key & 0x7FFFFFFFU : ~key;
-  float value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
+  return FloatOf((key & 0x80000000U) != 0 ? key & 0x7FFFFFFFU : ~key);
 }
 
 // Where the best of a row end: all keys above `threshold`, and the first `ties` of those equal to

@@ -35,4 +35,13 @@ cudaError_t LaunchScoresOf(const SaliencyPlan& plan, bool store, const TileLaunc
   return LaunchTiles(&ScoresKernel<P, kPairs, false>, plan, launch);
 }
 
+// Keys of 16 bits under queries of their type.
+template <DType kType>
+cudaError_t LaunchScoresOf16(const SaliencyPlan& plan, bool store, const TileLaunch& launch) {
+  using P = Pieces<kType, kType>;
+  if (plan.dim == 2 * kPairDims) return LaunchScoresOf<P, 2>(plan, store, launch);
+  if (plan.dim == 4 * kPairDims) return LaunchScoresOf<P, 4>(plan, store, launch);
+  return LaunchScoresOf<P, 0>(plan, store, launch);
+}
+
 }  // namespace structkv::cuda

@@ -131,8 +131,7 @@ void PrintLatency(const nlohmann::json& result) {
   }
   std::printf(
       "      added, p50: %.1f to the bare service that computes (bar %.0f), %.1f to the bare one "
-      "and "
-      "the arithmetic, %.1f to the echo and the arithmetic\n",
+      "and the arithmetic, %.1f to the echo and the arithmetic\n",
       result["added_p50_micros"].get<double>(), kLatencyBarMicros,
       result["added_to_sum_p50_micros"].get<double>(),
       result["added_to_echo_p50_micros"].get<double>());
