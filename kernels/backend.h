@@ -18,6 +18,7 @@
 // tests/kernels/conformance holds every backend to this, against `reference`.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -54,6 +55,14 @@ struct BackendCapabilities {
   int64_t dim_step = 8;
   std::vector<int64_t> extra_dims = {512, 576};
   int64_t max_window = 64;
+  // Types of queries for which Saliency, where no log-sum-exp is given, keeps its weights as
+  // float16 between two passes: each is then rounded to 11 bits, and off by up to 2^-25 of its
+  // row's largest.
+  std::vector<DType> half_weights;
+
+  bool KeepsHalfWeights(DType queries) const {
+    return std::find(half_weights.begin(), half_weights.end(), queries) != half_weights.end();
+  }
 
   bool SupportsDim(int64_t dim) const {
     if (dim >= min_dim && dim <= max_dim && dim % dim_step == 0) return true;

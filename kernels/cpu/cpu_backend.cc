@@ -166,6 +166,8 @@ class CpuBackend final : public Backend {
       .dtypes = {DType::kF32, DType::kF16, DType::kBF16, DType::kF8E4M3, DType::kF8E5M2},
       .layouts = {Layout::kHeadTokenDim, Layout::kTokenHeadDim},
       .paged = true,
+      .half_weights = table_.bf16_half_exponentials == nullptr ? std::vector<DType>()
+                                                               : std::vector{DType::kBF16},
   };
 };
 

@@ -22,6 +22,13 @@ inline constexpr int64_t kTileTokens = 240;
 // Exponentials are relative to the maximum of an earlier tile as long as a row's sum in a tile is
 // no larger.
 inline constexpr float kLargestSum = 0x1p20F;
+// The same of those that are stored as float16, which none of them then exceeds.
+inline constexpr float kLargestHalfSum = 65504.0F;
+// What is subtracted from a tile's own maximum before it is stored as float16: the maximum becomes
+// 2^kHalfExponent, so that fewer exponentials fall below its range, and at most twice that, as
+// whole numbers are subtracted.
+inline constexpr float kHalfExponent = 7.0F;
+static_assert(kTileTokens * 2 * 0x1p7F <= kLargestHalfSum);
 // And as long as the maximum is no further from 0: beyond, the rounding of a product makes more
 // than a factor of it.
 inline constexpr float kLargestShift = 0x1p22F;
@@ -48,11 +55,12 @@ struct ScoreTile {
   // later, in place of those behind the tile, and the bytes of its elements. Else null.
   const std::byte* const* ask = nullptr;
   int64_t ask_element_bytes = 0;
-  // [tokens, rows], unscaled dot products; 64-byte aligned.
-  float* out = nullptr;
+  // [tokens, rows], unscaled dot products, or what the function makes of them; 64-byte aligned.
+  void* out = nullptr;
+  int64_t out_element_bytes = sizeof(float);
   // What will be read and written after this tile, as much as `out`; null: nothing. Any address
   // will do.
-  const float* out_after = nullptr;
+  const std::byte* out_after = nullptr;
 };
 
 // The top of a selection: values above `threshold` are in, values below are out, and of those equal
@@ -154,6 +162,9 @@ struct KernelTable {
   // one's answer holds for the tile.
   bool (*bf16_exponentials)(const ScoreTile& tile, float factor, const float* shift, float* sum,
                             float* check) = nullptr;
+  // The same, stored as float16; `sum` is of what was not rounded.
+  bool (*bf16_half_exponentials)(const ScoreTile& tile, float factor, const float* shift,
+                                 float* sum, float* check) = nullptr;
   // With them: copies 8-bit keys as bf16, which holds all their values.
   void (*fp8_to_bf16)(const KeyRows& rows) = nullptr;
   // max[r] = the largest of scores[t, r] * factor. Returns whether every product is finite.
@@ -164,9 +175,13 @@ struct KernelTable {
   // float32 holds.
   bool (*exponentiate)(float* scores, int64_t tokens, int64_t rows, float factor,
                        const float* shift, float* sum) = nullptr;
-  // out[t] (+)= sum over r of p[t, r] * weight[r].
+  // Rounds to float16.
+  void (*to_half)(const float* in, int64_t count, uint16_t* out) = nullptr;
+  // out[t] (+)= sum over r of p[t, r] * weight[r], p float32 or float16.
   void (*weigh_rows)(const float* p, int64_t tokens, int64_t rows, const float* weight,
                      bool accumulate, float* out) = nullptr;
+  void (*weigh_half_rows)(const uint16_t* p, int64_t tokens, int64_t rows, const float* weight,
+                          bool accumulate, float* out) = nullptr;
   // Turns what was subtracted in `tiles` tiles into weights, in place: with m the row's largest and
   // z = sum over tiles of sums * 2^(max - m), weight = share[r] * 2^(max - m) / z. Both [tiles,
   // rows].

@@ -30,7 +30,9 @@ KernelTable Table(std::string_view name, std::string_view device) {
       .copy_keys = &CopyKeys,
       .row_max = &RowMax,
       .exponentiate = &Exponentiate,
+      .to_half = &ToHalf,
       .weigh_rows = &WeighRows,
+      .weigh_half_rows = &WeighHalfRows,
       .tile_weights = &TileWeights,
       .sum_heads = &SumHeads,
       .find_bad = &FindBad,
@@ -62,6 +64,7 @@ std::vector<KernelTable> MakeTables() {
     KernelTable table = N_AVX3::Table("avx3_bf16", "AVX-512 BF16");
     table.bf16_scores = &ScoresAvx512Bf16;
     table.bf16_exponentials = &ExponentialsAvx512Bf16;
+    table.bf16_half_exponentials = &HalfExponentialsAvx512Bf16;
     table.fp8_to_bf16 = &Fp8ToBf16Avx512;
     tables.push_back(table);
   }

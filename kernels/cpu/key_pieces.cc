@@ -43,8 +43,9 @@ void KeyPieces::FindRows(const TensorView& keys, int64_t head, int64_t begin) {
 }
 
 bool KeyPieces::Next(ScoreTile* tile) {
-  tile->out += before_ * tile->rows;
-  if (tile->out_after != nullptr) tile->out_after += before_ * tile->rows;
+  const int64_t moved = before_ * tile->rows * tile->out_element_bytes;
+  tile->out = static_cast<std::byte*>(tile->out) + moved;
+  if (tile->out_after != nullptr) tile->out_after += moved;
   if (done_ == tokens_) return false;
   tile->dtype = dtype_;
   tile->dim = dim_;

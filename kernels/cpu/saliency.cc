@@ -16,19 +16,21 @@ namespace structkv::cpu {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
+constexpr int64_t kFloatBytes = sizeof(float);
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // One call. The functions that take a chunk are the tasks.
 class Job {
  public:
-  Job(const KernelTable& table, const SaliencyParams& params, float* scratch, float* out)
+  Job(const KernelTable& table, const SaliencyParams& params, std::byte* scratch, float* out)
       : table_(table),
         params_(params),
         plan_(SaliencyPlan::Make(table, params)),
-        packed_(scratch),
-        store_(packed_ + plan_.packed_total()),
-        max_(store_ + plan_.batch_units() * plan_.store_floats),
-        sums_(max_ + plan_.batch_units() * plan_.tile_floats),
+        store_(scratch),
+        packed_(reinterpret_cast<float*>(
+            store_ + (plan_.two_pass ? plan_.batch_units() * plan_.store_bytes : 0))),
+        subtracted_(packed_ + plan_.packed_total()),
+        sums_(subtracted_ + plan_.batch_units() * plan_.tile_floats),
         out_(out) {}
 
   absl::Status Run(BadStatistic* bad, ParallelFor parallel) {
@@ -79,7 +81,7 @@ class Job {
   }
 
   // A tile yet without its keys.
-  ScoreTile Tile(int64_t head, int64_t block, float* out) const {
+  ScoreTile Tile(int64_t head, int64_t block, void* out) const {
     return {.queries = Packed(head, block), .rows = plan_.PaddedRows(block), .out = out};
   }
   KeyPieces Keys(int64_t head, int64_t tile) const {
@@ -99,24 +101,33 @@ class Job {
 
   // Scores a tile and exponentiates. False: a score may not be finite, or an exponential be.
   bool Exponentials(int64_t head, int64_t block, int64_t tile, const float* shift, float* p,
-                    float* sums, const float* p_after = nullptr) const {
+                    float* sums, const std::byte* p_after = nullptr) const {
     if (plan_.pairs && table_.bf16_exponentials != nullptr) {
       ScoreTile scored = Tile(head, block, p);
       scored.out_after = p_after;
-      alignas(64) float check[kRowBlock] = {};
-      std::fill(sums, sums + scored.rows, 0.0F);
-      bool finite = true;
-      const float factor = Factor(head);
-      KeyPieces keys = Keys(head, tile);
-      while (keys.Next(&scored)) {
-        finite = table_.bf16_exponentials(scored, factor, shift, sums, check);
-      }
-      return finite;
+      return FusedExponentials(table_.bf16_exponentials, head, tile, shift, sums, scored);
     }
-    if (p_after != nullptr) PrefetchTile(p_after, TileTokens(tile + 1) * plan_.PaddedRows(block));
+    const int64_t rows = plan_.PaddedRows(block);
+    if (p_after != nullptr) PrefetchBytes(p_after, TileTokens(tile + 1) * rows * kFloatBytes);
     Scores(head, block, tile, p);
-    return table_.exponentiate(p, TileTokens(tile), plan_.PaddedRows(block), Factor(head), shift,
-                               sums);
+    return table_.exponentiate(p, TileTokens(tile), rows, Factor(head), shift, sums);
+  }
+  bool HalfExponentials(int64_t head, int64_t block, int64_t tile, const float* shift, uint16_t* p,
+                        float* sums, const std::byte* p_after) const {
+    ScoreTile scored = Tile(head, block, p);
+    scored.out_element_bytes = sizeof(uint16_t);
+    scored.out_after = p_after;
+    return FusedExponentials(table_.bf16_half_exponentials, head, tile, shift, sums, scored);
+  }
+  bool FusedExponentials(decltype(KernelTable::bf16_exponentials) function, int64_t head,
+                         int64_t tile, const float* shift, float* sums, ScoreTile& scored) const {
+    alignas(64) float check[kRowBlock] = {};
+    std::fill(sums, sums + scored.rows, 0.0F);
+    bool finite = true;
+    const float factor = Factor(head);
+    KeyPieces keys = Keys(head, tile);
+    while (keys.Next(&scored)) finite = function(scored, factor, shift, sums, check);
+    return finite;
   }
 
   // Sets the scores that the causal mask hides.
@@ -174,12 +185,12 @@ class Job {
 
   // Where the exponentials and statistics of a block of the current batch lie.
   struct Stored {
-    float* p;
-    float* max;
+    std::byte* p;
+    float* subtracted;
     float* sums;
   };
   Stored At(int64_t unit) const {
-    return {store_ + unit * plan_.store_floats, max_ + unit * plan_.tile_floats,
+    return {store_ + unit * plan_.store_bytes, subtracted_ + unit * plan_.tile_floats,
             sums_ + unit * plan_.tile_floats};
   }
 
@@ -225,7 +236,8 @@ class Job {
         alignas(64) float share[kRowBlock] = {};
         std::fill(share, share + plan_.Rows(block), Share());
         const Stored stored = At(unit);
-        table_.tile_weights(stored.max, stored.sums, plan_.tiles, plan_.PaddedRows(block), share);
+        table_.tile_weights(stored.subtracted, stored.sums, plan_.tiles, plan_.PaddedRows(block),
+                            share);
       });
       previous = batch;
     }
@@ -251,40 +263,60 @@ class Job {
 
   void SecondPass(int64_t head, int64_t block, int64_t tile, const Stored& stored) {
     const int64_t rows = plan_.PaddedRows(block);
-    table_.weigh_rows(stored.p + tile * kTileTokens * rows, TileTokens(tile), rows,
-                      stored.max + tile * rows, block != 0,
-                      out_ + head * plan_.tokens + tile * kTileTokens);
+    const std::byte* p = stored.p + tile * kTileTokens * rows * plan_.element_bytes();
+    const float* weight = stored.subtracted + tile * rows;
+    float* out = out_ + head * plan_.tokens + tile * kTileTokens;
+    if (plan_.half) {
+      table_.weigh_half_rows(reinterpret_cast<const uint16_t*>(p), TileTokens(tile), rows, weight,
+                             block != 0, out);
+    } else {
+      table_.weigh_rows(reinterpret_cast<const float*>(p), TileTokens(tile), rows, weight,
+                        block != 0, out);
+    }
   }
 
   // Into the second-level cache, where it is needed after this tile's dot products.
-  static void PrefetchTile(const float* p, int64_t count) {
-    constexpr int64_t kLine = 64 / sizeof(float);
-    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(p + i, 0, 2);
+  static void PrefetchBytes(const std::byte* p, int64_t bytes) {
+    constexpr int64_t kLine = 64;
+    for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(p + i, 0, 2);
   }
 
   void FirstPass(int64_t head, int64_t block, int64_t tile, const Stored& stored) {
     const int64_t rows = plan_.PaddedRows(block);
-    float* p = stored.p + tile * kTileTokens * rows;
-    float* max = stored.max + tile * rows;
+    const int64_t tokens = TileTokens(tile);
+    std::byte* p = stored.p + tile * kTileTokens * rows * plan_.element_bytes();
+    auto* const as_float = reinterpret_cast<float*>(p);
+    auto* const as_half = reinterpret_cast<uint16_t*>(p);
+    float* subtracted = stored.subtracted + tile * rows;
     float* sums = stored.sums + tile * rows;
     const bool more = tile + 1 < plan_.tiles;
-    const float* p_after = more ? p + kTileTokens * rows : nullptr;
+    const std::byte* p_after = more ? p + kTileTokens * rows * plan_.element_bytes() : nullptr;
     // Any maximum seen in the task will do while exponentials are not too large: it is no larger
     // than the row's.
     if (tile % SaliencyPlan::kTilesPerTask != 0 && !IsMasked(tile)) {
-      std::copy(max - rows, max, max);
-      if (std::all_of(max, max + rows, [](float m) { return std::fabs(m) <= kLargestShift; }) &&
-          Exponentials(head, block, tile, max, p, sums, p_after) &&
-          std::all_of(sums, sums + rows, [](float sum) { return sum <= kLargestSum; })) {
+      std::copy(subtracted - rows, subtracted, subtracted);
+      const float largest = plan_.half ? kLargestHalfSum : kLargestSum;
+      if (std::all_of(subtracted, subtracted + rows,
+                      [](float m) { return std::fabs(m) <= kLargestShift; }) &&
+          (plan_.half ? HalfExponentials(head, block, tile, subtracted, as_half, sums, p_after)
+                      : Exponentials(head, block, tile, subtracted, as_float, sums, p_after)) &&
+          std::all_of(sums, sums + rows, [&](float sum) { return sum <= largest; })) {
         return;
       }
     }
-    if (more) PrefetchTile(p_after, TileTokens(tile + 1) * rows);
-    if (!ScoreAndMax(head, block, tile, p, max)) return Fail();
+    if (more) PrefetchBytes(p_after, TileTokens(tile + 1) * rows * plan_.element_bytes());
+    alignas(64) float unrounded[kTileTokens * kRowBlock];
+    float* const scores = plan_.half ? unrounded : as_float;
+    if (!ScoreAndMax(head, block, tile, scores, subtracted)) return Fail();
     alignas(64) float shift[kRowBlock];
-    // A row that sees nothing of this tile has maximum -Inf: nothing is subtracted from -Inf.
-    for (int64_t i = 0; i < rows; ++i) shift[i] = max[i] == -kInfinity ? 0.0F : max[i];
-    table_.exponentiate(p, TileTokens(tile), rows, Factor(head), shift, sums);
+    for (int64_t i = 0; i < rows; ++i) {
+      // Whole, so that scores which are equal are rounded alike in nearly every tile.
+      if (plan_.half) subtracted[i] = std::floor(subtracted[i]) - kHalfExponent;
+      // A row that sees nothing of this tile has maximum -Inf: nothing is subtracted from -Inf.
+      shift[i] = subtracted[i] == -kInfinity ? 0.0F : subtracted[i];
+    }
+    table_.exponentiate(scores, tokens, rows, Factor(head), shift, sums);
+    if (plan_.half) table_.to_half(scores, tokens * rows, as_half);
   }
 
   // Something was not finite: computes again to find the lowest token of any head.
@@ -335,9 +367,9 @@ class Job {
   const KernelTable& table_;
   const SaliencyParams& params_;
   const SaliencyPlan plan_;
+  std::byte* const store_;
   float* const packed_;
-  float* const store_;
-  float* const max_;  // after the first pass: weights
+  float* const subtracted_;  // the exponents that are 1; after the first pass: weights
   float* const sums_;
   float* const out_;
   std::atomic<bool> failed_{false};
@@ -348,12 +380,12 @@ class Job {
 absl::Status Saliency(const KernelTable& table, const SaliencyParams& params, ScratchPool* pool,
                       float* out, BadStatistic* bad, ParallelFor parallel) {
   const ScratchPool::Block scratch = pool->Acquire(SaliencyScratchBytes(table, params));
-  Job job(table, params, reinterpret_cast<float*>(scratch.data()), out);
+  Job job(table, params, scratch.data(), out);
   return job.Run(bad, parallel);
 }
 
 int64_t SaliencyScratchBytes(const KernelTable& table, const SaliencyParams& params) {
-  return SaliencyPlan::Make(table, params).scratch_floats() * static_cast<int64_t>(sizeof(float));
+  return SaliencyPlan::Make(table, params).scratch_bytes();
 }
 
 }  // namespace structkv::cpu

@@ -12,8 +12,8 @@ namespace structkv::cpu {
 struct SaliencyPlan {
   // Tiles that one task takes.
   static constexpr int64_t kTilesPerTask = 8;
-  // Exponentials kept between the passes: about half of a last-level cache. One block of rows is
-  // the least.
+  // Exponentials kept between the passes: about half of a last-level cache as float32. One block of
+  // rows is the least.
   static constexpr int64_t kStoreTargetBytes = int64_t{16} << 20;
 
   int64_t tokens = 0;
@@ -26,15 +26,16 @@ struct SaliencyPlan {
   int64_t chunks = 0;  // tasks along the tokens
   bool pairs = false;  // queries are packed as bf16 pairs
   bool two_pass = false;
+  bool half = false;  // exponentials are stored as float16
 
   // A batch of the first pass: so many blocks of each of so many heads; more than one head only if
   // all its blocks fit.
   int64_t batch_heads = 0;
   int64_t batch_blocks = 0;
 
-  // Floats per block of rows: packed queries, stored exponentials, tile statistics.
+  // Per block of rows: packed queries, stored exponentials, tile statistics.
   int64_t packed_floats = 0;
-  int64_t store_floats = 0;
+  int64_t store_bytes = 0;
   int64_t tile_floats = 0;
 
   static SaliencyPlan Make(const KernelTable& table, const SaliencyParams& params) {
@@ -50,11 +51,12 @@ struct SaliencyPlan {
     // 8-bit keys are widened.
     plan.pairs = params.queries.dtype == DType::kBF16 && table.bf16_scores != nullptr;
     plan.two_pass = params.lse == nullptr;
+    plan.half = plan.two_pass && plan.pairs && table.bf16_half_exponentials != nullptr;
     const int64_t rows = plan.PaddedRows(0);  // the first block is the largest
     plan.packed_floats = rows * (plan.pairs ? params.keys.dim / 2 : params.keys.dim);
-    plan.store_floats = rows * plan.tokens;
+    plan.store_bytes = (rows * plan.tokens * plan.element_bytes() + 63) / 64 * 64;
     plan.tile_floats = rows * plan.tiles;
-    const int64_t block_bytes = plan.store_floats * static_cast<int64_t>(sizeof(float));
+    const int64_t block_bytes = rows * plan.tokens * static_cast<int64_t>(sizeof(float));
     const int64_t fit = std::max<int64_t>(1, kStoreTargetBytes / block_bytes);
     plan.batch_heads = std::clamp<int64_t>(fit / plan.blocks, 1, plan.kv_heads);
     plan.batch_blocks = std::min(fit, plan.blocks);
@@ -65,13 +67,16 @@ struct SaliencyPlan {
   int64_t PaddedRows(int64_t block) const {
     return (Rows(block) + row_multiple - 1) / row_multiple * row_multiple;
   }
+  // Of a stored exponential.
+  int64_t element_bytes() const { return half ? sizeof(uint16_t) : sizeof(float); }
   // Blocks of rows whose exponentials are stored at a time.
   int64_t batch_units() const { return batch_heads * batch_blocks; }
 
   int64_t packed_total() const { return kv_heads * blocks * packed_floats; }
-  int64_t scratch_floats() const {
-    const int64_t stored = two_pass ? batch_units() * (store_floats + 2 * tile_floats) : 0;
-    return packed_total() + stored;
+  int64_t scratch_bytes() const {
+    constexpr int64_t kFloat = sizeof(float);
+    const int64_t stored = two_pass ? batch_units() * (store_bytes + 2 * tile_floats * kFloat) : 0;
+    return packed_total() * kFloat + stored;
   }
 };
 

@@ -234,7 +234,7 @@ void ScoresR(const ScoreTile& tile) {
       stride = tile.dim * static_cast<int64_t>(sizeof(float));
       ahead = {};
     }
-    float* out = tile.out + t * tile.rows;
+    float* out = static_cast<float*>(tile.out) + t * tile.rows;
     if (whole) {
       DotRows<kBlock, R>(tile, keys, stride, ahead, out);
     } else {

@@ -22,13 +22,16 @@ inline __m512bh Broadcast(const std::byte* pair) {
 template <int R>
 struct AsTheyAre {
   template <int T>
-  void Store(const __m512 (&acc)[T][R], float* out) {
+  void Store(const __m512 (&acc)[T][R], int64_t token) {
+    float* to = out + token * R * 16;
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) _mm512_store_ps(out + (t * R + r) * 16, acc[t][r]);
+      for (int r = 0; r < R; ++r) _mm512_store_ps(to + (t * R + r) * 16, acc[t][r]);
     }
   }
+
+  float* out;
 };
 
 // Exp2 of exp2-inl.h to the bit, down to 2^-126; Inf, NaN and smaller values as they should be.
@@ -44,26 +47,38 @@ inline __m512 Exp2(__m512 x) {
   return _mm512_maskz_scalef_ps(0xFFFF, p, _mm512_sub_ps(x, f));
 }
 
-// Stores 2^(score * factor - shift), and sums them. The next block's dot products need other units
-// than most of this does, and run beside it.
-template <int R>
+inline void StoreRows(__m512 p, float* out) { _mm512_store_ps(out, p); }
+inline void StoreRows(__m512 p, uint16_t* out) {
+  _mm256_store_si256(
+      reinterpret_cast<__m256i*>(out),
+      _mm512_maskz_cvtps_ph(0xFFFF, p, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// Stores 2^(score * factor - shift) as `To`, and sums them. The next block's dot products need
+// other units than most of this does, and run beside it.
+template <int R, class To>
 struct Exponentials {
   template <int T>
-  void Store(const __m512 (&acc)[T][R], float* out) {
+  void Store(const __m512 (&acc)[T][R], int64_t token) {
+    constexpr int kLine = 64 / sizeof(To);
+    To* to = out + token * R * 16;
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const __m512 x = _mm512_fmsub_ps(acc[t][r], factor, shift[r]);
         const __m512 p = Exp2(x);
-        _mm512_store_ps(out + (t * R + r) * 16, p);
-        _mm_prefetch(reinterpret_cast<const char*>(out + after + (t * R + r) * 16), _MM_HINT_T1);
+        StoreRows(p, to + (t * R + r) * 16);
+        if ((t * R + r) * 16 % kLine == 0) {
+          _mm_prefetch(reinterpret_cast<const char*>(to + after + (t * R + r) * 16), _MM_HINT_T1);
+        }
         sum[r] = _mm512_add_ps(sum[r], p);
         check[r] = _mm512_add_ps(check[r], x);
       }
     }
   }
 
+  To* out;
   int64_t after;  // from `out` to what is prefetched
   __m512 factor;
   __m512 shift[R];
@@ -103,10 +118,11 @@ struct Scattered {
   int64_t step;
 };
 
-// T tokens against R vectors of 16 rows. `ahead` is prefetched, in step with `keys`.
+// T tokens, of which `token` is the first, against R vectors of 16 rows. `ahead` is prefetched, in
+// step with `keys`.
 template <int T, int R, class Ahead, class Results>
 inline void DotBlock(const int32_t* __restrict queries, const std::byte* keys, int64_t stride,
-                     const Ahead& ahead, int64_t dim, Results& results, float* __restrict out) {
+                     const Ahead& ahead, int64_t dim, Results& results, int64_t token) {
   constexpr int64_t kRows = R * 16;
   __m512 acc[T][R];
 #pragma GCC unroll 16
@@ -143,7 +159,7 @@ inline void DotBlock(const int32_t* __restrict queries, const std::byte* keys, i
 #pragma GCC unroll 4
     for (int g = 0; g < kBases; ++g) base[g] += 16;
   }
-  results.Store(acc, out);
+  results.Store(acc, token);
 }
 
 template <int R, class Results>
@@ -156,35 +172,37 @@ inline void ForTile(const ScoreTile& tile, Results& results) {
   int64_t t = 0;
   for (; t + kBlock <= tile.tokens; t += kBlock) {
     const std::byte* keys = tile.keys + t * stride;
-    float* out = tile.out + t * R * 16;
     if (tile.ask != nullptr) {
       const Scattered ahead = {tile.ask + t, 32 * tile.ask_element_bytes};
-      DotBlock<kBlock, R>(queries, keys, stride, ahead, tile.dim, results, out);
+      DotBlock<kBlock, R>(queries, keys, stride, ahead, tile.dim, results, t);
       continue;
     }
     const int64_t last = tile.tokens + tile.tokens_after - kBlock - t;
     const int64_t near = last < near_tokens ? last : near_tokens;
     const int64_t far = last < far_tokens ? last : far_tokens;
     const Strided ahead = {keys + near * stride, keys + far * stride, stride};
-    DotBlock<kBlock, R>(queries, keys, stride, ahead, tile.dim, results, out);
+    DotBlock<kBlock, R>(queries, keys, stride, ahead, tile.dim, results, t);
   }
   for (; t < tile.tokens; ++t) {
     const std::byte* keys = tile.keys + t * stride;
-    DotBlock<1, R>(queries, keys, stride, Strided(), tile.dim, results, tile.out + t * R * 16);
+    DotBlock<1, R>(queries, keys, stride, Strided(), tile.dim, results, t);
   }
 }
 
 template <int R>
 void ScoresR(const ScoreTile& tile) {
   AsTheyAre<R> results;
+  results.out = static_cast<float*>(tile.out);
   ForTile<R>(tile, results);
 }
 
-template <int R>
+template <int R, class To>
 bool ExponentialsR(const ScoreTile& tile, float factor, const float* shift, float* sum,
                    float* check) {
-  Exponentials<R> results;
-  results.after = tile.out_after == nullptr ? 0 : tile.out_after - tile.out;
+  Exponentials<R, To> results;
+  results.out = static_cast<To*>(tile.out);
+  results.after =
+      tile.out_after == nullptr ? 0 : reinterpret_cast<const To*>(tile.out_after) - results.out;
   results.factor = _mm512_set1_ps(factor);
   for (int r = 0; r < R; ++r) {
     results.shift[r] = _mm512_loadu_ps(shift + r * 16);
@@ -304,8 +322,14 @@ void ScoresAvx512Bf16(const ScoreTile& tile) {
 
 bool ExponentialsAvx512Bf16(const ScoreTile& tile, float factor, const float* shift, float* sum,
                             float* check) {
-  return tile.rows == 32 ? ExponentialsR<2>(tile, factor, shift, sum, check)
-                         : ExponentialsR<1>(tile, factor, shift, sum, check);
+  return tile.rows == 32 ? ExponentialsR<2, float>(tile, factor, shift, sum, check)
+                         : ExponentialsR<1, float>(tile, factor, shift, sum, check);
+}
+
+bool HalfExponentialsAvx512Bf16(const ScoreTile& tile, float factor, const float* shift, float* sum,
+                                float* check) {
+  return tile.rows == 32 ? ExponentialsR<2, uint16_t>(tile, factor, shift, sum, check)
+                         : ExponentialsR<1, uint16_t>(tile, factor, shift, sum, check);
 }
 
 }  // namespace structkv::cpu
@@ -322,6 +346,11 @@ void ScoresAvx512Bf16(const ScoreTile& /*tile*/) {}
 
 bool ExponentialsAvx512Bf16(const ScoreTile& /*tile*/, float /*factor*/, const float* /*shift*/,
                             float* /*sum*/, float* /*check*/) {
+  return false;
+}
+
+bool HalfExponentialsAvx512Bf16(const ScoreTile& /*tile*/, float /*factor*/, const float* /*shift*/,
+                                float* /*sum*/, float* /*check*/) {
   return false;
 }
 

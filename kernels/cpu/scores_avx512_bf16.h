@@ -15,6 +15,10 @@ void ScoresAvx512Bf16(const ScoreTile& tile);
 bool ExponentialsAvx512Bf16(const ScoreTile& tile, float factor, const float* shift, float* sum,
                             float* check);
 
+// KernelTable::bf16_half_exponentials. Only where HaveAvx512Bf16().
+bool HalfExponentialsAvx512Bf16(const ScoreTile& tile, float factor, const float* shift, float* sum,
+                                float* check);
+
 // KernelTable::fp8_to_bf16. Only where HaveAvx512Bf16().
 void Fp8ToBf16Avx512(const KeyRows& rows);
 

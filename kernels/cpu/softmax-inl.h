@@ -77,9 +77,30 @@ HWY_INLINE hn::Vec<D> SumEach(D d, int64_t first, const Row& row) {
 #endif
 }
 
+inline void ToHalf(const float* in, int64_t count, uint16_t* out) {
+  const hn::ScalableTag<float> d;
+  const hn::Rebind<hwy::float16_t, decltype(d)> half;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  auto* to = reinterpret_cast<hwy::float16_t*>(out);
+  for (int64_t i = 0; i < count; i += lanes) {
+    hn::StoreU(hn::DemoteTo(half, hn::LoadU(d, in + i)), half, to + i);
+  }
+}
+
+// What is stored, as float32.
+template <class D>
+HWY_INLINE hn::Vec<D> LoadRows(D d, const float* p) {
+  return hn::Load(d, p);
+}
+template <class D>
+HWY_INLINE hn::Vec<D> LoadRows(D d, const uint16_t* p) {
+  const hn::Rebind<hwy::float16_t, D> half;
+  return hn::PromoteTo(d, hn::LoadU(half, reinterpret_cast<const hwy::float16_t*>(p)));
+}
+
 // N vectors of rows.
-template <int N>
-void WeighRowsN(const float* p, int64_t tokens, const float* weight, bool accumulate, float* out) {
+template <int N, class T>
+void WeighRowsN(const T* p, int64_t tokens, const float* weight, bool accumulate, float* out) {
   const hn::ScalableTag<float> d;
   using V = hn::Vec<decltype(d)>;
   constexpr int64_t kLanes = static_cast<int64_t>(hn::MaxLanes(d));
@@ -90,7 +111,7 @@ void WeighRowsN(const float* p, int64_t tokens, const float* weight, bool accumu
   const auto weighed = [&](int64_t t) HWY_ATTR {
     V v = hn::Zero(d);
 #pragma GCC unroll 32
-    for (int n = 0; n < N; ++n) v = hn::MulAdd(hn::Load(d, p + t * kRows + n * kLanes), w[n], v);
+    for (int n = 0; n < N; ++n) v = hn::MulAdd(LoadRows(d, p + t * kRows + n * kLanes), w[n], v);
     return v;
   };
   int64_t t = 0;
@@ -107,16 +128,27 @@ void WeighRowsN(const float* p, int64_t tokens, const float* weight, bool accumu
   for (int64_t k = 0; t + k < tokens; ++k) out[t + k] = accumulate ? out[t + k] + rest[k] : rest[k];
 }
 
-inline void WeighRows(const float* p, int64_t tokens, int64_t rows, const float* weight,
-                      bool accumulate, float* out) {
+template <class T>
+void WeighRowsOf(const T* p, int64_t tokens, int64_t rows, const float* weight, bool accumulate,
+                 float* out) {
   constexpr int64_t kLanes = static_cast<int64_t>(hn::MaxLanes(hn::ScalableTag<float>()));
   const auto call = [&](auto* function) { function(p, tokens, weight, accumulate, out); };
-  if (rows == 32) return call(&WeighRowsN<32 / kLanes>);
-  if (rows == 16) return call(&WeighRowsN<16 / kLanes>);
+  if (rows == 32) return call(&WeighRowsN<32 / kLanes, T>);
+  if (rows == 16) return call(&WeighRowsN<16 / kLanes, T>);
 #if HWY_TARGET > HWY_AVX3
-  if (rows == 24) return call(&WeighRowsN<24 / kLanes>);
-  if (rows == 8) return call(&WeighRowsN<8 / kLanes>);
+  if (rows == 24) return call(&WeighRowsN<24 / kLanes, T>);
+  if (rows == 8) return call(&WeighRowsN<8 / kLanes, T>);
 #endif
+}
+
+inline void WeighRows(const float* p, int64_t tokens, int64_t rows, const float* weight,
+                      bool accumulate, float* out) {
+  WeighRowsOf(p, tokens, rows, weight, accumulate, out);
+}
+
+inline void WeighHalfRows(const uint16_t* p, int64_t tokens, int64_t rows, const float* weight,
+                          bool accumulate, float* out) {
+  WeighRowsOf(p, tokens, rows, weight, accumulate, out);
 }
 
 inline void TileWeights(float* max, const float* sums, int64_t tiles, int64_t rows,

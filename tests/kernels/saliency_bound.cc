@@ -10,6 +10,8 @@ namespace structkv::testing {
 namespace {
 
 constexpr double kUnit = 1.0 / (1 << 24);
+constexpr double kHalfSmallest = 1.0 / (1 << 25);
+const double kHalfRelative = std::expm1(2 * std::ldexp(1.0, -11) + 17 * kHalfSmallest);
 
 // At least the sum of |q k| over the elements for every pair of a head's query rows and keys: the
 // product of the element-wise largest.
@@ -39,7 +41,7 @@ double LargestMagnitude(const SaliencyParams& params, int64_t head) {
 
 }  // namespace
 
-SaliencyBound::SaliencyBound(const SaliencyParams& params) {
+SaliencyBound::SaliencyBound(const SaliencyParams& params, bool half) {
   double lse = 0;
   for (int64_t i = 0; params.lse != nullptr && i < params.queries.heads * params.queries.tokens;
        ++i) {
@@ -50,9 +52,13 @@ SaliencyBound::SaliencyBound(const SaliencyParams& params) {
     const double exponent = kUnit * ((static_cast<double>(params.keys.dim) + 8) * scale *
                                          LargestMagnitude(params, head) +
                                      2 * lse);
-    relative_.push_back(std::expm1(2 * exponent) + (4 + 256 + 256 + 32) * kUnit);
+    const double single = std::expm1(2 * exponent) + (4 + 256 + 256 + 32) * kUnit;
+    relative_.push_back(half ? (1 + single) * (1 + kHalfRelative) - 1 : single);
   }
   absolute_ = static_cast<double>(params.queries.heads) * std::ldexp(1.0, -126);
+  if (half) {
+    absolute_ += static_cast<double>(params.queries.heads / params.keys.heads) * kHalfSmallest;
+  }
 }
 
 double SaliencyBound::Tolerance(int64_t head, double expected) const {

@@ -16,9 +16,14 @@ namespace structkv::testing {
 //   * exp itself: 4 u; sums of at most 256 positive terms before they are widened: 256 u, twice
 //     (row sums, rows of a group); a few roundings more: 32 u.
 // Weights below 2^-126 of their row's maximum may be 0.
+//
+// `half`: weights are kept as float16 between two passes. A weight is then off by 2^-11 of itself,
+// and so may the sum be that it is divided by; where it is below 2^-14 of the highest within its 16
+// tokens, by 2^-25 of that, which is at most 1 for each of the group's heads, and 16 such errors
+// are in the 16 tokens of a sum whose largest term is 1.
 class SaliencyBound {
  public:
-  explicit SaliencyBound(const SaliencyParams& params);
+  explicit SaliencyBound(const SaliencyParams& params, bool half = false);
 
   // Whether `actual` is as near to `expected`, the saliency of a token in head `head`, as it must.
   bool Holds(int64_t head, double actual, double expected) const;

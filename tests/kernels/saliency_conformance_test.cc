@@ -75,10 +75,12 @@ class SaliencyTest : public ::testing::TestWithParam<Case> {
 TEST_P(SaliencyTest, AgreesWithTheOracle) {
   const Inputs inputs(shape_, dtype_, layout_, random_);
   const std::vector<float> actual = Run(inputs.params());
-  ExpectNear(actual, Once("computed", [&] { return Expected(inputs.params()); }), inputs.params());
+  ExpectNear(*backend_, actual, Once("computed", [&] { return Expected(inputs.params()); }),
+             inputs.params());
   // Each query row's attention sums to 1.
   const int64_t group = shape_.query_heads / shape_.kv_heads;
-  const testing::SaliencyBound bound(inputs.params());
+  const testing::SaliencyBound bound(inputs.params(),
+                                     testing::KeepsHalfWeights(*backend_, inputs.params()));
   for (int64_t g = 0; g < shape_.kv_heads; ++g) {
     double sum = 0;
     for (int64_t j = 0; j < shape_.tokens; ++j) sum += actual[g * shape_.tokens + j];
@@ -91,7 +93,7 @@ TEST_P(SaliencyTest, TakesTheCallersLogSumExp) {
   SaliencyParams params = inputs.params();
   const std::vector<float> lse = Once("lse", [&] { return RowLse(params); });
   params.lse = lse.data();
-  ExpectNear(Run(params), Once("given", [&] { return Expected(params); }), params);
+  ExpectNear(*backend_, Run(params), Once("given", [&] { return Expected(params); }), params);
 }
 
 TEST_P(SaliencyTest, DoesNotDependOnHowTasksRun) {
@@ -246,7 +248,7 @@ TEST_P(SaliencyInputTest, FollowsScoresThatRiseOrFall) {
       }
     }
     ASSERT_EQ(Run(params), absl::OkStatus());
-    ExpectNear(out_, Expected(params), params);
+    ExpectNear(*backend_, out_, Expected(params), params);
   }
 }
 
@@ -255,7 +257,7 @@ TEST_P(SaliencyInputTest, TakesTheScale) {
   for (const float scale : {0.3F, -0.2F}) {
     params.scale = scale;
     ASSERT_EQ(Run(params), absl::OkStatus());
-    ExpectNear(out_, Expected(params), params);
+    ExpectNear(*backend_, out_, Expected(params), params);
   }
 }
 
@@ -266,7 +268,7 @@ TEST_P(SaliencyInputTest, EqualKeysShareEvenly) {
     }
   }
   ASSERT_EQ(Run(inputs_.params()), absl::OkStatus());
-  ExpectNear(out_, Expected(inputs_.params()), inputs_.params());
+  ExpectNear(*backend_, out_, Expected(inputs_.params()), inputs_.params());
   for (int64_t j = 1; j <= shape_.tokens - shape_.window; ++j) EXPECT_EQ(out_[j], out_[j - 1]);
 }
 
@@ -278,7 +280,7 @@ TEST_P(SaliencyInputTest, TakesAnyStrides) {
   params.keys.tokens = shape_.tokens;
   params.keys.token_stride *= 2;
   ASSERT_EQ(Run(params), absl::OkStatus());
-  ExpectNear(out_, Expected(params), params);
+  ExpectNear(*backend_, out_, Expected(params), params);
 }
 
 TEST_P(SaliencyInputTest, RefusesShapesThatDoNotFit) {

@@ -82,7 +82,8 @@ class SaliencyFp8Test : public ::testing::TestWithParam<Case> {
 TEST_P(SaliencyFp8Test, AgreesWithTheOracle) {
   const Inputs inputs(shape_, types_, Layout::kHeadTokenDim, random_);
   const SaliencyParams params = Params(inputs);
-  ExpectNear(Run(params), Once("computed", [&] { return testing::Expected(params); }), params);
+  ExpectNear(*backend_, Run(params), Once("computed", [&] { return testing::Expected(params); }),
+             params);
 }
 
 TEST_P(SaliencyFp8Test, TakesTheCallersLogSumExp) {
@@ -90,7 +91,8 @@ TEST_P(SaliencyFp8Test, TakesTheCallersLogSumExp) {
   SaliencyParams params = Params(inputs);
   const std::vector<float> lse = Once("lse", [&] { return testing::RowLse(params); });
   params.lse = lse.data();
-  ExpectNear(Run(params), Once("given", [&] { return testing::Expected(params); }), params);
+  ExpectNear(*backend_, Run(params), Once("given", [&] { return testing::Expected(params); }),
+             params);
 }
 
 TEST_P(SaliencyFp8Test, DependsOnNoLayoutAlignmentOrOrderOfTasks) {
@@ -196,11 +198,11 @@ TEST_P(SaliencyFp8InputTest, TakesTheScaleOfEachHead) {
     SaliencyParams params = inputs.params();
     params.scale = scale;
     ASSERT_EQ(Run(params), absl::OkStatus());
-    ExpectNear(out_, testing::Expected(params), params);
+    ExpectNear(*backend_, out_, testing::Expected(params), params);
     // Without scales keys stand for themselves.
     params.key_scales = nullptr;
     ASSERT_EQ(Run(params), absl::OkStatus());
-    ExpectNear(out_, testing::Expected(params), params);
+    ExpectNear(*backend_, out_, testing::Expected(params), params);
   }
 }
 

@@ -57,8 +57,8 @@ std::vector<float> RowLse(const SaliencyParams& params) {
 }
 
 void ExpectNear(const std::vector<float>& actual, const std::vector<float>& expected,
-                const SaliencyParams& params) {
-  const SaliencyBound bound(params);
+                const SaliencyParams& params, bool half) {
+  const SaliencyBound bound(params, half);
   const int64_t tokens = params.keys.tokens;
   for (size_t i = 0; i < expected.size(); ++i) {
     const int64_t head = static_cast<int64_t>(i) / tokens;
@@ -66,6 +66,15 @@ void ExpectNear(const std::vector<float>& actual, const std::vector<float>& expe
         << "head " << head << ", token " << static_cast<int64_t>(i) % tokens << ": " << actual[i]
         << ", expected " << expected[i] << " +- " << bound.Tolerance(head, expected[i]);
   }
+}
+
+void ExpectNear(const Backend& backend, const std::vector<float>& actual,
+                const std::vector<float>& expected, const SaliencyParams& params) {
+  ExpectNear(actual, expected, params, KeepsHalfWeights(backend, params));
+}
+
+bool KeepsHalfWeights(const Backend& backend, const SaliencyParams& params) {
+  return params.lse == nullptr && backend.capabilities().KeepsHalfWeights(params.queries.dtype);
 }
 
 }  // namespace structkv::testing

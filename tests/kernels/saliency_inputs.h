@@ -53,8 +53,15 @@ std::vector<float> Expected(const SaliencyParams& params);
 // Log-sum-exp of every row, from the oracle. Dense keys.
 std::vector<float> RowLse(const SaliencyParams& params);
 
-// Fails where a saliency is further from the expected one than float32 explains.
+// Fails where a saliency is further from the expected one than float32 explains, or `half` weights.
 void ExpectNear(const std::vector<float>& actual, const std::vector<float>& expected,
-                const SaliencyParams& params);
+                const SaliencyParams& params, bool half);
+
+// As far as the backend says.
+void ExpectNear(const Backend& backend, const std::vector<float>& actual,
+                const std::vector<float>& expected, const SaliencyParams& params);
+
+// Whether the backend keeps the weights of this call as float16.
+bool KeepsHalfWeights(const Backend& backend, const SaliencyParams& params);
 
 }  // namespace structkv::testing

@@ -46,30 +46,12 @@ const Types kTypes[] = {
     {DType::kF16, DType::kF8E5M2}, {DType::kBF16, DType::kF8E5M2}, {DType::kF32, DType::kF8E5M2},
 };
 
-// What the exponentials lose in float16: u = 2^-11 in a weight, and as much in the sum that it is
-// divided by; where a weight is below 2^-14 of the highest within its 16 tokens, 2^-25 of that,
-// which is at most 1 for each of the group's heads. 16 such errors in the 16 tokens of a sum whose
-// largest term is 1.
 void ExpectNear(const CudaSaliency& actual, const std::vector<float>& expected,
                 const SaliencyParams& params) {
-  const testing::SaliencyBound bound(params);
-  const bool stored = params.lse == nullptr;
-  const double relative =
-      stored ? std::expm1(2 * std::ldexp(1.0, -11) + 17 * std::ldexp(1.0, -25)) : 0.0;
-  const double absolute =
-      stored ? static_cast<double>(params.queries.heads / params.keys.heads) * std::ldexp(1.0, -25)
-             : 0.0;
   EXPECT_EQ(actual.flags.score, kNothingBad);
   EXPECT_EQ(actual.flags.query, kNothingBad);
   EXPECT_EQ(actual.flags.lse, kNothingBad);
-  for (size_t i = 0; i < expected.size(); ++i) {
-    const int64_t head = static_cast<int64_t>(i) / params.keys.tokens;
-    const double allowed =
-        bound.Tolerance(head, expected[i]) * (1 + relative) + relative * expected[i] + absolute;
-    ASSERT_LE(std::fabs(static_cast<double>(actual.per_head[i]) - expected[i]), allowed)
-        << "head " << head << ", token " << static_cast<int64_t>(i) % params.keys.tokens << ": "
-        << actual.per_head[i] << ", expected " << expected[i];
-  }
+  testing::ExpectNear(actual.per_head, expected, params, /*half=*/params.lse == nullptr);
 }
 
 using Case = std::tuple<Types, Shape>;
