@@ -134,7 +134,7 @@ absl::Status Assembler::Append(const wire::Piece& piece, Growing* tensor, const 
                   tensor->received, " of ", tensor->expected, " bytes were received");
   }
   if (tensor->bytes.size() < tensor->expected) {
-    return absl::ResourceExhaustedError(absl::StrCat("SessionOptions.allocate gave ",
+    return absl::ResourceExhaustedError(absl::StrCat("PromptOptions.allocate gave ",
                                                      tensor->bytes.size(), " bytes for ", name,
                                                      "; ", tensor->expected, " are needed"));
   }

@@ -1,15 +1,17 @@
 #include "structkv/client.h"
 
 #include <algorithm>
+#include <numeric>
 #include <random>
 #include <string>
 #include <utility>
 
-#include "absl/random/random.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "client/cpp/bytes_pool.h"
+#include "client/cpp/retry.h"
 #include "client/cpp/session_core.h"
+#include "client/cpp/stream.h"
 #include "grpc/grpc.h"
 #include "grpcpp/create_channel.h"
 #include "grpcpp/support/channel_arguments.h"
@@ -35,22 +37,24 @@ std::string NewIdempotencyKey() {
   return absl::StrFormat("%016x%016x", high, word());
 }
 
-// How long to wait before the next attempt; nullopt: no next one.
-std::optional<absl::Duration> RetryDelay(const RetryPolicy& policy, int attempt,
-                                         const absl::Status& status,
-                                         std::optional<int64_t> pushback_millis) {
-  const bool unavailable = status.code() == absl::StatusCode::kUnavailable;
-  const bool told =
-      status.code() == absl::StatusCode::kResourceExhausted && pushback_millis.has_value();
-  if ((!unavailable && !told) || attempt >= policy.max_attempts) return std::nullopt;
-  if (pushback_millis.has_value()) {
-    if (*pushback_millis < 0) return std::nullopt;
-    return absl::Milliseconds(*pushback_millis);
+// Starts a stream with the prompts `which` of `prompts`.
+std::vector<std::unique_ptr<internal::SessionCore>> StartStream(
+    const std::vector<BatchPrompt>& prompts, const std::vector<size_t>& which,
+    const StreamOptions& options, const std::shared_ptr<internal::BytesPool>& pool,
+    const std::shared_ptr<grpc::Channel>& channel, absl::Time deadline) {
+  auto stream = std::make_shared<internal::Stream>(options);
+  std::vector<std::unique_ptr<internal::SessionCore>> sessions;
+  std::vector<internal::SessionCore*> borrowed;
+  const auto count = static_cast<uint32_t>(which.size());
+  for (uint32_t i = 0; i < count; ++i) {
+    BatchPrompt prompt = prompts[which[i]];
+    // One prompt alone is no batch.
+    prompt.open.set_batch_prompt_count(count == 1 ? 0 : count);
+    sessions.push_back(std::make_unique<internal::SessionCore>(std::move(prompt), pool, stream, i));
+    borrowed.push_back(sessions.back().get());
   }
-  absl::Duration delay = policy.initial_backoff;
-  for (int i = 1; i < attempt; ++i) delay = std::min(policy.max_backoff, delay * policy.multiplier);
-  absl::BitGen gen;
-  return std::min(policy.max_backoff, delay) * absl::Uniform(gen, 0.8, 1.0);
+  stream->Start(channel, deadline, borrowed);
+  return sessions;
 }
 
 }  // namespace
@@ -100,23 +104,47 @@ absl::StatusOr<v1::GetCapabilitiesResponse> Client::GetCapabilities(absl::Durati
 
 absl::StatusOr<std::unique_ptr<CompressSession>> Client::OpenPrompt(const v1::Open& open,
                                                                     const SessionOptions& options) {
+  const BatchPrompt prompt = {open, options};
+  return std::move(OpenBatch(absl::MakeConstSpan(&prompt, 1), options).front());
+}
+
+std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>> Client::OpenBatch(
+    absl::Span<const BatchPrompt> prompts, const StreamOptions& options) {
   const absl::Time deadline = absl::Now() + options.timeout;
-  v1::Open request = open;
-  if (request.idempotency_key().empty()) request.set_idempotency_key(NewIdempotencyKey());
-  for (int attempt = 1;; ++attempt) {
-    auto core = std::make_unique<internal::SessionCore>(request, options, pool_);
-    core->Start(channel_, deadline);
-    const absl::Status status = core->WaitOpened();
-    if (status.ok()) {
-      if (options.on_opened) options.on_opened(core->opened());
-      core->StartEvents();
-      return std::unique_ptr<CompressSession>(new CompressSession(std::move(core)));
+  std::vector<BatchPrompt> requests(prompts.begin(), prompts.end());
+  for (BatchPrompt& request : requests) {
+    if (request.open.idempotency_key().empty()) {
+      request.open.set_idempotency_key(NewIdempotencyKey());
     }
-    const std::optional<absl::Duration> delay =
-        RetryDelay(options.retry, attempt, status, core->retry_pushback_millis());
-    if (!delay.has_value() || absl::Now() + *delay >= deadline) return status;
-    absl::SleepFor(*delay);
   }
+  std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>> results(requests.size());
+  std::vector<size_t> due(requests.size());  // of requests
+  std::iota(due.begin(), due.end(), size_t{0});
+  for (int attempt = 1; !due.empty(); ++attempt) {
+    auto sessions = StartStream(requests, due, options, pool_, channel_, deadline);
+    bool admitted = false;
+    std::vector<size_t> again;
+    absl::Duration delay;
+    for (size_t i = 0; i < due.size(); ++i) {
+      const absl::Status status = sessions[i]->WaitOpened();
+      if (status.ok()) {
+        admitted = true;
+        results[due[i]] =
+            std::unique_ptr<CompressSession>(new CompressSession(std::move(sessions[i])));
+        continue;
+      }
+      results[due[i]] = status;
+      if (const auto wait = internal::RetryDelay(options.retry, attempt, status)) {
+        again.push_back(due[i]);
+        delay = std::max(delay, *wait);
+      }
+    }
+    if (admitted || again.empty() || absl::Now() + delay >= deadline) break;
+    due = std::move(again);
+    sessions.clear();
+    absl::SleepFor(delay);
+  }
+  return results;
 }
 
 }  // namespace structkv::client

@@ -7,23 +7,54 @@
 #include <optional>
 #include <utility>
 #include <variant>
+#include <vector>
 
 #include "absl/time/clock.h"
+#include "client/cpp/retry.h"
 
 namespace structkv::client {
 namespace {
 
-// Sends all layers and the commit.
-absl::Status SendAll(CompressSession& session, LayerSource source) {
-  const uint32_t layers = session.open().geometry().layer_count();
-  for (uint32_t layer = 0; layer < layers; ++layer) {
-    if (session.opened().kept_tokens(static_cast<int>(layer)) == 0) continue;  // needs no tensors
-    absl::StatusOr<LayerTensors> tensors = source(layer);
+// A prompt of a call, and how far it has come.
+struct Run {
+  BatchPrompt prompt;
+  std::atomic<bool> answered = false;        // a result came
+  std::unique_ptr<CompressSession> session;  // of the attempt; null once it has failed
+  absl::StatusOr<v1::Summary> summary;
+};
+
+// Sends a layer, and with the last one the commit.
+absl::Status SendOne(CompressSession& session, uint32_t layer,
+                     absl::FunctionRef<absl::StatusOr<LayerTensors>()> source) {
+  if (session.opened().kept_tokens(static_cast<int>(layer)) > 0) {  // the others need no tensors
+    absl::StatusOr<LayerTensors> tensors = source();
     if (!tensors.ok()) return tensors.status();
     absl::Status status = session.SendLayer(layer, *tensors);
     if (!status.ok()) return status;
   }
-  return session.Commit();
+  const bool last = layer + 1 == session.open().geometry().layer_count();
+  return last ? session.Commit() : absl::OkStatus();
+}
+
+// Sends everything, a layer of each prompt in turn, and waits for the ends.
+void SendAll(absl::Span<const std::unique_ptr<Run>> runs, BatchSource source) {
+  uint32_t layers = 0;
+  for (const auto& run : runs) {
+    layers = std::max(layers, run->prompt.open.geometry().layer_count());
+  }
+  for (uint32_t layer = 0; layer < layers; ++layer) {
+    for (size_t i = 0; i < runs.size(); ++i) {
+      Run& run = *runs[i];
+      if (run.session == nullptr || layer >= run.prompt.open.geometry().layer_count()) continue;
+      absl::Status status = SendOne(*run.session, layer, [&] { return source(i, layer); });
+      if (status.ok()) continue;
+      run.summary = std::move(status);
+      run.session = nullptr;
+    }
+  }
+  for (const auto& run : runs) {
+    if (run->session != nullptr) run->summary = run->session->Wait();
+  }
 }
 
 // Sends one layer after the other, each once those before it were answered, then the commit, and
@@ -56,53 +87,78 @@ absl::StatusOr<v1::Summary> Step(CompressSession& session, SteppedSource source,
   return *std::move(summary);
 }
 
-// Opens the prompt and runs it, and again where the server went away before its first result.
-// `run` gets the session; `answered` says whether a result came.
-template <typename Run>
-absl::StatusOr<v1::Summary> Attempts(Client& client, const v1::Open& open,
-                                     const SessionOptions& options, SessionOptions attempt_options,
-                                     const std::atomic<bool>& answered, Run run) {
+// Opens the prompts in one stream and has `run` give each session a summary; then those again that
+// failed before their first result and may be tried again.
+void Attempts(Client& client, absl::Span<const std::unique_ptr<Run>> runs,
+              const StreamOptions& options, absl::FunctionRef<void()> run) {
   const absl::Time deadline = absl::Now() + options.timeout;
-  v1::Open request = open;
-  absl::Duration delay = options.retry.initial_backoff;
+  std::vector<Run*> due;
+  for (const auto& each : runs) due.push_back(each.get());
   for (int attempt = 1;; ++attempt) {
+    StreamOptions attempt_options = options;
     attempt_options.timeout = deadline - absl::Now();
-    absl::StatusOr<std::unique_ptr<CompressSession>> session =
-        client.OpenPrompt(request, attempt_options);
-    if (!session.ok()) return session.status();
-    request.set_idempotency_key((*session)->open().idempotency_key());
-    absl::StatusOr<v1::Summary> summary = run(**session);
-    if (summary.ok()) return summary;
-    const absl::Status& status = summary.status();
-    // An admitted prompt is tried again only where the server went away before its first result.
-    const bool again = status.code() == absl::StatusCode::kUnavailable && !answered.load() &&
-                       attempt < options.retry.max_attempts && absl::Now() + delay < deadline;
-    if (!again) return status;
-    session->reset();
+    std::vector<BatchPrompt> prompts;
+    for (const Run* each : due) prompts.push_back(each->prompt);
+    auto sessions = client.OpenBatch(prompts, attempt_options);
+    bool admitted = false;
+    for (size_t i = 0; i < due.size(); ++i) {
+      if (!sessions[i].ok()) {
+        due[i]->summary = sessions[i].status();
+        continue;
+      }
+      admitted = true;
+      due[i]->session = *std::move(sessions[i]);
+      due[i]->prompt.open.set_idempotency_key(due[i]->session->open().idempotency_key());
+    }
+    if (!admitted) return;  // and OpenBatch has tried again
+    run();
+    absl::Duration delay;
+    std::vector<Run*> again;
+    for (Run* each : due) {
+      each->session = nullptr;
+      if (each->summary.ok() || each->answered.load()) continue;
+      const auto wait = internal::RetryDelay(options.retry, attempt, each->summary.status());
+      if (!wait.has_value()) continue;
+      again.push_back(each);
+      delay = std::max(delay, *wait);
+    }
+    if (again.empty() || absl::Now() + delay >= deadline) return;
+    due = std::move(again);
     absl::SleepFor(delay);
-    delay = std::min(options.retry.max_backoff, delay * options.retry.multiplier);
   }
 }
 
 }  // namespace
+
+std::vector<absl::StatusOr<v1::Summary>> StreamBatch(Client& client,
+                                                     absl::Span<const BatchPrompt> prompts,
+                                                     BatchSource source,
+                                                     const StreamOptions& options) {
+  std::vector<std::unique_ptr<Run>> runs;
+  for (const BatchPrompt& prompt : prompts) {
+    Run* run = runs.emplace_back(std::make_unique<Run>()).get();
+    run->prompt = prompt;
+    run->prompt.options.on_event = [run, on_event = prompt.options.on_event](Event event) {
+      run->answered.store(true);
+      if (on_event) on_event(std::move(event));
+    };
+  }
+  Attempts(client, runs, options, [&] { SendAll(runs, source); });
+  std::vector<absl::StatusOr<v1::Summary>> summaries;
+  for (const auto& run : runs) summaries.push_back(std::move(run->summary));
+  return summaries;
+}
 
 absl::StatusOr<v1::Summary> StreamPrompt(Client& client, const v1::Open& open, LayerSource source,
                                          const SessionOptions& options) {
   if (!options.on_event) {
     return absl::InvalidArgumentError("StreamPrompt: SessionOptions.on_event is not set");
   }
-  auto answered = std::make_shared<std::atomic<bool>>(false);
-  SessionOptions attempt_options = options;
-  attempt_options.on_event = [answered, on_event = options.on_event](Event event) {
-    answered->store(true);
-    on_event(std::move(event));
-  };
-  return Attempts(client, open, options, std::move(attempt_options), *answered,
-                  [source](CompressSession& session) -> absl::StatusOr<v1::Summary> {
-                    absl::Status status = SendAll(session, source);
-                    if (!status.ok()) return status;
-                    return session.Wait();
-                  });
+  const BatchPrompt prompt = {open, options};
+  return std::move(StreamBatch(
+                       client, absl::MakeConstSpan(&prompt, 1),
+                       [source](size_t, uint32_t layer) { return source(layer); }, options)
+                       .front());
 }
 
 absl::StatusOr<v1::Summary> StreamPromptInSteps(Client& client, const v1::Open& open,
@@ -111,16 +167,16 @@ absl::StatusOr<v1::Summary> StreamPromptInSteps(Client& client, const v1::Open& 
   if (!options.on_event) {
     return absl::InvalidArgumentError("StreamPromptInSteps: SessionOptions.on_event is not set");
   }
-  std::atomic<bool> answered = false;
-  SessionOptions attempt_options = options;
-  attempt_options.on_event = nullptr;
-  return Attempts(client, open, options, std::move(attempt_options), answered,
-                  [&](CompressSession& session) {
-                    return Step(session, source, [&](Event event) {
-                      answered.store(true);
-                      options.on_event(std::move(event));
-                    });
-                  });
+  const std::unique_ptr<Run> run = std::make_unique<Run>();
+  run->prompt = {open, options};
+  run->prompt.options.on_event = nullptr;
+  Attempts(client, absl::MakeConstSpan(&run, 1), options, [&] {
+    run->summary = Step(*run->session, source, [&](Event event) {
+      run->answered.store(true);
+      options.on_event(std::move(event));
+    });
+  });
+  return std::move(run->summary);
 }
 
 absl::StatusOr<Compressed> CompressPrompt(Client& client, const v1::Open& open, LayerSource source,

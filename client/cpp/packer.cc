@@ -13,7 +13,7 @@ constexpr size_t kMessageOverheadBytes = 64;
 size_t ChunkBytes(const SessionCore& core) {
   const size_t limit = core.opened().max_request_message_bytes();
   const size_t overhead = kMessageOverheadBytes + 2 * wire::kPieceOverheadBytes;
-  size_t chunk = std::max<size_t>(core.options().chunk_bytes, 1);
+  size_t chunk = std::max<size_t>(core.stream_options().chunk_bytes, 1);
   if (limit > 2 * overhead) chunk = std::min(chunk, limit - overhead);
   return chunk;
 }
@@ -42,9 +42,9 @@ absl::Status Packer::Add(uint32_t layer, v1::Tensor tensor, absl::Span<const std
 
 absl::Status Packer::Flush() {
   if (pieces_.empty()) return absl::OkStatus();
-  const grpc::ByteBuffer message = wire::EncodeRequest(pieces_);
-  absl::Status status = wait_ == Wait::kForRoom ? core_->Write(message, bytes_, /*last=*/false)
-                                                : core_->WriteNow(message, bytes_);
+  const grpc::ByteBuffer message = wire::EncodeRequest(pieces_, core_->index());
+  absl::Status status =
+      wait_ == Wait::kForRoom ? core_->Write(message, bytes_) : core_->WriteNow(message, bytes_);
   if (status.ok()) {
     for (const wire::OutgoingPiece& piece : pieces_) {
       core_->NoteSent(piece.layer, piece.tensor, piece.offset_bytes,
@@ -70,7 +70,7 @@ void Packer::AddPiece(uint32_t layer, v1::Tensor tensor, absl::Span<const std::b
     piece.data = absl::MakeConstSpan(copy.get(), part.size());
     piece.owner = std::move(copy);
   }
-  if (core_->options().checksums) {
+  if (core_->stream_options().checksums) {
     piece.xxh3_64 = wire::Checksum(absl::MakeConstSpan(&piece.data, 1));
   }
   pieces_.push_back(std::move(piece));

@@ -14,7 +14,7 @@
 
 namespace structkv::client::internal {
 
-// Messages of at most `SessionOptions.chunk_bytes` of tensor data, and of what the server accepts.
+// Messages of at most `StreamOptions.chunk_bytes` of tensor data, and of what the server accepts.
 // Not thread-safe. What was not flushed is not sent.
 class Packer {
  public:

@@ -29,22 +29,23 @@ absl::Status SessionCore::HoldForPull(uint32_t layer, const LayerTensors& tensor
   Held held = {tensors, {tensors.positions.begin(), tensors.positions.end()}};
   held.tensors.positions = {};
   absl::MutexLock lock(&mutex_);
-  if (!rows_queued_.contains(layer)) held_.insert_or_assign(layer, std::move(held));
+  if (!status_.has_value() && !rows_queued_.contains(layer))
+    held_.insert_or_assign(layer, std::move(held));
   return absl::OkStatus();
 }
 
 absl::Status SessionCore::WaitForWindow(uint32_t layer) {
   const uint64_t in_flight = std::max(1U, opened_.layers_in_flight());
   absl::MutexLock lock(&mutex_);
-  while (!closed_ && layer >= lowest_without_rows_ + in_flight) {
+  while (!status_.has_value() && layer >= lowest_without_rows_ + in_flight) {
     changed_.Wait(&mutex_);
   }
-  return closed_ ? EndedStatus() : absl::OkStatus();
+  return status_.has_value() ? EndedStatus() : absl::OkStatus();
 }
 
 absl::Status SessionCore::WaitForRows(uint32_t layer) {
   absl::MutexLock lock(&mutex_);
-  while (!closed_ && !rows_queued_.contains(layer)) changed_.Wait(&mutex_);
+  while (!status_.has_value() && !rows_queued_.contains(layer)) changed_.Wait(&mutex_);
   return rows_queued_.contains(layer) ? absl::OkStatus() : EndedStatus();
 }
 
@@ -78,7 +79,7 @@ absl::StatusOr<PulledRows> SessionCore::RowsFor(const RowPull& pull) {
   if (!held.has_value()) {
     return absl::FailedPreconditionError(
         absl::StrCat("the server asks for rows of layer ", pull.layer,
-                     ", which was not sent by SendLayer(); SessionOptions.rows must give them"));
+                     ", which was not sent by SendLayer(); PromptOptions.rows must give them"));
   }
   return GatherPulledRows(open_, held->tensors, held->positions, pull, pool_.get());
 }
@@ -96,10 +97,10 @@ void SessionCore::AnswerPull(const RowPull& pull) {
               : 0;
     if (data.size() != needed) {
       return Fail(absl::InvalidArgumentError(absl::StrCat(
-          "SessionOptions.rows gave ", data.size(), " bytes of ", v1::Tensor_Name(tensor),
+          "PromptOptions.rows gave ", data.size(), " bytes of ", v1::Tensor_Name(tensor),
           " of layer ", pull.layer, "; ", needed, " are needed")));
     }
-    // The stream has ended where this fails, and whoever waits learns why.
+    // The session has ended where this fails, and whoever waits learns why.
     if (!packer.Add(pull.layer, tensor, data, 0, rows->owner).ok()) return;
   }
   if (!packer.Flush().ok()) return;

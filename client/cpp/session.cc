@@ -26,7 +26,7 @@ absl::Status ReadyToSend(internal::SessionCore& core, uint32_t layer) {
 CompressSession::CompressSession(std::unique_ptr<internal::SessionCore> core)
     : core_(std::move(core)) {}
 
-CompressSession::~CompressSession() { core_->Close(); }
+CompressSession::~CompressSession() = default;
 
 const v1::Open& CompressSession::open() const { return core_->open(); }
 

@@ -80,39 +80,43 @@ bool ReadOpen(Stream* stream, Received* received) {
   return true;
 }
 
-void ReadToCommit(Stream* stream, Received* received) {
-  v1::CompressRequest request;
-  while (stream->Read(&request)) {
-    if (request.has_commit()) {
-      received->commit = request.commit();
-      received->committed = true;
-      return;
-    }
-    ++received->messages;
-    received->longest_message = std::max(received->longest_message, request.ByteSizeLong());
-    for (const v1::TensorPiece& piece : request.pieces().pieces()) {
-      std::string& tensor = received->tensors[{piece.layer(), piece.tensor()}];
-      const size_t end = piece.offset_bytes() + piece.data().size();
-      if (tensor.size() < end) tensor.resize(end);
-      tensor.replace(piece.offset_bytes(), piece.data().size(), piece.data());
-      const absl::Span<const std::byte> data(
-          reinterpret_cast<const std::byte*>(piece.data().data()), piece.data().size());
-      if (piece.has_xxh3_64() && piece.xxh3_64() == wire::Checksum(absl::MakeConstSpan(&data, 1))) {
-        ++received->checksums;
-      }
+void Take(const v1::CompressRequest& request, Received* received) {
+  if (request.has_commit()) {
+    received->commit = request.commit();
+    received->committed = true;
+    return;
+  }
+  ++received->messages;
+  received->longest_message = std::max(received->longest_message, request.ByteSizeLong());
+  for (const v1::TensorPiece& piece : request.pieces().pieces()) {
+    std::string& tensor = received->tensors[{piece.layer(), piece.tensor()}];
+    const size_t end = piece.offset_bytes() + piece.data().size();
+    if (tensor.size() < end) tensor.resize(end);
+    tensor.replace(piece.offset_bytes(), piece.data().size(), piece.data());
+    const absl::Span<const std::byte> data(reinterpret_cast<const std::byte*>(piece.data().data()),
+                                           piece.data().size());
+    if (piece.has_xxh3_64() && piece.xxh3_64() == wire::Checksum(absl::MakeConstSpan(&data, 1))) {
+      ++received->checksums;
     }
   }
 }
 
-void SendOpened(Stream* stream, const v1::Opened& opened) {
+void ReadToCommit(Stream* stream, Received* received) {
+  v1::CompressRequest request;
+  while (!received->committed && stream->Read(&request)) Take(request, received);
+}
+
+void SendOpened(Stream* stream, const v1::Opened& opened, uint32_t prompt) {
   v1::CompressResponse response;
+  response.set_prompt(prompt);
   *response.mutable_opened() = opened;
   stream->Write(response);
 }
 
-v1::CompressResponse LayerResponse(const v1::Open& open, uint32_t layer) {
+v1::CompressResponse LayerResponse(const v1::Open& open, uint32_t layer, uint32_t prompt) {
   const v1::Opened opened = OpenedFor(open);
   v1::CompressResponse response;
+  response.set_prompt(prompt);
   v1::LayerResult* result = response.mutable_layer();
   result->set_layer(layer);
   result->set_kept_tokens(3);
@@ -153,22 +157,63 @@ v1::Summary SummaryFor(const v1::Open& open, const v1::Opened& opened, uint64_t 
   return summary;
 }
 
-void SendSummary(Stream* stream, const v1::Summary& summary) {
+void SendSummary(Stream* stream, const v1::Summary& summary, uint32_t prompt) {
   v1::CompressResponse response;
+  response.set_prompt(prompt);
   *response.mutable_summary() = summary;
   stream->Write(response);
 }
 
+void SendFailed(Stream* stream, uint32_t prompt, grpc::StatusCode code, const std::string& text,
+                std::optional<uint64_t> retry_after_millis) {
+  v1::CompressResponse response;
+  response.set_prompt(prompt);
+  response.mutable_failed()->set_code(code);
+  response.mutable_failed()->set_message(text);
+  if (retry_after_millis.has_value()) {
+    response.mutable_failed()->set_retry_after_millis(*retry_after_millis);
+  }
+  stream->Write(response);
+}
+
+void Answer(Stream* stream, const Received& received, uint32_t prompt) {
+  for (uint32_t layer = 0; layer < received.open.geometry().layer_count(); ++layer) {
+    stream->Write(LayerResponse(received.open, layer, prompt));
+  }
+  SendSummary(stream,
+              SummaryFor(received.open, OpenedFor(received.open), received.commit.input_bytes()),
+              prompt);
+}
+
 grpc::Status Behave(Stream* stream, Received* received) {
   if (!ReadOpen(stream, received)) return {grpc::StatusCode::INVALID_ARGUMENT, "no open"};
-  const v1::Opened opened = OpenedFor(received->open);
-  SendOpened(stream, opened);
+  SendOpened(stream, OpenedFor(received->open));
   ReadToCommit(stream, received);
   if (!received->committed) return {grpc::StatusCode::INVALID_ARGUMENT, "no commit"};
-  for (uint32_t layer = 0; layer < received->open.geometry().layer_count(); ++layer) {
-    stream->Write(LayerResponse(received->open, layer));
+  Answer(stream, *received);
+  return grpc::Status::OK;
+}
+
+grpc::Status BehaveInBatch(Stream* stream, std::map<uint32_t, Received>* received) {
+  v1::CompressRequest request;
+  while (stream->Read(&request)) {
+    Received& own = (*received)[request.prompt()];
+    if (request.has_open()) {
+      own.open = request.open();
+      SendOpened(stream, OpenedFor(own.open), request.prompt());
+      continue;
+    }
+    if (own.committed) {
+      return {grpc::StatusCode::INVALID_ARGUMENT,
+              absl::StrCat("a message came after `commit` of prompt ", request.prompt())};
+    }
+    Take(request, &own);
+    if (own.committed && own.commit.layer_count() == 0) {
+      SendFailed(stream, request.prompt(), grpc::StatusCode::INVALID_ARGUMENT, "commit disagrees");
+    } else if (own.committed) {
+      Answer(stream, own, request.prompt());
+    }
   }
-  SendSummary(stream, SummaryFor(received->open, opened, received->commit.input_bytes()));
   return grpc::Status::OK;
 }
 

@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -61,18 +62,28 @@ struct Received {
   bool committed = false;
 };
 
+// Adds a message that is no `open`.
+void Take(const v1::CompressRequest& request, Received* received);
+
 // Reads `open`.
 bool ReadOpen(Stream* stream, Received* received);
 // Reads pieces until the commit, or the stream's end.
 void ReadToCommit(Stream* stream, Received* received);
 
-void SendOpened(Stream* stream, const v1::Opened& opened);
+void SendOpened(Stream* stream, const v1::Opened& opened, uint32_t prompt = 0);
 // The answer to `layer`: positions 0, 2, 4 and bytes made by TestTensor(layer + 100, ...).
-v1::CompressResponse LayerResponse(const v1::Open& open, uint32_t layer);
+v1::CompressResponse LayerResponse(const v1::Open& open, uint32_t layer, uint32_t prompt = 0);
 v1::Summary SummaryFor(const v1::Open& open, const v1::Opened& opened, uint64_t input_bytes);
-void SendSummary(Stream* stream, const v1::Summary& summary);
+void SendSummary(Stream* stream, const v1::Summary& summary, uint32_t prompt = 0);
+void SendFailed(Stream* stream, uint32_t prompt, grpc::StatusCode code, const std::string& text,
+                std::optional<uint64_t> retry_after_millis = std::nullopt);
+// Answers all layers, and the summary.
+void Answer(Stream* stream, const Received& received, uint32_t prompt = 0);
 
 // Answers honestly from start to end.
 grpc::Status Behave(Stream* stream, Received* received);
+// The same for a batch, until the half-close. Each prompt is answered at its commit; an empty one
+// is refused.
+grpc::Status BehaveInBatch(Stream* stream, std::map<uint32_t, Received>* received);
 
 }  // namespace structkv::client

@@ -11,44 +11,12 @@
 #include "gtest/gtest.h"
 #include "structkv/client.h"
 #include "structkv/compress.h"
+#include "tests/e2e/client_prompt.h"
 #include "tests/testing/pull.h"
 #include "tests/testing/service_test.h"
 
 namespace structkv::testkit {
 namespace {
-
-absl::Span<const std::byte> AsBytes(const std::string& text) {
-  return {reinterpret_cast<const std::byte*>(text.data()), text.size()};
-}
-
-std::string AsText(const client::Bytes& bytes) {
-  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
-}
-
-client::LayerTensors TensorsOf(const PromptData& data, uint32_t layer) {
-  client::LayerTensors tensors;
-  tensors.keys = AsBytes(data.tensor(layer, v1::TENSOR_KEYS));
-  tensors.values = AsBytes(data.tensor(layer, v1::TENSOR_VALUES));
-  tensors.window_queries = AsBytes(data.tensor(layer, v1::TENSOR_WINDOW_QUERIES));
-  tensors.saliency = AsBytes(data.tensor(layer, v1::TENSOR_SALIENCY));
-  tensors.positions = data.rows(layer);
-  return tensors;
-}
-
-// Everything that a caller keeps of a layer.
-std::string Text(const client::LayerResult& layer) {
-  return std::to_string(layer.kept_tokens) + AsText(layer.positions) + AsText(layer.keys) +
-         AsText(layer.values) + AsText(layer.saliency);
-}
-
-std::string Text(const client::Compressed& compressed) {
-  std::string text;
-  for (const client::LayerResult& layer : compressed.layers) text += Text(layer);
-  if (compressed.pivot.has_value()) {
-    for (const int32_t token : compressed.pivot->skeleton) text += std::to_string(token) + ",";
-  }
-  return text;
-}
 
 class ClientPullTest : public ServiceTest {
  protected:

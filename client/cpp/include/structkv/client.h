@@ -14,9 +14,11 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "grpcpp/channel.h"
 #include "structkv/options.h"
 #include "structkv/session.h"
@@ -52,6 +54,18 @@ class Client {
   // of the one before.
   absl::StatusOr<std::unique_ptr<CompressSession>> OpenPrompt(const v1::Open& open,
                                                               const SessionOptions& options = {});
+
+  // Opens several prompts in one stream (docs/protocol.md, "Batches"), for an engine that prefills
+  // them together: their lengths, methods and types need not agree. Waits until each was admitted
+  // or refused, and returns what OpenPrompt would, in the order of `prompts`.
+  //
+  // A prompt that is refused leaves the others as they are. Prompts that may be tried again are,
+  // all together, unless one was admitted: it may hold the room that they wait for, so they are
+  // returned with their status, and RetryAfter() of it says when to open them on another stream.
+  // What the stream itself fails with is the status of every prompt. `batch_prompt_count` is filled
+  // in, and so are empty idempotency keys.
+  std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>> OpenBatch(
+      absl::Span<const BatchPrompt> prompts, const StreamOptions& options = {});
 
  private:
   std::shared_ptr<grpc::Channel> channel_;

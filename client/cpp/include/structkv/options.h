@@ -5,10 +5,12 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
@@ -29,6 +31,10 @@ struct RetryPolicy {
   absl::Duration max_backoff = absl::Seconds(5);
   double multiplier = 2.0;
 };
+
+// How long the server asks to wait before what it refused with `status` is tried again; nullopt:
+// it does not say, or never.
+std::optional<absl::Duration> RetryAfter(const absl::Status& status);
 
 struct ClientOptions {
   // Null: an unencrypted channel.
@@ -57,7 +63,8 @@ struct PulledRows {
 };
 using RowSource = std::function<absl::StatusOr<PulledRows>(const RowPull&)>;
 
-struct SessionOptions {
+// Of a stream: what the prompts of a batch have in common.
+struct StreamOptions {
   // From the first attempt to the last answer. Infinite: the server's own cap alone.
   absl::Duration timeout = absl::InfiniteDuration();
   // Tensor bytes per message, cut to the server's limit.
@@ -65,26 +72,39 @@ struct SessionOptions {
   // Tensor bytes that may wait to be sent before Send() blocks; one message always may.
   size_t max_in_flight_bytes = size_t{16} << 20;
   // Result bytes that may wait to be read before the library stops reading the stream. 0: no bound.
-  // With a bound, read results on another thread than the one that sends: a stream that is read too
-  // late stalls, and the server ends it as ABORTED.
+  // With a bound, read results on another thread than the one that sends, and those of every prompt
+  // of a batch as they come: a stream that is read too late stalls, and the server ends it as
+  // ABORTED.
   size_t max_buffered_result_bytes = 0;
   // Send an XXH3 checksum with every piece.
   bool checksums = false;
   RetryPolicy retry;
   // Sent as gRPC metadata with every attempt.
   std::vector<std::pair<std::string, std::string>> metadata;
+};
+
+// Of one prompt. The functions are called on a library thread, and the stream is not read further
+// while one runs, for no prompt of it. They must not destroy a session of the stream.
+struct PromptOptions {
   // Where results go; null: memory from the client's pool.
   ResultAllocator allocate;
-  // With `Open.pull`: gives the rows that the server asks for, on a library thread; the stream is
-  // not read further while it runs. An error ends the session with it. Null: they are taken from
-  // the tensors that SendLayer() was given.
+  // With `Open.pull`: gives the rows that the server asks for. An error ends the session with it.
+  // Null: they are taken from the tensors that SendLayer() was given.
   RowSource rows;
-  // Called when an attempt was admitted, on the thread that opens, before anything is sent
-  // and before any event.
+  // Called when an attempt was admitted, before any event, and before the session is there to send
+  // anything.
   std::function<void(const v1::Opened&)> on_opened;
-  // Takes the events as they arrive, one at a time, on a library thread, in place of NextEvent().
-  // The stream is not read further while it runs. It must not destroy the session.
+  // Takes the events as they arrive, one at a time, in place of NextEvent().
   std::function<void(Event)> on_event;
+};
+
+// Of a session that has its stream to itself.
+struct SessionOptions : StreamOptions, PromptOptions {};
+
+// One prompt of several in one stream.
+struct BatchPrompt {
+  v1::Open open;
+  PromptOptions options;
 };
 
 }  // namespace structkv::client

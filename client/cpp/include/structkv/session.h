@@ -1,4 +1,4 @@
-// One prompt's stream.
+// One prompt on its way through the service.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +19,7 @@ class SessionCore;
 }  // namespace internal
 
 // One layer's tensors, each whole; empty where the prompt has no such tensor. What is pulled
-// (`Open.pull`) is not sent: without SessionOptions.rows it is whole here as well, and its rows are
+// (`Open.pull`) is not sent: without PromptOptions.rows it is whole here as well, and its rows are
 // copied out of it when the server asks for them.
 struct LayerTensors {
   absl::Span<const std::byte> keys;
@@ -47,22 +47,32 @@ struct ChunkTensors {
   std::shared_ptr<const void> owner;
 };
 
-// A session that the server has admitted. Made by Client::OpenPrompt.
+// A session that the server has admitted. Made by Client::OpenPrompt, with a stream of its own, or
+// by Client::OpenBatch, where several share one.
 //
-// Errors: every call on a failed session returns the status of its stream, which is the server's
-// code and text where the server ended it. What a server sends against the protocol is DATA_LOSS.
+// Errors: every call on a failed session returns the status that it failed with, which is the
+// server's code and text where the server ended it. What a server sends against the protocol is
+// DATA_LOSS.
+//
+// Batches: each session runs as it would alone, and is over with its own summary or failure; the
+// order in which the prompts' calls come is free. One that fails, is cancelled or is dropped leaves
+// the others as they are: the server is told at once, so that it gives the prompt's memory back.
+// The stream ends with the last of them; a message that cannot be read, a lost connection and the
+// limits of time end all. The bounds of StreamOptions are those of all prompts together.
 //
 // Pull: the session answers the server's pulls by itself, on a library thread. A layer is held open
 // until its rows were sent, so SendLayer(), Send() and SendChunk() block for a layer that is
 // `layers_in_flight` ahead of one that waits, and Commit() for the last rows. Read results
-// meanwhile, or leave `SessionOptions.max_buffered_result_bytes` unbounded.
+// meanwhile, or leave `StreamOptions.max_buffered_result_bytes` unbounded.
 //
 // Threads: one thread may send (Send, SendLayer, Commit) while another reads (NextEvent, Collect,
 // Wait); Cancel may be called from any. The library reads the stream all the while, so a single
-// thread that sends everything first and reads afterwards does not deadlock.
+// thread that sends everything first and reads afterwards does not deadlock. Sessions of a batch
+// may be used by the same threads or by different ones.
 class CompressSession {
  public:
-  // Cancels the stream if it still runs, and waits until the library has let go of it.
+  // Cancels the session if it still runs, and waits until no function of its options can be called
+  // any more; the last one of a stream also until the library has let go of that.
   ~CompressSession();
   CompressSession(const CompressSession&) = delete;
   CompressSession& operator=(const CompressSession&) = delete;
@@ -79,7 +89,7 @@ class CompressSession {
                     uint64_t offset_bytes = 0, const std::shared_ptr<const void>& owner = nullptr);
 
   // Sends all tensors of a layer, small ones together in one message; positions, where it has them,
-  // first. With `Open.pull` and without SessionOptions.rows, `tensors.owner` keeps what is pulled
+  // first. With `Open.pull` and without PromptOptions.rows, `tensors.owner` keeps what is pulled
   // alive until its rows were copied; where it is null, the call waits for that. INVALID_ARGUMENT
   // where what may be pulled has another size than the whole tensor.
   absl::Status SendLayer(uint32_t layer, const LayerTensors& tensors);
@@ -96,16 +106,16 @@ class CompressSession {
   absl::Status Commit();
 
   // Waits for the next event. After the summary: OUT_OF_RANGE. FAILED_PRECONDITION where
-  // `SessionOptions.on_event` takes the events.
+  // `PromptOptions.on_event` takes the events.
   absl::StatusOr<Event> NextEvent();
 
   // Reads all that is left and puts it in order.
   absl::StatusOr<Compressed> Collect();
 
-  // Waits for the end of the stream. Events that were not read stay to be read.
+  // Waits for the end of the session. Events that were not read stay to be read.
   absl::StatusOr<v1::Summary> Wait();
 
-  // Ends the stream as CANCELLED.
+  // Ends the session as CANCELLED, without waiting. Events that were not read are dropped.
   void Cancel();
 
  private:

@@ -1,0 +1,96 @@
+// Prompts of different sizes for one stream, and how a test sends them.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+#include "gtest/gtest.h"
+#include "structkv/client.h"
+#include "structkv/sizes.h"
+#include "tests/client/fake_server.h"
+
+namespace structkv::client {
+
+using Sessions = std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>>;
+
+inline absl::Span<const std::byte> AsBytes(const std::string& text) {
+  return {reinterpret_cast<const std::byte*>(text.data()), text.size()};
+}
+
+// As SmallOpen() but for these sizes.
+inline BatchPrompt PromptOf(uint32_t tokens, uint32_t layers) {
+  BatchPrompt prompt;
+  prompt.open = SmallOpen();
+  prompt.open.set_prompt_tokens(tokens);
+  prompt.open.mutable_geometry()->set_layer_count(layers);
+  return prompt;
+}
+
+// Three, no two alike.
+inline std::vector<BatchPrompt> Ragged() {
+  return {PromptOf(6, 2), PromptOf(11, 3), PromptOf(5, 1)};
+}
+
+constexpr v1::Tensor kInputs[] = {v1::TENSOR_WINDOW_QUERIES, v1::TENSOR_KEYS, v1::TENSOR_VALUES};
+
+// What a prompt sends as a layer's tensor, different for each prompt.
+inline std::string InputOf(const v1::Open& open, uint32_t layer, v1::Tensor tensor) {
+  return TestTensor(layer + 7 * open.prompt_tokens(), tensor,
+                    InputTensorBytes(open, OpenedFor(open), tensor));
+}
+
+inline absl::Status SendLayer(CompressSession& session, uint32_t layer) {
+  const std::string queries = InputOf(session.open(), layer, v1::TENSOR_WINDOW_QUERIES);
+  const std::string keys = InputOf(session.open(), layer, v1::TENSOR_KEYS);
+  const std::string values = InputOf(session.open(), layer, v1::TENSOR_VALUES);
+  LayerTensors tensors;
+  tensors.window_queries = AsBytes(queries);
+  tensors.keys = AsBytes(keys);
+  tensors.values = AsBytes(values);
+  return session.SendLayer(layer, tensors);
+}
+
+// Sends all layers and the commit, as far as it goes.
+inline absl::Status SendAll(CompressSession& session) {
+  for (uint32_t layer = 0; layer < session.open().geometry().layer_count(); ++layer) {
+    absl::Status status = SendLayer(session, layer);
+    if (!status.ok()) return status;
+  }
+  return session.Commit();
+}
+
+// Checks that the server has all of a prompt, and nothing else.
+inline void ExpectAllOf(const Received& received) {
+  const v1::Open& open = received.open;
+  uint64_t total = 0;
+  for (uint32_t layer = 0; layer < open.geometry().layer_count(); ++layer) {
+    for (v1::Tensor tensor : kInputs) {
+      const auto found = received.tensors.find({layer, tensor});
+      ASSERT_NE(found, received.tensors.end()) << "layer " << layer << " tensor " << tensor;
+      EXPECT_TRUE(found->second == InputOf(open, layer, tensor)) << "layer " << layer;
+      total += found->second.size();
+    }
+  }
+  EXPECT_TRUE(received.committed);
+  EXPECT_EQ(received.commit.layer_count(), open.geometry().layer_count());
+  EXPECT_EQ(received.commit.input_bytes(), total);
+}
+
+// Checks that a session has all of its answers, and nothing else.
+inline void ExpectAnswered(CompressSession& session) {
+  const auto result = session.Collect();
+  ASSERT_TRUE(result.ok()) << result.status();
+  ASSERT_EQ(result->layers.size(), session.open().geometry().layer_count());
+  for (const LayerResult& layer : result->layers) {
+    const std::string want = TestTensor(layer.layer + 100, v1::TENSOR_KEYS, layer.keys.size());
+    EXPECT_TRUE(AsBytes(want) == absl::Span<const std::byte>(layer.keys.span()));
+  }
+  EXPECT_EQ(result->summary.logical_length(), session.open().prompt_tokens());
+}
+
+}  // namespace structkv::client
