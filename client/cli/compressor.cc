@@ -27,6 +27,14 @@ class RemoteCompressor final : public Compressor {
     return Named(client::StreamPromptInSteps(*client_, open, source, options));
   }
 
+  std::vector<absl::StatusOr<v1::Summary>> RunBatch(absl::Span<const client::BatchPrompt> prompts,
+                                                    client::BatchSource source,
+                                                    const client::StreamOptions& options) override {
+    auto summaries = client::StreamBatch(*client_, prompts, source, options);
+    for (auto& summary : summaries) summary = Named(std::move(summary));
+    return summaries;
+  }
+
   absl::StatusOr<v1::GetCapabilitiesResponse> GetCapabilities() override {
     return Named(client_->GetCapabilities());
   }

@@ -3,9 +3,11 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "CLI/CLI.hpp"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "structkv/compress.h"
 #include "structkv/options.h"
 #include "structkv/result.h"
@@ -26,6 +28,11 @@ class Compressor {
   // The same, one layer after the other; like client::StreamPromptInSteps.
   virtual absl::StatusOr<v1::Summary> RunInSteps(const v1::Open& open, client::SteppedSource source,
                                                  const client::SessionOptions& options) = 0;
+
+  // The prompts of a batch; like client::StreamBatch.
+  virtual std::vector<absl::StatusOr<v1::Summary>> RunBatch(
+      absl::Span<const client::BatchPrompt> prompts, client::BatchSource source,
+      const client::StreamOptions& options) = 0;
 
   virtual absl::StatusOr<v1::GetCapabilitiesResponse> GetCapabilities() = 0;
 

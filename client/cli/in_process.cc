@@ -235,6 +235,9 @@ class InProcessCompressor final : public Compressor {
                                   const client::SessionOptions& options) override;
   absl::StatusOr<v1::Summary> RunInSteps(const v1::Open& open, client::SteppedSource source,
                                          const client::SessionOptions& options) override;
+  std::vector<absl::StatusOr<v1::Summary>> RunBatch(absl::Span<const client::BatchPrompt> prompts,
+                                                    client::BatchSource source,
+                                                    const client::StreamOptions& options) override;
   absl::StatusOr<v1::GetCapabilitiesResponse> GetCapabilities() override;
   std::string description() const override {
     return absl::StrCat("in process, ", scheduler_.threads(), " threads, ", backend_->device());
@@ -299,6 +302,12 @@ absl::StatusOr<v1::Summary> InProcessCompressor::Run(const v1::Open& open,
   summary.mutable_timing()->set_session_micros(Micros(absl::Now() - start));
   options.on_event(client::Event(summary));
   return summary;
+}
+
+std::vector<absl::StatusOr<v1::Summary>> InProcessCompressor::RunBatch(
+    absl::Span<const client::BatchPrompt> prompts, client::BatchSource /*source*/,
+    const client::StreamOptions& /*options*/) {
+  return {prompts.size(), absl::InvalidArgumentError("prompts that share a stream need a server")};
 }
 
 // Here a layer's events come while it is handed over.

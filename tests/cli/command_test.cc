@@ -477,6 +477,42 @@ TEST_F(CommandTest, BenchRunsTheRanksOfAPromptTogether) {
   EXPECT_THAT(alone.output, HasSubstr("--shards needs a server"));
 }
 
+TEST_F(CommandTest, BenchRunsSeveralPromptsInOneStream) {
+  const std::string address = "unix:" + directory_.Path("socket");
+  testkit::Process server({STRUCTKV_SERVER, "--listen", address});
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.error();
+  const std::string bench = "bench --geometry tiny-llama --tokens 500 --prompts 7 --batch 3";
+  const Ran ran = RunCommand(bench + " --json --concurrency 2 --server " + address);
+  ASSERT_EQ(ran.code, 0) << ran.output;
+  const auto json = nlohmann::json::parse(ran.output);
+  EXPECT_EQ(json.at("batch"), 3);
+  const auto tokens = json.at("batch_tokens").get<std::vector<int64_t>>();
+  ASSERT_EQ(tokens.size(), 3U);
+  EXPECT_EQ(tokens[0], 500);
+  for (const int64_t each : tokens) {
+    EXPECT_GE(each, 125);
+    EXPECT_LE(each, 500);
+  }
+  EXPECT_NE(tokens[1], tokens[2]);
+  // Two streams of three prompts and one of one: keys and values, and 8 window queries of 6 heads.
+  int64_t rows = 0;
+  for (const int64_t each : {tokens[0] * 3, tokens[1] * 2, tokens[2] * 2}) rows += each;
+  EXPECT_EQ(json.at("input_bytes"), 12 * (rows * 2 * 64 * 2 + 7 * 8 * 6 * 32 * 2));
+  const Ran text = RunCommand(bench + " --pull --server " + address);
+  ASSERT_EQ(text.code, 0) << text.output;
+  EXPECT_THAT(text.output, HasSubstr("7 prompts, 3 at a time, streams of 3"));
+  const Ran other = RunCommand(bench + " --json --seed 2 --server " + address);
+  ASSERT_EQ(other.code, 0) << other.output;
+  EXPECT_NE(nlohmann::json::parse(other.output).at("batch_tokens"), json.at("batch_tokens"));
+
+  const Ran alone = RunCommand(bench + " --in-process");
+  EXPECT_NE(alone.code, 0);
+  EXPECT_THAT(alone.output, HasSubstr("--batch needs a server"));
+  const Ran ranks = RunCommand(bench + " --shards 2 --server " + address);
+  EXPECT_NE(ranks.code, 0);
+  EXPECT_THAT(ranks.output, HasSubstr("--batch 3 and --shards 2"));
+}
+
 TEST_F(CommandTest, SaysWhatIsWrong) {
   const std::string out = directory_.Path("out.safetensors");
   const Ran missing = RunCommand("compress /nowhere.safetensors --in-process --out " + out);

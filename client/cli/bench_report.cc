@@ -1,0 +1,138 @@
+#include "client/cli/bench_report.h"
+
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "client/cli/geometry_text.h"
+#include "client/cli/text.h"
+#include "nlohmann/json.hpp"
+
+namespace structkv::cli {
+namespace {
+
+double Percentile(std::vector<double>* values, double share) {
+  if (values->empty()) return 0;
+  std::sort(values->begin(), values->end());
+  const auto rank =
+      static_cast<size_t>(std::lround(share * static_cast<double>(values->size() - 1)));
+  return (*values)[rank];
+}
+
+uint64_t PeakResidentBytes() {
+  struct rusage usage = {};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<uint64_t>(usage.ru_maxrss) << 10;
+}
+
+// What is in a stream, where that is not a whole prompt.
+std::string StreamsText(const BenchFlags& flags) {
+  if (flags.shards > 1) return absl::StrCat("each of ", flags.shards, " ranks, ");
+  if (flags.batch == 1) return "";
+  const std::vector<uint32_t> tokens = BatchTokens(flags);
+  return absl::StrCat("streams of ", flags.batch, ", of ",
+                      CountText(*std::min_element(tokens.begin(), tokens.end())),
+                      " tokens and more, ");
+}
+
+}  // namespace
+
+void PrintBenchText(const BenchFlags& flags, const std::vector<BenchPrompt>& prompts,
+                    const std::string& where, BenchFigures* m) {
+  const v1::ModelGeometry& g = prompts[0].open.geometry();
+  const v1::Opened& opened = prompts[0].opened;
+  std::printf("%s, %s backend\n", where.c_str(), m->backend.c_str());
+  std::printf("prompt      %u layers, %s, %s tokens, %s, %s%s\n", g.layer_count(),
+              HeadsText(g).c_str(), CountText(flags.tokens).c_str(), flags.dtype.c_str(),
+              MethodKind(opened.method()).c_str(),
+              flags.plan            ? ", plan"
+              : flags.pull          ? ", pull"
+              : opened.has_rotary() ? ", keys turned"
+                                    : "");
+  std::printf("run         %u prompts, %u at a time, %s%s\n", flags.prompts,
+              flags.concurrency * flags.batch, StreamsText(flags).c_str(),
+              DurationText(absl::Seconds(m->wall_seconds)).c_str());
+  std::printf(
+      "throughput  %s/s in, %s/s out, %.2f prompts/s, %.1f layers/s\n",
+      BytesText(static_cast<uint64_t>(static_cast<double>(m->input_bytes) / m->wall_seconds))
+          .c_str(),
+      BytesText(static_cast<uint64_t>(static_cast<double>(m->output_bytes) / m->wall_seconds))
+          .c_str(),
+      flags.prompts / m->wall_seconds,
+      static_cast<double>(m->layer_seconds.size()) / m->wall_seconds);
+  std::printf("bytes       %s in, %s out; %s reserved for a %s\n",
+              BytesText(m->input_bytes).c_str(), BytesText(m->output_bytes).c_str(),
+              BytesText(opened.reserved_bytes()).c_str(), flags.shards > 1 ? "rank" : "prompt");
+  const auto per_layer = [&](uint64_t micros) {
+    return DurationText(absl::Microseconds(micros) /
+                        static_cast<double>(std::max<size_t>(1, m->layer_seconds.size())));
+  };
+  std::printf("service     %s computing and %s waiting for a thread, mean of a layer\n",
+              per_layer(m->compute_micros).c_str(), per_layer(m->queue_micros).c_str());
+  Table table({"latency", "p50", "p90", "p99", "max"});
+  for (const auto& [name, values] :
+       {std::pair("layer", &m->layer_seconds), std::pair("prompt", &m->prompt_seconds)}) {
+    std::vector<std::string> row = {name};
+    for (double share : {0.5, 0.9, 0.99, 1.0}) {
+      row.push_back(DurationText(absl::Seconds(Percentile(values, share))));
+    }
+    table.Add(std::move(row));
+  }
+  std::printf("\n%s\nA layer's latency runs from its first byte sent to its last byte received.\n",
+              table.Text("  ").c_str());
+}
+
+void PrintBenchJson(const BenchFlags& flags, const std::vector<BenchPrompt>& prompts,
+                    const std::string& where, BenchFigures* m) {
+  const v1::ModelGeometry& g = prompts[0].open.geometry();
+  const v1::Opened& opened = prompts[0].opened;
+  uint64_t synthetic_bytes = 0;
+  for (const BenchPrompt& prompt : prompts) synthetic_bytes += prompt.tensors->resident_bytes();
+  nlohmann::ordered_json json;
+  json["where"] = where;
+  json["backend"] = m->backend;
+  json["layers"] = g.layer_count();
+  json["query_heads"] = g.query_head_count();
+  json["kv_heads"] = g.kv_head_count();
+  json["key_dim"] = g.key_dim();
+  json["value_dim"] = g.value_dim();
+  json["values_in_keys"] = g.values_in_keys();
+  json["tokens"] = flags.tokens;
+  json["dtype"] = flags.dtype;
+  json["kv_scales"] = flags.kv_scales;
+  json["block_tokens"] = flags.paged;
+  for (const auto& [key, value] : MethodMetadata(opened.method())) json[key] = value;
+  json["plan"] = flags.plan;
+  json["rerotate"] = opened.has_rotary();
+  json["pull"] = flags.pull;
+  json["prompts"] = flags.prompts;
+  json["concurrency"] = flags.concurrency;
+  json["batch"] = flags.batch;
+  json["batch_tokens"] = BatchTokens(flags);
+  json["shards"] = flags.shards;
+  json["seconds"] = m->wall_seconds;
+  json["input_bytes"] = m->input_bytes;
+  json["output_bytes"] = m->output_bytes;
+  json["input_bytes_per_second"] = static_cast<double>(m->input_bytes) / m->wall_seconds;
+  json["prompts_per_second"] = flags.prompts / m->wall_seconds;
+  json["layers_per_second"] = static_cast<double>(m->layer_seconds.size()) / m->wall_seconds;
+  json["reserved_bytes"] = opened.reserved_bytes();
+  json["compute_micros"] = m->compute_micros;
+  json["queue_micros"] = m->queue_micros;
+  json["synthetic_bytes"] = synthetic_bytes;
+  json["peak_resident_bytes"] = PeakResidentBytes();
+  for (const auto& [name, values] : {std::pair("layer_seconds", &m->layer_seconds),
+                                     std::pair("prompt_seconds", &m->prompt_seconds)}) {
+    json[name] = {{"p50", Percentile(values, 0.5)},
+                  {"p90", Percentile(values, 0.9)},
+                  {"p99", Percentile(values, 0.99)},
+                  {"max", Percentile(values, 1.0)}};
+  }
+  std::printf("%s\n", json.dump(2).c_str());
+}
+
+}  // namespace structkv::cli
