@@ -1,5 +1,5 @@
 // What a kernel's threads can do together, by the device's own instructions. Kernels are templates
-// over such a class; tests/kernels/cuda/emulated_cluster.h has its twin, with which they run on
+// over such a class; tests/kernels/cuda/emulated_block.h has its twin, with which they run on
 // the host.
 #pragma once
 
@@ -51,9 +51,12 @@ class DeviceBlock {
   // Reads what is read once.
   template <class T>
   __device__ T Once(const T* from) {
-    if constexpr (sizeof(T) == sizeof(uint4) && alignof(T) == alignof(uint4)) {
+    if constexpr (sizeof(T) == sizeof(uint4)) {
       const uint4 wide = __ldcs(reinterpret_cast<const uint4*>(from));
       return T{{wide.x, wide.y, wide.z, wide.w}};
+    } else if constexpr (sizeof(T) == sizeof(uint2)) {
+      const uint2 wide = __ldcs(reinterpret_cast<const uint2*>(from));
+      return T{{wide.x, wide.y}};
     } else {
       return __ldcs(from);
     }

@@ -8,14 +8,18 @@
 
 #include "kernels/cuda/host_device.h"
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
 
 namespace structkv::cuda {
 
-// 16 bytes that are loaded and stored at once.
+// 16 and 8 bytes that are loaded and stored at once.
 struct alignas(16) Words4 {
   uint32_t w[4];
+};
+struct alignas(8) Words2 {
+  uint32_t w[2];
 };
 struct alignas(8) Floats2 {
   float x;
@@ -72,6 +76,17 @@ STRUCTKV_HOST_DEVICE inline uint32_t FloatToHalf(float value) {
   }
   const uint32_t bits = FloatBits(size) - 0x38000000U;
   return sign | ((bits + 0xFFFU + ((bits >> 13) & 1U)) >> 13);
+#endif
+}
+
+// Ties to even.
+STRUCTKV_HOST_DEVICE inline uint32_t FloatToBfloat(float value) {
+#ifdef __CUDA_ARCH__
+  return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#else
+  const uint32_t bits = FloatBits(value);
+  if (std::isnan(value)) return bits >> 16 | 0x40U;
+  return (bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16;
 #endif
 }
 

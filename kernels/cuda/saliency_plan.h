@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/fragments.h"
 #include "kernels/cuda/numbers.h"
+#include "kernels/cuda/token_offset.h"
 #include "kernels/tensor.h"
 
 namespace structkv::cuda {
@@ -118,15 +119,9 @@ struct SaliencyPlan {
 // Bytes from the keys' data to the vector of `token` in `head`.
 STRUCTKV_HOST_DEVICE inline int64_t KeyOffset(const SaliencyPlan& plan, int head, int token,
                                               int element_bytes) {
-  int64_t offset = head * plan.head_stride;
-  if (plan.block_tokens == 0) {
-    offset += token * plan.token_stride;
-  } else {
-    const int block = token / plan.block_tokens;
-    const int64_t stored = plan.block_table != nullptr ? plan.block_table[block] : block;
-    offset += stored * plan.block_stride + token % plan.block_tokens * plan.token_stride;
-  }
-  return offset * element_bytes;
+  return (head * plan.head_stride + TokenOffset(token, plan.token_stride, plan.block_tokens,
+                                                plan.block_stride, plan.block_table)) *
+         element_bytes;
 }
 
 // Row `row` of a group is window row row % window; it attends to tokens up to this one.

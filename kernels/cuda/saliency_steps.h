@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "kernels/cuda/elements.h"
+#include "kernels/cuda/fused.h"
 #include "kernels/cuda/pieces.h"
 #include "kernels/cuda/saliency_plan.h"
 
@@ -19,17 +21,16 @@ using ScoreFragment = float[kRowTiles][4];
 
 // --- Queries ---
 
+// Queries need no alignment beyond their bytes'.
 template <DType kQuery>
 STRUCTKV_DEVICE float QueryElement(const unsigned char* row, int element) {
-  if constexpr (kQuery == DType::kF32) {
-    // Queries need no alignment beyond their bytes'.
-    uint32_t bits = 0;
-    for (int i = 0; i < 4; ++i) bits |= static_cast<uint32_t>(row[4 * element + i]) << (8 * i);
-    return FloatOf(bits);
-  } else {
-    const uint32_t bits = row[2 * element] | static_cast<uint32_t>(row[2 * element + 1]) << 8;
-    return kQuery == DType::kF16 ? HalfToFloat(bits) : FloatOf(bits << 16);
+  constexpr int kBytes = static_cast<int>(DTypeSize(kQuery));
+  uint32_t bits = 0;
+  STRUCTKV_UNROLL
+  for (int i = 0; i < kBytes; ++i) {
+    bits |= static_cast<uint32_t>(row[kBytes * element + i]) << (8 * i);
   }
+  return FromBits<kQuery>(bits);
 }
 
 // Packs the queries as the multiplications take them, zeros where there are none, and converts the
@@ -365,7 +366,7 @@ STRUCTKV_DEVICE void WriteTile(Block& block, const SaliencyPlan& plan, int tile,
     }
     if (plan.saliency != nullptr) plan.saliency[token] = sum;
     if (plan.centrality != nullptr) {
-      plan.centrality[token] = AddRounded(MultiplyRounded(plan.decay, plan.centrality[token]), sum);
+      plan.centrality[token] = FusedMultiplyAdd(plan.decay, plan.centrality[token], sum);
     }
   }
 }

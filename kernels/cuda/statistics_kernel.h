@@ -29,8 +29,8 @@ inline constexpr uint64_t kNoBad = ~uint64_t{0};
 STRUCTKV_HOST_DEVICE constexpr uint64_t BadPlace(int64_t head, int64_t token) {
   return static_cast<uint64_t>(token) << 32 | static_cast<uint64_t>(head);
 }
-constexpr int64_t BadHead(uint64_t place) { return static_cast<int64_t>(place & 0xFFFFFFFFU); }
-constexpr int64_t BadToken(uint64_t place) { return static_cast<int64_t>(place >> 32); }
+constexpr int64_t PlaceHead(uint64_t place) { return static_cast<int64_t>(place & 0xFFFFFFFFU); }
+constexpr int64_t PlaceToken(uint64_t place) { return static_cast<int64_t>(place >> 32); }
 
 // Whether a value is NaN, infinite or negative; -0.0 is not.
 STRUCTKV_HOST_DEVICE constexpr bool IsBad(float value) {

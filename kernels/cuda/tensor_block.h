@@ -1,36 +1,17 @@
-// What the saliency kernels' threads do together, by the device's own instructions. The kernels are
-// templates over such a class; tests/kernels/cuda/emulated_block.h has its twin, with which they
-// run on the host.
+// What the saliency kernels' threads do together beyond what any do, by the device's own
+// instructions.
 #pragma once
-
-#include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "kernels/cuda/device_block.h"
 #include "kernels/cuda/numbers.h"
 
 namespace structkv::cuda {
 
-// One block of a grid of one axis. All lanes of a warp call ShuffleXor, Multiply and Multiplied,
-// all threads of the block Sync.
-class TensorBlock {
+// All lanes of a warp call Multiply and Multiplied.
+class TensorBlock : public DeviceBlock {
  public:
-  __device__ int thread() const { return static_cast<int>(threadIdx.x); }
-  __device__ int threads() const { return static_cast<int>(blockDim.x); }
-  __device__ int lane() const { return thread() % 32; }
-  __device__ int warp() const { return thread() / 32; }
-  __device__ int warps() const { return threads() / 32; }
-  __device__ int64_t index() const { return blockIdx.x; }
-  __device__ int64_t blocks() const { return gridDim.x; }
-
-  __device__ void Sync() { __syncthreads(); }
-  __device__ float ShuffleXor(float value, int mask) {
-    return __shfl_xor_sync(0xFFFFFFFFU, value, mask);
-  }
-  __device__ void Min(uint64_t* least, uint64_t value) {
-    atomicMin(reinterpret_cast<unsigned long long*>(least), static_cast<unsigned long long>(value));
-  }
-
   // c += a b, mma.sync.m16n8k16 of float16 or bfloat16 (sm_80), fragments as in fragments.h.
   template <bool kHalf>
   __device__ void Multiply(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (&c)[4]) {

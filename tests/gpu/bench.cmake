@@ -1,3 +1,3 @@
-add_executable(structkv_gpu_bench gpu_bench.cc)
+add_executable(structkv_gpu_bench gpu_bench.cc layer_bench.cc)
 target_compile_features(structkv_gpu_bench PRIVATE cxx_std_20)
 target_link_libraries(structkv_gpu_bench PRIVATE structkv_cuda_kernels)

@@ -6,10 +6,16 @@
 #                                 that has none of the packages; there: STRUCTKV_GPU_BUNDLE=DIR tests/gpu/run.sh
 #
 # Without a bundle the programs are built from this tree (CMake, nvcc, the packages of scripts/setup); where only CMake
-# and nvcc are, the benchmark alone is.
+# and nvcc are, the benchmark alone is. What could not run is in the report as "not run", with the reason.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-programs=(gpu_saliency_test structkv_gpu_bench)
+tests=(gpu_saliency_test gpu_select_test gpu_gather_test)
+programs=("${tests[@]}" structkv_gpu_bench)
+# A few cases of each: a kernel runs some hundred times longer under compute-sanitizer.
+declare -A sanitized=(
+  [gpu_saliency_test]='*bf16_bf16*:*f32_f8_e4m3*:CudaSaliencyInputTest.Depends*'
+  [gpu_select_test]='*Many*:*LongRow*:*SumsAre*:*StatisticsAre*:*Pools*'
+  [gpu_gather_test]='*Alignment*:*AnyNumber*:*PartOfEachRow*:*DoesNotMove*')
 
 build() {
   cmake --preset cuda >&2
@@ -30,6 +36,7 @@ fi
 
 out=${1:-gpu-report}
 mkdir -p "$out"
+: >"$out/summary.txt"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/device.txt"
 
 if [[ -n ${STRUCTKV_GPU_BUNDLE:-} ]]; then
@@ -41,26 +48,57 @@ else
   echo "run.sh: the tests cannot be built here; the benchmark alone" >&2
   bin=$out/bin
   mkdir -p "$bin"
-  nvcc -std=c++20 -O3 -I. -arch=native -o "$bin/structkv_gpu_bench" tests/gpu/gpu_bench.cc kernels/cuda/*.cu >&2
+  nvcc -std=c++20 -O3 -I. -arch=native -o "$bin/structkv_gpu_bench" tests/gpu/gpu_bench.cc tests/gpu/layer_bench.cc \
+    kernels/cuda/*.cu >&2
 fi
 
 failed=0
-note() { echo "run.sh: $1" | tee -a "$out/summary.txt"; }
-if [[ -x $bin/gpu_saliency_test ]]; then
-  "$bin/gpu_saliency_test" >"$out/gpu_saliency_test.log" 2>&1 && note "gpu_saliency_test passed" ||
-    { note "gpu_saliency_test FAILED"; failed=1; }
-  if command -v compute-sanitizer >/dev/null; then
-    # A few cases: a kernel runs some hundred times longer under it.
-    for tool in memcheck racecheck initcheck synccheck; do
-      compute-sanitizer --tool "$tool" --error-exitcode 9 "$bin/gpu_saliency_test" \
-        --gtest_filter='*bf16_bf16*:*f32_f8_e4m3*:CudaSaliencyInputTest.Depends*' >"$out/$tool.log" 2>&1 &&
-        note "$tool passed" || { note "$tool FAILED"; failed=1; }
-    done
-  else
-    note "no compute-sanitizer here: NOT RUN"
+checks=""
+# note CHECK RESULT: a line of the summary and an entry of the report.
+note() {
+  echo "run.sh: $1: $2" | tee -a "$out/summary.txt"
+  checks+="${checks:+, }\"$1\": \"$2\""
+  [[ $2 != FAILED ]] || failed=1
+}
+# check NAME LOG COMMAND...
+check() {
+  local name=$1 log=$2
+  shift 2
+  if "$@" >"$log" 2>&1; then note "$name" passed; else note "$name" FAILED; fi
+}
+
+for test in "${tests[@]}"; do
+  if [[ ! -x $bin/$test ]]; then
+    note "$test" "not run: not built"
+    continue
   fi
+  check "$test" "$out/$test.log" "$bin/$test"
+  for tool in memcheck racecheck initcheck synccheck; do
+    if command -v compute-sanitizer >/dev/null; then
+      check "$test, $tool" "$out/$test.$tool.log" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        "$bin/$test" --gtest_filter="${sanitized[$test]}"
+    else
+      note "$test, $tool" "not run: no compute-sanitizer"
+    fi
+  done
+done
+
+bench=null
+if "$bin/structkv_gpu_bench" --table "$out/table.md" >"$out/bench.json"; then
+  note benchmark passed
+  bench=$(<"$out/bench.json")
+else
+  note benchmark FAILED
+  : >"$out/table.md"
 fi
-"$bin/structkv_gpu_bench" >"$out/report.json" && "$bin/structkv_gpu_bench" --table >"$out/table.md" &&
-  note "benchmark done" || { note "benchmark FAILED"; failed=1; }
+# Says itself where it cannot run, and why.
+python3 tests/gpu/torch_compare.py --bench "$out/bench.json" --table "$out/table.md" >"$out/torch.json" ||
+  echo '{"skipped": "torch_compare.py failed"}' >"$out/torch.json"
+torch=$(<"$out/torch.json")
+case $torch in
+  *'"skipped"'*) note PyTorch "not run: $(sed -n 's/.*"skipped": "\([^"]*\)".*/\1/p' "$out/torch.json")" ;;
+  *) note PyTorch passed ;;
+esac
+printf '{"checks": {%s},\n"bench": %s,\n"torch": %s}\n' "$checks" "$bench" "$torch" >"$out/report.json"
 cat "$out/table.md"
 exit $failed

@@ -14,14 +14,13 @@
 #include "kernels/reference/element.h"
 #include "tests/kernels/backends_under_test.h"
 #include "tests/kernels/random_tensor.h"
+#include "tests/kernels/rotation_bound.h"
 
 namespace structkv {
 namespace {
 
-// Half a unit in the last place, relative.
-double Unit(DType dtype) {
-  return std::ldexp(1.0, dtype == DType::kF32 ? -24 : dtype == DType::kF16 ? -11 : -8);
-}
+using testing::Frequencies;
+using testing::UnitOf;
 
 double Largest(DType dtype) {
   return dtype == DType::kF16 ? 65504 : std::numeric_limits<float>::max();
@@ -48,15 +47,6 @@ struct Case {
            std::to_string(part.pairs) + " pairs" + (per_head ? ", per head" : "");
   }
 };
-
-std::vector<float> Frequencies(int64_t pairs, double theta) {
-  std::vector<float> frequencies(static_cast<size_t>(pairs));
-  for (int64_t j = 0; j < pairs; ++j) {
-    frequencies[j] =
-        static_cast<float>(std::pow(theta, -static_cast<double>(j) / static_cast<double>(pairs)));
-  }
-  return frequencies;
-}
 
 // Keys, the rows that stay, and where they stood.
 struct Keys {
@@ -109,32 +99,9 @@ class RotationTest : public ::testing::TestWithParam<std::string> {
     return out;
   }
 
-  // Both roundings may fall to different sides; float32's arithmetic is on top.
   void ExpectClose(const Case& c, const TensorView& got, const TensorView& want) const {
-    const auto size = static_cast<int64_t>(DTypeSize(c.dtype));
-    const int64_t end = c.part.offset + 2 * c.part.pairs;
-    for (int64_t h = 0; h < got.heads; ++h) {
-      for (int64_t i = 0; i < got.tokens; ++i) {
-        ASSERT_EQ(std::memcmp(got.Row(h, i), want.Row(h, i), c.part.offset * size), 0) << c.Text();
-        ASSERT_EQ(std::memcmp(got.Row(h, i) + end * size, want.Row(h, i) + end * size,
-                              (c.part.dim - end) * size),
-                  0)
-            << c.Text();
-        for (int64_t j = 0; j < c.part.pairs; ++j) {
-          const bool halves = c.pairing == RotaryPairing::kHalfSplit;
-          const int64_t first = c.part.offset + (halves ? j : 2 * j);
-          const int64_t second = first + (halves ? c.part.pairs : 1);
-          const double norm = std::hypot(At(want, h, i, first), At(want, h, i, second));
-          for (const int64_t e : {first, second}) {
-            const double expected = At(want, h, i, e);
-            const double bound = 2 * Unit(c.dtype) * std::fabs(expected) +
-                                 8 * Unit(DType::kF32) * norm + std::ldexp(1.0, -24);
-            ASSERT_NEAR(At(got, h, i, e), expected, bound)
-                << c.Text() << ", head " << h << ", row " << i << ", element " << e;
-          }
-        }
-      }
-    }
+    testing::ExpectRotated({.pairing = c.pairing, .offset = c.part.offset, .pairs = c.part.pairs},
+                           got, want, c.Text());
   }
 
   const std::unique_ptr<Backend> backend_ = testing::MakeBackend(GetParam());
@@ -307,7 +274,7 @@ TEST_P(RotationTest, RoundsTheEndsOfTheRange) {
               }
               const double step = dtype == DType::kF16 ? std::ldexp(1.0, -24) : 0;
               ASSERT_NEAR(g, w,
-                          2 * Unit(dtype) * std::fabs(w) + 8 * Unit(DType::kF32) * norm + step +
+                          2 * UnitOf(dtype) * std::fabs(w) + 8 * UnitOf(DType::kF32) * norm + step +
                               std::ldexp(1.0, -133))
                   << where;
             }

@@ -1,7 +1,11 @@
 #include "tests/kernels/cuda/emulated_block.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <numeric>
+
+#include "kernels/cuda/fragments.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #define STRUCTKV_FIBERS_SANITIZED 1
@@ -19,8 +23,8 @@ namespace {
 
 constexpr size_t kStackBytes = size_t{64} << 10;
 
-// makecontext takes no pointer; one block runs at a time on a thread.
-thread_local EmulatedBlock* running = nullptr;
+// makecontext takes no pointer; one cluster runs at a time on a thread.
+thread_local EmulatedCluster* running = nullptr;
 
 [[noreturn]] void Fail(const char* what) {
   std::fprintf(stderr, "emulated block: %s\n", what);
@@ -50,137 +54,188 @@ float ElementOf(uint32_t word, int half, bool is_half) {
 
 }  // namespace
 
-EmulatedBlock::EmulatedBlock(int64_t index, int64_t blocks, int threads,
-                             const std::function<void(EmulatedBlock&)>& body)
-    : index_(index),
-      blocks_(blocks),
-      threads_(threads),
-      body_(body),
-      fibers_(static_cast<size_t>(threads)),
-      shuffled_(2 * static_cast<size_t>(threads)) {
-  for (Fiber& fiber : fibers_) {
-    fiber.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, &EmulatedBlock::Enter, 0);
-  }
+int EmulatedBlock::threads() const { return cluster_->threads_; }
+int EmulatedBlock::ranks() const { return cluster_->ranks_; }
+void EmulatedBlock::Sync() {
+  cluster_->Meet(this, &cluster_->blocks_[static_cast<size_t>(rank_)],
+                 EmulatedCluster::Operation::kSync);
 }
-
-void EmulatedBlock::RunGrid(int64_t blocks, int threads,
-                            const std::function<void(EmulatedBlock&)>& body) {
-  if (threads % 32 != 0) Fail("threads are no multiple of 32");
-  for (int64_t index = 0; index < blocks; ++index) {
-    EmulatedBlock block(index, blocks, threads, body);
-    running = &block;
-    block.Run();
-  }
+void EmulatedBlock::SyncCluster() {
+  cluster_->Meet(this, &cluster_->cluster_, EmulatedCluster::Operation::kSyncCluster);
 }
-
-void EmulatedBlock::Enter() {
-  EmulatedBlock& block = *running;
-  FinishSwitch(nullptr, &block.scheduler_stack_, &block.scheduler_stack_size_);
-  block.body_(block);
-  block.fibers_[static_cast<size_t>(block.current_)].at = At::kEnd;
-  StartSwitch(nullptr, block.scheduler_stack_, block.scheduler_stack_size_);
-  setcontext(&block.scheduler_);
-}
-
-void EmulatedBlock::Resume(int thread) {
-  Fiber& fiber = fibers_[static_cast<size_t>(thread)];
-  current_ = thread;
-  StartSwitch(&scheduler_sanitizer_, fiber.stack.get(), kStackBytes);
-  swapcontext(&scheduler_, &fiber.context);
-  FinishSwitch(scheduler_sanitizer_, nullptr, nullptr);
-}
-
-void EmulatedBlock::Meet(At at) {
-  Fiber& fiber = fibers_[static_cast<size_t>(current_)];
-  fiber.at = at;
-  StartSwitch(&fiber.sanitizer_stack, scheduler_stack_, scheduler_stack_size_);
-  swapcontext(&fiber.context, &scheduler_);
-  FinishSwitch(fiber.sanitizer_stack, &scheduler_stack_, &scheduler_stack_size_);
-}
-
-void EmulatedBlock::RunWarp(int warp) {
-  Fiber* const lanes = &fibers_[static_cast<size_t>(warp) * 32];
-  do {
-    for (int lane = 0; lane < 32; ++lane) Resume(warp * 32 + lane);
-    for (int lane = 1; lane < 32; ++lane) {
-      if (lanes[lane].at != lanes[0].at) Fail("lanes of a warp do different things");
-    }
-  } while (lanes[0].at == At::kWarp);
-}
-
-void EmulatedBlock::Run() {
-  do {
-    for (int i = 0; i < warps(); ++i) RunWarp(index_ % 2 == 0 ? i : warps() - 1 - i);
-    for (const Fiber& fiber : fibers_) {
-      if (fiber.at != fibers_[0].at) Fail("a warp ends where another waits");
-    }
-  } while (fibers_[0].at != At::kEnd);
-}
-
-float EmulatedBlock::ShuffleXor(float value, int mask) {
-  const uint64_t meeting = fibers_[static_cast<size_t>(current_)].meetings++;
-  float* const all = &shuffled_[static_cast<size_t>(meeting % 2 * threads_ + warp() * 32)];
-  all[lane()] = value;
-  Meet(At::kWarp);
-  return all[lane() ^ mask];
-}
-
 void EmulatedBlock::Multiplied() {
-  Meet(At::kWarp);
-  // The first lane to go on does it for all.
-  Fiber* const lanes = &fibers_[static_cast<size_t>(warp()) * 32];
-  if (lane() == 0) MultiplyAll(lanes);
+  cluster_->Meet(this, cluster_->WarpOf(*this), EmulatedCluster::Operation::kMultiplied);
 }
 
-void EmulatedBlock::MultiplyAll(Fiber* lanes) {
-  for (size_t i = 0; i < lanes[0].products.size(); ++i) {
-    double a[16][16];
-    double b[16][8];
-    for (int lane = 0; lane < 32; ++lane) {
-      if (lanes[lane].products.size() != lanes[0].products.size()) {
+uint32_t EmulatedBlock::Ballot(bool predicate) {
+  const uint64_t* all = Exchange(predicate ? 1 : 0);
+  uint32_t lanes = 0;
+  for (int l = 0; l < kLanes; ++l) lanes |= static_cast<uint32_t>(all[l]) << l;
+  return lanes;
+}
+
+uint32_t EmulatedBlock::SumWarp(uint32_t value) {
+  const uint64_t* all = Exchange(value);
+  return static_cast<uint32_t>(std::accumulate(all, all + kLanes, uint64_t{0}));
+}
+
+const uint64_t* EmulatedBlock::Exchange(uint64_t value) {
+  // Two places in turns: a lane can be one exchange ahead of the others, not two.
+  const size_t turn = exchanges_++ % 2 * cluster_->all_.size();
+  uint64_t* all =
+      &cluster_->exchanged_[turn + static_cast<size_t>(rank_ * threads() + thread_ - lane())];
+  all[lane()] = value;
+  cluster_->Meet(this, cluster_->WarpOf(*this), EmulatedCluster::Operation::kExchange);
+  return all;
+}
+
+const std::byte* EmulatedBlock::PeerBytes(const std::byte* shared, int of_rank) const {
+  return cluster_->Shared(of_rank) + (shared - cluster_->Shared(rank_));
+}
+
+void EmulatedBlock::Load(const void* from, size_t bytes, void* to) {
+  if (reinterpret_cast<uintptr_t>(from) % bytes != 0) Fail("a wide load is not aligned");
+  std::memcpy(to, from, bytes);
+}
+
+EmulatedCluster::EmulatedCluster(int ranks, int threads, size_t shared_bytes,
+                                 std::mt19937_64& random, const Body& body)
+    : ranks_(ranks),
+      threads_(threads),
+      shared_bytes_((shared_bytes / sizeof(std::max_align_t) + 1) * sizeof(std::max_align_t)),
+      random_(random),
+      body_(body),
+      all_(static_cast<size_t>(ranks * threads)),
+      warps_(all_.size() / EmulatedBlock::kLanes),
+      blocks_(static_cast<size_t>(ranks)),
+      exchanged_(2 * all_.size()),
+      shared_(static_cast<size_t>(ranks) * shared_bytes_ / sizeof(std::max_align_t)) {
+  if (threads % EmulatedBlock::kLanes != 0) Fail("threads are no multiple of 32");
+  for (EmulatedBlock& thread : all_) {
+    thread.stack_ = std::make_unique_for_overwrite<char[]>(kStackBytes);
+  }
+  for (Meeting& warp : warps_) warp.expected = EmulatedBlock::kLanes;
+  for (Meeting& block : blocks_) block.expected = threads;
+  cluster_.expected = ranks * threads;
+}
+
+std::byte* EmulatedCluster::Shared(int rank) {
+  return reinterpret_cast<std::byte*>(shared_.data()) + static_cast<size_t>(rank) * shared_bytes_;
+}
+
+EmulatedCluster::Meeting* EmulatedCluster::WarpOf(const EmulatedBlock& thread) {
+  return &warps_[static_cast<size_t>((thread.rank_ * threads_ + thread.thread_) /
+                                     EmulatedBlock::kLanes)];
+}
+
+void EmulatedCluster::RunCluster(int ranks, int threads, size_t shared_bytes,
+                                 std::mt19937_64& random, const Body& body) {
+  EmulatedCluster(ranks, threads, shared_bytes, random, body).Run(0, 1);
+}
+
+void EmulatedCluster::RunGrid(int64_t blocks, int threads, size_t shared_bytes,
+                              std::mt19937_64& random, const Body& body) {
+  std::vector<int64_t> order(static_cast<size_t>(blocks));
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), random);
+  EmulatedCluster block(1, threads, shared_bytes, random, body);
+  for (const int64_t index : order) block.Run(index, blocks);
+}
+
+void EmulatedCluster::Run(int64_t index, int64_t blocks) {
+  std::memset(static_cast<void*>(shared_.data()), 0xFF, shared_.size() * sizeof(shared_[0]));
+  running = this;
+  for (size_t i = 0; i < all_.size(); ++i) {
+    EmulatedBlock& thread = all_[i];
+    thread.cluster_ = this;
+    thread.thread_ = static_cast<int>(i) % threads_;
+    thread.rank_ = static_cast<int>(i) / threads_;
+    thread.index_ = index;
+    thread.blocks_ = blocks;
+    thread.exchanges_ = 0;
+    thread.done_ = false;
+    Prepare(&thread);
+    ready_.push_back(&thread);
+  }
+  while (!ready_.empty()) {
+    std::swap(ready_[random_() % ready_.size()], ready_.back());
+    current_ = ready_.back();
+    ready_.pop_back();
+    StartSwitch(&scheduler_sanitizer_, current_->stack_.get(), kStackBytes);
+    swapcontext(&scheduler_, &current_->context_);
+    FinishSwitch(scheduler_sanitizer_, nullptr, nullptr);
+  }
+  for (const EmulatedBlock& thread : all_) {
+    if (!thread.done_) Fail("a thread waits for ever");
+  }
+}
+
+void EmulatedCluster::Prepare(EmulatedBlock* thread) {
+  getcontext(&thread->context_);
+  thread->context_.uc_stack.ss_sp = thread->stack_.get();
+  thread->context_.uc_stack.ss_size = kStackBytes;
+  thread->context_.uc_link = nullptr;
+  makecontext(&thread->context_, &EmulatedCluster::Enter, 0);
+}
+
+void EmulatedCluster::Enter() {
+  EmulatedCluster& cluster = *running;
+  FinishSwitch(nullptr, &cluster.scheduler_stack_, &cluster.scheduler_stack_size_);
+  EmulatedBlock& thread = *cluster.current_;
+  cluster.body_(thread, cluster.Shared(thread.rank_));
+  thread.done_ = true;
+  StartSwitch(nullptr, cluster.scheduler_stack_, cluster.scheduler_stack_size_);
+  setcontext(&cluster.scheduler_);
+}
+
+void EmulatedCluster::Meet(EmulatedBlock* thread, Meeting* meeting, Operation operation) {
+  if (meeting->waiting.empty()) meeting->operation = operation;
+  if (meeting->operation != operation) Fail("lanes of a warp do different things");
+  meeting->waiting.push_back(thread);
+  if (static_cast<int>(meeting->waiting.size()) == meeting->expected) {
+    if (operation == Operation::kMultiplied) MultiplyAll(meeting->waiting);
+    ready_.insert(ready_.end(), meeting->waiting.begin(), meeting->waiting.end());
+    meeting->waiting.clear();
+  }
+  StartSwitch(&thread->sanitizer_stack_, scheduler_stack_, scheduler_stack_size_);
+  swapcontext(&thread->context_, &scheduler_);
+  FinishSwitch(thread->sanitizer_stack_, &scheduler_stack_, &scheduler_stack_size_);
+}
+
+// Does all that the lanes of a warp wait for.
+void EmulatedCluster::MultiplyAll(const std::vector<EmulatedBlock*>& lanes) {
+  for (size_t i = 0; i < lanes[0]->products_.size(); ++i) {
+    double a[cuda::kBlockTokens][16];
+    double b[16][cuda::kTileRows];
+    for (const EmulatedBlock* each : lanes) {
+      if (each->products_.size() != lanes[0]->products_.size()) {
         Fail("lanes multiply more or less often than others");
       }
-      const Product& product = lanes[lane].products[i];
+      const EmulatedBlock::Product& product = each->products_[i];
       for (int half = 0; half < 2; ++half) {
         for (int reg = 0; reg < 4; ++reg) {
-          a[cuda::FragmentATokens(lane, reg)][cuda::FragmentAElement(lane, reg, half)] =
-              ElementOf(product.a[reg], half, product.half);
+          a[cuda::FragmentATokens(each->lane(), reg)][cuda::FragmentAElement(
+              each->lane(), reg, half)] = ElementOf(product.a[reg], half, product.half);
         }
         for (int reg = 0; reg < 2; ++reg) {
-          b[cuda::FragmentBElement(lane, reg, half)][cuda::FragmentBRow(lane)] =
+          b[cuda::FragmentBElement(each->lane(), reg, half)][cuda::FragmentBRow(each->lane())] =
               ElementOf(product.b[reg], half, product.half);
         }
       }
     }
-    for (int lane = 0; lane < 32; ++lane) {
+    for (const EmulatedBlock* each : lanes) {
       for (int reg = 0; reg < 4; ++reg) {
-        float& c = lanes[lane].products[i].c[reg];
+        float& c = each->products_[i].c[reg];
         double sum = c;
         for (int k = 0; k < 16; ++k) {
-          sum += a[cuda::FragmentCToken(lane, reg)][k] * b[k][cuda::FragmentCRow(lane, reg)];
+          sum += a[cuda::FragmentCToken(each->lane(), reg)][k] *
+                 b[k][cuda::FragmentCRow(each->lane(), reg)];
         }
         c = static_cast<float>(sum);
       }
     }
   }
-  for (int lane = 0; lane < 32; ++lane) lanes[lane].products.clear();
-}
-
-cuda::Words4 EmulatedBlock::Once16(const void* from) {
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) Fail("a load of 16 bytes is not aligned");
-  cuda::Words4 words;
-  std::memcpy(&words, from, sizeof(words));
-  return words;
-}
-
-void EmulatedBlock::Once8(const void* from, uint32_t* two) {
-  if (reinterpret_cast<uintptr_t>(from) % 8 != 0) Fail("a load of 8 bytes is not aligned");
-  std::memcpy(two, from, 8);
+  for (EmulatedBlock* each : lanes) each->products_.clear();
 }
 
 }  // namespace structkv::testing

@@ -1,28 +1,37 @@
 #include <cstdlib>
 #include <cstring>
-#include <limits>
+#include <random>
 
 #include "kernels/cuda/saliency_steps.h"
 #include "kernels/saliency_checks.h"
-#include "tests/kernels/cuda/cuda_saliency.h"
+#include "tests/kernels/cuda/cuda_kernels.h"
 #include "tests/kernels/cuda/emulated_block.h"
+#include "tests/kernels/random_tensor.h"
 
 namespace structkv::testing {
 namespace {
 
 using cuda::SaliencyPlan;
 
+// Runs `kernel` with shared memory of `floats`.
+template <class Kernel>
+void Run(int64_t blocks, int64_t floats, const Kernel& kernel) {
+  std::mt19937_64 random = Random(5000);
+  EmulatedCluster::RunGrid(
+      blocks, cuda::kSaliencyThreads, static_cast<size_t>(floats) * sizeof(float), random,
+      [&](EmulatedBlock& block, void* shared) { kernel(block, static_cast<float*>(shared)); });
+}
+
+int64_t TileFloats(const SaliencyPlan& plan) { return int64_t{plan.kv_heads} * plan.tile_tokens(); }
+
 template <class P, int kPairs>
 void RunScores(const SaliencyPlan& plan, int blocks) {
   const bool store = plan.lse == nullptr;
-
-  std::vector<float> shared(static_cast<size_t>(plan.kv_heads) * plan.tile_tokens(),
-                            std::numeric_limits<float>::quiet_NaN());
-  EmulatedBlock::RunGrid(blocks, cuda::kSaliencyThreads, [&](EmulatedBlock& block) {
+  Run(blocks, store ? 0 : TileFloats(plan), [&](EmulatedBlock& block, float* shared) {
     if (store) {
       cuda::Scores<P, kPairs, true>(block, plan, nullptr);
     } else {
-      cuda::Scores<P, kPairs, false>(block, plan, shared.data());
+      cuda::Scores<P, kPairs, false>(block, plan, shared);
     }
   });
 }
@@ -59,7 +68,7 @@ void RunScores(DType key, DType query, const SaliencyPlan& plan, int blocks) {
 }
 
 void RunPack(DType query, const SaliencyPlan& plan) {
-  EmulatedBlock::RunGrid(3, cuda::kSaliencyThreads, [&](EmulatedBlock& block) {
+  Run(3, 0, [&](EmulatedBlock& block, float* /*shared*/) {
     if (query == DType::kF16) return cuda::PackQueries<DType::kF16>(block, plan);
     if (query == DType::kBF16) return cuda::PackQueries<DType::kBF16>(block, plan);
     cuda::PackQueries<DType::kF32>(block, plan);
@@ -68,7 +77,7 @@ void RunPack(DType query, const SaliencyPlan& plan) {
 
 }  // namespace
 
-std::string WhyNoCudaSaliency() { return ""; }
+std::string WhyNoCuda() { return ""; }
 
 CudaSaliency RunCudaSaliency(const SaliencyParams& params, int blocks,
                              std::vector<float> centrality, float decay) {
@@ -99,14 +108,12 @@ CudaSaliency RunCudaSaliency(const SaliencyParams& params, int blocks,
   RunPack(params.queries.dtype, plan);
   RunScores(params.keys.dtype, params.queries.dtype, plan, blocks);
   if (params.lse == nullptr) {
-    std::vector<cuda::Floats2> row(cuda::kSaliencyThreads);
-    EmulatedBlock::RunGrid(
-        int64_t{plan.kv_heads} * plan.padded_rows(), cuda::kSaliencyThreads,
-        [&](EmulatedBlock& block) { cuda::CombineRow(block, plan, row.data()); });
-    std::vector<float> shared(static_cast<size_t>(plan.kv_heads) * plan.tile_tokens());
-    EmulatedBlock::RunGrid(blocks, cuda::kSaliencyThreads, [&](EmulatedBlock& block) {
-      cuda::WeighExps(block, plan, shared.data());
-    });
+    Run(int64_t{plan.kv_heads} * plan.padded_rows(), 2 * cuda::kSaliencyThreads,
+        [&](EmulatedBlock& block, float* shared) {
+          cuda::CombineRow(block, plan, reinterpret_cast<cuda::Floats2*>(shared));
+        });
+    Run(blocks, TileFloats(plan),
+        [&](EmulatedBlock& block, float* shared) { cuda::WeighExps(block, plan, shared); });
   }
   std::free(workspace);
   return out;

@@ -1,11 +1,11 @@
-// The CUDA saliency kernels against the oracle, on the host or on a GPU (cuda_saliency.h).
+// The CUDA saliency kernels against the oracle, on the host or on a GPU (cuda_kernels.h).
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <limits>
 
 #include "kernels/reference/reference_backend.h"
-#include "tests/kernels/cuda/cuda_saliency.h"
+#include "tests/kernels/cuda/cuda_kernels.h"
 #include "tests/kernels/paged_tensor.h"
 #include "tests/kernels/random_tensor.h"
 #include "tests/kernels/saliency_bound.h"
@@ -57,7 +57,7 @@ void ExpectNear(const CudaSaliency& actual, const std::vector<float>& expected,
 using Case = std::tuple<Types, Shape>;
 
 void SkipWhereNoneRuns() {
-  if (const std::string why = testing::WhyNoCudaSaliency(); !why.empty()) GTEST_SKIP() << why;
+  if (const std::string why = testing::WhyNoCuda(); !why.empty()) GTEST_SKIP() << why;
 }
 
 class CudaSaliencyTest : public ::testing::TestWithParam<Case> {
@@ -131,8 +131,7 @@ TEST_F(CudaSaliencyInputTest, SumsHeadsInOrderAndAccumulates) {
     for (size_t j = 0; j < 210; ++j) {
       const float sum = (out.per_head[j] + out.per_head[210 + j]) + out.per_head[420 + j];
       EXPECT_EQ(out.saliency[j], sum);
-      const float decayed = 0.9F * before[j];
-      EXPECT_EQ(out.centrality[j], decayed + sum);
+      EXPECT_EQ(out.centrality[j], std::fma(0.9F, before[j], sum));
     }
   }
 }

@@ -1,4 +1,4 @@
-// The kernels that select, on emulated clusters and grids, against the reference backend.
+// The kernels that select, on the host or on a GPU (cuda_kernels.h), against the reference backend.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -12,14 +12,16 @@
 #include "kernels/cuda/select_plan.h"
 #include "kernels/cuda/statistics_kernel.h"
 #include "kernels/reference/reference_backend.h"
-#include "tests/kernels/cuda/emulated_cluster.h"
+#include "tests/kernels/cuda/cuda_kernels.h"
 #include "tests/kernels/random_tensor.h"
 
 namespace structkv::cuda {
 namespace {
 
-using testing::EmulatedCluster;
-using testing::EmulatedThread;
+using testing::RunCudaPool;
+using testing::RunCudaSelect;
+using testing::RunCudaStatistics;
+using testing::SelectWay;
 
 constexpr int32_t kGuard = -77;
 const float kLargestFloat = std::numeric_limits<float>::max();
@@ -32,67 +34,27 @@ std::vector<float> Scores(int64_t tokens, uint64_t number) {
   return scores;
 }
 
-// A way through the kernels: blocks of a cluster, or of a grid where `cluster` is false.
-struct Way {
-  bool cluster = true;
-  int blocks = 1;
-  int threads = 32;
-
-  std::string Text() const {
-    return (cluster ? "cluster of " : "grid of ") + std::to_string(blocks) + " by " +
-           std::to_string(threads);
-  }
-};
-
-void RunRow(const Way& way, const SelectRow& row, std::mt19937_64& random) {
-  if (way.cluster) {
-    const int64_t tiles = SliceOf(row.tokens, 0, way.blocks).tiles;
-    EmulatedCluster::RunCluster(way.blocks, way.threads,
-                                static_cast<size_t>(ClusterSharedBytes(tiles)), random,
-                                [&](EmulatedThread& thread, void* shared) {
-                                  ClusterSelector<EmulatedThread>(thread, row, shared).Run();
-                                });
-    return;
-  }
-  std::vector<std::max_align_t> state(
-      static_cast<size_t>(GlobalStateBytes(row.tokens)) / sizeof(std::max_align_t) + 1);
-  // The tiles' arrays are not zeroed on the device.
-  std::memset(static_cast<void*>(state.data()), 0xCD, state.size() * sizeof(state[0]));
-  std::memset(static_cast<void*>(state.data()), 0, sizeof(GlobalState));
-  const auto run = [&](const auto& step) {
-    EmulatedCluster::RunGrid(way.blocks, way.threads, sizeof(GlobalShared), random,
-                             [&](EmulatedThread& thread, void* shared) {
-                               GlobalSelector<EmulatedThread> selector(
-                                   thread, row, state.data(), *static_cast<GlobalShared*>(shared));
-                               step(selector);
-                             });
-  };
-  for (int digit = 0; digit < kDigits; ++digit) {
-    run([digit](auto& selector) { selector.FindDigit(digit); });
-  }
-  run([](auto& selector) { selector.Measure(); });
-  run([](auto& selector) { selector.Write(); });
-}
-
-std::vector<Way> Ways() {
+std::vector<SelectWay> Ways() {
   return {{true, 1, 32}, {true, 2, 64}, {true, 4, 32}, {false, 1, 32}, {false, 3, 64}};
 }
 
 class CudaSelectTest : public ::testing::Test {
  protected:
-  void ExpectSelected(const Way& way, const std::vector<float>& scores, int64_t window,
+  void SetUp() override {
+    if (const std::string why = testing::WhyNoCuda(); !why.empty()) GTEST_SKIP() << why;
+  }
+
+  void ExpectSelected(const SelectWay& way, const std::vector<float>& scores, int64_t window,
                       int64_t keep) {
     const auto tokens = static_cast<int64_t>(scores.size());
     std::vector<int32_t> want(static_cast<size_t>(keep));
     reference_->Select({scores.data(), tokens, window, keep}, want.data());
     std::vector<int32_t> got(static_cast<size_t>(keep + 1), kGuard);
-    RunRow(way,
-           {.scores = scores.data(),
-            .tokens = tokens,
-            .positions = got.data(),
-            .window = window,
-            .keep = keep},
-           random_);
+    RunCudaSelect(way, {{.scores = scores.data(),
+                         .tokens = tokens,
+                         .positions = got.data(),
+                         .window = window,
+                         .keep = keep}});
     EXPECT_EQ(got.back(), kGuard) << "wrote past the end";
     got.pop_back();
     EXPECT_TRUE(got == want) << way.Text() << ": " << tokens << " tokens, window " << window
@@ -101,7 +63,7 @@ class CudaSelectTest : public ::testing::Test {
 
   void ExpectAllBudgets(const std::vector<float>& scores) {
     const auto tokens = static_cast<int64_t>(scores.size());
-    for (const Way& way : Ways()) {
+    for (const SelectWay& way : Ways()) {
       for (const int64_t window : {int64_t{0}, int64_t{8}, tokens}) {
         if (window > tokens) continue;
         std::vector<int64_t> keeps = {window,     window + 1, tokens / 10,
@@ -211,49 +173,63 @@ TEST_F(CudaSelectTest, SelectsOfALongRow) {
   ExpectSelected({false, 5, kGlobalThreads}, scores, 8, 13108);
 }
 
+TEST_F(CudaSelectTest, SelectsOfManyRowsAtOnce) {
+  const std::vector<int64_t> lengths = {700, 1, 2049, 33, 512};
+  for (const bool cluster : {true, false}) {
+    std::vector<std::vector<float>> scores;
+    std::vector<std::vector<int32_t>> want;
+    std::vector<std::vector<int32_t>> got;
+    std::vector<SelectRow> rows;
+    for (const int64_t tokens : lengths) {
+      scores.push_back(Scores(tokens, 4600 + static_cast<uint64_t>(tokens)));
+      const int64_t keep = (tokens + 1) / 2;
+      want.emplace_back(static_cast<size_t>(keep));
+      got.emplace_back(static_cast<size_t>(keep));
+      reference_->Select({scores.back().data(), tokens, 1, keep}, want.back().data());
+      rows.push_back({.scores = scores.back().data(),
+                      .tokens = tokens,
+                      .positions = got.back().data(),
+                      .window = 1,
+                      .keep = keep});
+    }
+    RunCudaSelect({cluster, 2, 64}, rows);
+    EXPECT_EQ(got, want);
+  }
+}
+
 TEST_F(CudaSelectTest, SumsAreTheReferencesAndTheSameEachWay) {
   for (const int64_t tokens : {1, 33, 512, 513, 2049}) {
     std::vector<float> scores = Scores(tokens, 4200 + static_cast<uint64_t>(tokens));
     scores[static_cast<size_t>(tokens) / 2] = 0.0F;
     if (tokens > 600) scores[600] = scores[100];
     std::vector<SumsPart> parts(static_cast<size_t>(Tiles(tokens)));
-    EmulatedCluster::RunGrid(
-        Tiles(tokens), kStatisticsThreads, sizeof(StatisticsShared), random_,
-        [&](EmulatedThread& thread, void* shared) {
-          TileStatistics(
-              thread,
-              {.values = scores.data(), .heads = 1, .tokens = tokens, .parts = parts.data()},
-              *static_cast<StatisticsShared*>(shared));
-        });
+    RunCudaStatistics(
+        {.values = scores.data(), .heads = 1, .tokens = tokens, .parts = parts.data()});
     for (const int64_t top : {int64_t{0}, int64_t{1}, tokens / 10, tokens}) {
       const SaliencySums want = reference_->Sums(scores.data(), tokens, top, SerialFor);
       std::vector<RowSums> all;
-      for (const Way& way : Ways()) {
+      for (const SelectWay& way : Ways()) {
         const int64_t window = std::min<int64_t>(tokens, 8);
         const int64_t keep = std::max(window, tokens / 3);
         std::vector<int32_t> positions(static_cast<size_t>(keep));
         std::vector<int32_t> want_positions(static_cast<size_t>(keep));
         RowSums got;
-        RunRow(way,
-               {.scores = scores.data(),
-                .tokens = tokens,
-                .positions = positions.data(),
-                .window = window,
-                .keep = keep,
-                .sums = &got,
-                .top_count = top,
-                .parts = parts.data()},
-               random_);
+        RunCudaSelect(way, {{.scores = scores.data(),
+                             .tokens = tokens,
+                             .positions = positions.data(),
+                             .window = window,
+                             .keep = keep,
+                             .sums = &got,
+                             .top_count = top,
+                             .parts = parts.data()}});
         reference_->Select({scores.data(), tokens, window, keep}, want_positions.data());
         EXPECT_TRUE(positions == want_positions) << way.Text() << ", " << tokens << ", top " << top;
         RowSums alone;
-        RunRow(way,
-               {.scores = scores.data(),
-                .tokens = tokens,
-                .sums = &alone,
-                .top_count = top,
-                .parts = parts.data()},
-               random_);
+        RunCudaSelect(way, {{.scores = scores.data(),
+                             .tokens = tokens,
+                             .sums = &alone,
+                             .top_count = top,
+                             .parts = parts.data()}});
         all.push_back(got);
         all.push_back(alone);
         const std::string what =
@@ -286,23 +262,18 @@ TEST_F(CudaSelectTest, StatisticsAreTheReferences) {
       std::vector<float> sum(static_cast<size_t>(tokens));
       std::vector<float> centrality = before;
       uint64_t bad = kNoBad;
-      EmulatedCluster::RunGrid(Tiles(tokens), kStatisticsThreads, sizeof(StatisticsShared), random_,
-                               [&](EmulatedThread& thread, void* shared) {
-                                 TileStatistics(thread,
-                                                {.values = values.data(),
-                                                 .heads = kHeads,
-                                                 .tokens = tokens,
-                                                 .sum = sum.data(),
-                                                 .centrality = centrality.data(),
-                                                 .decay = 0.9F,
-                                                 .bad = &bad},
-                                                *static_cast<StatisticsShared*>(shared));
-                               });
+      RunCudaStatistics({.values = values.data(),
+                         .heads = kHeads,
+                         .tokens = tokens,
+                         .sum = sum.data(),
+                         .centrality = centrality.data(),
+                         .decay = 0.9F,
+                         .bad = &bad});
       const auto want = reference_->FindBad(values.data(), kHeads, tokens, SerialFor);
       ASSERT_EQ(want.has_value(), bad != kNoBad);
       if (want) {
-        EXPECT_EQ(BadToken(bad), want->token);
-        EXPECT_EQ(BadHead(bad), want->head);
+        EXPECT_EQ(PlaceToken(bad), want->token);
+        EXPECT_EQ(PlaceHead(bad), want->head);
         continue;
       }
       for (int64_t j = 0; j < tokens; ++j) {
@@ -316,19 +287,24 @@ TEST_F(CudaSelectTest, StatisticsAreTheReferences) {
 }
 
 TEST_F(CudaSelectTest, PoolsAsTheReference) {
-  for (const int64_t tokens : {1, 2, 33, 100}) {
-    const std::vector<float> in = Scores(tokens, 4500);
+  constexpr int64_t kRows = 3;
+  for (const int64_t tokens : {1, 2, 33, 100, 600}) {
+    const std::vector<float> in = Scores(kRows * tokens, 4500);
     std::vector<float> want(in.size());
+    std::vector<float> got(in.size());
     for (const int64_t kernel : {1, 3, 7, 63}) {
-      reference_->Pool(in.data(), tokens, Pooling::kAvg, kernel, want.data());
-      for (int64_t j = 0; j < tokens; ++j) {
-        const float got = PoolAt(in.data(), tokens, Smoothing::kMean, kernel, j);
-        EXPECT_NEAR(got, want[j], static_cast<double>(kernel) * 1.2e-7 * want[j]);
-      }
-      reference_->Pool(in.data(), tokens, Pooling::kMax, kernel, want.data());
-      for (int64_t j = 0; j < tokens; ++j) {
-        EXPECT_EQ(PoolAt(in.data(), tokens, Smoothing::kMaximum, kernel, j), want[j]);
-        EXPECT_EQ(PoolAt(in.data(), tokens, Smoothing::kNone, kernel, j), in[j]);
+      for (const Smoothing smoothing : {Smoothing::kNone, Smoothing::kMean, Smoothing::kMaximum}) {
+        const Pooling pooling = smoothing == Smoothing::kNone   ? Pooling::kNone
+                                : smoothing == Smoothing::kMean ? Pooling::kAvg
+                                                                : Pooling::kMax;
+        for (int64_t r = 0; r < kRows; ++r) {
+          reference_->Pool(in.data() + r * tokens, tokens, pooling, kernel,
+                           want.data() + r * tokens);
+        }
+        RunCudaPool({in.data(), got.data(), kRows, tokens, smoothing, kernel});
+        const double bound =
+            smoothing == Smoothing::kMean ? static_cast<double>(kernel) * 1.2e-7 : 0.0;
+        for (size_t j = 0; j < in.size(); ++j) EXPECT_NEAR(got[j], want[j], bound * want[j]);
       }
     }
   }
