@@ -157,14 +157,9 @@ void EmulatedCluster::Run(int64_t index, int64_t blocks) {
     Prepare(&thread);
     ready_.push_back(&thread);
   }
-  while (!ready_.empty()) {
-    std::swap(ready_[random_() % ready_.size()], ready_.back());
-    current_ = ready_.back();
-    ready_.pop_back();
-    StartSwitch(&scheduler_sanitizer_, current_->stack_.get(), kStackBytes);
-    swapcontext(&scheduler_, &current_->context_);
-    FinishSwitch(scheduler_sanitizer_, nullptr, nullptr);
-  }
+  // The last to end comes back here, or one that waits where no other can go on.
+  Switch(&scheduler_, &scheduler_sanitizer_);
+  FinishSwitch(scheduler_sanitizer_, nullptr, nullptr);
   for (const EmulatedBlock& thread : all_) {
     if (!thread.done_) Fail("a thread waits for ever");
   }
@@ -178,14 +173,31 @@ void EmulatedCluster::Prepare(EmulatedBlock* thread) {
   makecontext(&thread->context_, &EmulatedCluster::Enter, 0);
 }
 
+void EmulatedCluster::Switch(ucontext_t* from, void** save) {
+  ucontext_t* to = &scheduler_;
+  if (ready_.empty()) {
+    StartSwitch(save, scheduler_stack_, scheduler_stack_size_);
+  } else {
+    std::swap(ready_[random_() % ready_.size()], ready_.back());
+    current_ = ready_.back();
+    ready_.pop_back();
+    StartSwitch(save, current_->stack_.get(), kStackBytes);
+    to = &current_->context_;
+  }
+  if (from == nullptr) setcontext(to);
+  swapcontext(from, to);
+}
+
 void EmulatedCluster::Enter() {
   EmulatedCluster& cluster = *running;
-  FinishSwitch(nullptr, &cluster.scheduler_stack_, &cluster.scheduler_stack_size_);
+  // The first comes from the scheduler, the others from each other.
+  const bool first = cluster.scheduler_stack_ == nullptr;
+  FinishSwitch(nullptr, first ? &cluster.scheduler_stack_ : nullptr,
+               first ? &cluster.scheduler_stack_size_ : nullptr);
   EmulatedBlock& thread = *cluster.current_;
   cluster.body_(thread, cluster.Shared(thread.rank_));
   thread.done_ = true;
-  StartSwitch(nullptr, cluster.scheduler_stack_, cluster.scheduler_stack_size_);
-  setcontext(&cluster.scheduler_);
+  cluster.Switch(nullptr, nullptr);
 }
 
 void EmulatedCluster::Meet(EmulatedBlock* thread, Meeting* meeting, Operation operation) {
@@ -197,9 +209,8 @@ void EmulatedCluster::Meet(EmulatedBlock* thread, Meeting* meeting, Operation op
     ready_.insert(ready_.end(), meeting->waiting.begin(), meeting->waiting.end());
     meeting->waiting.clear();
   }
-  StartSwitch(&thread->sanitizer_stack_, scheduler_stack_, scheduler_stack_size_);
-  swapcontext(&thread->context_, &scheduler_);
-  FinishSwitch(thread->sanitizer_stack_, &scheduler_stack_, &scheduler_stack_size_);
+  Switch(&thread->context_, &thread->sanitizer_stack_);
+  FinishSwitch(thread->sanitizer_stack_, nullptr, nullptr);
 }
 
 // Does all that the lanes of a warp wait for.

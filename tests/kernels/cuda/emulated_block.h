@@ -152,6 +152,9 @@ class EmulatedCluster {
   std::byte* Shared(int rank);
   static void MultiplyAll(const std::vector<EmulatedBlock*>& lanes);
   static void Prepare(EmulatedBlock* thread);
+  // Goes on with one of those that wait for nothing, the scheduler if there is none, and leaves
+  // `from`, which is null where it has ended.
+  void Switch(ucontext_t* from, void** save);
   static void Enter();
 
   const int ranks_;
