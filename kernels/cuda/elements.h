@@ -8,6 +8,9 @@
 
 namespace structkv::cuda {
 
+template <DType kType>
+inline constexpr int kElementBytes = static_cast<int>(DTypeSize(kType));
+
 // The value of an element of F32, F16 or BF16.
 template <DType kType>
 STRUCTKV_HOST_DEVICE inline float FromBits(uint32_t bits) {

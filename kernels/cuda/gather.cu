@@ -31,7 +31,7 @@ cudaError_t LaunchJobs(void (*kernel)(Launch), const Params& params, cudaStream_
   }
   for (int64_t i = 0; i < params.job_count; ++i) {
     if (!IsValid(params.jobs[i])) return cudaErrorInvalidValue;
-    if (Kept(params.jobs[i]) > 0 && TilesOf(PlanOf(params.jobs[i])) > kMaxTiles) {
+    if (KeepsAny(params.jobs[i]) && TilesOf(PlanOf(params.jobs[i])) > kMaxTiles) {
       return cudaErrorNotSupported;
     }
   }

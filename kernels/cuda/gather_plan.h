@@ -135,7 +135,7 @@ inline int WidthOf(const GatherPlan& plan) {
 }
 
 // The plan of a valid job, but for its tiles.
-inline GatherPlan RowsOf(const GatherJob& job) {
+inline GatherPlan UntiledPlan(const GatherJob& job) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   const auto element = static_cast<int64_t>(DTypeSize(job.source.dtype));
   const auto block = [](int64_t tokens) {
@@ -165,7 +165,7 @@ inline int AtMost(int64_t value, int most) { return static_cast<int>(value < mos
 
 // A tile is what the threads of a block have in flight, or a row of one head that is longer.
 inline GatherPlan PlanOf(const GatherJob& job) {
-  GatherPlan plan = RowsOf(job);
+  GatherPlan plan = UntiledPlan(job);
   const int64_t side_by_side = int64_t{plan.heads} * plan.row_bytes;
   if (plan.position_heads == 1 && plan.source_head_stride == plan.row_bytes &&
       plan.head_stride == plan.row_bytes && side_by_side <= kMaxRowBytes) {
@@ -184,7 +184,7 @@ inline GatherPlan PlanOf(const GatherJob& job) {
 inline RotatePlan PlanOf(const GatherRotatedJob& job) {
   const RotationParams& r = job.rotation;
   RotatePlan plan = {};
-  static_cast<GatherPlan&>(plan) = RowsOf(job.rows);
+  static_cast<GatherPlan&>(plan) = UntiledPlan(job.rows);
   plan.width = WidthOf(plan);
   const int room = kStageBytes / plan.row_bytes;
   plan.tile_heads = plan.position_heads == 1 ? AtMost(plan.heads, AtMost(room, kRotatedHeads)) : 1;
@@ -209,8 +209,15 @@ inline int64_t TilesOf(const GatherPlan& plan) {
 }
 inline constexpr int64_t kMaxTiles = std::numeric_limits<int32_t>::max();  // blocks of a grid
 
-inline int64_t Kept(const GatherJob& job) { return job.destination.tokens; }
-inline int64_t Kept(const GatherRotatedJob& job) { return job.rows.destination.tokens; }
+// What of a job is copied.
+inline const GatherJob& CopyOf(const GatherJob& job) { return job; }
+inline const GatherJob& CopyOf(const GatherRotatedJob& job) { return job.rows; }
+
+// Whether a job keeps any rows.
+template <class Job>
+bool KeepsAny(const Job& job) {
+  return CopyOf(job).destination.tokens > 0;
+}
 
 // Makes a launch of the first of valid jobs, of which each has kMaxTiles at most; returns how many.
 // Those that keep nothing have no part in it.
@@ -220,7 +227,7 @@ int64_t FillLaunch(const Job* jobs, int64_t count, Launch* launch) {
   launch->tiles = 0;
   int64_t taken = 0;
   for (; taken < count && launch->jobs < Launch::kJobs; ++taken) {
-    if (Kept(jobs[taken]) == 0) continue;
+    if (!KeepsAny(jobs[taken])) continue;
     auto plan = PlanOf(jobs[taken]);
     const int64_t tiles = TilesOf(plan);
     if (tiles > kMaxTiles - launch->tiles) break;

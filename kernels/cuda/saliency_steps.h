@@ -24,7 +24,7 @@ using ScoreFragment = float[kRowTiles][4];
 // Queries need no alignment beyond their bytes'.
 template <DType kQuery>
 STRUCTKV_DEVICE float QueryElement(const unsigned char* row, int element) {
-  constexpr int kBytes = static_cast<int>(DTypeSize(kQuery));
+  constexpr int kBytes = kElementBytes<kQuery>;
   uint32_t bits = 0;
   STRUCTKV_UNROLL
   for (int i = 0; i < kBytes; ++i) {
@@ -38,7 +38,7 @@ STRUCTKV_DEVICE float QueryElement(const unsigned char* row, int element) {
 template <DType kQuery, class Block>
 STRUCTKV_DEVICE void PackQueries(Block& block, const SaliencyPlan& plan) {
   constexpr int kParts = kQuery == DType::kF32 ? 3 : 1;
-  constexpr int kBytes = kQuery == DType::kF32 ? 4 : 2;
+  constexpr int kBytes = kElementBytes<kQuery>;
   const int64_t step = block.blocks() * block.threads();
   const int64_t first = block.index() * block.threads() + block.thread();
   const int64_t pieces = PackedIndex(plan, 1, plan.kv_heads, 0, 0);

@@ -43,9 +43,6 @@ GatherRotatedJob Mirrored(const GatherRotatedJob& job, Mirror& mirror) {
   return out;
 }
 
-const GatherJob& RowsOf(const GatherJob& job) { return job; }
-const GatherJob& RowsOf(const GatherRotatedJob& job) { return job.rows; }
-
 cudaError_t Launch(const std::vector<GatherJob>& jobs) {
   return cuda::LaunchGather({jobs.data(), static_cast<int64_t>(jobs.size())}, nullptr);
 }
@@ -59,7 +56,7 @@ template <class Job>
 std::vector<Bytes> Destinations(const std::vector<Job>& jobs) {
   std::vector<Bytes> all;
   for (const Job& job : jobs) {
-    const MutableTensorView& to = RowsOf(job).destination;
+    const MutableTensorView& to = cuda::CopyOf(job).destination;
     const auto* data = static_cast<const std::byte*>(to.data);
     all.push_back(to.tokens == 0 ? Bytes() : Bytes(data, data + Extent(to)));
   }
@@ -83,7 +80,7 @@ void RunInBoth(const std::vector<Job>& jobs) {
   const std::vector<Bytes> by_host_memory = Destinations(jobs);
   for (size_t i = 0; i < jobs.size(); ++i) {
     std::copy(before[i].begin(), before[i].end(),
-              static_cast<std::byte*>(RowsOf(jobs[i]).destination.data));
+              static_cast<std::byte*>(cuda::CopyOf(jobs[i]).destination.data));
   }
   RunIn(Mirror::Where::kDevice, jobs);
   EXPECT_TRUE(Destinations(jobs) == by_host_memory) << "host memory gives other rows";
