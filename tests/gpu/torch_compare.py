@@ -67,7 +67,10 @@ def micros(torch, work):
 
 def measure(torch, tokens):
     generator = torch.Generator("cuda").manual_seed(1)
-    normal = lambda *shape: torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
     # In turns, larger than the L2 cache several times over.
     l2_bytes = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
     count = max(2, math.ceil(4 * l2_bytes / (KV_HEADS * tokens * DIM * 2)))
