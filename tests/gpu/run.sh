@@ -37,7 +37,7 @@ fi
 out=${1:-gpu-report}
 mkdir -p "$out"
 : >"$out/summary.txt"
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/device.txt"
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1 | tee "$out/device.txt" || true
 
 if [[ -n ${STRUCTKV_GPU_BUNDLE:-} ]]; then
   bin=$STRUCTKV_GPU_BUNDLE
@@ -64,7 +64,13 @@ note() {
 check() {
   local name=$1 log=$2
   shift 2
-  if "$@" >"$log" 2>&1; then note "$name" passed; else note "$name" FAILED; fi
+  if ! "$@" >"$log" 2>&1; then
+    note "$name" FAILED
+  elif grep -q SKIPPED "$log"; then
+    note "$name" "not run: $(grep -m1 'no GPU' "$log" || echo skipped)"
+  else
+    note "$name" passed
+  fi
 }
 
 for test in "${tests[@]}"; do
