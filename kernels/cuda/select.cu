@@ -113,18 +113,6 @@ cudaError_t GetSelectLimits(int device, SelectLimits* limits) noexcept {
   return cudaSuccess;
 }
 
-int64_t SelectScratchBytes(const SelectRow* rows, int64_t row_count,
-                           const SelectLimits& limits) noexcept {
-  int64_t bytes = 0;
-  // Runs follow each other on the stream and use the same memory.
-  for (int64_t r = 0; r < row_count;) {
-    const SelectRun run = NextRun(rows + r, row_count - r, limits);
-    bytes = std::max(bytes, run.state_bytes);
-    r += run.rows;
-  }
-  return bytes;
-}
-
 cudaError_t LaunchSelect(const SelectParams& params, cudaStream_t stream) noexcept {
   if (params.row_count < 0 || (params.row_count > 0 && params.rows == nullptr)) {
     return cudaErrorInvalidValue;

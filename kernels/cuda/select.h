@@ -28,10 +28,6 @@ struct SelectParams {
 // Those of `device`.
 cudaError_t GetSelectLimits(int device, SelectLimits* limits) noexcept;
 
-// Bytes of scratch memory that the rows need, 0 where all fit into clusters.
-int64_t SelectScratchBytes(const SelectRow* rows, int64_t row_count,
-                           const SelectLimits& limits) noexcept;
-
 // Selects, ordered on the stream, without waiting for it. Equal rows give equal results, bit for
 // bit, whichever way they go. cudaErrorInvalidValue where a row or the scratch memory is not as
 // described.

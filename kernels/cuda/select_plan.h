@@ -65,4 +65,17 @@ constexpr SelectRun NextRun(const SelectRow* rows, int64_t count, const SelectLi
   return run;
 }
 
+// Bytes of scratch memory that the rows need, 0 where all fit into clusters.
+constexpr int64_t SelectScratchBytes(const SelectRow* rows, int64_t row_count,
+                                     const SelectLimits& limits) {
+  int64_t bytes = 0;
+  // Runs follow each other on the stream and use the same memory.
+  for (int64_t r = 0; r < row_count;) {
+    const SelectRun run = NextRun(rows + r, row_count - r, limits);
+    if (run.state_bytes > bytes) bytes = run.state_bytes;
+    r += run.rows;
+  }
+  return bytes;
+}
+
 }  // namespace structkv::cuda

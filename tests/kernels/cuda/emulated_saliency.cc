@@ -6,6 +6,7 @@
 #include "kernels/saliency_checks.h"
 #include "tests/kernels/cuda/cuda_kernels.h"
 #include "tests/kernels/cuda/emulated_block.h"
+#include "tests/kernels/cuda/emulated_saliency.h"
 #include "tests/kernels/random_tensor.h"
 
 namespace structkv::testing {
@@ -77,6 +78,21 @@ void RunPack(DType query, const SaliencyPlan& plan) {
 
 }  // namespace
 
+void EmulateSaliency(const cuda::SaliencyRequest& request, int blocks) {
+  SaliencyPlan plan = cuda::MakeSaliencyPlan(request);
+  cuda::LayOutWorkspace(&plan, request.queries.dtype, request.workspace);
+  std::memset(request.flags, 0xFF, sizeof(*request.flags));
+  RunPack(request.queries.dtype, plan);
+  RunScores(request.keys.dtype, request.queries.dtype, plan, blocks);
+  if (request.lse != nullptr) return;
+  Run(int64_t{plan.kv_heads} * plan.padded_rows(), 2 * cuda::kSaliencyThreads,
+      [&](EmulatedBlock& block, float* shared) {
+        cuda::CombineRow(block, plan, reinterpret_cast<cuda::Floats2*>(shared));
+      });
+  Run(blocks, TileFloats(plan),
+      [&](EmulatedBlock& block, float* shared) { cuda::WeighExps(block, plan, shared); });
+}
+
 std::string WhyNoCuda() { return ""; }
 
 CudaSaliency RunCudaSaliency(const SaliencyParams& params, int blocks,
@@ -98,24 +114,12 @@ CudaSaliency RunCudaSaliency(const SaliencyParams& params, int blocks,
   request.centrality = out.centrality.data();
   request.decay = decay;
   request.flags = &out.flags;
-  SaliencyPlan plan = cuda::MakeSaliencyPlan(request);
   const int64_t bytes = cuda::SaliencyWorkspaceBytes(request);
   // What is not written is NaN of every type.
-  void* const workspace = std::aligned_alloc(16, static_cast<size_t>((bytes + 15) / 16 * 16));
-  std::memset(workspace, 0xFF, static_cast<size_t>(bytes));
-  cuda::LayOutWorkspace(&plan, params.queries.dtype, workspace);
-  std::memset(&out.flags, 0xFF, sizeof(out.flags));
-  RunPack(params.queries.dtype, plan);
-  RunScores(params.keys.dtype, params.queries.dtype, plan, blocks);
-  if (params.lse == nullptr) {
-    Run(int64_t{plan.kv_heads} * plan.padded_rows(), 2 * cuda::kSaliencyThreads,
-        [&](EmulatedBlock& block, float* shared) {
-          cuda::CombineRow(block, plan, reinterpret_cast<cuda::Floats2*>(shared));
-        });
-    Run(blocks, TileFloats(plan),
-        [&](EmulatedBlock& block, float* shared) { cuda::WeighExps(block, plan, shared); });
-  }
-  std::free(workspace);
+  request.workspace = std::aligned_alloc(16, static_cast<size_t>((bytes + 15) / 16 * 16));
+  std::memset(request.workspace, 0xFF, static_cast<size_t>(bytes));
+  EmulateSaliency(request, blocks);
+  std::free(request.workspace);
   return out;
 }
 

@@ -47,7 +47,7 @@ void RunInGrid(const SelectWay& way, const SelectRow& row, std::mt19937_64& rand
 }  // namespace
 
 void RunCudaSelect(const SelectWay& way, const std::vector<SelectRow>& rows) {
-  static std::mt19937_64 random = Random(5001);
+  thread_local std::mt19937_64 random = Random(5001);
   for (const SelectRow& row : rows) {
     if (way.cluster) {
       RunInCluster(way, row, random);
@@ -58,7 +58,7 @@ void RunCudaSelect(const SelectWay& way, const std::vector<SelectRow>& rows) {
 }
 
 void RunCudaStatistics(const cuda::StatisticsParams& params) {
-  static std::mt19937_64 random = Random(5002);
+  thread_local std::mt19937_64 random = Random(5002);
   EmulatedCluster::RunGrid(
       cuda::Tiles(params.tokens), cuda::kStatisticsThreads, sizeof(cuda::StatisticsShared), random,
       [&](EmulatedBlock& block, void* shared) {
