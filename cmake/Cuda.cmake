@@ -1,7 +1,18 @@
-# STRUCTKV_CUDA: whether the CUDA kernels are built. AUTO takes them where nvcc is found. Sets STRUCTKV_HAVE_CUDA.
+# STRUCTKV_CUDA: whether the CUDA kernels are built. AUTO takes them where nvcc is found. Sets STRUCTKV_HAVE_CUDA, and
+# STRUCTKV_HAVE_CUDA_HEADERS where the runtime's headers are there: then the backend's host side and its tests on a fake
+# runtime are built too, under sanitizers as well.
 set(STRUCTKV_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO (where nvcc is found), ON, OFF")
 set_property(CACHE STRUCTKV_CUDA PROPERTY STRINGS AUTO ON OFF)
 set(STRUCTKV_HAVE_CUDA OFF)
+set(STRUCTKV_HAVE_CUDA_HEADERS OFF)
+if(NOT STRUCTKV_CUDA STREQUAL "OFF")
+  find_package(CUDAToolkit QUIET)
+  if(CUDAToolkit_FOUND)
+    set(STRUCTKV_HAVE_CUDA_HEADERS ON)
+    add_library(structkv_cuda_headers INTERFACE)
+    target_include_directories(structkv_cuda_headers SYSTEM INTERFACE ${CUDAToolkit_INCLUDE_DIRS})
+  endif()
+endif()
 # nvcc knows none of the sanitizers' flags; the tests run the kernels' code on the host under them.
 if(STRUCTKV_CUDA STREQUAL "OFF" OR (STRUCTKV_CUDA STREQUAL "AUTO" AND STRUCTKV_SANITIZE))
   return()

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "CLI/CLI.hpp"
+#include "absl/strings/str_join.h"
 #include "kernels/backend_registry.h"
 #include "service/rpc/version.h"
 #include "service/units.h"
@@ -140,9 +141,14 @@ void AddCompute(Schema* schema, Config* config) {
   session::SessionManagerOptions& sessions = config->server.sessions;
   std::vector<std::string> backends = {"auto"};
   for (std::string_view name : BackendNames()) backends.emplace_back(name);
-  schema->Add(kGroup, "backend", &config->server.backend, "What computes: auto, cpu or reference")
+  schema
+      ->Add(kGroup, "backend", &config->server.backend,
+            "What computes: " + absl::StrJoin(backends, ", "))
       ->check(CLI::IsMember(backends))
       ->option_text("NAME [" + config->server.backend + "]");
+  schema->Bytes(kGroup, "device-memory", &config->server.device_memory_bytes, 0, 64 * kTiB,
+                "Memory taken of each GPU at the start, for all prompts together; 0: half of what "
+                "is free");
   schema->Number(kGroup, "threads", &sessions.threads, 0, 1024, "Compute threads; 0: one per core");
   schema->Bytes(kGroup, "memory-budget", &sessions.memory_budget_bytes, kMiB, 64 * kTiB,
                 "Memory for all prompts together; a prompt that does not fit is refused at open");

@@ -62,6 +62,7 @@ int Serve(Config config) {
                        {"version", rpc::kVersion},
                        {"backend", sessions.backend().name()},
                        {"device", sessions.backend().device()},
+                       {"backend_reason", (*server)->backend_reason()},
                        {"threads", sessions.threads()},
                        {"memory_budget_bytes", sessions.budget().limit_bytes()}});
 

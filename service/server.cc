@@ -93,9 +93,10 @@ std::string BoundAddress(const std::string& address, int port) {
 
 class Server::Impl {
  public:
-  Impl(ServerOptions options, std::unique_ptr<Backend> backend)
+  Impl(ServerOptions options, ChosenBackend backend)
       : options_(std::move(options)),
-        sessions_(options_.sessions, std::move(backend)),
+        backend_reason_(std::move(backend.reason)),
+        sessions_(options_.sessions, std::move(backend.backend)),
         streams_(TickFor(options_.streams)),
         service_({.limits = options_.streams,
                   .sessions = &sessions_,
@@ -165,6 +166,7 @@ class Server::Impl {
   }
 
   const ServerOptions options_;
+  const std::string backend_reason_;
   session::SessionManager sessions_;
   rpc::StreamSet streams_;
   rpc::CompressionService service_;
@@ -194,13 +196,26 @@ absl::StatusOr<std::shared_ptr<session::PivotProfile>> OpenPivotProfile(
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options) {
-  absl::StatusOr<std::unique_ptr<Backend>> backend = CreateBackend(options.backend);
-  if (!backend.ok()) return backend.status();
+  absl::StatusOr<ChosenBackend> backend =
+      ChooseBackend(options.backend, {.device_memory_bytes = options.device_memory_bytes,
+                                      .warn = [log = options.warnings](const std::string& text) {
+                                        if (log != nullptr)
+                                          log->Write("warning", {{"backend", text}});
+                                      }});
+  if (!backend.ok()) {
+    return absl::Status(backend.status().code(), absl::StrCat("backend ", options.backend, ": ",
+                                                              backend.status().message()));
+  }
   return Start(std::move(options), *std::move(backend));
 }
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options,
                                                       std::unique_ptr<Backend> backend) {
+  return Start(std::move(options), ChosenBackend{std::move(backend), "given"});
+}
+
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options,
+                                                      ChosenBackend backend) {
   if (absl::Status status = CheckOptions(options); !status.ok()) return status;
   if (options.sessions.pivot_profile == nullptr) {
     absl::StatusOr<std::shared_ptr<session::PivotProfile>> profile = OpenPivotProfile(options);
@@ -215,6 +230,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options,
 const std::vector<std::string>& Server::addresses() const { return impl_->addresses_; }
 int Server::port() const { return impl_->port_; }
 session::SessionManager& Server::sessions() { return impl_->sessions_; }
+const std::string& Server::backend_reason() const { return impl_->backend_reason_; }
 int64_t Server::active_streams() const { return impl_->streams_.size(); }
 
 std::shared_ptr<grpc::Channel> Server::InProcessChannel(const grpc::ChannelArguments& arguments) {

@@ -12,6 +12,7 @@
 #include "grpcpp/channel.h"
 #include "grpcpp/support/channel_arguments.h"
 #include "kernels/backend.h"
+#include "kernels/backend_registry.h"
 #include "service/rpc/compress_reactor.h"
 #include "service/rpc/log.h"
 #include "service/session/session.h"
@@ -23,6 +24,8 @@ struct ServerOptions {
   std::vector<std::string> listen = {"127.0.0.1:7411"};
   // As in the backend registry; "auto": the best of this machine.
   std::string backend = "auto";
+  // Memory taken of each GPU at the start, where the backend is CUDA's; 0: half of what is free.
+  int64_t device_memory_bytes = 0;
   session::SessionManagerOptions sessions;
   rpc::StreamLimits streams;
   // Streams at once on one connection; more wait at the client.
@@ -45,8 +48,8 @@ struct ServerOptions {
 // Thread-safe.
 class Server {
  public:
-  // Starts to serve. INVALID_ARGUMENT for options out of range, NOT_FOUND for an unknown backend,
-  // UNAVAILABLE where an address cannot be listened on. Also what PivotProfile::Open returns.
+  // Starts to serve. INVALID_ARGUMENT for options out of range, UNAVAILABLE where an address cannot
+  // be listened on. Also what ChooseBackend and PivotProfile::Open return.
   static absl::StatusOr<std::unique_ptr<Server>> Start(ServerOptions options);
   // The same with a given backend, whatever `options.backend` says.
   static absl::StatusOr<std::unique_ptr<Server>> Start(ServerOptions options,
@@ -60,6 +63,8 @@ class Server {
   // The port of the first TCP address; 0 where there is none.
   int port() const;
   session::SessionManager& sessions();
+  // Why it has the backend that it has, for people.
+  const std::string& backend_reason() const;
   // `Compress` streams that are not over.
   int64_t active_streams() const;
   // A channel to this server that uses no socket.
@@ -81,6 +86,8 @@ class Server {
  private:
   class Impl;
   explicit Server(std::unique_ptr<Impl> impl);
+  static absl::StatusOr<std::unique_ptr<Server>> Start(ServerOptions options,
+                                                       ChosenBackend backend);
   std::unique_ptr<Impl> impl_;
 };
 

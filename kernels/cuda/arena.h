@@ -9,8 +9,8 @@
 
 namespace structkv::cuda {
 
-// What a block of `bytes` takes: up to the next eighth of a power of two, and at least 256 bytes, so
-// that blocks of about one size fit into each other's gaps.
+// What a block of `bytes` takes: up to the next eighth of a power of two, and at least 256 bytes,
+// so that blocks of about one size fit into each other's gaps.
 int64_t ArenaSize(int64_t bytes);
 
 // Large blocks lie from the low end on, small ones from the high end on, each in the first gap, so

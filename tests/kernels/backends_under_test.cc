@@ -2,9 +2,6 @@
 
 #include <gtest/gtest.h>
 
-#include <atomic>
-#include <thread>
-
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/reference/reference_backend.h"
 
@@ -29,18 +26,6 @@ std::unique_ptr<Backend> MakeBackend(const std::string& name) {
   auto backend = cpu::CreateCpuBackend({.target = target});
   EXPECT_TRUE(backend.ok()) << backend.status();
   return *std::move(backend);
-}
-
-void BackwardsOnThreads(int64_t count, absl::FunctionRef<void(int64_t)> task) {
-  std::atomic<int64_t> next{count - 1};
-  const auto work = [&] {
-    for (int64_t i = next--; i >= 0; i = next--) task(i);
-  };
-  std::thread first(work);
-  std::thread second(work);
-  work();
-  first.join();
-  second.join();
 }
 
 }  // namespace structkv::testing

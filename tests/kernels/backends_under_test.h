@@ -1,4 +1,8 @@
-// Every backend that this machine can run, by a name for tests: "reference", "cpu_avx2", ...
+// The backends that a program's tests are of, by a name for tests. Which they are depends on what
+// the program is linked with: every one that a machine without a GPU can run ("reference",
+// "cpu_avx2",
+// ...), "cuda" on a fake runtime (cuda/fake_backends.cc), or "cuda" on a GPU
+// (tests/gpu/device_backends.cc).
 #pragma once
 
 #include <memory>
@@ -12,7 +16,7 @@ namespace structkv::testing {
 
 std::vector<std::string> BackendsUnderTest();
 
-// Never null.
+// Never null. "reference" is one everywhere.
 std::unique_ptr<Backend> MakeBackend(const std::string& name);
 
 // Runs the tasks from the last to the first on three threads, so that nothing may rely on an order.

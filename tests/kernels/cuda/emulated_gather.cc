@@ -15,7 +15,7 @@ namespace {
 // As the launchers of gather.cu do.
 template <class Launch, class Shared, class Job, class Kernel>
 void RunJobs(const std::vector<Job>& jobs, const Kernel& kernel) {
-  static std::mt19937_64 random = Random(5003);
+  thread_local std::mt19937_64 random = Random(5003);
   for (const Job& job : jobs) ASSERT_TRUE(cuda::IsValid(job));
   const auto launch = std::make_unique<Launch>();
   const auto count = static_cast<int64_t>(jobs.size());

@@ -1,3 +1,5 @@
+#include "tests/kernels/cuda/emulated_saliency.h"
+
 #include <cstdlib>
 #include <cstring>
 #include <random>
@@ -6,7 +8,6 @@
 #include "kernels/saliency_checks.h"
 #include "tests/kernels/cuda/cuda_kernels.h"
 #include "tests/kernels/cuda/emulated_block.h"
-#include "tests/kernels/cuda/emulated_saliency.h"
 #include "tests/kernels/random_tensor.h"
 
 namespace structkv::testing {

@@ -1,0 +1,153 @@
+#include "kernels/cuda/cuda_backend.h"
+
+#include <atomic>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cuda/cuda_backend_parts.h"
+#include "kernels/cuda/devices.h"
+#include "kernels/cuda/gather_call.h"
+#include "kernels/cuda/saliency_call.h"
+#include "kernels/cuda/vector_calls.h"
+#include "kernels/saliency_checks.h"
+
+namespace structkv::cuda {
+namespace {
+
+constexpr int64_t kMiB = int64_t{1} << 20;
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(std::unique_ptr<Devices> devices, std::unique_ptr<Backend> host,
+              std::function<void(const absl::Status&)> fell_back)
+      : devices_(std::move(devices)), host_(std::move(host)), fell_back_(std::move(fell_back)) {}
+
+  std::string_view name() const override { return "cuda"; }
+  std::string device() const override {
+    std::string text;
+    for (const std::unique_ptr<Device>& device : devices_->all()) {
+      absl::StrAppend(&text, text.empty() ? "" : "; ", device->name(), ": ", device->model(), ", ",
+                      device->pool_bytes() / kMiB, " MiB");
+    }
+    return text;
+  }
+  const BackendCapabilities& capabilities() const override { return capabilities_; }
+  absl::Status Health() const override { return devices_->Health(); }
+
+  // Staging memory is not the call's, and the rest is the device's.
+  int64_t SaliencyScratchBytes(const SaliencyParams& /*params*/) const override {
+    return kCallBytes;
+  }
+
+  absl::Status Saliency(const SaliencyParams& params, float* out, BadStatistic* bad,
+                        ParallelFor /*parallel*/) const override {
+    if (absl::Status status = CheckSaliencyParams(params, capabilities_); !status.ok()) {
+      return status;
+    }
+    return cuda::Saliency(*devices_, params, out, bad);
+  }
+
+  void SumHeads(const float* per_head, int64_t heads, int64_t tokens, float* out,
+                ParallelFor parallel) const override {
+    if (tokens == 0 || Done(cuda::SumHeads(*devices_, per_head, heads, tokens, out))) return;
+    host_->SumHeads(per_head, heads, tokens, out, parallel);
+  }
+
+  std::optional<BadStatistic> FindBad(const float* values, int64_t heads, int64_t tokens,
+                                      ParallelFor parallel) const override {
+    if (tokens == 0) return std::nullopt;
+    const auto bad = cuda::FindBad(*devices_, values, heads, tokens);
+    if (bad.ok()) return *bad;
+    return Done(bad.status()) ? std::nullopt : host_->FindBad(values, heads, tokens, parallel);
+  }
+
+  void Pool(const float* in, int64_t tokens, Pooling pooling, int64_t kernel,
+            float* out) const override {
+    if (tokens == 0 || Done(cuda::Pool(*devices_, in, tokens, pooling, kernel, out))) return;
+    host_->Pool(in, tokens, pooling, kernel, out);
+  }
+
+  SaliencySums Sums(const float* scores, int64_t tokens, int64_t top_count,
+                    ParallelFor parallel) const override {
+    if (tokens == 0) return {};
+    const absl::StatusOr<SaliencySums> sums = cuda::Sums(*devices_, scores, tokens, top_count);
+    if (sums.ok()) return *sums;
+    return Done(sums.status()) ? SaliencySums() : host_->Sums(scores, tokens, top_count, parallel);
+  }
+
+  void Accumulate(float decay, const float* saliency, float* centrality, int64_t tokens,
+                  ParallelFor parallel) const override {
+    if (tokens == 0 || Done(cuda::Accumulate(*devices_, decay, saliency, centrality, tokens))) {
+      return;
+    }
+    host_->Accumulate(decay, saliency, centrality, tokens, parallel);
+  }
+
+  void Select(const structkv::SelectParams& params, int32_t* positions) const override {
+    if (params.keep == 0 || Done(cuda::Select(*devices_, params, positions))) return;
+    host_->Select(params, positions);
+  }
+
+  void Gather(const TensorView& source, const int32_t* positions, bool per_head,
+              const MutableTensorView& destination, ParallelFor parallel) const override {
+    if (destination.tokens == 0 || source.heads == 0 ||
+        Done(cuda::Gather(*devices_, source, positions, per_head, destination))) {
+      return;
+    }
+    host_->Gather(source, positions, per_head, destination, parallel);
+  }
+
+  void GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
+                     const RotationParams& rotation, const MutableTensorView& destination,
+                     ParallelFor parallel) const override {
+    if (destination.tokens == 0 || source.heads == 0 ||
+        Done(cuda::GatherRotated(*devices_, source, rows, per_head, rotation, destination))) {
+      return;
+    }
+    host_->GatherRotated(source, rows, per_head, rotation, destination, parallel);
+  }
+
+ private:
+  // What a call keeps on the heap, and more.
+  static constexpr int64_t kCallBytes = 4096;
+
+  // Whether an operation without a status has nothing left to do: it went well, or the backend is
+  // lost and its result does not matter.
+  bool Done(const absl::Status& status) const {
+    if (status.ok() || !Health().ok()) return true;
+    if (fell_back_ && !has_fallen_back_.exchange(true)) fell_back_(status);
+    return false;
+  }
+
+  const std::unique_ptr<Devices> devices_;
+  // Does what a device has no room for.
+  const std::unique_ptr<Backend> host_;
+  const std::function<void(const absl::Status&)> fell_back_;
+  mutable std::atomic<bool> has_fallen_back_{false};
+  const BackendCapabilities capabilities_ = {
+      .dtypes = {DType::kF32, DType::kF16, DType::kBF16, DType::kF8E4M3, DType::kF8E5M2},
+      .layouts = {Layout::kHeadTokenDim, Layout::kTokenHeadDim},
+      .paged = true,
+  };
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> MakeCudaBackend(std::unique_ptr<Devices> devices,
+                                         std::unique_ptr<Backend> host,
+                                         std::function<void(const absl::Status&)> fell_back) {
+  return std::make_unique<CudaBackend>(std::move(devices), std::move(host), std::move(fell_back));
+}
+
+absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(CudaOptions options) {
+  absl::StatusOr<std::unique_ptr<Backend>> host = cpu::CreateCpuBackend();
+  if (!host.ok()) return host.status();
+  absl::StatusOr<std::unique_ptr<Devices>> devices =
+      Devices::Open({.memory_bytes = options.device_memory_bytes});
+  if (!devices.ok()) return devices.status();
+  return MakeCudaBackend(*std::move(devices), *std::move(host), std::move(options.fell_back));
+}
+
+}  // namespace structkv::cuda

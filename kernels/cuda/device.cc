@@ -1,0 +1,158 @@
+#include "kernels/cuda/device.h"
+
+#include "absl/strings/str_cat.h"
+#include "kernels/cuda/cuda_error.h"
+#include "kernels/cuda/select.h"
+
+namespace structkv::cuda {
+namespace {
+
+// What the machine code in this build runs on (cmake/Cuda.cmake).
+constexpr int kLeastMajor = 8;
+
+}  // namespace
+
+void Loss::Lose(absl::Status status) {
+  const std::lock_guard lock(mutex_);
+  if (status_.ok()) status_ = std::move(status);
+}
+
+absl::Status Loss::status() const {
+  const std::lock_guard lock(mutex_);
+  return status_;
+}
+
+Lease::~Lease() {
+  if (lane_ == nullptr) return;
+  // After an error the stream may still copy to or from what the caller is about to free.
+  (void)device_->Check(cudaStreamSynchronize(stream()), "cudaStreamSynchronize");
+  for (PinnedSlice& slice : lane_->slices) slice.in_flight = false;
+  device_->GiveBack(lane_, std::move(block_));
+}
+
+absl::StatusOr<std::unique_ptr<Device>> Device::Open(int index, const DeviceOptions& options,
+                                                     Loss* loss) {
+  std::unique_ptr<Device> device(new Device(index, options, loss));
+  if (absl::Status status = device->Init(); !status.ok()) return status;
+  return device;
+}
+
+absl::Status Device::Init() {
+  name_ = absl::StrCat("GPU ", index_);
+  cudaDeviceProp properties;
+  if (absl::Status status =
+          Check(cudaGetDeviceProperties(&properties, index_), "cudaGetDeviceProperties");
+      !status.ok()) {
+    return status;
+  }
+  model_ = properties.name;
+  if (properties.major < kLeastMajor) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(name_, ": ", model_, " has compute capability ", properties.major, ".",
+                     properties.minor, ", at least ", kLeastMajor, ".0 is needed"));
+  }
+  if (absl::Status status = Check(cudaSetDevice(index_), "cudaSetDevice"); !status.ok()) {
+    return status;
+  }
+  if (absl::Status status = Check(GetSelectLimits(index_, &limits_), "cudaDeviceGetAttribute");
+      !status.ok()) {
+    return status;
+  }
+  size_t free = 0;
+  size_t total = 0;
+  if (absl::Status status = Check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo"); !status.ok()) {
+    return status;
+  }
+  const int64_t bytes =
+      options_.memory_bytes > 0 ? options_.memory_bytes : static_cast<int64_t>(free / 2);
+  if (bytes < kMinPoolBytes || bytes > static_cast<int64_t>(free)) {
+    return absl::ResourceExhaustedError(absl::StrCat(name_, ": device memory of ", bytes,
+                                                     " bytes, must be in [", kMinPoolBytes, ", ",
+                                                     free, "], what is free of ", total));
+  }
+  absl::StatusOr<std::unique_ptr<DevicePool>> pool = DevicePool::Make(bytes);
+  if (!pool.ok()) {
+    return absl::Status(pool.status().code(), absl::StrCat(name_, ": ", pool.status().message()));
+  }
+  pool_ = *std::move(pool);
+  absl::Status status = MakeLanes();
+  return status.ok() ? status
+                     : absl::Status(status.code(), absl::StrCat(name_, ": ", status.message()));
+}
+
+absl::Status Device::MakeLanes() {
+  for (int i = 0; i < options_.lanes; ++i) {
+    auto lane = std::make_unique<Lane>();
+    absl::StatusOr<Stream> stream = MakeStream();
+    if (!stream.ok()) return stream.status();
+    lane->stream = *std::move(stream);
+    lane->slice_bytes = options_.slice_bytes;
+    for (PinnedSlice& slice : lane->slices) {
+      absl::StatusOr<PinnedBytes> bytes = MakePinnedBytes(options_.slice_bytes);
+      if (!bytes.ok()) return bytes.status();
+      slice.bytes = *std::move(bytes);
+      absl::StatusOr<Event> event = MakeEvent();
+      if (!event.ok()) return event.status();
+      slice.copied = *std::move(event);
+    }
+    idle_.push_back(lane.get());
+    lanes_.push_back(std::move(lane));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Lease> Device::Acquire(int64_t bytes) {
+  if (!CanHold(bytes)) {
+    return absl::ResourceExhaustedError(absl::StrCat(name_, ": device memory for ", bytes,
+                                                     " bytes, all of it is ", pool_->bytes()));
+  }
+  std::optional<Arena::Block> block;
+  Lane* lane = nullptr;
+  {
+    std::unique_lock lock(mutex_);
+    const auto ticket = waiting_.insert(waiting_.end(), next_ticket_++);
+    changed_.wait_for(lock, options_.wait_limit, [&] {
+      if (!loss_->status().ok()) return true;
+      if (waiting_.front() != *ticket || idle_.empty()) return false;
+      block = pool_->Take(bytes);
+      return block.has_value();
+    });
+    waiting_.erase(ticket);
+    changed_.notify_all();
+    if (absl::Status lost = loss_->status(); !lost.ok()) return lost;
+    if (!block.has_value()) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat(name_, ": no device memory for ", bytes, " bytes within ",
+                       options_.wait_limit.count(), " ms; ", pool_->free_bytes(), " of ",
+                       pool_->bytes(), " are free, ", waiting_.size(), " calls wait"));
+    }
+    lane = idle_.back();
+    idle_.pop_back();
+  }
+  std::byte* const memory = pool_->At(*block);
+  Lease lease(this, lane, *std::move(block), memory);
+  if (absl::Status status = Check(cudaSetDevice(index_), "cudaSetDevice"); !status.ok()) {
+    return status;
+  }
+  return lease;
+}
+
+void Device::GiveBack(Lane* lane, Arena::Block block) {
+  const std::lock_guard lock(mutex_);
+  { const Arena::Block given = std::move(block); }
+  idle_.push_back(lane);
+  changed_.notify_all();
+}
+
+absl::Status Device::Check(cudaError_t error, std::string_view what) {
+  if (error == cudaSuccess) return absl::OkStatus();
+  absl::Status status = CudaStatus(error, absl::StrCat(name_, ": ", std::string(what)));
+  if (IsSticky(error)) {
+    loss_->Lose(status);
+    const std::lock_guard lock(mutex_);
+    changed_.notify_all();
+  }
+  return status;
+}
+
+}  // namespace structkv::cuda

@@ -1,0 +1,171 @@
+// A GPU as calls use it: each takes a lease of a stream, pinned staging memory and a block of the
+// pool, all of which were made at the start.
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/cuda/device_memory.h"
+#include "kernels/cuda/select_plan.h"
+
+namespace structkv::cuda {
+
+// The first error after which a device can do nothing more in this process. Thread-safe.
+class Loss {
+ public:
+  // `status` is not OK. Only the first call counts.
+  void Lose(absl::Status status);
+  // OK: none.
+  absl::Status status() const;
+
+ private:
+  mutable std::mutex mutex_;
+  absl::Status status_;
+};
+
+struct DeviceOptions {
+  // Of the pool; 0: half of what is free.
+  int64_t memory_bytes = 0;
+  // Calls at once. One copies while another computes, on a GPU that copies both ways at a time.
+  int lanes = 4;
+  // Of each of a lane's two pinned buffers: 80 microseconds of a bus of 50 GB/s, which hides what
+  // it costs to queue a copy.
+  int64_t slice_bytes = int64_t{4} << 20;
+  // How long a call waits for its lease. Leases are milliseconds long, so that this means that the
+  // device is stuck, or that too many calls wait.
+  std::chrono::milliseconds wait_limit = std::chrono::seconds(10);
+};
+
+// The least pool: what short prompts take.
+inline constexpr int64_t kMinPoolBytes = int64_t{64} << 20;
+// What a block of a lease's memory is a multiple of.
+inline constexpr int64_t kPartBytes = 256;
+
+// Parts of one block of memory, one after the other.
+class Parts {
+ public:
+  // The offset of `count` elements of type T.
+  template <class T>
+  int64_t Add(int64_t count) {
+    const int64_t offset = bytes_;
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    bytes_ += (bytes + kPartBytes - 1) / kPartBytes * kPartBytes;
+    return offset;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
+// A pinned buffer that copies go through.
+struct PinnedSlice {
+  PinnedBytes bytes;
+  Event copied;            // recorded after the last copy
+  bool in_flight = false;  // that copy may not be done
+};
+
+struct Lane {
+  Stream stream;
+  std::array<PinnedSlice, 2> slices;
+  int64_t slice_bytes = 0;
+  size_t next = 0;  // the slice that is used next
+};
+
+class Device;
+
+// For one thread at a time; the device outlives it. The destructor waits for what was queued on the
+// stream.
+class Lease {
+ public:
+  Lease(Lease&& other) noexcept
+      : device_(other.device_),
+        lane_(std::exchange(other.lane_, nullptr)),
+        block_(std::move(other.block_)),
+        memory_(other.memory_) {}
+  ~Lease();
+
+  Device& device() const { return *device_; }
+  Lane& lane() const { return *lane_; }
+  cudaStream_t stream() const { return lane_->stream.get(); }
+
+  // The part of the lease's memory at an offset of Parts.
+  template <class T>
+  T* At(int64_t offset) const {
+    return reinterpret_cast<T*>(memory_ + offset);
+  }
+
+ private:
+  friend class Device;
+  Lease(Device* device, Lane* lane, Arena::Block block, std::byte* memory)
+      : device_(device), lane_(lane), block_(std::move(block)), memory_(memory) {}
+
+  Device* device_;
+  Lane* lane_;
+  Arena::Block block_;
+  std::byte* memory_;
+};
+
+// Thread-safe.
+class Device {
+ public:
+  // Takes the memory. `loss` outlives the device. RESOURCE_EXHAUSTED where there is less of it than
+  // `options` want.
+  static absl::StatusOr<std::unique_ptr<Device>> Open(int index, const DeviceOptions& options,
+                                                      Loss* loss);
+
+  // "GPU 0"
+  const std::string& name() const { return name_; }
+  // "NVIDIA H200"
+  const std::string& model() const { return model_; }
+  const SelectLimits& limits() const { return limits_; }
+  int64_t pool_bytes() const { return pool_->bytes(); }
+  int64_t free_bytes() const { return pool_->free_bytes(); }
+  // Whether the pool has room for so much when nobody else uses it.
+  bool CanHold(int64_t bytes) const { return ArenaSize(bytes) <= pool_->bytes(); }
+
+  // Waits for its turn, for a lane and for `bytes` of the pool, in the order of the calls, and
+  // makes this device the thread's current one. RESOURCE_EXHAUSTED where the pool can never hold
+  // that much, or nothing came free within the limit; UNAVAILABLE where the backend is lost.
+  absl::StatusOr<Lease> Acquire(int64_t bytes);
+
+  // CudaStatus, with the device's name. A sticky error is the loss of the backend.
+  absl::Status Check(cudaError_t error, std::string_view what);
+
+ private:
+  friend class Lease;
+  Device(int index, const DeviceOptions& options, Loss* loss)
+      : index_(index), options_(options), loss_(loss) {}
+  absl::Status Init();
+  absl::Status MakeLanes();
+  void GiveBack(Lane* lane, Arena::Block block);
+
+  const int index_;
+  DeviceOptions options_;
+  Loss* const loss_;
+  std::string name_;
+  std::string model_;
+  SelectLimits limits_;
+  std::unique_ptr<DevicePool> pool_;
+  std::vector<std::unique_ptr<Lane>> lanes_;
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::list<uint64_t> waiting_;  // the callers' tickets
+  uint64_t next_ticket_ = 0;
+  std::vector<Lane*> idle_;
+};
+
+}  // namespace structkv::cuda

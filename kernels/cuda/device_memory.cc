@@ -1,0 +1,60 @@
+#include "kernels/cuda/device_memory.h"
+
+#include "absl/strings/str_cat.h"
+#include "kernels/cuda/cuda_error.h"
+
+namespace structkv::cuda {
+
+absl::StatusOr<Stream> MakeStream() {
+  cudaStream_t stream = nullptr;
+  const cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  if (error != cudaSuccess) return CudaStatus(error, "cudaStreamCreateWithFlags");
+  return Stream(stream);
+}
+
+absl::StatusOr<Event> MakeEvent() {
+  cudaEvent_t event = nullptr;
+  const cudaError_t error =
+      cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync);
+  if (error != cudaSuccess) return CudaStatus(error, "cudaEventCreateWithFlags");
+  return Event(event);
+}
+
+absl::StatusOr<DeviceBytes> MakeDeviceBytes(int64_t bytes) {
+  void* data = nullptr;
+  const cudaError_t error = cudaMalloc(&data, static_cast<size_t>(bytes));
+  if (error != cudaSuccess) {
+    return CudaStatus(error, absl::StrCat("cudaMalloc of ", bytes, " bytes"));
+  }
+  return DeviceBytes(static_cast<std::byte*>(data));
+}
+
+absl::StatusOr<PinnedBytes> MakePinnedBytes(int64_t bytes) {
+  void* data = nullptr;
+  const cudaError_t error = cudaHostAlloc(&data, static_cast<size_t>(bytes), cudaHostAllocPortable);
+  if (error != cudaSuccess) {
+    return CudaStatus(error, absl::StrCat("cudaHostAlloc of ", bytes, " bytes"));
+  }
+  return PinnedBytes(static_cast<std::byte*>(data));
+}
+
+bool IsPinned(const void* data, int64_t bytes) {
+  const auto* const first = static_cast<const std::byte*>(data);
+  for (const std::byte* at : {first, first + bytes - 1}) {
+    cudaPointerAttributes attributes;
+    if (cudaPointerGetAttributes(&attributes, at) != cudaSuccess) {
+      (void)cudaGetLastError();
+      return false;
+    }
+    if (attributes.type != cudaMemoryTypeHost || attributes.devicePointer != at) return false;
+  }
+  return true;
+}
+
+absl::StatusOr<std::unique_ptr<DevicePool>> DevicePool::Make(int64_t bytes) {
+  absl::StatusOr<DeviceBytes> memory = MakeDeviceBytes(bytes);
+  if (!memory.ok()) return memory.status();
+  return std::unique_ptr<DevicePool>(new DevicePool(*std::move(memory), bytes));
+}
+
+}  // namespace structkv::cuda

@@ -1,0 +1,60 @@
+// What the CUDA runtime hands out, each given back by its destructor, which ignores errors.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <utility>
+
+#include "absl/status/statusor.h"
+#include "kernels/cuda/arena.h"
+
+namespace structkv::cuda {
+
+template <auto kGiveBack>
+struct GivesBack {
+  template <class T>
+  void operator()(T* held) const noexcept {
+    (void)kGiveBack(held);
+  }
+};
+using Stream = std::unique_ptr<CUstream_st, GivesBack<&cudaStreamDestroy>>;
+using Event = std::unique_ptr<CUevent_st, GivesBack<&cudaEventDestroy>>;
+using DeviceBytes = std::unique_ptr<std::byte, GivesBack<&cudaFree>>;
+using PinnedBytes = std::unique_ptr<std::byte, GivesBack<&cudaFreeHost>>;
+
+// All of these are made on the thread's current device. Errors as of CudaStatus.
+
+// Ordered after no other stream.
+absl::StatusOr<Stream> MakeStream();
+// Takes no time; a thread that waits for it sleeps.
+absl::StatusOr<Event> MakeEvent();
+absl::StatusOr<DeviceBytes> MakeDeviceBytes(int64_t bytes);
+// Host memory that every device can copy from and to while the host goes on.
+absl::StatusOr<PinnedBytes> MakePinnedBytes(int64_t bytes);
+
+// Whether the bytes are pinned host memory, so that they can be copied while the host goes on, and
+// read by a kernel at the address that the host uses.
+bool IsPinned(const void* data, int64_t bytes);
+
+// One allocation of the current device, made once, and who has which part of it. Thread-safe.
+class DevicePool {
+ public:
+  static absl::StatusOr<std::unique_ptr<DevicePool>> Make(int64_t bytes);
+
+  std::optional<Arena::Block> Take(int64_t bytes) { return arena_.Take(bytes); }
+  std::byte* At(const Arena::Block& block) const { return bytes_.get() + block.offset(); }
+  int64_t bytes() const { return arena_.bytes(); }
+  int64_t free_bytes() const { return arena_.free_bytes(); }
+
+ private:
+  DevicePool(DeviceBytes memory, int64_t bytes) : bytes_(std::move(memory)), arena_(bytes) {}
+
+  const DeviceBytes bytes_;
+  Arena arena_;
+};
+
+}  // namespace structkv::cuda

@@ -1,0 +1,52 @@
+#include "kernels/cuda/devices.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/cuda/cuda_error.h"
+
+namespace structkv::cuda {
+
+absl::StatusOr<std::unique_ptr<Devices>> Devices::Open(const DeviceOptions& options) {
+  int count = 0;
+  // Without a driver this fails, and leaves the count as it is.
+  if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
+    return absl::NotFoundError(
+        absl::StrCat("no CUDA device: ", CudaStatus(error, "cudaGetDeviceCount").message()));
+  }
+  absl::Status why = absl::NotFoundError("no CUDA device");
+  std::unique_ptr<Devices> devices(new Devices());
+  for (int index = 0; index < count; ++index) {
+    absl::StatusOr<std::unique_ptr<Device>> device = Device::Open(index, options, &devices->loss_);
+    if (device.ok()) {
+      devices->all_.push_back(*std::move(device));
+    } else if (absl::IsFailedPrecondition(device.status())) {
+      why = device.status();
+    } else {
+      return device.status();
+    }
+  }
+  if (devices->all_.empty()) return why;
+  return devices;
+}
+
+absl::StatusOr<Lease> Devices::Acquire(absl::FunctionRef<int64_t(const Device&)> bytes) {
+  Device* best = all_.front().get();
+  int64_t most = -1;
+  for (const std::unique_ptr<Device>& device : all_) {
+    const int64_t free = device->free_bytes();
+    if (free > most && device->CanHold(bytes(*device))) {
+      best = device.get();
+      most = free;
+    }
+  }
+  return best->Acquire(bytes(*best));
+}
+
+bool Devices::CanHold(int64_t bytes) const {
+  return std::any_of(all_.begin(), all_.end(),
+                     [bytes](const auto& device) { return device->CanHold(bytes); });
+}
+
+}  // namespace structkv::cuda

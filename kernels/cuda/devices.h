@@ -1,0 +1,43 @@
+// The GPUs of this process, and which of them a call goes to.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/cuda/device.h"
+
+namespace structkv::cuda {
+
+// Thread-safe.
+class Devices {
+ public:
+  // All that are visible to the process and new enough. NOT_FOUND, with what CUDA says, where there
+  // are none; otherwise as Device::Open.
+  static absl::StatusOr<std::unique_ptr<Devices>> Open(const DeviceOptions& options);
+
+  // A lease of `bytes(device)` bytes (kernels/cuda/device.h) on the device with the most free
+  // memory, of those that can hold the call at all.
+  absl::StatusOr<Lease> Acquire(absl::FunctionRef<int64_t(const Device&)> bytes);
+  absl::StatusOr<Lease> Acquire(int64_t bytes) {
+    return Acquire([bytes](const Device&) { return bytes; });
+  }
+  // Whether any of them can ever hold so much.
+  bool CanHold(int64_t bytes) const;
+
+  const std::vector<std::unique_ptr<Device>>& all() const { return all_; }
+  // UNAVAILABLE once any of them is lost.
+  absl::Status Health() const { return loss_.status(); }
+
+ private:
+  Devices() = default;
+
+  Loss loss_;
+  std::vector<std::unique_ptr<Device>> all_;
+};
+
+}  // namespace structkv::cuda

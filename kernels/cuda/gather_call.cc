@@ -1,0 +1,136 @@
+#include "kernels/cuda/gather_call.h"
+
+#include <numeric>
+#include <vector>
+
+#include "kernels/cuda/gather.h"
+#include "kernels/cuda/staging.h"
+#include "kernels/cuda/tensor_runs.h"
+
+namespace structkv::cuda {
+namespace {
+
+int64_t BytesOf(const TensorView& view) {
+  return view.heads * view.tokens * view.dim * static_cast<int64_t>(DTypeSize(view.dtype));
+}
+
+// Whether a kernel can read every row of the view at its address.
+bool CanBeReadInPlace(const TensorView& view) {
+  if (view.paged() && view.block_table != nullptr) return false;
+  const std::byte* const begin = view.Row(0, 0);
+  const std::byte* const end = view.Row(view.heads - 1, view.tokens - 1) +
+                               view.dim * static_cast<int64_t>(DTypeSize(view.dtype));
+  return IsPinned(begin, end - begin);
+}
+
+class GatherCall {
+ public:
+  GatherCall(const TensorView& source, const int32_t* rows, bool per_head,
+             const RotationParams* rotation, const MutableTensorView& destination)
+      : source_(source),
+        rows_(rows),
+        per_head_(per_head),
+        rotation_(rotation),
+        destination_(destination),
+        in_place_(CanBeReadInPlace(source)) {
+    kept_ = TensorView::Dense(nullptr, source.dtype, Layout::kHeadTokenDim, source.heads,
+                              destination.tokens, source.dim);
+    packed_at_ = parts_.Add<std::byte>(in_place_ ? 0 : BytesOf(kept_));
+    rows_at_ = parts_.Add<int32_t>(Rows());
+    out_at_ = parts_.Add<std::byte>(BytesOf(kept_));
+    if (rotation == nullptr) return;
+    stood_at_ = parts_.Add<int32_t>(Rows());
+    from_at_ = parts_.Add<float>(rotation->pairs);
+    to_at_ = parts_.Add<float>(rotation->pairs);
+  }
+
+  absl::Status Run(Devices& devices) {
+    absl::StatusOr<Lease> lease = devices.Acquire(parts_.bytes());
+    if (!lease.ok()) return lease.status();
+    absl::Status status = Prepare(*lease);
+    if (status.ok()) status = Launch(*lease);
+    return status.ok() ? DownloadTensor(*lease, lease->At<void>(out_at_), destination_, layout())
+                       : status;
+  }
+
+ private:
+  int64_t Rows() const { return (per_head_ ? source_.heads : 1) * destination_.tokens; }
+  Layout layout() const { return LayoutOf(destination_); }
+
+  absl::Status Prepare(const Lease& lease) const {
+    Upload upload(lease);
+    if (in_place_) {
+      upload.Write(lease.At<int32_t>(rows_at_), rows_, Rows());
+    } else {
+      Pack(lease, &upload);
+    }
+    if (rotation_ != nullptr) {
+      upload.Write(lease.At<int32_t>(stood_at_), rotation_->positions, Rows());
+      upload.Write(lease.At<float>(from_at_), rotation_->from, rotation_->pairs);
+      upload.Write(lease.At<float>(to_at_), rotation_->to, rotation_->pairs);
+    }
+    return upload.Flush();
+  }
+
+  // The kept rows of each head, and that they are taken in order.
+  void Pack(const Lease& lease, Upload* upload) const {
+    const int64_t kept = destination_.tokens;
+    const int64_t row_bytes = source_.dim * static_cast<int64_t>(DTypeSize(source_.dtype));
+    auto* to = lease.At<std::byte>(packed_at_);
+    for (int64_t head = 0; head < source_.heads; ++head) {
+      const int32_t* const rows = rows_ + (per_head_ ? head * kept : 0);
+      for (int64_t i = 0; i < kept; ++i, to += row_bytes) {
+        upload->WriteBytes(to, source_.Row(head, rows[i]), row_bytes, /*pinned=*/false);
+      }
+    }
+    std::vector<int32_t> in_order(static_cast<size_t>(kept));
+    std::iota(in_order.begin(), in_order.end(), 0);
+    for (int64_t head = 0; head < (per_head_ ? source_.heads : 1); ++head) {
+      upload->Write<int32_t>(lease.At<int32_t>(rows_at_) + head * kept, in_order.data(), kept);
+    }
+  }
+
+  absl::Status Launch(const Lease& lease) const {
+    GatherJob job;
+    job.source = in_place_ ? source_ : kept_;
+    if (!in_place_) job.source.data = lease.At<void>(packed_at_);
+    job.positions = lease.At<int32_t>(rows_at_);
+    job.per_head = per_head_;
+    job.destination = MutableTensorView::Dense(lease.At<void>(out_at_), source_.dtype, layout(),
+                                               source_.heads, destination_.tokens, source_.dim);
+    Device& device = lease.device();
+    if (rotation_ == nullptr) {
+      return device.Check(LaunchGather({&job, 1}, lease.stream()), "LaunchGather");
+    }
+    GatherRotatedJob rotated = {job, *rotation_};
+    rotated.rotation.positions = lease.At<int32_t>(stood_at_);
+    rotated.rotation.from = lease.At<float>(from_at_);
+    rotated.rotation.to = lease.At<float>(to_at_);
+    return device.Check(LaunchGatherRotated({&rotated, 1}, lease.stream()), "LaunchGatherRotated");
+  }
+
+  const TensorView source_;
+  const int32_t* const rows_;
+  const bool per_head_;
+  const RotationParams* const rotation_;
+  const MutableTensorView destination_;
+  const bool in_place_;
+  TensorView kept_;  // [heads, kept, dim], dense
+  Parts parts_;
+  int64_t packed_at_ = 0, rows_at_ = 0, out_at_ = 0, stood_at_ = 0, from_at_ = 0, to_at_ = 0;
+};
+
+}  // namespace
+
+absl::Status Gather(Devices& devices, const TensorView& source, const int32_t* positions,
+                    bool per_head, const MutableTensorView& destination) {
+  return GatherCall(source, positions, per_head, nullptr, destination).Run(devices);
+}
+
+absl::Status GatherRotated(Devices& devices, const TensorView& source, const int32_t* rows,
+                           bool per_head, const RotationParams& rotation,
+                           const MutableTensorView& destination) {
+  return GatherCall(source, rows, per_head, &rotation, destination).Run(devices);
+}
+
+}  // namespace structkv::cuda

@@ -1,0 +1,59 @@
+// Copies between the host and a lease's memory. What is not pinned goes through the lane's two
+// pinned slices in turns, so that the host fills or empties one while the other is on the bus.
+// Errors are those of Device::Check.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "kernels/cuda/device.h"
+#include "kernels/tensor.h"
+
+namespace structkv::cuda {
+
+// Pinned memory is copied without staging in pieces of at least so much; what is smaller costs
+// less to copy than to queue.
+inline constexpr int64_t kDirectBytes = int64_t{64} << 10;
+
+// To the device, in the order of the stream. After an error the other calls do nothing.
+class Upload {
+ public:
+  explicit Upload(const Lease& lease) : lease_(lease) {}
+
+  // Of `count` elements. Null stays null. Pinned ones stay as they are until the stream is done;
+  // all others may change once this has returned.
+  template <class T>
+  void Write(T* to, const T* from, int64_t count) {
+    if (from == nullptr) return;
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    WriteBytes(to, from, bytes, bytes >= kDirectBytes && IsPinned(from, bytes));
+  }
+  // The vectors of a view, dense in `layout`; likewise.
+  void WriteTensor(void* to, const TensorView& from, Layout layout);
+  // What follows on from the last one's end on the device shares its copies.
+  void WriteBytes(void* to, const void* from, int64_t bytes, bool pinned);
+  // Queues all that was written, before a launch that reads it. The first error of all.
+  absl::Status Flush();
+
+ private:
+  PinnedSlice& slice() const { return lease_.lane().slices[lease_.lane().next]; }
+  // Queues the copy of what the slice has for one place.
+  void Send();
+  // Goes on with the other slice.
+  void Turn();
+
+  const Lease& lease_;
+  absl::Status status_;
+  std::byte* to_ = nullptr;  // of what is not sent yet
+  int64_t begin_ = 0;        // its first byte in the slice
+  int64_t end_ = 0;          // of what is written in the slice
+};
+
+// From the device, after what was queued on the stream; these return once it is there.
+absl::Status Download(const Lease& lease, const void* from, int64_t bytes, void* to);
+// Vectors that lie dense in `layout` on the device.
+absl::Status DownloadTensor(const Lease& lease, const void* from, const MutableTensorView& to,
+                            Layout layout);
+
+}  // namespace structkv::cuda

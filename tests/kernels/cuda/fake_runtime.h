@@ -1,0 +1,57 @@
+// A CUDA runtime without a GPU: the functions of cuda_runtime_api.h that kernels/cuda calls, and
+// the launchers, which run the kernels' own code on emulated blocks. A program that is linked with
+// it has as many GPUs as it likes.
+//
+// It is as slow as CUDA may be: what is queued on a stream runs when somebody waits for it, and no
+// sooner. Device memory can be touched by what runs on streams alone; the host's touch is a
+// segmentation fault. Copies abort the program where their host side is not pinned or their device
+// side is not of one allocation, and so do launches from another device than the stream's.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <functional>
+
+namespace structkv::testing {
+
+struct FakeGpus {
+  int count = 1;
+  int64_t memory_bytes = int64_t{512} << 20;  // of each
+  int major = 9;                              // compute capability; clusters from 9 on
+  bool all_pinned = false;                    // all of the host's memory counts as pinned
+};
+
+// What programs hold of the runtime.
+struct FakeHeld {
+  int64_t device_bytes = 0;
+  int64_t pinned_bytes = 0;
+  int64_t streams = 0;
+  int64_t events = 0;
+  bool operator==(const FakeHeld&) const = default;
+};
+
+class FakeCuda {
+ public:
+  // Also ends every failure. Nothing may be held.
+  static void Reset(const FakeGpus& gpus);
+  static FakeHeld held();
+  // Calls of the runtime so far; those that give something back or ask for errors do not count.
+  static int64_t calls();
+  // The n-th call from now on fails, 0 the next; where the error is a sticky one, all after it do.
+  static void FailCall(int64_t n, cudaError_t error);
+  // Likewise for launches and for allocations of device or pinned memory.
+  static void FailLaunch(int64_t n, cudaError_t error);
+  static void FailAllocation(int64_t n, cudaError_t error);
+  // What cudaGetDeviceCount fails with, as without a driver.
+  static void FailDeviceCount(cudaError_t error);
+  // Kernels that ran on `device`.
+  static int64_t kernels(int device);
+  // Called before each piece of work of a stream, on the thread that waits; null: nothing is.
+  static void SetHook(std::function<void()> hook);
+
+  // For the launchers: queues `work` on the stream.
+  static cudaError_t Launch(cudaStream_t stream, std::function<void()> work);
+};
+
+}  // namespace structkv::testing
