@@ -3,7 +3,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/reference/reference_backend.h"
@@ -53,9 +52,10 @@ absl::StatusOr<ChosenBackend> ChooseBackend(std::string_view name, BackendOption
   if (name == "cuda" && kHasCuda) return Named(CreateCuda(std::move(options)));
   if (name == "cpu") return Named(cpu::CreateCpuBackend());
   if (name == "reference") return Named(reference::CreateReferenceBackend());
-  return absl::NotFoundError(absl::StrCat("backend: \"", std::string(name),
-                                          "\" is not one of auto, ",
-                                          absl::StrJoin(BackendNames(), ", ")));
+  std::string known = "auto";
+  for (std::string_view each : BackendNames()) known.append(", ").append(each);
+  return absl::NotFoundError(
+      absl::StrCat("backend: \"", std::string(name), "\" is not one of ", known));
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(std::string_view name) {

@@ -65,10 +65,10 @@ absl::Status Device::Init() {
   }
   const int64_t bytes =
       options_.memory_bytes > 0 ? options_.memory_bytes : static_cast<int64_t>(free / 2);
-  if (bytes < kMinPoolBytes || bytes > static_cast<int64_t>(free)) {
-    return absl::ResourceExhaustedError(absl::StrCat(name_, ": device memory of ", bytes,
-                                                     " bytes, must be in [", kMinPoolBytes, ", ",
-                                                     free, "], what is free of ", total));
+  if (bytes < options_.least_memory_bytes || bytes > static_cast<int64_t>(free)) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(name_, ": device memory of ", bytes, " bytes, must be in [",
+                     options_.least_memory_bytes, ", ", free, "], what is free of ", total));
   }
   absl::StatusOr<std::unique_ptr<DevicePool>> pool = DevicePool::Make(bytes);
   if (!pool.ok()) {

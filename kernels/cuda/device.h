@@ -38,6 +38,8 @@ class Loss {
 struct DeviceOptions {
   // Of the pool; 0: half of what is free.
   int64_t memory_bytes = 0;
+  // The least that it can be: what short prompts take.
+  int64_t least_memory_bytes = int64_t{64} << 20;
   // Calls at once. One copies while another computes, on a GPU that copies both ways at a time.
   int lanes = 4;
   // Of each of a lane's two pinned buffers: 80 microseconds of a bus of 50 GB/s, which hides what
@@ -48,8 +50,6 @@ struct DeviceOptions {
   std::chrono::milliseconds wait_limit = std::chrono::seconds(10);
 };
 
-// The least pool: what short prompts take.
-inline constexpr int64_t kMinPoolBytes = int64_t{64} << 20;
 // What a block of a lease's memory is a multiple of.
 inline constexpr int64_t kPartBytes = 256;
 

@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 #include <functional>
 #include <string>
@@ -120,6 +121,30 @@ TEST_F(ProcessTest, ServesOnWithoutAReaderOfItsLog) {
   int status = 0;
   ASSERT_EQ(waitpid(server, &status, 0), server);
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+}
+
+// Built with CUDA or not, there is a GPU or none that it may see: it serves, and says with what.
+TEST_F(ProcessTest, WithoutAGpuTheCpuServes) {
+  Process server({"/usr/bin/env", "CUDA_VISIBLE_DEVICES=", STRUCTKV_SERVER, "--listen", Address()});
+  const std::optional<std::string> ready = server.WaitForLine("ready");
+  ASSERT_TRUE(ready.has_value()) << server.error();
+  EXPECT_THAT(*ready, ::testing::HasSubstr("backend=cpu"));
+  EXPECT_THAT(*ready,
+              ::testing::HasSubstr(STRUCTKV_HAVE_CUDA ? "\"no CUDA device: cudaGetDeviceCount: "
+                                                      : "\"built without CUDA; "));
+  EXPECT_THAT(*ready, ::testing::HasSubstr("; serving with cpu\""));
+  const PromptData data(SmallOpen(), 1);
+  EXPECT_EQ(RunOnce(Address(), AllMessages(data), false), grpc::StatusCode::OK);
+}
+
+TEST_F(ProcessTest, WithoutAGpuCudaIsRefusedAtOnce) {
+  Process server({"/usr/bin/env", "CUDA_VISIBLE_DEVICES=", STRUCTKV_SERVER, "--listen", Address(),
+                  "--backend", "cuda"});
+  EXPECT_EQ(server.Wait(), STRUCTKV_HAVE_CUDA ? 1 : 2);
+  EXPECT_THAT(server.error(),
+              ::testing::HasSubstr(STRUCTKV_HAVE_CUDA ? "backend cuda: no CUDA device: "
+                                                      : "cuda not in {auto,cpu,reference}"));
+  EXPECT_EQ(std::count(server.error().begin(), server.error().end(), '\n'), 1) << server.error();
 }
 
 }  // namespace

@@ -9,14 +9,15 @@
 # and nvcc are, the benchmark alone is. What could not run is in the report as "not run", with the reason.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-tests=(gpu_saliency_test gpu_select_test gpu_gather_test gpu_rotation_test)
+tests=(gpu_saliency_test gpu_select_test gpu_gather_test gpu_rotation_test gpu_conformance_test)
 programs=("${tests[@]}" structkv_gpu_bench)
 # A few cases of each: a kernel runs some hundred times longer under compute-sanitizer.
 declare -A sanitized=(
   [gpu_saliency_test]='*bf16_bf16*:*f32_f8_e4m3*:CudaSaliencyInputTest.Depends*'
   [gpu_select_test]='*Many*:*LongRow*:*SumsAre*:*StatisticsAre*:*Pools*'
   [gpu_gather_test]='*Alignment*:*AnyNumber*:*PartOfEachRow*'
-  [gpu_rotation_test]='*Alignment*:*DoesNotMove*')
+  [gpu_rotation_test]='*Alignment*:*DoesNotMove*'
+  [gpu_conformance_test]='*PagedSaliency*bf16_bf16_q4*:*GathersRows*:*MovesKeysInBlocks*')
 
 build() {
   cmake --preset cuda >&2

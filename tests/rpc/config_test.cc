@@ -99,6 +99,7 @@ TEST_F(ConfigTest, FlagsSetEveryOption) {
                               "--keepalive-interval=2s",
                               "--keepalive-timeout=300ms",
                               "--backend=reference",
+                              "--device-memory=2GiB",
                               "--threads=3",
                               "--memory-budget=1.5GB",
                               "--idle-buffers=0",
@@ -125,6 +126,7 @@ TEST_F(ConfigTest, FlagsSetEveryOption) {
   EXPECT_EQ(server.keepalive_interval, absl::Seconds(2));
   EXPECT_EQ(server.keepalive_timeout, absl::Milliseconds(300));
   EXPECT_EQ(server.backend, "reference");
+  EXPECT_EQ(server.device_memory_bytes, int64_t{2} << 30);
   EXPECT_EQ(server.sessions.threads, 3);
   EXPECT_EQ(server.sessions.memory_budget_bytes, 1'500'000'000);
   EXPECT_EQ(server.sessions.idle_buffer_bytes, 0);
@@ -254,6 +256,8 @@ INSTANTIATE_TEST_SUITE_P(
                       BadValue{"memory-budget", "65TiB", "allowed: 1MiB to 64TiB"},
                       BadValue{"memory-budget", "-1GiB", "is no size"},
                       BadValue{"memory-budget", "99999999TiB", "is no size"},
+                      BadValue{"device-memory", "65TiB", "allowed: 0B to 64TiB"},
+                      BadValue{"device-memory", "80%", "is no size"},
                       BadValue{"idle-buffers", "65TiB", "allowed: 0B to 64TiB"}));
 
 INSTANTIATE_TEST_SUITE_P(

@@ -15,3 +15,4 @@ structkv_test(kernels_cuda_conformance_test
           saliency_fp8_conformance_test.cc selection_conformance_test.cc
   LIBS structkv_cuda_fake
   TIMEOUT 1200)
+structkv_test(kernels_cuda_backend_test SOURCES cuda/cuda_backend_test.cc LIBS structkv_cuda_fake)

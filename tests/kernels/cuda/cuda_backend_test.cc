@@ -1,0 +1,391 @@
+// The CUDA backend's host side on the fake runtime: what the conformance suite does not ask about.
+#include "kernels/cuda/cuda_backend.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/cuda/devices.h"
+#include "kernels/reference/reference_backend.h"
+#include "tests/kernels/cuda/fake_backend.h"
+#include "tests/kernels/random_tensor.h"
+#include "tests/kernels/saliency_inputs.h"
+
+namespace structkv {
+namespace {
+
+using ::testing::AllOf;
+using testing::FakeCuda;
+using testing::FakeGpus;
+using testing::FakeHeld;
+using ::testing::HasSubstr;
+using testing::Inputs;
+using testing::MakeFakeBackend;
+
+constexpr int64_t kMiB = int64_t{1} << 20;
+const testing::Shape kShape = {4, 2, 90, 32, 4};
+
+// Stops the first piece of work that a stream runs, until it is let go.
+class Gate {
+ public:
+  Gate() {
+    FakeCuda::SetHook([this] { Pass(); });
+  }
+  ~Gate() {
+    FakeCuda::SetHook(nullptr);
+    Open();
+  }
+  bool WaitUntilBlocked() {
+    std::unique_lock lock(mutex_);
+    return changed_.wait_for(lock, std::chrono::seconds(30), [this] { return blocked_; });
+  }
+  void Open() {
+    const std::lock_guard lock(mutex_);
+    open_ = true;
+    changed_.notify_all();
+  }
+
+ private:
+  void Pass() {
+    std::unique_lock lock(mutex_);
+    if (blocked_) return;
+    blocked_ = true;
+    changed_.notify_all();
+    changed_.wait(lock, [this] { return open_; });
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool blocked_ = false;
+  bool open_ = false;
+};
+
+class CudaBackendTest : public ::testing::Test {
+ protected:
+  void SetUp() override { FakeCuda::Reset({}); }
+  void TearDown() override {
+    backend_.reset();
+    EXPECT_EQ(FakeCuda::held(), FakeHeld());
+  }
+
+  void Start(const FakeGpus& gpus = {},
+             cuda::DeviceOptions options = {.memory_bytes = 64 * kMiB, .slice_bytes = 4096},
+             std::function<void(const absl::Status&)> fell_back = nullptr) {
+    FakeCuda::Reset(gpus);
+    backend_ = MakeFakeBackend(options, std::move(fell_back));
+  }
+
+  absl::Status Saliency(std::vector<float>* out = nullptr) const {
+    return SaliencyOf(inputs_.params(), out);
+  }
+  absl::Status SaliencyOf(const SaliencyParams& params, std::vector<float>* out = nullptr) const {
+    std::vector<float> local;
+    std::vector<float>& result = out != nullptr ? *out : local;
+    result.assign(static_cast<size_t>(params.keys.heads * params.keys.tokens), -1.0F);
+    return backend_->Saliency(params, result.data(), nullptr, SerialFor);
+  }
+  void ExpectWorks() const {
+    std::vector<float> out;
+    ASSERT_EQ(Saliency(&out), absl::OkStatus());
+    ExpectNear(out, testing::Expected(inputs_.params()), inputs_.params(),
+               /*half=*/true);
+  }
+
+  std::vector<float> Scores(int64_t tokens) {
+    std::vector<float> scores(static_cast<size_t>(tokens));
+    std::uniform_real_distribution<float> uniform(0.0F, 1.0F);
+    for (float& s : scores) s = uniform(random_);
+    return scores;
+  }
+  std::vector<int32_t> Selected(const std::vector<float>& scores) const {
+    std::vector<int32_t> positions(20, -1);
+    backend_->Select({scores.data(), static_cast<int64_t>(scores.size()), 5, 20}, positions.data());
+    return positions;
+  }
+  std::vector<int32_t> Wanted(const std::vector<float>& scores) const {
+    std::vector<int32_t> positions(20, -1);
+    reference_->Select({scores.data(), static_cast<int64_t>(scores.size()), 5, 20},
+                       positions.data());
+    return positions;
+  }
+
+  std::mt19937_64 random_ = testing::Random(7000);
+  const Inputs inputs_{kShape, DType::kBF16, Layout::kHeadTokenDim, random_};
+  const std::unique_ptr<Backend> reference_ = reference::CreateReferenceBackend();
+  std::unique_ptr<Backend> backend_;
+};
+
+TEST_F(CudaBackendTest, SaysWhatItHas) {
+  Start({.count = 2});
+  EXPECT_EQ(backend_->name(), "cuda");
+  EXPECT_EQ(backend_->device(), "GPU 0: Fake GPU, 64 MiB; GPU 1: Fake GPU, 64 MiB");
+  EXPECT_EQ(backend_->Health(), absl::OkStatus());
+}
+
+TEST_F(CudaBackendTest, NoDriverIsNoGpu) {
+  FakeCuda::FailDeviceCount(cudaErrorInsufficientDriver);
+  const absl::Status status = cuda::CreateCudaBackend({}).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
+  EXPECT_THAT(std::string(status.message()),
+              AllOf(HasSubstr("no CUDA device"), HasSubstr("driver version is insufficient")));
+  FakeCuda::Reset({.count = 0});
+  EXPECT_EQ(cuda::CreateCudaBackend({}).status().code(), absl::StatusCode::kNotFound);
+}
+
+TEST_F(CudaBackendTest, AnOldGpuIsNone) {
+  FakeCuda::Reset({.major = 7});
+  const absl::Status status = cuda::CreateCudaBackend({}).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("compute capability 7.0, at least 8.0"));
+}
+
+TEST_F(CudaBackendTest, TakesItsMemoryOnce) {
+  FakeCuda::Reset({.count = 2, .memory_bytes = 300 * kMiB});
+  {
+    const auto half = cuda::CreateCudaBackend({});
+    ASSERT_TRUE(half.ok()) << half.status();
+    EXPECT_EQ(FakeCuda::held().device_bytes, 300 * kMiB);
+  }
+  for (const int64_t bytes : {kMiB, 301 * kMiB}) {
+    const absl::Status status = cuda::CreateCudaBackend({.device_memory_bytes = bytes}).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_THAT(std::string(status.message()),
+                AllOf(HasSubstr("GPU 0"), HasSubstr(std::to_string(bytes)),
+                      HasSubstr("must be in [67108864, 314572800]")));
+  }
+  Start({}, {.memory_bytes = 70 * kMiB, .slice_bytes = 4096});
+  const FakeHeld held = FakeCuda::held();
+  EXPECT_EQ(held.device_bytes, 70 * kMiB);
+  ExpectWorks();
+  const std::vector<float> scores = Scores(3000);
+  EXPECT_EQ(Selected(scores), Wanted(scores));
+  EXPECT_EQ(FakeCuda::held(), held);
+}
+
+TEST_F(CudaBackendTest, AStartThatRunsOutOfMemoryLeavesNothing) {
+  for (int64_t n = 0;; ++n) {
+    FakeCuda::Reset({.count = 2});
+    FakeCuda::FailAllocation(n, cudaErrorMemoryAllocation);
+    const auto backend = cuda::CreateCudaBackend({.device_memory_bytes = 64 * kMiB});
+    if (backend.ok()) {
+      EXPECT_EQ(n, 2 * (1 + 2 * cuda::DeviceOptions().lanes));
+      break;
+    }
+    EXPECT_EQ(backend.status().code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_THAT(std::string(backend.status().message()),
+                AllOf(HasSubstr("GPU"), HasSubstr("bytes: out of memory")));
+    EXPECT_EQ(FakeCuda::held(), FakeHeld());
+  }
+}
+
+TEST_F(CudaBackendTest, OutOfMemoryAtALaunchIsThatCallsAlone) {
+  int told = 0;
+  Start({}, {.memory_bytes = 64 * kMiB, .slice_bytes = 4096}, [&](const absl::Status& why) {
+    ++told;
+    EXPECT_EQ(why.code(), absl::StatusCode::kResourceExhausted);
+  });
+  FakeCuda::FailLaunch(0, cudaErrorMemoryAllocation);
+  const absl::Status status = Saliency();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("GPU 0: LaunchSaliency: out of memory"));
+  ExpectWorks();
+  // What has no status is done by the CPU, and told once.
+  const std::vector<float> scores = Scores(3000);
+  for (int i = 0; i < 2; ++i) {
+    FakeCuda::FailLaunch(0, cudaErrorMemoryAllocation);
+    EXPECT_EQ(Selected(scores), Wanted(scores));
+    FakeCuda::FailLaunch(0, cudaErrorMemoryAllocation);
+    EXPECT_FALSE(backend_->FindBad(scores.data(), 1, 3000, SerialFor).has_value());
+    FakeCuda::FailLaunch(1, cudaErrorMemoryAllocation);
+    EXPECT_NEAR(backend_->Sums(scores.data(), 3000, 10, SerialFor).total,
+                reference_->Sums(scores.data(), 3000, 10, SerialFor).total, 1e-9);
+    std::vector<float> sum = Scores(3000);
+    std::vector<float> wanted = sum;
+    FakeCuda::FailLaunch(0, cudaErrorMemoryAllocation);
+    backend_->Accumulate(0.5F, scores.data(), sum.data(), 3000, SerialFor);
+    reference_->Accumulate(0.5F, scores.data(), wanted.data(), 3000, SerialFor);
+    EXPECT_THAT(sum, ::testing::Pointwise(::testing::FloatEq(), wanted));
+  }
+  EXPECT_EQ(told, 1);
+  EXPECT_EQ(Selected(scores), Wanted(scores));
+  EXPECT_EQ(backend_->Health(), absl::OkStatus());
+}
+
+// Heads go in groups where a GPU has no room for all, or the kernels for so many.
+TEST_F(CudaBackendTest, HeadsThatDoNotFitGoOneAfterTheOther) {
+  const testing::Shape shape = {14, 7, 90, 32, 4};
+  const Inputs some(shape, DType::kF32, Layout::kTokenHeadDim, random_);
+  Start();
+  std::vector<float> together;
+  ASSERT_EQ(SaliencyOf(some.params(), &together), absl::OkStatus());
+  backend_.reset();
+  Start({}, {.memory_bytes = 128 << 10, .least_memory_bytes = 1, .slice_bytes = 4096});
+  std::vector<float> apart;
+  ASSERT_EQ(SaliencyOf(some.params(), &apart), absl::OkStatus());
+  EXPECT_GT(FakeCuda::kernels(0), 1);
+  EXPECT_EQ(together, apart);
+}
+
+TEST_F(CudaBackendTest, MoreHeadsThanTheKernelsTake) {
+  const testing::Shape shape = {130, 130, 20, 32, 2};
+  Inputs many(shape, DType::kBF16, Layout::kHeadTokenDim, random_);
+  Start();
+  std::vector<float> out;
+  ASSERT_EQ(SaliencyOf(many.params(), &out), absl::OkStatus());
+  ExpectNear(out, testing::Expected(many.params()), many.params(), /*half=*/true);
+  // The lowest token of all groups, of its heads the lowest; a query before any score.
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  many.keys.Set(3, 9, 1, nan);
+  many.keys.Set(129, 8, 1, nan);
+  BadStatistic bad;
+  EXPECT_EQ(backend_->Saliency(many.params(), out.data(), &bad, SerialFor).code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(bad.head, 129);
+  EXPECT_EQ(bad.token, 8);
+  many.queries.Set(128, 1, 5, nan);
+  const absl::Status status = backend_->Saliency(many.params(), out.data(), &bad, SerialFor);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("queries: query head 128, window row 1"));
+  EXPECT_EQ(bad.head, 128);
+}
+
+TEST_F(CudaBackendTest, WhatCanNeverFitIsRefusedOrDoneByTheCpu) {
+  int told = 0;
+  Start({}, {.memory_bytes = 4096, .least_memory_bytes = 1, .slice_bytes = 4096},
+        [&](const absl::Status& /*why*/) { ++told; });
+  const absl::Status status = Saliency();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(status.message()),
+              AllOf(HasSubstr("GPU 0: device memory for "), HasSubstr("all of it is 4096")));
+  const std::vector<float> scores = Scores(3000);
+  EXPECT_EQ(Selected(scores), Wanted(scores));
+  EXPECT_EQ(told, 1);
+  EXPECT_EQ(backend_->Health(), absl::OkStatus());
+}
+
+// Whichever call it is that meets a sticky error, that is the end, and nothing crashes or leaks.
+TEST_F(CudaBackendTest, AStickyErrorIsTheEnd) {
+  const std::vector<float> scores = Scores(3000);
+  Start();
+  const int64_t before = FakeCuda::calls();
+  ASSERT_EQ(Saliency(), absl::OkStatus());
+  const int64_t saliency_calls = FakeCuda::calls() - before;
+  ASSERT_EQ(Selected(scores), Wanted(scores));
+  const int64_t all_calls = FakeCuda::calls() - before;
+  backend_.reset();
+  for (int64_t n = 0; n < all_calls; ++n) {
+    SCOPED_TRACE(n);
+    Start();
+    FakeCuda::FailCall(n, cudaErrorIllegalAddress);
+    const absl::Status status = Saliency();
+    (void)Selected(scores);
+    // The last call of a lease is its own, after the result is there.
+    if (n < saliency_calls - 1) {
+      EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+    }
+    const absl::Status health = backend_->Health();
+    EXPECT_EQ(health.code(), absl::StatusCode::kUnavailable);
+    EXPECT_THAT(std::string(health.message()),
+                AllOf(HasSubstr("GPU 0: "), HasSubstr("an illegal memory access"),
+                      HasSubstr("cudaErrorIllegalAddress")));
+    // Nothing is asked of the GPU any more.
+    const int64_t calls = FakeCuda::calls();
+    EXPECT_EQ(Saliency().code(), absl::StatusCode::kUnavailable);
+    (void)Selected(scores);
+    std::vector<float> sum = scores;
+    backend_->Accumulate(0.5F, scores.data(), sum.data(), 3000, SerialFor);
+    EXPECT_EQ(FakeCuda::calls(), calls);
+    backend_.reset();
+    EXPECT_EQ(FakeCuda::held(), FakeHeld());
+  }
+}
+
+TEST_F(CudaBackendTest, SeveralThreadsShareTheLanes) {
+  Start({.count = 2}, {.memory_bytes = 64 * kMiB, .lanes = 2, .slice_bytes = 1000});
+  std::vector<float> expected;
+  ASSERT_EQ(Saliency(&expected), absl::OkStatus());
+  const std::vector<float> scores = Scores(1500);
+  const std::vector<int32_t> wanted = Wanted(scores);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 6; ++i) {
+    threads.emplace_back([&] {
+      for (int k = 0; k < 4; ++k) {
+        std::vector<float> out;
+        EXPECT_EQ(Saliency(&out), absl::OkStatus());
+        EXPECT_EQ(out, expected);
+        EXPECT_EQ(Selected(scores), wanted);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_GT(FakeCuda::kernels(0), 0);
+  EXPECT_GT(FakeCuda::kernels(1), 0);
+}
+
+TEST_F(CudaBackendTest, OneCallRunsWhileAnotherDoes) {
+  Start();
+  Gate gate;
+  std::thread first([&] { EXPECT_EQ(Saliency(), absl::OkStatus()); });
+  ASSERT_TRUE(gate.WaitUntilBlocked());
+  ExpectWorks();
+  gate.Open();
+  first.join();
+}
+
+TEST_F(CudaBackendTest, CallsGoWhereMostMemoryIsFree) {
+  Start({.count = 3});
+  Gate gate;
+  std::thread first([&] { EXPECT_EQ(Saliency(), absl::OkStatus()); });
+  ASSERT_TRUE(gate.WaitUntilBlocked());
+  EXPECT_EQ(FakeCuda::kernels(0), 0);
+  ExpectWorks();
+  EXPECT_EQ(FakeCuda::kernels(1), 1);
+  gate.Open();
+  first.join();
+  EXPECT_EQ(FakeCuda::kernels(0), 1);
+  EXPECT_EQ(FakeCuda::kernels(2), 0);
+}
+
+TEST_F(CudaBackendTest, AWaitHasAnEnd) {
+  Start({}, {.memory_bytes = 64 * kMiB,
+             .lanes = 1,
+             .slice_bytes = 4096,
+             .wait_limit = std::chrono::milliseconds(20)});
+  {
+    Gate gate;
+    std::thread first([&] { EXPECT_EQ(Saliency(), absl::OkStatus()); });
+    ASSERT_TRUE(gate.WaitUntilBlocked());
+    const absl::Status status = Saliency();
+    EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_THAT(std::string(status.message()), HasSubstr("within 20 ms"));
+    gate.Open();
+    first.join();
+  }
+  ExpectWorks();
+}
+
+TEST_F(CudaBackendTest, WhoWaitsIsToldOfTheEnd) {
+  Start({}, {.memory_bytes = 64 * kMiB,
+             .lanes = 1,
+             .slice_bytes = 4096,
+             .wait_limit = std::chrono::minutes(10)});
+  Gate gate;
+  std::thread first([&] { EXPECT_EQ(Saliency().code(), absl::StatusCode::kUnavailable); });
+  ASSERT_TRUE(gate.WaitUntilBlocked());
+  std::thread second([&] { EXPECT_EQ(Saliency().code(), absl::StatusCode::kUnavailable); });
+  FakeCuda::FailCall(0, cudaErrorIllegalAddress);
+  gate.Open();
+  first.join();
+  second.join();
+}
+
+}  // namespace
+}  // namespace structkv
