@@ -11,8 +11,8 @@
 //   * Ties go to the lower position. NaN and Inf in the statistics are an error that names the
 //   token; they
 //     are never a silent choice.
-//   * Errors: INVALID_ARGUMENT for values, INTERNAL for a fault of the backend. On an error the
-//   outputs are
+//   * Errors: INVALID_ARGUMENT for values, RESOURCE_EXHAUSTED where a device's memory ran out,
+//     INTERNAL for a fault of the backend, UNAVAILABLE where it is lost. On errors the outputs are
 //     unspecified.
 //
 // tests/kernels/conformance holds every backend to this, against `reference`.
@@ -118,7 +118,7 @@ struct SelectParams {
   int64_t keep = 0;
 };
 
-// Implementations: reference (scalar double precision, the oracle), cpu (SIMD).
+// Implementations: reference (scalar double precision, the oracle), cpu (SIMD), cuda (NVIDIA GPUs).
 class Backend {
  public:
   virtual ~Backend() = default;

@@ -95,7 +95,8 @@ void AddConnectionFlags(CLI::App* app, ConnectionFlags* flags) {
       app->add_flag("--in-process", flags->in_process, "Compress in this process, without a server")
           ->excludes(server)
           ->group(kGroup);
-  app->add_option("--backend", flags->backend, "With --in-process: auto, cuda (where built with it), cpu or reference")
+  app->add_option("--backend", flags->backend,
+                  "With --in-process: auto, cuda (where built with it), cpu or reference")
       ->needs(in_process)
       ->capture_default_str()
       ->group(kGroup);

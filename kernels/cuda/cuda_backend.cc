@@ -130,6 +130,7 @@ class CudaBackend final : public Backend {
       .dtypes = {DType::kF32, DType::kF16, DType::kBF16, DType::kF8E4M3, DType::kF8E5M2},
       .layouts = {Layout::kHeadTokenDim, Layout::kTokenHeadDim},
       .paged = true,
+      .half_weights = {DType::kF32, DType::kF16, DType::kBF16},
   };
 };
 
