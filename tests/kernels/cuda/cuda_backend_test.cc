@@ -96,8 +96,8 @@ class CudaBackendTest : public ::testing::Test {
   void ExpectWorks() const {
     std::vector<float> out;
     ASSERT_EQ(Saliency(&out), absl::OkStatus());
-    ExpectNear(out, testing::Expected(inputs_.params()), inputs_.params(),
-               /*half=*/true);
+    testing::ExpectNear(out, testing::Expected(inputs_.params()), inputs_.params(),
+                        /*half=*/true);
   }
 
   std::vector<float> Scores(int64_t tokens) {
@@ -241,7 +241,7 @@ TEST_F(CudaBackendTest, MoreHeadsThanTheKernelsTake) {
   Start();
   std::vector<float> out;
   ASSERT_EQ(SaliencyOf(many.params(), &out), absl::OkStatus());
-  ExpectNear(out, testing::Expected(many.params()), many.params(), /*half=*/true);
+  testing::ExpectNear(out, testing::Expected(many.params()), many.params(), /*half=*/true);
   // The lowest token of all groups, of its heads the lowest; a query before any score.
   const float nan = std::numeric_limits<float>::quiet_NaN();
   many.keys.Set(3, 9, 1, nan);
