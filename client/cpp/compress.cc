@@ -98,6 +98,7 @@ void Attempts(Client& client, absl::Span<const std::unique_ptr<Run>> runs,
     StreamOptions attempt_options = options;
     attempt_options.timeout = deadline - absl::Now();
     std::vector<BatchPrompt> prompts;
+    prompts.reserve(due.size());
     for (const Run* each : due) prompts.push_back(each->prompt);
     auto sessions = client.OpenBatch(prompts, attempt_options);
     bool admitted = false;
@@ -145,6 +146,7 @@ std::vector<absl::StatusOr<v1::Summary>> StreamBatch(Client& client,
   }
   Attempts(client, runs, options, [&] { SendAll(runs, source); });
   std::vector<absl::StatusOr<v1::Summary>> summaries;
+  summaries.reserve(runs.size());
   for (const auto& run : runs) summaries.push_back(std::move(run->summary));
   return summaries;
 }

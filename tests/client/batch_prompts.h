@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/synchronization/notification.h"
 #include "absl/types/span.h"
 #include "gtest/gtest.h"
 #include "structkv/client.h"
@@ -17,10 +18,6 @@
 namespace structkv::client {
 
 using Sessions = std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>>;
-
-inline absl::Span<const std::byte> AsBytes(const std::string& text) {
-  return {reinterpret_cast<const std::byte*>(text.data()), text.size()};
-}
 
 // As SmallOpen() but for these sizes.
 inline BatchPrompt PromptOf(uint32_t tokens, uint32_t layers) {
@@ -92,5 +89,42 @@ inline void ExpectAnswered(CompressSession& session) {
   }
   EXPECT_EQ(result->summary.logical_length(), session.open().prompt_tokens());
 }
+
+// Reads the next message, which must be the `open` of a prompt.
+inline v1::Open NextOpen(Stream* stream) {
+  v1::CompressRequest request;
+  EXPECT_TRUE(stream->Read(&request) && request.has_open());
+  return request.open();
+}
+
+// A layer of any prompt of Ragged().
+inline absl::StatusOr<LayerTensors> Zeros(size_t prompt, uint32_t /*layer*/) {
+  static const std::byte zeros[11 * 16] = {};
+  LayerTensors tensors;
+  tensors.window_queries = absl::MakeConstSpan(zeros, 2 * 2 * 16);
+  tensors.keys = absl::MakeConstSpan(zeros, Ragged()[prompt].open.prompt_tokens() * 16);
+  tensors.values = tensors.keys;
+  return tensors;
+}
+
+// A server that behaves, a client, and what the server has received, which may be looked at once
+// the stream has ended.
+class BatchServerTest : public ::testing::Test {
+ protected:
+  BatchServerTest()
+      : server_([this](int, grpc::ServerContext* context, Stream* stream) {
+          const grpc::Status status = BehaveInBatch(stream, &received_);
+          cancelled_ = context->IsCancelled();
+          ended_.Notify();
+          return status;
+        }),
+        client_(ClientOf(server_)) {}
+
+  std::map<uint32_t, Received> received_;
+  bool cancelled_ = false;
+  absl::Notification ended_;
+  FakeServer server_;
+  std::unique_ptr<Client> client_;
+};
 
 }  // namespace structkv::client

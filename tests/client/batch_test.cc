@@ -21,19 +21,8 @@ namespace {
 
 using ::testing::ElementsAre;
 
-// A server that behaves, a client, and what the server has received. `received_` may be looked at
-// once the stream has ended.
-class BatchTest : public ::testing::Test {
+class BatchTest : public BatchServerTest {
  protected:
-  BatchTest()
-      : server_([this](int, grpc::ServerContext* context, Stream* stream) {
-          const grpc::Status status = BehaveInBatch(stream, &received_);
-          cancelled_ = context->IsCancelled();
-          ended_.Notify();
-          return status;
-        }),
-        client_(*Client::Connect(server_.address())) {}
-
   void ExpectAllReceived(size_t prompts) {
     ended_.WaitForNotification();
     EXPECT_FALSE(cancelled_) << "a batch that went well ends by its half-close";
@@ -43,12 +32,6 @@ class BatchTest : public ::testing::Test {
       ExpectAllOf(received);
     }
   }
-
-  std::map<uint32_t, Received> received_;
-  bool cancelled_ = false;
-  absl::Notification ended_;
-  FakeServer server_;
-  std::unique_ptr<Client> client_;
 };
 
 TEST_F(BatchTest, EachIsSentAndAnsweredForItself) {

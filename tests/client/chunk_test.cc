@@ -15,10 +15,6 @@ namespace {
 
 using ::testing::HasSubstr;
 
-absl::Span<const std::byte> AsBytes(const std::string& text) {
-  return {reinterpret_cast<const std::byte*>(text.data()), text.size()};
-}
-
 v1::Open ChunkOpen(v1::Layout layout) {
   v1::Open open = SmallOpen();
   open.mutable_geometry()->set_kv_head_count(2);

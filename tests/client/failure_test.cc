@@ -23,10 +23,6 @@ using ::testing::HasSubstr;
 
 constexpr char kPushback[] = "grpc-retry-pushback-ms";
 
-std::unique_ptr<Client> ClientOf(const FakeServer& server) {
-  return *Client::Connect(server.address());
-}
-
 SessionOptions QuickRetries(int attempts) {
   SessionOptions options;
   options.retry.max_attempts = attempts;

@@ -11,7 +11,9 @@
 #include <vector>
 
 #include "absl/synchronization/mutex.h"
+#include "absl/types/span.h"
 #include "grpcpp/grpcpp.h"
+#include "structkv/client.h"
 #include "structkv/v1/compression.grpc.pb.h"
 
 namespace structkv::client {
@@ -42,6 +44,10 @@ class FakeServer final : public v1::Compression::Service {
   std::unique_ptr<grpc::Server> server_;
 };
 
+inline std::unique_ptr<Client> ClientOf(const FakeServer& server) {
+  return *Client::Connect(server.address());
+}
+
 // 2 layers, 2 query heads, 1 KV head, 6 tokens of 4-element f32 vectors, method snapkv.
 v1::Open SmallOpen();
 
@@ -50,6 +56,10 @@ v1::Opened OpenedFor(const v1::Open& open);
 
 // Tensor bytes that a test sends: different in every layer and tensor.
 std::string TestTensor(uint32_t layer, v1::Tensor tensor, size_t bytes);
+
+inline absl::Span<const std::byte> AsBytes(const std::string& text) {
+  return {reinterpret_cast<const std::byte*>(text.data()), text.size()};
+}
 
 // What a client has sent, put together again.
 struct Received {

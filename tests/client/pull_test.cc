@@ -29,10 +29,6 @@ constexpr size_t kWhole = 6 * kRow;   // of a layer's keys or values
 constexpr size_t kPulled = 3 * kRow;  // tokens 0, 2 and 4
 constexpr size_t kQueryBytes = 2 * 2 * kRow;
 
-absl::Span<const std::byte> AsBytes(const std::string& text) {
-  return {reinterpret_cast<const std::byte*>(text.data()), text.size()};
-}
-
 v1::Open PullOpen() {
   v1::Open open = SmallOpen();
   open.set_pull(v1::PULL_VALUES);
