@@ -18,7 +18,6 @@
 #include "service/engine/prompt.h"
 #include "tests/kernels/backends_under_test.h"
 #include "tests/kernels/random_tensor.h"
-#include "tests/kernels/saliency_bound.h"
 #include "tests/properties/random_prompt.h"
 #include "tests/testing/engine_answer.h"
 
@@ -275,13 +274,12 @@ TEST_P(SelectionPropertiesTest, TiesGoToTheLowerPosition) {
 // the reference, to rounding with backends that scale each tile's exponentials, to that of
 // tests/kernels/saliency_bound.h twice with those that keep them in float16.
 TEST_P(SelectionPropertiesTest, EqualKeysHaveEqualSaliency) {
-  const bool stored =
-      structkv::testing::ExponentialsOf(*backend_) == structkv::testing::Exponentials::kFloat16;
-  const double rounding = stored ? 0x1p-10 : GetParam() == "reference" ? 0 : 1e-5;
-  const double of_a_head = stored ? 0x1p-24 : 0;
   int pairs = 0;
   ForEachPrompt(7, true, [&](const PromptData& data, const Answer& answer) {
     if (data.effective().statistic != v1::STATISTIC_WINDOW_QUERIES) return;
+    const bool half = backend_->capabilities().KeepsHalfWeights(SpecOf(data.open()).queries());
+    const double rounding = half ? 0x1p-10 : GetParam() == "reference" ? 0 : 1e-5;
+    const double of_a_head = half ? 0x1p-24 : 0;
     const v1::ModelGeometry& geometry = data.open().geometry();
     const uint64_t row = geometry.key_dim() * ElementBytes(data.open().dtype());
     for (uint32_t layer = 0; layer < data.layers(); ++layer) {
