@@ -1,7 +1,7 @@
 # The CUDA backend's host side on a runtime without a GPU; needs CUDA's headers alone. Objects, so that what they define
 # comes before what libraries do: the list of backends, the launchers, the runtime.
 add_library(structkv_cuda_fake OBJECT
-  cuda/fake_backend.cc cuda/fake_backends.cc cuda/fake_launch.cc cuda/fake_runtime.cc)
+  cuda/fake_api.cc cuda/fake_backend.cc cuda/fake_backends.cc cuda/fake_launch.cc cuda/fake_runtime.cc)
 target_link_libraries(structkv_cuda_fake
   PUBLIC structkv_cuda_emulation structkv_cuda_backend
   PRIVATE structkv_options)

@@ -1,0 +1,234 @@
+// The functions of cuda_runtime_api.h, on the fake runtime.
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstring>
+
+#include "tests/kernels/cuda/fake_state.h"
+
+using namespace structkv::testing::fake;  // NOLINT: the functions are CUDA's, and global
+
+namespace {
+
+cudaError_t Allocate(void** data, size_t size, bool on_device) {
+  Runtime& r = The();
+  const std::lock_guard lock(r.mutex);
+  if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
+  if (const cudaError_t error = Failed(r.allocation_failure.Next()); error != cudaSuccess) {
+    return error;
+  }
+  const auto bytes = static_cast<int64_t>(size);
+  if (on_device && bytes > r.gpus.memory_bytes - TakenBytes(current_device)) {
+    return Failed(cudaErrorMemoryAllocation);
+  }
+  void* const at = mmap(nullptr, size, on_device ? PROT_NONE : PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED) Die("mmap");
+  if (on_device && r.accesses > 0) Die("an allocation while work runs");
+  Allocations& all = on_device ? r.device_memory : r.pinned_memory;
+  all.emplace(static_cast<std::byte*>(at), Allocation{bytes, current_device});
+  (on_device ? r.held.device_bytes : r.held.pinned_bytes) += bytes;
+  *data = at;
+  return cudaSuccess;
+}
+
+cudaError_t Release(Allocations* all, void* data, int64_t* held) {
+  const std::lock_guard lock(The().mutex);
+  const auto found = all->find(static_cast<std::byte*>(data));
+  if (found == all->end()) Die("what is freed was not allocated");
+  munmap(data, static_cast<size_t>(found->second.bytes));
+  *held -= found->second.bytes;
+  all->erase(found);
+  return The().sticky;
+}
+
+}  // namespace
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  const std::lock_guard lock(The().mutex);
+  if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
+  if (The().count_error != cudaSuccess) return Failed(The().count_error);
+  *count = The().gpus.count;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  const std::lock_guard lock(The().mutex);
+  if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
+  if (device < 0 || device >= The().gpus.count) return Failed(cudaErrorInvalidDevice);
+  *properties = {};
+  std::snprintf(properties->name, sizeof(properties->name), "Fake GPU");
+  properties->major = The().gpus.major;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  const std::lock_guard lock(The().mutex);
+  if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
+  current_device = device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
+  const std::lock_guard lock(The().mutex);
+  if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
+  switch (attribute) {
+    case cudaDevAttrClusterLaunch:
+      *value = The().gpus.major >= 9 ? 1 : 0;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = 227 << 10;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = 4;
+      return cudaSuccess;
+    default:
+      Die("an attribute that is not known");
+  }
+}
+
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  const std::lock_guard lock(The().mutex);
+  if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
+  *total = static_cast<size_t>(The().gpus.memory_bytes);
+  *free = static_cast<size_t>(The().gpus.memory_bytes - TakenBytes(current_device));
+  return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void** data, size_t size) {
+  return Allocate(data, size, /*on_device=*/true);
+}
+cudaError_t cudaHostAlloc(void** data, size_t size, unsigned /*flags*/) {
+  return Allocate(data, size, /*on_device=*/false);
+}
+cudaError_t cudaFree(void* data) {
+  return Release(&The().device_memory, data, &The().held.device_bytes);
+}
+cudaError_t cudaFreeHost(void* data) {
+  return Release(&The().pinned_memory, data, &The().held.pinned_bytes);
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned /*flags*/) {
+  const std::lock_guard lock(The().mutex);
+  if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
+  *stream = new CUstream_st();
+  (*stream)->device = current_device;
+  ++The().held.streams;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  RunUpTo(*stream, stream->queued);
+  delete stream;
+  const std::lock_guard lock(The().mutex);
+  --The().held.streams;
+  return The().sticky;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  RunUpTo(*stream, stream->queued);
+  const std::lock_guard lock(The().mutex);
+  return Enter();
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned /*flags*/) {
+  const std::lock_guard lock(The().mutex);
+  if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
+  *event = new CUevent_st();
+  ++The().held.events;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  const std::lock_guard lock(The().mutex);
+  --The().held.events;
+  return The().sticky;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  {
+    const std::lock_guard lock(The().mutex);
+    if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
+  }
+  const std::lock_guard lock(stream->mutex);
+  event->stream = stream;
+  event->position = stream->queued;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  {
+    const std::lock_guard lock(The().mutex);
+    if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
+  }
+  if (event->stream != nullptr) RunUpTo(*event->stream, event->position);
+  const std::lock_guard lock(The().mutex);
+  return Failed(The().sticky);
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind,
+                            cudaStream_t stream) {
+  const auto bytes = static_cast<int64_t>(size);
+  {
+    const std::lock_guard lock(The().mutex);
+    if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
+    const bool up = kind == cudaMemcpyHostToDevice;
+    if (!up && kind != cudaMemcpyDeviceToHost) Die("a copy of another kind");
+    if (!IsDevice(up ? to : from, bytes)) {
+      Die("a copy's device side is not of one allocation");
+    }
+    if (!IsPinned(up ? from : to, bytes)) {
+      Die("a copy's host side is not pinned");
+    }
+  }
+  return Queue(stream, [=] { std::memcpy(to, from, size); });
+}
+
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* data) {
+  const std::lock_guard lock(The().mutex);
+  if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
+  *attributes = {};
+  if (IsDevice(data, 1)) {
+    attributes->type = cudaMemoryTypeDevice;
+  } else if (IsPinned(data, 1)) {
+    attributes->type = cudaMemoryTypeHost;
+  }
+  if (attributes->type != cudaMemoryTypeUnregistered) {
+    attributes->devicePointer = const_cast<void*>(data);
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() {
+  const std::lock_guard lock(The().mutex);
+  const cudaError_t error = last_error;
+  last_error = The().sticky;
+  return error;
+}
+
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaErrorMemoryAllocation:
+      return "cudaErrorMemoryAllocation";
+    case cudaErrorIllegalAddress:
+      return "cudaErrorIllegalAddress";
+    case cudaErrorInsufficientDriver:
+      return "cudaErrorInsufficientDriver";
+    default:
+      return "cudaErrorOther";
+  }
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorIllegalAddress:
+      return "an illegal memory access was encountered";
+    case cudaErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
+    default:
+      return "another error";
+  }
+}
