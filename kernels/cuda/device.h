@@ -50,7 +50,7 @@ struct DeviceOptions {
   std::chrono::milliseconds wait_limit = std::chrono::seconds(10);
 };
 
-// What a block of a lease's memory is a multiple of.
+// Each part of a lease's memory begins at a multiple of it.
 inline constexpr int64_t kPartBytes = 256;
 
 // Parts of one block of memory, one after the other.

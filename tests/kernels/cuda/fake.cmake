@@ -8,7 +8,8 @@ target_link_libraries(structkv_cuda_fake
 
 structkv_test(kernels_cuda_arena_test SOURCES cuda/arena_test.cc
   LIBS structkv_cuda_backend structkv_kernels_tools LABELS thread)
-structkv_test(kernels_cuda_backend_test SOURCES cuda/cuda_backend_test.cc LIBS structkv_cuda_fake)
+structkv_test(kernels_cuda_backend_test SOURCES cuda/cuda_backend_test.cc cuda/fake_runtime_test.cc
+  LIBS structkv_cuda_fake)
 
 # The conformance suite. Emulated blocks take their time: shapes that are long, or wide under many heads, and some pairs of
 # types and layouts are left to gpu_conformance_test; pinned keys and sanitizers get fewer still.
