@@ -18,7 +18,6 @@
 // tests/kernels/conformance holds every backend to this, against `reference`.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -55,15 +54,6 @@ struct BackendCapabilities {
   int64_t dim_step = 8;
   std::vector<int64_t> extra_dims = {512, 576};
   int64_t max_window = 64;
-  // Types of queries for which Saliency, where no log-sum-exp is given, keeps its weights as
-  // float16 between two passes: each is then rounded to 11 bits, and off by up to 2^-25 of its
-  // row's largest.
-  std::vector<DType> half_weights;
-
-  bool KeepsHalfWeights(DType queries) const {
-    return std::find(half_weights.begin(), half_weights.end(), queries) != half_weights.end();
-  }
-
   bool SupportsDim(int64_t dim) const {
     if (dim >= min_dim && dim <= max_dim && dim % dim_step == 0) return true;
     for (int64_t extra : extra_dims) {
@@ -133,6 +123,11 @@ class Backend {
   // return at once and what they write is unspecified, so whoever uses results asks after the
   // operations that made them. Only a new process can do better.
   virtual absl::Status Health() const { return absl::OkStatus(); }
+
+  // Whether Saliency, for lack of a log-sum-exp, keeps this call's weights as float16 between two
+  // passes: each is then rounded to 11 bits, and off by up to 2^-25 of its row's largest. A
+  // function of shapes and types alone.
+  virtual bool KeepsHalfWeights(const SaliencyParams& /*params*/) const { return false; }
 
   // Bytes of scratch memory that one Saliency call takes at most; counted in a prompt's
   // reservation.

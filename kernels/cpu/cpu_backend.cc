@@ -36,6 +36,10 @@ class CpuBackend final : public Backend {
   std::string device() const override { return std::string(table_.device); }
   const BackendCapabilities& capabilities() const override { return capabilities_; }
 
+  bool KeepsHalfWeights(const SaliencyParams& params) const override {
+    return cpu::KeepsHalfWeights(table_, params);
+  }
+
   int64_t SaliencyScratchBytes(const SaliencyParams& params) const override {
     return cpu::SaliencyScratchBytes(table_, params);
   }
@@ -166,8 +170,6 @@ class CpuBackend final : public Backend {
       .dtypes = {DType::kF32, DType::kF16, DType::kBF16, DType::kF8E4M3, DType::kF8E5M2},
       .layouts = {Layout::kHeadTokenDim, Layout::kTokenHeadDim},
       .paged = true,
-      .half_weights = table_.bf16_half_exponentials == nullptr ? std::vector<DType>()
-                                                               : std::vector{DType::kBF16},
   };
 };
 

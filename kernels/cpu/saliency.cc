@@ -384,6 +384,10 @@ absl::Status Saliency(const KernelTable& table, const SaliencyParams& params, Sc
   return job.Run(bad, parallel);
 }
 
+bool KeepsHalfWeights(const KernelTable& table, const SaliencyParams& params) {
+  return SaliencyPlan::Make(table, params).half;
+}
+
 int64_t SaliencyScratchBytes(const KernelTable& table, const SaliencyParams& params) {
   return SaliencyPlan::Make(table, params).scratch_bytes();
 }

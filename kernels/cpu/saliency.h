@@ -20,6 +20,9 @@ namespace structkv::cpu {
 absl::Status Saliency(const KernelTable& table, const SaliencyParams& params, ScratchPool* pool,
                       float* out, BadStatistic* bad, ParallelFor parallel);
 
+// As Backend::KeepsHalfWeights.
+bool KeepsHalfWeights(const KernelTable& table, const SaliencyParams& params);
+
 // Bytes that a call takes from the pool.
 int64_t SaliencyScratchBytes(const KernelTable& table, const SaliencyParams& params);
 

@@ -15,6 +15,9 @@ struct SaliencyPlan {
   // Exponentials kept between the passes: about half of a last-level cache as float32. One block of
   // rows is the least.
   static constexpr int64_t kStoreTargetBytes = int64_t{16} << 20;
+  // What a block of rows may take as float32 before it is kept as float16, where that can be: more
+  // leaves the cache, with the keys that stream through it.
+  static constexpr int64_t kMostFloatBytes = kStoreTargetBytes / 2;
 
   int64_t tokens = 0;
   int64_t window = 0;
@@ -51,12 +54,13 @@ struct SaliencyPlan {
     // 8-bit keys are widened.
     plan.pairs = params.queries.dtype == DType::kBF16 && table.bf16_scores != nullptr;
     plan.two_pass = params.lse == nullptr;
-    plan.half = plan.two_pass && plan.pairs && table.bf16_half_exponentials != nullptr;
     const int64_t rows = plan.PaddedRows(0);  // the first block is the largest
     plan.packed_floats = rows * (plan.pairs ? params.keys.dim / 2 : params.keys.dim);
+    const int64_t block_bytes = rows * plan.tokens * static_cast<int64_t>(sizeof(float));
+    plan.half = plan.two_pass && plan.pairs && table.bf16_half_exponentials != nullptr &&
+                block_bytes > kMostFloatBytes;
     plan.store_bytes = (rows * plan.tokens * plan.element_bytes() + 63) / 64 * 64;
     plan.tile_floats = rows * plan.tiles;
-    const int64_t block_bytes = rows * plan.tokens * static_cast<int64_t>(sizeof(float));
     const int64_t fit = std::max<int64_t>(1, kStoreTargetBytes / block_bytes);
     plan.batch_heads = std::clamp<int64_t>(fit / plan.blocks, 1, plan.kv_heads);
     plan.batch_blocks = std::min(fit, plan.blocks);

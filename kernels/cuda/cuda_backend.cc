@@ -34,6 +34,9 @@ class CudaBackend final : public Backend {
     return text;
   }
   const BackendCapabilities& capabilities() const override { return capabilities_; }
+  bool KeepsHalfWeights(const SaliencyParams& params) const override {
+    return params.lse == nullptr;
+  }
   absl::Status Health() const override { return devices_->Health(); }
 
   // Staging memory is not the call's, and the rest is the device's.
@@ -130,7 +133,6 @@ class CudaBackend final : public Backend {
       .dtypes = {DType::kF32, DType::kF16, DType::kBF16, DType::kF8E4M3, DType::kF8E5M2},
       .layouts = {Layout::kHeadTokenDim, Layout::kTokenHeadDim},
       .paged = true,
-      .half_weights = {DType::kF32, DType::kF16, DType::kBF16},
   };
 };
 

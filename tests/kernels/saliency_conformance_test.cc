@@ -79,8 +79,7 @@ TEST_P(SaliencyTest, AgreesWithTheOracle) {
              inputs.params());
   // Each query row's attention sums to 1.
   const int64_t group = shape_.query_heads / shape_.kv_heads;
-  const testing::SaliencyBound bound(inputs.params(),
-                                     testing::KeepsHalfWeights(*backend_, inputs.params()));
+  const testing::SaliencyBound bound(inputs.params(), backend_->KeepsHalfWeights(inputs.params()));
   for (int64_t g = 0; g < shape_.kv_heads; ++g) {
     double sum = 0;
     for (int64_t j = 0; j < shape_.tokens; ++j) sum += actual[g * shape_.tokens + j];

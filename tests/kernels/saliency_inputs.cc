@@ -70,11 +70,7 @@ void ExpectNear(const std::vector<float>& actual, const std::vector<float>& expe
 
 void ExpectNear(const Backend& backend, const std::vector<float>& actual,
                 const std::vector<float>& expected, const SaliencyParams& params) {
-  ExpectNear(actual, expected, params, KeepsHalfWeights(backend, params));
-}
-
-bool KeepsHalfWeights(const Backend& backend, const SaliencyParams& params) {
-  return params.lse == nullptr && backend.capabilities().KeepsHalfWeights(params.queries.dtype);
+  ExpectNear(actual, expected, params, backend.KeepsHalfWeights(params));
 }
 
 }  // namespace structkv::testing

@@ -61,7 +61,4 @@ void ExpectNear(const std::vector<float>& actual, const std::vector<float>& expe
 void ExpectNear(const Backend& backend, const std::vector<float>& actual,
                 const std::vector<float>& expected, const SaliencyParams& params);
 
-// Whether the backend keeps the weights of this call as float16.
-bool KeepsHalfWeights(const Backend& backend, const SaliencyParams& params);
-
 }  // namespace structkv::testing
