@@ -68,6 +68,8 @@ class Timed {
         start_(absl::Now()),
         sent_(prompt->open.geometry().layer_count()) {
     latencies_.reserve(sent_.size());
+    // A layer of which nothing is sent is due from the start on.
+    for (std::atomic<int64_t>& sent : sent_) sent.store(absl::ToUnixNanos(start_));
   }
 
   client::LayerTensors Layer(uint32_t layer) {
@@ -172,8 +174,9 @@ class Worker {
     for (std::thread& thread : threads) thread.join();
     absl::Status worst;
     for (const absl::Status& status : statuses) {
-      // The rank at fault says why.
-      if (worst.ok() || absl::IsAborted(worst)) worst = status.ok() ? worst : status;
+      // The rank at fault says why; others were ended with it, or waited for it in vain.
+      if (status.ok()) continue;
+      if (worst.ok() || absl::IsAborted(worst) || absl::IsDeadlineExceeded(worst)) worst = status;
     }
     return worst;
   }

@@ -251,8 +251,10 @@ absl::Status Capture::SetStatistic(v1::Open* open) const {
   if (method.has_streaming_llm() || method.has_full()) return absl::OkStatus();
   if (method.has_h2o()) {
     if (column_sums_ == nullptr) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          path(), ": the capture has no column_sums, the attention of all queries that h2o needs"));
+      return absl::FailedPreconditionError(
+          absl::StrCat(path(),
+                       ": the capture has no column_sums, the attention of all queries that h2o "
+                       "needs; --column-sums names a file that has them"));
     }
     open->set_statistic(v1::STATISTIC_SALIENCY_PER_KV_HEAD);
     return absl::OkStatus();

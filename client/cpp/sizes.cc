@@ -31,7 +31,7 @@ uint64_t ScaleBytes(const v1::Open& open) {
     case v1::KV_SCALES_PER_TENSOR:
       return sizeof(float);
     case v1::KV_SCALES_PER_KV_HEAD:
-      return sizeof(float) * open.geometry().kv_head_count();
+      return sizeof(float) * KvHeads(open);
     default:
       return 0;
   }

@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
@@ -22,6 +23,18 @@ TEST_F(BenchCommandTest, MeasuresASyntheticPrompt) {
       "bench --in-process --geometry tiny-llama --tokens 500 --prompts 4 --concurrency 2 --json");
   ASSERT_EQ(ran.code, 0) << ran.output;
   EXPECT_THAT(ran.output, HasSubstr("\"prompts\": 4"));
+}
+
+// Layers that send nothing are answered after the start of their prompt.
+TEST_F(BenchCommandTest, TimesLayersThatSendNothing) {
+  for (const char* method : {"gemfilter --filter-layer 3", "streaming_llm --plan"}) {
+    const Ran ran = RunCommand(absl::StrCat(
+        "bench --in-process --geometry tiny-llama --tokens 300 --json --prompts 1 --method ",
+        method));
+    ASSERT_EQ(ran.code, 0) << ran.output;
+    const auto json = nlohmann::json::parse(ran.output);
+    EXPECT_LE(json.at("layer_seconds").at("p99"), json.at("seconds")) << ran.output;
+  }
 }
 
 TEST_F(BenchCommandTest, KnowsLatentAttention) {
@@ -87,6 +100,9 @@ TEST_F(BenchCommandTest, RunsTheRanksOfAPromptTogether) {
     EXPECT_EQ(many.at("input_bytes").get<int64_t>() - one.at("input_bytes").get<int64_t>(),
               (copies - 1) * rows);
   }
+  const Ran fp8 = RunCommand(bench + " --server " + address +
+                             " --shards 2 --dtype f8-e4m3 --kv-scales per-kv-head");
+  EXPECT_EQ(fp8.code, 0) << fp8.output;
   const Ran alone = RunCommand(bench + " --in-process --shards 2");
   EXPECT_NE(alone.code, 0);
   EXPECT_THAT(alone.output, HasSubstr("--shards needs a server"));

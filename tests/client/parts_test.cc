@@ -133,6 +133,11 @@ TEST_F(SizesTest, OfFp8) {
   EXPECT_EQ(InputTensorBytes(open_, opened_, v1::TENSOR_VALUE_SCALES), 8);
   EXPECT_EQ(OutputTensorBytes(open_, opened_, 0, v1::TENSOR_KEY_SCALES), 8);
   EXPECT_EQ(OutputTensorBytes(open_, opened_, 0, v1::TENSOR_VALUE_SCALES), 8);
+  // A rank has the scales of its own heads.
+  open_.mutable_shard_group()->set_shard_count(2);
+  EXPECT_EQ(InputTensorBytes(open_, opened_, v1::TENSOR_VALUE_SCALES), 4);
+  EXPECT_EQ(OutputTensorBytes(open_, opened_, 0, v1::TENSOR_KEY_SCALES), 4);
+  open_.clear_shard_group();
   open_.mutable_geometry()->set_values_in_keys(true);
   EXPECT_EQ(OutputTensorBytes(open_, opened_, 0, v1::TENSOR_VALUE_SCALES), 0);
   open_.set_output(v1::OUTPUT_PLAN);
