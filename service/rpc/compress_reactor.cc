@@ -111,6 +111,14 @@ int64_t CompressReactor::UnansweredPulls() const {
   return unanswered;
 }
 
+bool CompressReactor::OwesAnswer(const std::vector<std::shared_ptr<session::Session>>& sessions) {
+  const auto any = [&sessions](session::Turn turn) {
+    return std::any_of(sessions.begin(), sessions.end(),
+                       [turn](const auto& each) { return each->turn() == turn; });
+  };
+  return any(session::Turn::kServers) && !any(session::Turn::kCallers);
+}
+
 absl::Status CompressReactor::Begin(const v1::Open& open) {
   const uint32_t count = std::max(1U, open.batch_prompt_count());
   if (count > kMaxBatchPrompts) {
@@ -285,7 +293,7 @@ void CompressReactor::Queue(Slot& slot, std::vector<OutgoingMessage> messages) {
   int64_t bytes = 0;
   for (const OutgoingMessage& message : messages) bytes += message.tensor_bytes;
   slot.output_bytes.fetch_add(bytes, std::memory_order_relaxed);
-  answered_at_.store(SteadyNanos());
+  owed_until_.store(SteadyNanos());
   Send(std::move(messages));
 }
 
@@ -455,11 +463,13 @@ void CompressReactor::CheckLimits(int64_t now) {
   const auto over = [now](int64_t since, absl::Duration limit) {
     return since != 0 && now - since > absl::ToInt64Nanoseconds(limit);
   };
+  const std::vector<std::shared_ptr<session::Session>> sessions = AllSessions();
+  if (OwesAnswer(sessions)) owed_until_.store(now);
   if (over(writing_since(), limits.stall)) {
     End(absl::AbortedError(absl::StrCat(
         "the caller took no results for longer than the stall limit of ", Seconds(limits.stall))));
   } else if (const int64_t reading = reading_since();
-             over(reading == 0 ? 0 : std::max(reading, answered_at_.load()), limits.silence)) {
+             over(reading == 0 ? 0 : std::max(reading, owed_until_.load()), limits.silence)) {
     const int64_t unanswered = UnansweredPulls();
     End(absl::DeadlineExceededError(absl::StrCat(
         "no message came for longer than the silence limit of ", Seconds(limits.silence),
@@ -469,7 +479,7 @@ void CompressReactor::CheckLimits(int64_t now) {
     End(absl::DeadlineExceededError(
         absl::StrCat("the stream took longer than the limit of ", Seconds(limits.session))));
   } else {
-    for (const auto& running : AllSessions()) running->CheckShardGroup(limits.shard_group);
+    for (const auto& running : sessions) running->CheckShardGroup(limits.shard_group);
   }
 }
 

@@ -28,7 +28,7 @@ struct StreamLimits {
   // How long one message of results may wait for its reader.
   absl::Duration stall = absl::Seconds(30);
   // How long the server waits for a caller's next message, after the one before and after its own
-  // last answer.
+  // last answer. Not counted while it owes an answer (see session::Turn).
   absl::Duration silence = absl::Seconds(60);
   // How long a stream may last.
   absl::Duration session = absl::Minutes(30);
@@ -119,12 +119,15 @@ class CompressReactor final : public StreamIo, public Stream {
   std::vector<std::shared_ptr<session::Session>> AllSessions() const;
   // Layers whose rows were asked for and have not come.
   int64_t UnansweredPulls() const;
+  // Whether the caller may wait for an answer: nothing that it began is incomplete.
+  static bool OwesAnswer(const std::vector<std::shared_ptr<session::Session>>& sessions);
 
   const StreamShared* const shared_;
   const int64_t begun_;
   // Made by the first message, before there is any session.
   std::vector<std::unique_ptr<Slot>> slots_;
-  std::atomic<int64_t> answered_at_{0};  // SteadyNanos() of the last answer
+  // SteadyNanos() of the last answer, or of the last look at the limits that found one due.
+  std::atomic<int64_t> owed_until_{0};
 
   mutable absl::Mutex session_mutex_;
   bool ended_ ABSL_GUARDED_BY(session_mutex_) = false;

@@ -64,6 +64,11 @@ class LayerAssembler {
   // The buffers of a layer that was popped, or its rows, are free.
   void LayerDone() { --buffers_used_; }
 
+  Turn turn() const {
+    if (!partial_.empty()) return Turn::kCallers;
+    return buffers_used_ > 0 ? Turn::kServers : Turn::kNobodys;
+  }
+
   // INVALID_ARGUMENT, naming what is missing, where the client's commit is not what came.
   absl::Status CheckCommit(int64_t layers, int64_t input_bytes);
 

@@ -14,6 +14,7 @@ const std::string& Session::id() const { return impl_->core->id(); }
 const engine::PromptSpec& Session::spec() const { return impl_->core->spec(); }
 int64_t Session::reserved_bytes() const { return impl_->core->reserved_bytes(); }
 int64_t Session::layers_in_flight() const { return impl_->core->layers_in_flight(); }
+Turn Session::turn() const { return impl_->core->turn(); }
 
 void Session::Start(SessionCallbacks callbacks) { impl_->core->Start(std::move(callbacks)); }
 void Session::Append(InputMessage message) { impl_->core->Append(std::move(message)); }

@@ -84,6 +84,13 @@ struct SessionCallbacks {
   absl::AnyInvocable<void(absl::Status)> failed;
 };
 
+// Whose turn it is, over all layers of a prompt that have begun to come.
+enum class Turn : uint8_t {
+  kNobodys,  // there are none, or all were answered
+  kCallers,  // one is incomplete, or its rows were pulled and have not all come
+  kServers,  // all are complete, and one or more wait for their answers
+};
+
 // Bytes of a result's tensors, which OutputSent() expects back.
 int64_t OutputBytes(const engine::LayerOutput& output);
 int64_t OutputBytes(const engine::PivotResult& result);
@@ -99,6 +106,8 @@ class Session : public std::enable_shared_from_this<Session> {
   const engine::PromptSpec& spec() const;
   int64_t reserved_bytes() const;
   int64_t layers_in_flight() const;
+  // kNobodys after the end. Of a shard group, over this rank's part of the layers alone.
+  Turn turn() const;
 
   // Sets the callbacks and calls `ready` for the first message.
   void Start(SessionCallbacks callbacks);

@@ -62,7 +62,10 @@ SessionCore::~SessionCore() {
 
 void SessionCore::Enqueue(absl::AnyInvocable<void()> event) {
   const std::shared_ptr<SessionCore> self = shared_from_this();
-  queue_.Run(std::move(event));
+  queue_.Run([this, event = std::move(event)]() mutable {
+    event();
+    turn_.store(assembler_.has_value() ? assembler_->turn() : Turn::kNobodys);
+  });
 }
 
 // Events. Each may find the session ended by one before it.

@@ -63,6 +63,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   const engine::PromptSpec& spec() const { return spec_; }
   int64_t reserved_bytes() const { return plan_.reserved_bytes; }
   int64_t layers_in_flight() const { return layers_in_flight_; }
+  Turn turn() const { return turn_.load(); }
 
   // As those of Session.
   void Start(SessionCallbacks callbacks);
@@ -130,6 +131,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   const std::shared_ptr<engine::Scheduler::Lane> lane_;
   std::atomic<bool> stopped_{false};  // ended: whoever works for the session may give up
   std::atomic<bool> cancelled_{false};
+  std::atomic<Turn> turn_{Turn::kNobodys};  // after the last event: its answers are out
 
   SerialQueue queue_;
   // Touched on the serial queue alone.

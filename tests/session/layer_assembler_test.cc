@@ -243,6 +243,34 @@ TEST_F(LayerAssemblerTest, WhereNothingIsDueEveryLayerIsComplete) {
   EXPECT_TRUE(assembler_->CheckCommit(4, 0).ok());
 }
 
+TEST_F(LayerAssemblerTest, TellsWhoseTurnItIs) {
+  EXPECT_EQ(assembler_->turn(), Turn::kNobodys);
+  for (int64_t layer = 0; layer < 2; ++layer) {
+    ASSERT_TRUE(Take(Piece(layer, InputTensor::kKeys)).ok());
+    EXPECT_EQ(assembler_->turn(), Turn::kCallers);
+    TakeLayer(layer);
+    EXPECT_EQ(assembler_->turn(), Turn::kServers);
+  }
+  for (int64_t layer = 0; layer < 2; ++layer) {
+    ExpectLayer(assembler_->PopComplete(), layer);
+    EXPECT_EQ(assembler_->turn(), Turn::kServers);
+    assembler_->LayerDone();
+  }
+  EXPECT_EQ(assembler_->turn(), Turn::kNobodys);
+}
+
+TEST_F(LayerAssemblerTest, PulledRowsAreTheCallersTurn) {
+  spec_.pull = engine::Pull::kValues;
+  assembler_ = std::make_unique<LayerAssembler>(&spec_, &pool_, 2);
+  for (const InputTensor tensor : spec_.RequiredTensors()) {
+    ASSERT_TRUE(Take(Piece(0, tensor)).ok());
+  }
+  ASSERT_TRUE(assembler_->PopComplete().has_value());
+  EXPECT_EQ(assembler_->turn(), Turn::kServers);
+  assembler_->ExpectRows(0, 1);
+  EXPECT_EQ(assembler_->turn(), Turn::kCallers);
+}
+
 TEST_F(LayerAssemblerTest, ACommitMustBeWhatCame) {
   Use("StructKv", 4);
   const auto total = static_cast<int64_t>(data_->total_bytes());

@@ -55,8 +55,10 @@ ServiceTest::~ServiceTest() {
   ExpectNothingHeld();
 }
 
-void ServiceTest::StartAlone(ServerOptions options) {
-  absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(std::move(options));
+void ServiceTest::StartAlone(ServerOptions options, std::unique_ptr<Backend> backend) {
+  absl::StatusOr<std::unique_ptr<Server>> server =
+      backend == nullptr ? Server::Start(std::move(options))
+                         : Server::Start(std::move(options), std::move(backend));
   ASSERT_TRUE(server.ok()) << server.status();
   server_ = *std::move(server);
   target_ = "127.0.0.1:" + std::to_string(server_->port());

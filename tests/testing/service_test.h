@@ -39,8 +39,9 @@ class ServiceTest : public ::testing::Test {
   // Starts the server, learns the neighbour's undisturbed result, and sets the neighbour going on a
   // connection of its own.
   void Start(ServerOptions options = TestOptions());
-  // Starts the server alone, for limits that a neighbour who waits would meet as well.
-  void StartAlone(ServerOptions options);
+  // Starts the server alone, for limits that a neighbour who waits would meet as well. Null: the
+  // backend that the options name.
+  void StartAlone(ServerOptions options, std::unique_ptr<Backend> backend = nullptr);
 
   // Stops the server, which must hold nothing, and starts another.
   void Restart(ServerOptions options);
