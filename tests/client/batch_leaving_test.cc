@@ -128,12 +128,14 @@ TEST(LeavingManyTest, AtAnyTime) {
   }
 }
 
+grpc::Status AdmitsAndReadsNothing(int /*attempt*/, grpc::ServerContext* context, Stream* stream) {
+  for (uint32_t i = 0; i < 3; ++i) SendOpened(stream, OpenedFor(NextOpen(stream)), i);
+  while (!context->IsCancelled()) absl::SleepFor(absl::Milliseconds(1));
+  return grpc::Status::CANCELLED;
+}
+
 TEST(BoundTest, SendingOfAllPromptsTogetherBlocks) {
-  FakeServer server([](int, grpc::ServerContext* context, Stream* stream) {
-    for (uint32_t i = 0; i < 3; ++i) SendOpened(stream, OpenedFor(NextOpen(stream)), i);
-    while (!context->IsCancelled()) absl::SleepFor(absl::Milliseconds(1));
-    return grpc::Status::CANCELLED;
-  });
+  FakeServer server(AdmitsAndReadsNothing);
   const auto client = ClientOf(server);
   StreamOptions options;
   options.timeout = absl::Milliseconds(500);
@@ -158,11 +160,7 @@ TEST(BoundTest, SendingOfAllPromptsTogetherBlocks) {
 }
 
 TEST(BoundTest, CancelFreesASenderThatIsBlocked) {
-  FakeServer server([](int, grpc::ServerContext* context, Stream* stream) {
-    for (uint32_t i = 0; i < 3; ++i) SendOpened(stream, OpenedFor(NextOpen(stream)), i);
-    while (!context->IsCancelled()) absl::SleepFor(absl::Milliseconds(1));
-    return grpc::Status::CANCELLED;
-  });
+  FakeServer server(AdmitsAndReadsNothing);
   const auto client = ClientOf(server);
   StreamOptions options;
   options.max_in_flight_bytes = 1 << 20;
