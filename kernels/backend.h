@@ -78,6 +78,9 @@ struct SaliencyParams {
   // [kv_heads], what one unit of an element of that head's keys stands for, finite and above 0;
   // nullptr: 1.
   const float* key_scales = nullptr;
+  // Whether the largest of the window's rows counts in place of their mean. Each query head then
+  // needs a KV head for itself: query_heads == kv_heads (whose keys may be the same memory).
+  bool window_max = false;
 };
 
 // A value in the statistics that is not finite (or negative, where it came from the worker).
@@ -134,9 +137,9 @@ class Backend {
   virtual int64_t SaliencyScratchBytes(const SaliencyParams& params) const = 0;
 
   // Writes out[g, j] = (1 / window) * sum over the window's rows t and the query heads h of group g
-  // of a[h, t, j], the softmax attention over keys 0 .. t. `out` is [kv_heads, tokens], float32,
-  // not null. Where a score is not finite the call returns INVALID_ARGUMENT and, if `bad` is not
-  // null, fills it.
+  // of a[h, t, j], the softmax attention over keys 0 .. t; with `window_max` out[h, j] = max over t
+  // of a[h, t, j]. `out` is [kv_heads, tokens], float32, not null. Where a score is not finite the
+  // call returns INVALID_ARGUMENT and, if `bad` is not null, fills it.
   virtual absl::Status Saliency(const SaliencyParams& params, float* out, BadStatistic* bad,
                                 ParallelFor parallel) const = 0;
 

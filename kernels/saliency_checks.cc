@@ -86,6 +86,10 @@ absl::Status CheckSaliencyParams(const SaliencyParams& params,
     return absl::InvalidArgumentError(
         absl::StrCat("query_heads: ", q.heads, ", must be a multiple of kv_heads, ", k.heads));
   }
+  if (params.window_max && q.heads != k.heads) {
+    return absl::InvalidArgumentError(absl::StrCat("query_heads: ", q.heads, ", must be kv_heads, ",
+                                                   k.heads, ", with window_max"));
+  }
   const int64_t limit = std::min(capabilities.max_window, k.tokens);
   if (q.tokens < 1 || q.tokens > limit) {
     return absl::InvalidArgumentError(

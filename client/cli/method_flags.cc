@@ -36,6 +36,11 @@ v1::PivotMode ParsePivotMode(const std::string& text) {
   return text == "profiled" ? v1::PIVOT_MODE_PROFILED : v1::PIVOT_MODE_EXACT;
 }
 
+v1::WindowReduce ParseWindowReduce(const std::string& text) {
+  if (text == "sum") return v1::WINDOW_REDUCE_SUM;
+  return text == "max" ? v1::WINDOW_REDUCE_MAX : v1::WINDOW_REDUCE_MEAN;
+}
+
 v1::GroupReduce ParseGroupReduce(const std::string& text) {
   if (text == "mean") return v1::GROUP_REDUCE_MEAN;
   return text == "max" ? v1::GROUP_REDUCE_MAX : v1::GROUP_REDUCE_SUM;
@@ -93,6 +98,8 @@ template <typename Kind>
 void TakeScoring(const MethodFlags& flags, Remaining* rest, Kind* kind) {
   TakeBudget(flags, rest, kind);
   rest->Take("--window", flags.window, [&](uint32_t v) { kind->set_window_tokens(v); });
+  rest->Take("--window-reduce", flags.window_reduce,
+             [&](const std::string& v) { kind->set_window_reduce(ParseWindowReduce(v)); });
   rest->Take("--group-reduce", flags.group_reduce,
              [&](const std::string& v) { kind->set_group_reduce(ParseGroupReduce(v)); });
   rest->Take("--pooling", flags.pooling,
@@ -232,8 +239,12 @@ void AddMethodFlags(CLI::App* app, MethodFlags* f) {
       ->group(kMethodGroup);
   app->add_option("--pooling-kernel", f->pooling_kernel, "Odd number of tokens (5, fastkv 7)")
       ->group(kMethodGroup);
+  app->add_option("--window-reduce", f->window_reduce,
+                  "How the window's queries become one: mean (default), sum or max")
+      ->check(CLI::IsMember({"mean", "sum", "max"}))
+      ->group(kMethodGroup);
   app->add_option("--group-reduce", f->group_reduce,
-                  "How a KV head's query heads become one: sum (default), mean or max")
+                  "How a KV head's query heads then become one: sum (default), mean or max")
       ->check(CLI::IsMember({"sum", "mean", "max"}))
       ->group(kMethodGroup);
   app->add_option("--sinks", f->sinks, "First tokens that streaming_llm keeps (4)")
@@ -310,6 +321,7 @@ absl::StatusOr<v1::Method> BuildMethod(const MethodFlags& flags) {
   rest.Add("--granularity", flags.granularity);
   rest.Add("--pooling", flags.pooling);
   rest.Add("--pooling-kernel", flags.pooling_kernel);
+  rest.Add("--window-reduce", flags.window_reduce);
   rest.Add("--group-reduce", flags.group_reduce);
   rest.Add("--sinks", flags.sinks);
   rest.Add("--beta", flags.beta);

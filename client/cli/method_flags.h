@@ -36,6 +36,7 @@ struct MethodFlags {
   std::optional<double> pivot_deadline;
   std::optional<double> pivot_score;
   std::optional<uint32_t> profile_prompts;
+  std::optional<std::string> window_reduce;
   std::optional<std::string> group_reduce;
   std::optional<double> beta;
   std::optional<uint32_t> tsp_layer;

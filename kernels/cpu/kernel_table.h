@@ -177,11 +177,12 @@ struct KernelTable {
                        const float* shift, float* sum) = nullptr;
   // Rounds to float16.
   void (*to_half)(const float* in, int64_t count, uint16_t* out) = nullptr;
-  // out[t] (+)= sum over r of p[t, r] * weight[r], p float32 or float16.
+  // out[t] = sum (or maximum) over r of p[t, r] * weight[r], p float32 or float16; `accumulate`:
+  // and of what out[t] was.
   void (*weigh_rows)(const float* p, int64_t tokens, int64_t rows, const float* weight,
-                     bool accumulate, float* out) = nullptr;
+                     bool maximum, bool accumulate, float* out) = nullptr;
   void (*weigh_half_rows)(const uint16_t* p, int64_t tokens, int64_t rows, const float* weight,
-                          bool accumulate, float* out) = nullptr;
+                          bool maximum, bool accumulate, float* out) = nullptr;
   // Turns what was subtracted in `tiles` tiles into weights, in place: with m the row's largest and
   // z = sum over tiles of sums * 2^(max - m), weight = share[r] * 2^(max - m) / z. Both [tiles,
   // rows].

@@ -177,7 +177,7 @@ class Job {
           if (!ScoreAndMax(head, block, tile, scores, ignored)) return Fail();
           table_.exponentiate(scores, tokens, rows, Factor(head), shift, ignored);
         }
-        table_.weigh_rows(scores, tokens, rows, weight, block != 0, out);
+        table_.weigh_rows(scores, tokens, rows, weight, params_.window_max, block != 0, out);
       }
       if (table_.find_bad(out, tokens) >= 0) return Fail();
     }
@@ -268,10 +268,10 @@ class Job {
     float* out = out_ + head * plan_.tokens + tile * kTileTokens;
     if (plan_.half) {
       table_.weigh_half_rows(reinterpret_cast<const uint16_t*>(p), TileTokens(tile), rows, weight,
-                             block != 0, out);
+                             params_.window_max, block != 0, out);
     } else {
       table_.weigh_rows(reinterpret_cast<const float*>(p), TileTokens(tile), rows, weight,
-                        block != 0, out);
+                        params_.window_max, block != 0, out);
     }
   }
 
@@ -362,7 +362,10 @@ class Job {
     return std::nullopt;
   }
 
-  float Share() const { return 1.0F / static_cast<float>(plan_.window); }
+  // Of a row in what is summed over the window.
+  float Share() const {
+    return params_.window_max ? 1.0F : 1.0F / static_cast<float>(plan_.window);
+  }
 
   const KernelTable& table_;
   const SaliencyParams& params_;

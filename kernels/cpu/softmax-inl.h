@@ -60,19 +60,29 @@ inline bool Exponentiate(float* scores, int64_t tokens, int64_t rows, float fact
   return hn::AllTrue(d, hn::Eq(poison, hn::Zero(d)));
 }
 
-// Lane k of the result is the sum of the lanes of row(first + k), of COUNT rows that are a power of
+// The larger of two vectors' lanes, or their sum.
+template <bool kMax, class V>
+HWY_INLINE V Joined(V a, V b) {
+  if constexpr (kMax) {
+    return hn::Max(a, b);
+  } else {
+    return hn::Add(a, b);
+  }
+}
+
+// Lane k of the result is the lanes of row(first + k) joined, of COUNT rows that are a power of
 // two. In the order in which few vectors are alive.
-template <int kCount, class D, class Row>
-HWY_INLINE hn::Vec<D> SumEach(D d, int64_t first, const Row& row) {
+template <bool kMax, int kCount, class D, class Row>
+HWY_INLINE hn::Vec<D> JoinEach(D d, int64_t first, const Row& row) {
 #if HWY_TARGET == HWY_SCALAR
   return row(first);
 #else
   if constexpr (kCount == 1) {
     return row(first);
   } else {
-    const auto lo = SumEach<kCount / 2>(d, first, row);
-    const auto hi = SumEach<kCount / 2>(d, first + kCount / 2, row);
-    return hn::Add(hn::ConcatEven(d, hi, lo), hn::ConcatOdd(d, hi, lo));
+    const auto lo = JoinEach<kMax, kCount / 2>(d, first, row);
+    const auto hi = JoinEach<kMax, kCount / 2>(d, first + kCount / 2, row);
+    return Joined<kMax>(hn::ConcatEven(d, hi, lo), hn::ConcatOdd(d, hi, lo));
   }
 #endif
 }
@@ -99,7 +109,7 @@ HWY_INLINE hn::Vec<D> LoadRows(D d, const uint16_t* p) {
 }
 
 // N vectors of rows.
-template <int N, class T>
+template <bool kMax, int N, class T>
 void WeighRowsN(const T* p, int64_t tokens, const float* weight, bool accumulate, float* out) {
   const hn::ScalableTag<float> d;
   using V = hn::Vec<decltype(d)>;
@@ -111,44 +121,53 @@ void WeighRowsN(const T* p, int64_t tokens, const float* weight, bool accumulate
   const auto weighed = [&](int64_t t) HWY_ATTR {
     V v = hn::Zero(d);
 #pragma GCC unroll 32
-    for (int n = 0; n < N; ++n) v = hn::MulAdd(LoadRows(d, p + t * kRows + n * kLanes), w[n], v);
+    for (int n = 0; n < N; ++n) {
+      const V each = LoadRows(d, p + t * kRows + n * kLanes);
+      v = kMax ? hn::Max(hn::Mul(each, w[n]), v) : hn::MulAdd(each, w[n], v);
+    }
     return v;
   };
   int64_t t = 0;
   for (; t + kLanes <= tokens; t += kLanes) {
-    V sums = SumEach<kLanes>(d, t, weighed);
-    if (accumulate) sums = hn::Add(sums, hn::LoadU(d, out + t));
-    hn::StoreU(sums, d, out + t);
+    V joined = JoinEach<kMax, kLanes>(d, t, weighed);
+    if (accumulate) joined = Joined<kMax>(joined, hn::LoadU(d, out + t));
+    hn::StoreU(joined, d, out + t);
   }
   if (t == tokens) return;
-  const V sums = SumEach<kLanes>(
+  V joined = JoinEach<kMax, kLanes>(
       d, t, [&](int64_t each) HWY_ATTR { return each < tokens ? weighed(each) : hn::Zero(d); });
-  HWY_ALIGN float rest[kLanes];
-  hn::Store(sums, d, rest);
-  for (int64_t k = 0; t + k < tokens; ++k) out[t + k] = accumulate ? out[t + k] + rest[k] : rest[k];
+  HWY_ALIGN float rest[kLanes] = {};
+  if (accumulate) {
+    std::copy(out + t, out + tokens, rest);
+    joined = Joined<kMax>(joined, hn::Load(d, rest));
+  }
+  hn::Store(joined, d, rest);
+  std::copy(rest, rest + (tokens - t), out + t);
 }
 
-template <class T>
+template <bool kMax, class T>
 void WeighRowsOf(const T* p, int64_t tokens, int64_t rows, const float* weight, bool accumulate,
                  float* out) {
   constexpr int64_t kLanes = static_cast<int64_t>(hn::MaxLanes(hn::ScalableTag<float>()));
   const auto call = [&](auto* function) { function(p, tokens, weight, accumulate, out); };
-  if (rows == 32) return call(&WeighRowsN<32 / kLanes, T>);
-  if (rows == 16) return call(&WeighRowsN<16 / kLanes, T>);
+  if (rows == 32) return call(&WeighRowsN<kMax, 32 / kLanes, T>);
+  if (rows == 16) return call(&WeighRowsN<kMax, 16 / kLanes, T>);
 #if HWY_TARGET > HWY_AVX3
-  if (rows == 24) return call(&WeighRowsN<24 / kLanes, T>);
-  if (rows == 8) return call(&WeighRowsN<8 / kLanes, T>);
+  if (rows == 24) return call(&WeighRowsN<kMax, 24 / kLanes, T>);
+  if (rows == 8) return call(&WeighRowsN<kMax, 8 / kLanes, T>);
 #endif
 }
 
 inline void WeighRows(const float* p, int64_t tokens, int64_t rows, const float* weight,
-                      bool accumulate, float* out) {
-  WeighRowsOf(p, tokens, rows, weight, accumulate, out);
+                      bool maximum, bool accumulate, float* out) {
+  const auto of = maximum ? &WeighRowsOf<true, float> : &WeighRowsOf<false, float>;
+  of(p, tokens, rows, weight, accumulate, out);
 }
 
 inline void WeighHalfRows(const uint16_t* p, int64_t tokens, int64_t rows, const float* weight,
-                          bool accumulate, float* out) {
-  WeighRowsOf(p, tokens, rows, weight, accumulate, out);
+                          bool maximum, bool accumulate, float* out) {
+  const auto of = maximum ? &WeighRowsOf<true, uint16_t> : &WeighRowsOf<false, uint16_t>;
+  of(p, tokens, rows, weight, accumulate, out);
 }
 
 inline void TileWeights(float* max, const float* sums, int64_t tiles, int64_t rows,

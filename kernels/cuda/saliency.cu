@@ -44,7 +44,8 @@ cudaError_t Check(const SaliencyRequest& r) {
                       k.dim % kPieceDims == 0 && k.dim <= 4096 && q.dim == k.dim && q.heads >= 1 &&
                       q.heads % k.heads == 0 && q.tokens >= 1 && q.tokens <= k.tokens &&
                       q.heads / k.heads <= kMaxRows / q.tokens && k.block_tokens >= 0 &&
-                      k.block_tokens <= kMaxTokens && !q.paged();
+                      k.block_tokens <= kMaxTokens && !q.paged() &&
+                      (!r.window_max || q.heads == k.heads);
   const bool types = IsFp8(k.dtype) ? !IsFp8(q.dtype) : q.dtype == k.dtype;
   if (!shapes || !types || k.data == nullptr || q.data == nullptr || r.flags == nullptr ||
       r.workspace == nullptr || r.workspace_bytes < SaliencyWorkspaceBytes(r) ||

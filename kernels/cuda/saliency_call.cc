@@ -45,6 +45,7 @@ struct Places {
     request.lse = params.lse;
     request.key_scales = params.key_scales;
     request.scale = static_cast<float>(SaliencyScale(params));
+    request.window_max = params.window_max;
     request.workspace_bytes = SaliencyWorkspaceBytes(request);
     queries = parts.Add<std::byte>(bytes(q));
     keys = parts.Add<std::byte>(bytes(k));

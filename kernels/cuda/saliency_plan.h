@@ -59,6 +59,7 @@ struct SaliencyRequest {
   const float* lse = nullptr;         // [query_heads, window]; null: computed
   float scale = 0.0F;                 // of the scores, not 0
   const float* key_scales = nullptr;  // [kv_heads]; null: 1
+  bool window_max = false;            // as SaliencyParams
 
   float* per_head = nullptr;  // [kv_heads, tokens]; null: not written
   // [tokens], the sum over the heads, in their order; null: not written.
@@ -86,7 +87,7 @@ struct SaliencyPlan {
   const float* lse;
   const float* key_scales;
   float scale_log2;  // scale / ln 2
-  float mean;        // 1 / window
+  float share;       // of a row in its head's sum: 1 / window; 1 under window_max
 
   int tokens;
   int dim;
@@ -99,6 +100,7 @@ struct SaliencyPlan {
   int blocks;      // of kBlockTokens
   int tile_units;  // units of a head in a tile
   int tiles;
+  bool window_max;  // the largest of a head's rows in place of their sum
 
   // The workspace's parts.
   Words4* packed;     // [kv_heads, row_chunks, pairs, query parts, kRowTiles, kLanes]
@@ -161,7 +163,9 @@ inline SaliencyPlan MakeSaliencyPlan(const SaliencyRequest& r) {
   plan.key_scales = r.key_scales;
   constexpr double kLog2E = 1.4426950408889634;
   plan.scale_log2 = static_cast<float>(r.scale * kLog2E);
-  plan.mean = static_cast<float>(1.0 / static_cast<double>(r.queries.tokens));
+  plan.window_max = r.window_max;
+  plan.share =
+      r.window_max ? 1.0F : static_cast<float>(1.0 / static_cast<double>(r.queries.tokens));
   plan.tokens = static_cast<int>(r.keys.tokens);
   plan.dim = static_cast<int>(r.keys.dim);
   plan.kv_heads = static_cast<int>(r.keys.heads);

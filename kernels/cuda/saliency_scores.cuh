@@ -9,12 +9,12 @@ namespace structkv::cuda {
 
 // Two blocks to a multiprocessor: at most 128 registers, which the build holds the compiler to. One
 // under float32 queries, whose many multiplications are what takes the time.
-template <class P, int kPairs, bool kStore>
+template <class P, int kPairs, Scored kScored>
 __global__ void __launch_bounds__(kSaliencyThreads, P::kQueryParts == 1 ? 2 : 1)
     ScoresKernel(const __grid_constant__ SaliencyPlan plan) {
   extern __shared__ float shared[];
   TensorBlock block;
-  Scores<P, kPairs, kStore>(block, plan, shared);
+  Scores<P, kPairs, kScored>(block, plan, shared);
 }
 
 // What a launch may have of shared memory without being allowed more.
@@ -28,11 +28,13 @@ cudaError_t LaunchTiles(Kernel* kernel, const SaliencyPlan& plan, const TileLaun
   return cudaGetLastError();
 }
 
-// Storing has no registers to spare for a head size that is known: it takes any.
+// Storing has no registers to spare for a head size that is known: it takes any. So does the
+// largest, which is rare.
 template <class P, int kPairs>
 cudaError_t LaunchScoresOf(const SaliencyPlan& plan, bool store, const TileLaunch& launch) {
-  if (store) return LaunchTiles(&ScoresKernel<P, 0, true>, plan, launch);
-  return LaunchTiles(&ScoresKernel<P, kPairs, false>, plan, launch);
+  if (store) return LaunchTiles(&ScoresKernel<P, 0, Scored::kExps>, plan, launch);
+  if (plan.window_max) return LaunchTiles(&ScoresKernel<P, 0, Scored::kMax>, plan, launch);
+  return LaunchTiles(&ScoresKernel<P, kPairs, Scored::kSum>, plan, launch);
 }
 
 // Keys of 16 bits under queries of their type.

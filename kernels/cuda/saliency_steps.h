@@ -16,6 +16,10 @@ namespace structkv::cuda {
 inline constexpr float kLowestScore = -3.0e38F;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// What becomes of scores: stored exponentials, or under given log-sum-exps a head's sum over its
+// rows, or the largest of them.
+enum class Scored : uint8_t { kExps, kSum, kMax };
+
 // A lane's scores of a block of tokens under a chunk of rows.
 using ScoreFragment = float[kRowTiles][4];
 
@@ -206,8 +210,14 @@ STRUCTKV_DEVICE void MaskScores(Block& block, const SaliencyPlan& plan, int chun
   }
 }
 
-// Adds the weights under the rows' given log-sum-exps to the sums of the lane's two tokens.
-template <class Block>
+// What two of a head's rows, or more of them, come to: the larger weight, or their sum.
+template <bool kMax>
+STRUCTKV_HOST_DEVICE inline float Joined(float a, float b) {
+  return kMax ? fmaxf(a, b) : a + b;
+}
+
+// Joins the weights under the rows' given log-sum-exps to the sums of the lane's two tokens.
+template <bool kMax, class Block>
 STRUCTKV_DEVICE void WeighScores(Block& block, const SaliencyPlan& plan, int head, int chunk,
                                  const ScoreFragment& scores, float (&sums)[2]) {
   const float* const lse =
@@ -217,12 +227,13 @@ STRUCTKV_DEVICE void WeighScores(Block& block, const SaliencyPlan& plan, int hea
   for (int tile = 0; tile < kRowTiles; ++tile) {
     STRUCTKV_UNROLL
     for (int i = 0; i < 4; ++i) {
-      of_chunk[i / 2] +=
+      const float weight =
           Exp2(scores[tile][i] - lse[tile * kTileRows + FragmentCRow(block.lane(), i)]);
+      of_chunk[i / 2] = Joined<kMax>(of_chunk[i / 2], weight);
     }
   }
-  sums[0] += of_chunk[0];
-  sums[1] += of_chunk[1];
+  sums[0] = Joined<kMax>(sums[0], of_chunk[0]);
+  sums[1] = Joined<kMax>(sums[1], of_chunk[1]);
 }
 
 // Stores the exponentials relative to each row's highest score among the 16 tokens, and that and
@@ -260,24 +271,24 @@ STRUCTKV_DEVICE void StoreExps(Block& block, const SaliencyPlan& plan, int head,
   }
 }
 
-// Adds up the sums of the four lanes that share a token, and leaves them with the head's other
+// Joins the sums of the four lanes that share a token, and leaves them with the head's other
 // tokens, [tile tokens].
-template <class Block>
+template <bool kMax, class Block>
 STRUCTKV_DEVICE void LeaveSums(Block& block, const SaliencyPlan& plan, float (&sums)[2],
                                int in_tile, float* of_head) {
   STRUCTKV_UNROLL
   for (int half = 0; half < 2; ++half) {
-    sums[half] += block.ShuffleXor(sums[half], 1);
-    sums[half] += block.ShuffleXor(sums[half], 2);
+    sums[half] = Joined<kMax>(sums[half], block.ShuffleXor(sums[half], 1));
+    sums[half] = Joined<kMax>(sums[half], block.ShuffleXor(sums[half], 2));
     if (LaneQuarter(block.lane()) == 0) {
       of_head[in_tile + FragmentCToken(block.lane(), 2 * half)] =
-          MultiplyRounded(sums[half], plan.mean);
+          MultiplyRounded(sums[half], plan.share);
     }
   }
 }
 
-// One warp, one head, 64 tokens: from keys to sums, or to stored exponentials.
-template <class P, int kPairs, bool kStore, class Block>
+// One warp, one head, 64 tokens: from keys to what is made of their scores.
+template <class P, int kPairs, Scored kScored, class Block>
 STRUCTKV_DEVICE void ScoreUnit(Block& block, const SaliencyPlan& plan, int head, int tile, int unit,
                                float* of_head) {
   // Where all of a key fits in registers it stays there for all rows; else it is read again for
@@ -328,14 +339,14 @@ STRUCTKV_DEVICE void ScoreUnit(Block& block, const SaliencyPlan& plan, int head,
       if (masked || (chunk + 1) * kChunkRows > plan.rows) {
         MaskScores(block, plan, chunk, first_token, scores);
       }
-      if constexpr (kStore) {
+      if constexpr (kScored == Scored::kExps) {
         StoreExps(block, plan, head, chunk, first_token / kBlockTokens, scores);
       } else {
-        WeighScores(block, plan, head, chunk, scores, sums);
+        WeighScores<kScored == Scored::kMax>(block, plan, head, chunk, scores, sums);
       }
     }
-    if constexpr (!kStore) {
-      LeaveSums(block, plan, sums, in_tile, of_head);
+    if constexpr (kScored != Scored::kExps) {
+      LeaveSums<kScored == Scored::kMax>(block, plan, sums, in_tile, of_head);
       if (LaneQuarter(block.lane()) == 0) {
         STRUCTKV_UNROLL
         for (int half = 0; half < 2; ++half) {
@@ -373,18 +384,19 @@ STRUCTKV_DEVICE void WriteTile(Block& block, const SaliencyPlan& plan, int tile,
 
 // --- Kernels ---
 
-// Keys to outputs, under given log-sum-exps, or (kStore) keys to stored exponentials. kPairs: the
+// Keys to outputs, under given log-sum-exps, or (kExps) keys to stored exponentials. kPairs: the
 // head size over kPairDims where it is known, else 0. `shared` is [kv_heads, tile tokens], not used
-// with kStore. Any number of blocks.
-template <class P, int kPairs, bool kStore, class Block>
+// with kExps. Any number of blocks.
+template <class P, int kPairs, Scored kScored, class Block>
 STRUCTKV_DEVICE void Scores(Block& block, const SaliencyPlan& plan, float* shared) {
+  constexpr bool kStore = kScored == Scored::kExps;
   const int units = plan.kv_heads * plan.tile_units;
   for (int tile = static_cast<int>(block.index()); tile < plan.tiles;
        tile += static_cast<int>(block.blocks())) {
     for (int u = block.warp(); u < units; u += block.warps()) {
       const int head = u % plan.kv_heads;
-      ScoreUnit<P, kPairs, kStore>(block, plan, head, tile, u / plan.kv_heads,
-                                   kStore ? nullptr : shared + head * plan.tile_tokens());
+      ScoreUnit<P, kPairs, kScored>(block, plan, head, tile, u / plan.kv_heads,
+                                    kStore ? nullptr : shared + head * plan.tile_tokens());
     }
     if constexpr (!kStore) {
       block.Sync();
@@ -423,6 +435,39 @@ STRUCTKV_DEVICE void CombineRow(Block& block, const SaliencyPlan& plan, Floats2*
   if (block.thread() == 0) plan.row_lse[row] = all.x + log2f(all.y);
 }
 
+// Stored exponentials of 16 tokens of a head to their sums.
+template <bool kMax, class Block>
+STRUCTKV_DEVICE void WeighTokens(Block& block, const SaliencyPlan& plan, int head, int token_block,
+                                 int in_tile, float* of_head) {
+  float sums[2] = {0.0F, 0.0F};
+  for (int chunk = 0; chunk < plan.row_chunks; ++chunk) {
+    const Words4* const from = plan.exps + ExpsIndex(plan, head, chunk, token_block);
+    const Words4 words[2] = {block.Once16(from + block.lane()),
+                             block.Once16(from + kLanes + block.lane())};
+    float of_chunk[2] = {0.0F, 0.0F};
+    STRUCTKV_UNROLL
+    for (int tile_row = 0; tile_row < kRowTiles; ++tile_row) {
+      float factors[2];
+      STRUCTKV_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int row = chunk * kChunkRows + tile_row * kTileRows + FragmentCRow(block.lane(), i);
+        const float top = plan.row_sums[RowSumsIndex(plan, head, row, token_block)].x;
+        factors[i] =
+            Exp2(top - plan.row_lse[static_cast<int64_t>(head) * plan.padded_rows() + row]);
+      }
+      STRUCTKV_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t exps = words[tile_row / 2].w[tile_row % 2 * 2 + half];
+        of_chunk[half] = Joined<kMax>(of_chunk[half], HalfToFloat(exps & 0xFFFFU) * factors[0]);
+        of_chunk[half] = Joined<kMax>(of_chunk[half], HalfToFloat(exps >> 16) * factors[1]);
+      }
+    }
+    sums[0] = Joined<kMax>(sums[0], of_chunk[0]);
+    sums[1] = Joined<kMax>(sums[1], of_chunk[1]);
+  }
+  LeaveSums<kMax>(block, plan, sums, in_tile, of_head);
+}
+
 // Stored exponentials to outputs; shared memory and blocks as Scores.
 template <class Block>
 STRUCTKV_DEVICE void WeighExps(Block& block, const SaliencyPlan& plan, float* shared) {
@@ -435,34 +480,12 @@ STRUCTKV_DEVICE void WeighExps(Block& block, const SaliencyPlan& plan, float* sh
       const int64_t first = int64_t{tile} * plan.tile_tokens() + in_tile;
       if (first >= plan.tokens) continue;
       const int token_block = static_cast<int>(first / kBlockTokens);
-      float sums[2] = {0.0F, 0.0F};
-      for (int chunk = 0; chunk < plan.row_chunks; ++chunk) {
-        const Words4* const from = plan.exps + ExpsIndex(plan, head, chunk, token_block);
-        const Words4 words[2] = {block.Once16(from + block.lane()),
-                                 block.Once16(from + kLanes + block.lane())};
-        float of_chunk[2] = {0.0F, 0.0F};
-        STRUCTKV_UNROLL
-        for (int tile_row = 0; tile_row < kRowTiles; ++tile_row) {
-          float factors[2];
-          STRUCTKV_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            const int row =
-                chunk * kChunkRows + tile_row * kTileRows + FragmentCRow(block.lane(), i);
-            const float top = plan.row_sums[RowSumsIndex(plan, head, row, token_block)].x;
-            factors[i] =
-                Exp2(top - plan.row_lse[static_cast<int64_t>(head) * plan.padded_rows() + row]);
-          }
-          STRUCTKV_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const uint32_t exps = words[tile_row / 2].w[tile_row % 2 * 2 + half];
-            of_chunk[half] += HalfToFloat(exps & 0xFFFFU) * factors[0];
-            of_chunk[half] += HalfToFloat(exps >> 16) * factors[1];
-          }
-        }
-        sums[0] += of_chunk[0];
-        sums[1] += of_chunk[1];
+      float* const of_head = shared + head * plan.tile_tokens();
+      if (plan.window_max) {
+        WeighTokens<true>(block, plan, head, token_block, in_tile, of_head);
+      } else {
+        WeighTokens<false>(block, plan, head, token_block, in_tile, of_head);
       }
-      LeaveSums(block, plan, sums, in_tile, shared + head * plan.tile_tokens());
     }
     block.Sync();
     WriteTile(block, plan, tile, shared);

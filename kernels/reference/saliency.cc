@@ -81,7 +81,12 @@ absl::Status Saliency(const SaliencyParams& params, float* out, BadStatistic* ba
         if (worst) continue;  // nothing but the lowest bad token matters now
         const double lse = params.lse != nullptr ? params.lse[h * window + r] : LogSumExp(scores);
         for (size_t j = 0; j < scores.size(); ++j) {
-          saliency[j] += std::exp(scores[j] - lse) / static_cast<double>(window);
+          const double weight = std::exp(scores[j] - lse);
+          if (params.window_max) {
+            saliency[j] = std::max(saliency[j], weight);
+          } else {
+            saliency[j] += weight / static_cast<double>(window);
+          }
         }
       }
     }

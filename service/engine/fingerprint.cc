@@ -48,7 +48,11 @@ void AddScoring(const method::MethodSpec& spec, std::string& text) {
       PoolingName(spec.pooling));
   if (spec.pooling != Pooling::kNone) absl::StrAppend(&text, " ", spec.pooling_kernel);
   absl::StrAppend(&text, "\n");
-  // A sum has no line: it is what caches were stored under before there was a choice.
+  // Defaults have no line: they are what caches were stored under before there was a choice.
+  if (spec.window_reduce != method::WindowReduce::kMean) {
+    absl::StrAppend(&text, "window_reduce=",
+                    spec.window_reduce == method::WindowReduce::kSum ? "sum" : "max", "\n");
+  }
   if (spec.group_reduce != method::GroupReduce::kSum) {
     absl::StrAppend(&text, "group_reduce=",
                     spec.group_reduce == method::GroupReduce::kMean ? "mean" : "max", "\n");

@@ -9,8 +9,8 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "service/engine/group_max.h"
 #include "service/engine/kv_view.h"
+#include "service/engine/query_heads.h"
 #include "service/method/budget.h"
 
 namespace structkv::engine {
@@ -57,11 +57,13 @@ absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, Buff
   const std::vector<float> key_scales = KeyScales(spec, input);
   if (!key_scales.empty()) params.key_scales = key_scales.data();
   params.scale = static_cast<float>(spec.attention_scale.value_or(0));
+  params.window_max = spec.method.window_reduce == method::WindowReduce::kMax;
   constexpr int64_t kNoHead = -1;
   BadStatistic bad{.head = kNoHead};
-  absl::Status status = spec.method.group_reduce == method::GroupReduce::kMax
-                            ? GroupMaxSaliency(params, backend, pool, out, &bad, parallel)
-                            : backend.Saliency(params, out, &bad, parallel);
+  absl::Status status =
+      TellsQueryHeadsApart(spec)
+          ? QueryHeadSaliency(params, spec.method.group_reduce, backend, pool, out, &bad, parallel)
+          : backend.Saliency(params, out, &bad, parallel);
   if (status.ok()) return status;
   if (absl::IsInvalidArgument(status) && bad.head != kNoHead) {
     // The backend knows whether a query, a log-sum-exp or a score was at fault.

@@ -1,7 +1,7 @@
-#include "service/engine/group_max.h"
 #include "service/engine/kv_view.h"
 #include "service/engine/layer_skeleton.h"
 #include "service/engine/prompt_spec.h"
+#include "service/engine/query_heads.h"
 #include "service/engine/rerotation.h"
 #include "service/method/centrality.h"
 #include "service/method/pivot_detector.h"
@@ -63,7 +63,7 @@ int64_t Scratch(const PromptSpec& spec, const Backend& backend) {
                                        geometry.query_heads, spec.window_rows(), geometry.key_dim);
     params.keys = KvView(spec, nullptr, geometry.key_dim, tokens, /*in_order=*/false);
     bytes += geometry.kv_heads * tokens * kFloat;
-    if (spec.method.group_reduce == method::GroupReduce::kMax) {
+    if (TellsQueryHeadsApart(spec)) {
       params = OneHeadOf(params);
       bytes += params.keys.heads * tokens * kFloat;
     }

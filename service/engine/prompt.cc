@@ -317,12 +317,17 @@ class Prompt::Impl {
     }
   }
 
-  // The mean over a group is its sum over the group's size: the order is the same, so only what is
+  // A sum is a mean times the number of what it is over: the order is the same, so only what is
   // returned is scaled.
   void ScaleReturned(float* values, size_t count) const {
-    if (spec_.method.group_reduce != method::GroupReduce::kMean) return;
-    const auto group = static_cast<float>(spec_.geometry.group());
-    for (size_t i = 0; i < count; ++i) values[i] /= group;
+    if (spec_.method.window_reduce == method::WindowReduce::kSum) {
+      const auto rows = static_cast<float>(spec_.window_rows());
+      for (size_t i = 0; i < count; ++i) values[i] *= rows;
+    }
+    if (spec_.method.group_reduce == method::GroupReduce::kMean) {
+      const auto group = static_cast<float>(spec_.geometry.group());
+      for (size_t i = 0; i < count; ++i) values[i] /= group;
+    }
   }
 
   // The rows of `all`, a view of `source` with those KV heads, that stay; of a dense tensor

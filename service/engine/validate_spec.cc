@@ -264,11 +264,19 @@ absl::Status CheckStatisticFits(const PromptSpec& spec) {
                    spec.geometry.kv_heads, " KV heads for its skeleton; it needs ",
                    "SALIENCY_PER_KV_HEAD");
   }
-  if (method.needs_statistics() && method.group_reduce != method::GroupReduce::kSum && !queries) {
-    return Invalid(
-        absl::StrCat("open.method.", View(method::MethodName(method.method)), ".group_reduce"),
-        method.group_reduce == method::GroupReduce::kMax ? "MAX" : "MEAN",
-        " needs the statistic WINDOW_QUERIES: the worker's saliency is reduced already");
+  if (!method.needs_statistics() || queries) return absl::OkStatus();
+  const auto reduced_already = [&](const char* field, const char* kind) {
+    return Invalid(absl::StrCat("open.method.", View(method::MethodName(method.method)), field),
+                   kind, " needs the statistic WINDOW_QUERIES: the worker's saliency is reduced ",
+                   "already");
+  };
+  if (method.window_reduce != method::WindowReduce::kMean) {
+    return reduced_already(".window_reduce",
+                           method.window_reduce == method::WindowReduce::kMax ? "MAX" : "SUM");
+  }
+  if (method.group_reduce != method::GroupReduce::kSum) {
+    return reduced_already(".group_reduce",
+                           method.group_reduce == method::GroupReduce::kMax ? "MAX" : "MEAN");
   }
   return absl::OkStatus();
 }

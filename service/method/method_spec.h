@@ -30,7 +30,9 @@ enum class Granularity : uint8_t { kPerLayer, kPerKvHead };
 // How the observation window counts in a budget (docs/method.md, section 4).
 enum class BudgetKind : uint8_t { kIncludesWindow, kWindowOnTop, kKvpress };
 
-// How the attention of a KV head's query heads becomes one score (docs/method.md, section 4).
+// How the attention of the window's rows becomes a query head's score, and how the scores of a KV
+// head's query heads become one (docs/method.md, section 4). The rows come first.
+enum class WindowReduce : uint8_t { kMean, kSum, kMax };
 enum class GroupReduce : uint8_t { kSum, kMean, kMax };
 
 struct Budget {
@@ -81,6 +83,7 @@ struct MethodSpec {
   double decay = 0.9;          // lambda of the centrality, [0, 1]
   Budget skeleton_budget = {.ratio = 0.20};
   PivotSpec pivot;
+  WindowReduce window_reduce = WindowReduce::kMean;
   GroupReduce group_reduce = GroupReduce::kSum;
   double beta = 20;           // PyramidKV: how many times the mean budget is the last layer's, >= 1
   int64_t tsp_layer = 0;      // FastKV: the layer whose scores choose the skeleton

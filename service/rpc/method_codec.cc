@@ -83,6 +83,26 @@ absl::Status DecodePooling(v1::Pooling pooling, absl::string_view kind, method::
   }
 }
 
+absl::Status DecodeWindowReduce(v1::WindowReduce reduce, absl::string_view kind,
+                                method::MethodSpec* spec) {
+  switch (reduce) {
+    case v1::WINDOW_REDUCE_UNSPECIFIED:
+      return absl::OkStatus();
+    case v1::WINDOW_REDUCE_MEAN:
+      spec->window_reduce = method::WindowReduce::kMean;
+      return absl::OkStatus();
+    case v1::WINDOW_REDUCE_SUM:
+      spec->window_reduce = method::WindowReduce::kSum;
+      return absl::OkStatus();
+    case v1::WINDOW_REDUCE_MAX:
+      spec->window_reduce = method::WindowReduce::kMax;
+      return absl::OkStatus();
+    default:
+      return Invalid(kind, "window_reduce", EnumText(reduce),
+                     "allowed: WINDOW_REDUCE_MEAN, WINDOW_REDUCE_SUM, WINDOW_REDUCE_MAX");
+  }
+}
+
 absl::Status DecodeGroupReduce(v1::GroupReduce reduce, absl::string_view kind,
                                method::MethodSpec* spec) {
   switch (reduce) {
@@ -120,6 +140,7 @@ template <typename Kind>
 absl::Status DecodeScoring(const Kind& method, absl::string_view kind, method::MethodSpec* spec) {
   absl::Status status = DecodeBudget(method.kv_budget(), kind, "kv_budget", &spec->kv_budget);
   if (status.ok()) status = DecodePooling(method.pooling(), kind, spec);
+  if (status.ok()) status = DecodeWindowReduce(method.window_reduce(), kind, spec);
   if (status.ok()) status = DecodeGroupReduce(method.group_reduce(), kind, spec);
   if (!status.ok()) return status;
   if (method.has_window_tokens()) {
@@ -296,6 +317,18 @@ v1::Budget EncodeBudget(const method::Budget& budget) {
   return encoded;
 }
 
+v1::WindowReduce EncodeWindowReduce(method::WindowReduce reduce) {
+  switch (reduce) {
+    case method::WindowReduce::kMean:
+      return v1::WINDOW_REDUCE_MEAN;
+    case method::WindowReduce::kSum:
+      return v1::WINDOW_REDUCE_SUM;
+    case method::WindowReduce::kMax:
+      return v1::WINDOW_REDUCE_MAX;
+  }
+  return v1::WINDOW_REDUCE_UNSPECIFIED;
+}
+
 v1::GroupReduce EncodeGroupReduce(method::GroupReduce reduce) {
   switch (reduce) {
     case method::GroupReduce::kSum:
@@ -329,6 +362,7 @@ template <typename Kind>
 void EncodeScoring(const method::MethodSpec& spec, Kind* method) {
   *method->mutable_kv_budget() = EncodeBudget(spec.kv_budget);
   method->set_window_tokens(static_cast<uint32_t>(spec.window));
+  method->set_window_reduce(EncodeWindowReduce(spec.window_reduce));
   method->set_group_reduce(EncodeGroupReduce(spec.group_reduce));
   method->set_pooling(EncodePooling(spec.pooling));
   if (spec.pooling != Pooling::kNone) {

@@ -320,6 +320,7 @@ TEST_F(CommandTest, EveryMethodIsServedAndPlotted) {
   const std::string out = directory_.Path("out.safetensors");
   const std::string svg = directory_.Path("plot.svg");
   for (const auto& [flags, title] : std::vector<std::pair<std::string, std::string>>{
+           {"snapkv --window-reduce max --group-reduce mean", "snapkv on tiny-llama: 100 of 1,000"},
            {"snapkv --group-reduce max", "snapkv on tiny-llama: 100 of 1,000"},
            {"pyramidkv --beta 10", "pyramidkv on tiny-llama: 38 to 162 of 1,000"},
            {"fastkv --tsp-layer 6 --saliency", "fastkv on tiny-llama: 100 of 1,000"},

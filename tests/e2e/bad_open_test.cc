@@ -397,6 +397,15 @@ std::vector<OpenCase> OtherMethodCases() {
       {"H2oNegativeRecent", recent(-0.1), "recent_share"},
       {"H2oRecentAboveOne", recent(1.1), "recent_share"},
       {"H2oRecentNan", recent(kNan), "recent_share"},
+      {"WindowReduceUnknown",
+       fastkv([](v1::FastKvMethod* m) { m->set_window_reduce(static_cast<v1::WindowReduce>(9)); }),
+       "window_reduce"},
+      {"WindowSumOfGivenSaliency",
+       [](v1::Open* open) {
+         StructKv(open)->set_window_reduce(v1::WINDOW_REDUCE_SUM);
+         open->set_statistic(v1::STATISTIC_SALIENCY);
+       },
+       "window_reduce"},
       {"GroupMaxOfGivenSaliency",
        [](v1::Open* open) {
          StructKv(open)->set_group_reduce(v1::GROUP_REDUCE_MAX);

@@ -130,6 +130,17 @@ std::vector<MethodCase> Methods() {
          open->set_return_centrality(true);
          open->set_window_lse(true);
        }},
+      {"SnapKvWindowMax",
+       [](v1::Open* open) {
+         open->mutable_method()->mutable_snapkv()->set_window_reduce(v1::WINDOW_REDUCE_MAX);
+         open->set_return_saliency(true);
+       }},
+      {"StructKvWindowSum",
+       [](v1::Open* open) {
+         open->mutable_method()->mutable_structkv()->set_window_reduce(v1::WINDOW_REDUCE_SUM);
+         open->set_return_saliency(true);
+         open->set_return_centrality(true);
+       }},
       {"SnapKvGroupMean",
        [](v1::Open* open) {
          open->mutable_method()->mutable_snapkv()->set_group_reduce(v1::GROUP_REDUCE_MEAN);

@@ -120,6 +120,12 @@ INSTANTIATE_TEST_SUITE_P(
             PromptKind{
                 "GroupMax",
                 "return_saliency: true method { snapkv { group_reduce: GROUP_REDUCE_MAX } }"},
+            PromptKind{"WindowMax",
+                       "return_saliency: true window_lse: true method { snapkv { window_reduce: "
+                       "WINDOW_REDUCE_MAX } }"},
+            PromptKind{"WindowSum",
+                       "return_saliency: true return_centrality: true method { structkv { "
+                       "window_reduce: WINDOW_REDUCE_SUM } }"},
             PromptKind{"GroupMean",
                        "return_saliency: true method { snapkv { group_reduce: GROUP_REDUCE_MEAN } "
                        "}"},

@@ -95,6 +95,8 @@ TEST(FingerprintTest, EveryParameterCounts) {
       [](PromptSpec& s) { s.method.pivot.search_begin = 0.2; },
       [](PromptSpec& s) { s.method.pivot.search_end = 0.8; },
       [](PromptSpec& s) { s.method.kv_budget.kind = method::BudgetKind::kKvpress; },
+      [](PromptSpec& s) { s.method.window_reduce = method::WindowReduce::kSum; },
+      [](PromptSpec& s) { s.method.window_reduce = method::WindowReduce::kMax; },
       [](PromptSpec& s) { s.method.group_reduce = method::GroupReduce::kMean; },
       [](PromptSpec& s) { s.method.group_reduce = method::GroupReduce::kMax; },
       [](PromptSpec& s) { s.method = method::MethodSpec::Defaults(Method::kPyramidKv); },

@@ -264,6 +264,17 @@ INSTANTIATE_TEST_SUITE_P(
         BadSpec{"open.method.h2o.kv_budget.kind: WINDOW_ON_TOP is not allowed",
                 [](PromptSpec& s) { s.method.kv_budget.kind = method::BudgetKind::kWindowOnTop; },
                 Method::kH2o},
+        BadSpec{"open.method.structkv.window_reduce: SUM needs the statistic WINDOW_QUERIES",
+                [](PromptSpec& s) {
+                  s.statistic = Statistic::kSaliency;
+                  s.method.window_reduce = method::WindowReduce::kSum;
+                }},
+        BadSpec{"open.method.snapkv.window_reduce: MAX needs the statistic WINDOW_QUERIES",
+                [](PromptSpec& s) {
+                  s.statistic = Statistic::kSaliencyPerKvHead;
+                  s.method.window_reduce = method::WindowReduce::kMax;
+                },
+                Method::kSnapKv},
         BadSpec{"open.method.structkv.group_reduce: MAX needs the statistic WINDOW_QUERIES",
                 [](PromptSpec& s) {
                   s.statistic = Statistic::kSaliency;

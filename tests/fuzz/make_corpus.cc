@@ -163,6 +163,7 @@ void AddOpen(const Corpus& corpus) {
   open.mutable_method()->mutable_pyramidkv()->set_beta(3);
   corpus.Add("open", "pyramidkv", open.SerializeAsString());
   open.mutable_method()->mutable_fastkv()->set_tsp_layer(5);
+  open.mutable_method()->mutable_fastkv()->set_window_reduce(v1::WINDOW_REDUCE_SUM);
   open.mutable_method()->mutable_fastkv()->set_group_reduce(v1::GROUP_REDUCE_MAX);
   corpus.Add("open", "fastkv", open.SerializeAsString());
   open.mutable_method()->mutable_structkv()->mutable_pivot()->set_mode(v1::PIVOT_MODE_ONLINE);

@@ -33,6 +33,7 @@ CudaSaliency RunCudaSaliency(const SaliencyParams& params, int /*blocks*/,
   }
   request.lse = mirror.In(params.lse, params.queries.heads * params.queries.tokens);
   request.scale = static_cast<float>(SaliencyScale(params));
+  request.window_max = params.window_max;
   request.key_scales = mirror.In(params.key_scales, heads);
   request.per_head = mirror.InOut(out.per_head.data(), heads * tokens);
   request.saliency = mirror.InOut(out.saliency.data(), tokens);

@@ -23,6 +23,7 @@ using testing::RowLse;
 using testing::Shape;
 using ::testing::Values;
 using ::testing::ValuesIn;
+using testing::WindowMaxOf;
 
 const Shape kShapes[] = {
     {1, 1, 1, 32, 1},       // one token
@@ -93,6 +94,16 @@ TEST_P(SaliencyTest, TakesTheCallersLogSumExp) {
   const std::vector<float> lse = Once("lse", [&] { return RowLse(params); });
   params.lse = lse.data();
   ExpectNear(*backend_, Run(params), Once("given", [&] { return Expected(params); }), params);
+}
+
+TEST_P(SaliencyTest, TakesTheLargestOfTheWindow) {
+  const Inputs inputs(shape_, dtype_, layout_, random_);
+  SaliencyParams params = WindowMaxOf(inputs.params());
+  ExpectNear(*backend_, Run(params), Once("largest", [&] { return Expected(params); }), params);
+  const std::vector<float> lse = Once("largest lse", [&] { return RowLse(params); });
+  params.lse = lse.data();
+  ExpectNear(*backend_, Run(params), Once("largest given", [&] { return Expected(params); }),
+             params);
 }
 
 TEST_P(SaliencyTest, DoesNotDependOnHowTasksRun) {
@@ -214,6 +225,7 @@ TEST_P(SaliencyInputTest, RefusesALogSumExpSoLowThatWeightsOverflow) {
   EXPECT_EQ(Run(params).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(bad_.token, 0);
   EXPECT_EQ(bad_.head, 0);
+  EXPECT_EQ(Run(WindowMaxOf(params)).code(), absl::StatusCode::kInvalidArgument);
 }
 
 TEST_P(SaliencyInputTest, IsSafeForLargeScores) {
@@ -298,6 +310,8 @@ TEST_P(SaliencyInputTest, RefusesShapesThatDoNotFit) {
   expect("key_dim: 584", [](SaliencyParams& p) { p.queries.dim = p.keys.dim = 584; });
   expect("dim 32", [](SaliencyParams& p) { p.queries.dim = 32; });
   expect("query_heads: 3", [](SaliencyParams& p) { p.queries.heads = 3; });
+  expect("query_heads: 4, must be kv_heads, 2, with window_max",
+         [](SaliencyParams& p) { p.window_max = true; });
   expect("scale", [](SaliencyParams& p) { p.scale = kNan; });
   expect("keys", [](SaliencyParams& p) { p.keys.tokens = 0; });
   expect("dtype", [this](SaliencyParams& p) {

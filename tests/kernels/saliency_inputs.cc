@@ -22,6 +22,15 @@ Inputs::Inputs(const Shape& shape, const Types& types, Layout layout, std::mt199
   for (int64_t h = 0; h < shape.kv_heads; ++h) key_scales.push_back(scale(random));
 }
 
+SaliencyParams WindowMaxOf(const SaliencyParams& params) {
+  SaliencyParams max = params;
+  max.queries.heads = max.keys.heads = params.queries.heads / params.keys.heads;
+  max.keys.head_stride = 0;
+  max.key_scales = nullptr;
+  max.window_max = true;
+  return max;
+}
+
 std::vector<float> Expected(const SaliencyParams& params) {
   std::vector<float> out(params.keys.heads * params.keys.tokens);
   const auto oracle = reference::CreateReferenceBackend();

@@ -48,6 +48,9 @@ struct Inputs {
   std::vector<float> key_scales;  // [kv_heads], or empty
 };
 
+// The largest of the window's rows, for each query head of the first KV head.
+SaliencyParams WindowMaxOf(const SaliencyParams& params);
+
 std::vector<float> Expected(const SaliencyParams& params);
 
 // Log-sum-exp of every row, from the oracle. Dense keys.

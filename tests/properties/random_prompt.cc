@@ -50,6 +50,10 @@ void SetScoring(Random* random, v1::Statistic statistic, Kind* kind) {
     kind->set_pooling_kernel(Pick(random, {1U, 3U, 5U, 9U, 63U}));
   }
   if (statistic == v1::STATISTIC_WINDOW_QUERIES && random->Chance(40)) {
+    kind->set_window_reduce(
+        Pick(random, {v1::WINDOW_REDUCE_MEAN, v1::WINDOW_REDUCE_SUM, v1::WINDOW_REDUCE_MAX}));
+  }
+  if (statistic == v1::STATISTIC_WINDOW_QUERIES && random->Chance(40)) {
     kind->set_group_reduce(
         Pick(random, {v1::GROUP_REDUCE_SUM, v1::GROUP_REDUCE_MEAN, v1::GROUP_REDUCE_MAX}));
   }

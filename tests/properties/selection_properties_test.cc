@@ -134,11 +134,19 @@ TEST_P(SelectionPropertiesTest, SaliencySumsToTheQueryHeads) {
     for (uint32_t layer = 0; layer < data.layers(); ++layer) {
       for (const std::vector<float>& row : Saliency(data, answer, layer)) {
         const double sum = std::accumulate(row.begin(), row.end(), 0.0);
-        double most = data.effective().per_head ? group : geometry.query_head_count();
+        const Effective& effective = data.effective();
+        double most = effective.per_head ? group : geometry.query_head_count();
         double least = most;
-        if (data.effective().reduce == v1::GROUP_REDUCE_MEAN) least = most = most / group;
+        if (effective.window_reduce == v1::WINDOW_REDUCE_SUM)
+          least = most = most * effective.window;
+        // The largest of the rows: their mean at least.
+        if (effective.window_reduce == v1::WINDOW_REDUCE_MAX) most *= effective.window;
+        if (effective.reduce == v1::GROUP_REDUCE_MEAN) {
+          least /= group;
+          most /= group;
+        }
         // The largest of a group's heads: one head's at least.
-        if (data.effective().reduce == v1::GROUP_REDUCE_MAX) least = most / group;
+        if (effective.reduce == v1::GROUP_REDUCE_MAX) least /= group;
         EXPECT_GE(sum, least * (1 - 1e-4)) << "layer " << layer;
         EXPECT_LE(sum, most * (1 + 1e-4)) << "layer " << layer;
         ++checked;

@@ -138,6 +138,9 @@ INSTANTIATE_TEST_SUITE_P(
                 "open.method.structkv.pivot.fixed_layer is 0; only PIVOT_MODE_FIXED takes it"},
         BadOpen{"method { structkv { pivot { mode: PIVOT_MODE_FIXED fixed_layer: 8 } } }",
                 "open.method.structkv.pivot.fixed_layer is 8; 0 to 7 are allowed"},
+        BadOpen{"method { snapkv { window_reduce: 4 } }",
+                "open.method.snapkv.window_reduce is 4; allowed: WINDOW_REDUCE_MEAN, "
+                "WINDOW_REDUCE_SUM, WINDOW_REDUCE_MAX"},
         BadOpen{"method { snapkv { group_reduce: 4 } }",
                 "open.method.snapkv.group_reduce is 4; allowed: GROUP_REDUCE_SUM, "
                 "GROUP_REDUCE_MEAN, GROUP_REDUCE_MAX"},

@@ -132,7 +132,8 @@ TEST_P(EchoTest, EveryParameterInForceIsEchoed) {
 
 constexpr char kStructKvDefaults[] =
     "structkv { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } window_tokens: 8 "
-    "granularity: GRANULARITY_PER_LAYER pooling: POOLING_NONE group_reduce: GROUP_REDUCE_SUM "
+    "granularity: GRANULARITY_PER_LAYER pooling: POOLING_NONE "
+    "window_reduce: WINDOW_REDUCE_MEAN group_reduce: GROUP_REDUCE_SUM "
     "decay: 0.9 "
     "skeleton_budget { ratio: 0.2 kind: BUDGET_KIND_INCLUDES_WINDOW } "
     "pivot { mode: PIVOT_MODE_EXACT sparsity_ratio: 0.1 entropy_weight: 0.2 "
@@ -141,7 +142,7 @@ constexpr char kStructKvDefaults[] =
 constexpr char kStructKvOther[] =
     "structkv { kv_budget { ratio: 0.5 kind: BUDGET_KIND_WINDOW_ON_TOP } window_tokens: 64 "
     "granularity: GRANULARITY_PER_KV_HEAD pooling: POOLING_MAX pooling_kernel: 63 "
-    "group_reduce: GROUP_REDUCE_MAX decay: 0 "
+    "window_reduce: WINDOW_REDUCE_MAX group_reduce: GROUP_REDUCE_MAX decay: 0 "
     "skeleton_budget { ratio: 1 kind: BUDGET_KIND_WINDOW_ON_TOP } "
     "pivot { mode: PIVOT_MODE_FIXED fixed_layer: 7 sparsity_ratio: 1 entropy_weight: 0 "
     "sparsity_weight: 0 variance_weight: 1 search_begin: 0 search_end: 1 } }";
@@ -149,7 +150,7 @@ constexpr char kStructKvOther[] =
 constexpr char kProfiled[] =
     "structkv { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } window_tokens: 8 "
     "granularity: GRANULARITY_PER_LAYER pooling: POOLING_NONE "
-    "group_reduce: GROUP_REDUCE_SUM decay: 0.9 "
+    "window_reduce: WINDOW_REDUCE_MEAN group_reduce: GROUP_REDUCE_SUM decay: 0.9 "
     "skeleton_budget { ratio: 0.2 kind: BUDGET_KIND_INCLUDES_WINDOW } "
     "pivot { mode: PIVOT_MODE_PROFILED sparsity_ratio: 0.1 entropy_weight: 0.2 "
     "sparsity_weight: 0.3 variance_weight: 0.5 search_begin: 0.25 search_end: 0.6 patience: 3 "
@@ -166,11 +167,12 @@ INSTANTIATE_TEST_SUITE_P(
         Echo{"snapkv {}",
              "snapkv { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } "
              "window_tokens: 32 granularity: GRANULARITY_PER_KV_HEAD pooling: POOLING_AVG "
-             "pooling_kernel: 5 group_reduce: GROUP_REDUCE_SUM }"},
+             "pooling_kernel: 5 window_reduce: WINDOW_REDUCE_MEAN "
+             "group_reduce: GROUP_REDUCE_SUM }"},
         Echo{"snapkv { window_tokens: 1 granularity: GRANULARITY_PER_LAYER pooling: POOLING_NONE }",
              "snapkv { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } "
              "window_tokens: 1 granularity: GRANULARITY_PER_LAYER pooling: POOLING_NONE "
-             "group_reduce: GROUP_REDUCE_SUM }"},
+             "window_reduce: WINDOW_REDUCE_MEAN group_reduce: GROUP_REDUCE_SUM }"},
         Echo{"streaming_llm {}",
              "streaming_llm { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } "
              "sink_tokens: 4 }"},
@@ -181,21 +183,24 @@ INSTANTIATE_TEST_SUITE_P(
         Echo{"pyramidkv {}",
              "pyramidkv { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } "
              "window_tokens: 32 granularity: GRANULARITY_PER_KV_HEAD pooling: POOLING_AVG "
-             "pooling_kernel: 5 group_reduce: GROUP_REDUCE_SUM beta: 20 }"},
+             "pooling_kernel: 5 window_reduce: WINDOW_REDUCE_MEAN "
+             "group_reduce: GROUP_REDUCE_SUM beta: 20 }"},
         Echo{"pyramidkv { kv_budget { kind: BUDGET_KIND_KVPRESS } beta: 1.5 "
-             "group_reduce: GROUP_REDUCE_MEAN }",
+             "window_reduce: WINDOW_REDUCE_SUM group_reduce: GROUP_REDUCE_MEAN }",
              "pyramidkv { kv_budget { ratio: 0.1 kind: BUDGET_KIND_KVPRESS } "
              "window_tokens: 32 granularity: GRANULARITY_PER_KV_HEAD pooling: POOLING_AVG "
-             "pooling_kernel: 5 group_reduce: GROUP_REDUCE_MEAN beta: 1.5 }"},
+             "pooling_kernel: 5 window_reduce: WINDOW_REDUCE_SUM "
+             "group_reduce: GROUP_REDUCE_MEAN beta: 1.5 }"},
         Echo{"fastkv { tsp_layer: 3 }",
              "fastkv { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } "
              "window_tokens: 8 granularity: GRANULARITY_PER_KV_HEAD pooling: POOLING_MAX "
-             "pooling_kernel: 7 group_reduce: GROUP_REDUCE_SUM tsp_layer: 3 "
+             "pooling_kernel: 7 window_reduce: WINDOW_REDUCE_MEAN "
+             "group_reduce: GROUP_REDUCE_SUM tsp_layer: 3 "
              "skeleton_budget { ratio: 0.2 kind: BUDGET_KIND_INCLUDES_WINDOW } }"},
         Echo{"gemfilter { filter_layer: 7 }",
              "gemfilter { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } "
              "window_tokens: 1 pooling: POOLING_AVG pooling_kernel: 5 filter_layer: 7 "
-             "group_reduce: GROUP_REDUCE_SUM }"},
+             "window_reduce: WINDOW_REDUCE_MEAN group_reduce: GROUP_REDUCE_SUM }"},
         Echo{"h2o {}",
              "h2o { kv_budget { ratio: 0.1 kind: BUDGET_KIND_INCLUDES_WINDOW } recent_share: 0.5 "
              "granularity: GRANULARITY_PER_KV_HEAD }"},

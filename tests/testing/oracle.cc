@@ -50,20 +50,28 @@ std::vector<std::vector<double>> Attention(const PromptData& data, uint32_t laye
   const uint32_t window = data.effective().window;
   std::vector<std::vector<double>> out(geometry.kv_head_count(),
                                        std::vector<double>(data.tokens(layer)));
+  const v1::WindowReduce window_reduce = data.effective().window_reduce;
   const v1::GroupReduce reduce = data.effective().reduce;
   for (uint32_t head = 0; head < geometry.query_head_count(); ++head) {
-    std::vector<double> mean(data.tokens(layer));
+    std::vector<double> of_head(data.tokens(layer));
     for (uint32_t row = 0; row < window; ++row) {
       const std::vector<double> scores = RowScores(data, layer, head, row);
       const double lse = LogSumExp(scores);
-      for (size_t j = 0; j < scores.size(); ++j) mean[j] += std::exp(scores[j] - lse) / window;
+      for (size_t j = 0; j < scores.size(); ++j) {
+        const double weight = std::exp(scores[j] - lse);
+        if (window_reduce == v1::WINDOW_REDUCE_MAX) {
+          of_head[j] = std::max(of_head[j], weight);
+        } else {
+          of_head[j] += window_reduce == v1::WINDOW_REDUCE_MEAN ? weight / window : weight;
+        }
+      }
     }
     std::vector<double>& to = out[head / group];
-    for (size_t j = 0; j < mean.size(); ++j) {
+    for (size_t j = 0; j < of_head.size(); ++j) {
       if (reduce == v1::GROUP_REDUCE_MAX) {
-        to[j] = std::max(to[j], mean[j]);
+        to[j] = std::max(to[j], of_head[j]);
       } else {
-        to[j] += reduce == v1::GROUP_REDUCE_MEAN ? mean[j] / group : mean[j];
+        to[j] += reduce == v1::GROUP_REDUCE_MEAN ? of_head[j] / group : of_head[j];
       }
     }
   }

@@ -49,6 +49,18 @@ constexpr CaseText kCases[] = {
     {"StructKvSaliencyPerKvHeadEach",
      "statistic: STATISTIC_SALIENCY_PER_KV_HEAD return_saliency: true "
      "method { structkv { granularity: GRANULARITY_PER_KV_HEAD pooling: POOLING_MAX } }"},
+    {"StructKvWindowMax",
+     "return_saliency: true return_centrality: true "
+     "method { structkv { window_reduce: WINDOW_REDUCE_MAX } }"},
+    {"SnapKvWindowSumGroupMean",
+     "return_saliency: true method { snapkv { window_reduce: WINDOW_REDUCE_SUM "
+     "group_reduce: GROUP_REDUCE_MEAN } }"},
+    {"SnapKvWindowAndGroupMaxLse",
+     "return_saliency: true window_lse: true method { snapkv { "
+     "window_reduce: WINDOW_REDUCE_MAX group_reduce: GROUP_REDUCE_MAX } }"},
+    {"StructKvWindowMaxOfOneHeadEach",
+     "geometry { query_head_count: 8 kv_head_count: 8 } return_saliency: true "
+     "method { structkv { window_reduce: WINDOW_REDUCE_MAX window_tokens: 37 } }"},
     {"StructKvPlan", "output: OUTPUT_PLAN"},
     {"StructKvPlanSaliency",
      "output: OUTPUT_PLAN statistic: STATISTIC_SALIENCY return_centrality: true"},

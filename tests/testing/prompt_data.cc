@@ -130,6 +130,7 @@ Effective::Effective(const v1::Open& open) {
     kept = Kept(m.kv_budget(), 0.10, window, tokens);
     pooling = m.pooling() != v1::POOLING_UNSPECIFIED ? m.pooling() : default_pooling;
     kernel = m.has_pooling_kernel() ? m.pooling_kernel() : default_kernel;
+    if (m.window_reduce() != v1::WINDOW_REDUCE_UNSPECIFIED) window_reduce = m.window_reduce();
     if (m.group_reduce() != v1::GROUP_REDUCE_UNSPECIFIED) reduce = m.group_reduce();
   };
   if (structkv) {

@@ -42,6 +42,7 @@ struct Effective {
   uint32_t always = 0;                     // last tokens that are kept whatever their scores
   std::vector<uint32_t> layers;            // tokens that each layer keeps
   std::optional<uint32_t> skeleton_layer;  // that alone chooses the skeleton
+  v1::WindowReduce window_reduce = v1::WINDOW_REDUCE_MEAN;
   v1::GroupReduce reduce = v1::GROUP_REDUCE_SUM;
   uint32_t skeleton = 0;
   uint32_t sinks = 0;

@@ -31,9 +31,11 @@ void RunScores(const SaliencyPlan& plan, int blocks) {
   const bool store = plan.lse == nullptr;
   Run(blocks, store ? 0 : TileFloats(plan), [&](EmulatedBlock& block, float* shared) {
     if (store) {
-      cuda::Scores<P, kPairs, true>(block, plan, nullptr);
+      cuda::Scores<P, kPairs, cuda::Scored::kExps>(block, plan, nullptr);
+    } else if (plan.window_max) {
+      cuda::Scores<P, kPairs, cuda::Scored::kMax>(block, plan, shared);
     } else {
-      cuda::Scores<P, kPairs, false>(block, plan, shared);
+      cuda::Scores<P, kPairs, cuda::Scored::kSum>(block, plan, shared);
     }
   });
 }
@@ -109,6 +111,7 @@ CudaSaliency RunCudaSaliency(const SaliencyParams& params, int blocks,
   request.keys = params.keys;
   request.lse = params.lse;
   request.scale = static_cast<float>(SaliencyScale(params));
+  request.window_max = params.window_max;
   request.key_scales = params.key_scales;
   request.per_head = out.per_head.data();
   request.saliency = out.saliency.data();

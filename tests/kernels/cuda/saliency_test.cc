@@ -78,6 +78,15 @@ TEST_P(CudaSaliencyTest, AgreesWithTheOracle) {
   ExpectNear(RunCudaSaliency(params), Expected(params), params);
 }
 
+TEST_P(CudaSaliencyTest, TakesTheLargestOfTheWindow) {
+  const Inputs inputs(shape_, types_, Layout::kHeadTokenDim, random_);
+  SaliencyParams params = testing::WindowMaxOf(inputs.params());
+  ExpectNear(RunCudaSaliency(params), Expected(params), params);
+  const std::vector<float> lse = RowLse(params);
+  params.lse = lse.data();
+  ExpectNear(RunCudaSaliency(params), Expected(params), params);
+}
+
 std::string Name(const ::testing::TestParamInfo<Case>& instance) {
   const auto& [types, s] = instance.param;
   const auto number = [](int64_t n) { return std::to_string(n); };

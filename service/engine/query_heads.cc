@@ -1,4 +1,4 @@
-#include "service/engine/group_max.h"
+#include "service/engine/query_heads.h"
 
 #include <algorithm>
 #include <vector>
@@ -23,6 +23,12 @@ void MaxOfRows(const float* values, int64_t rows, int64_t tokens, float* out,
 
 }  // namespace
 
+bool TellsQueryHeadsApart(const PromptSpec& spec) {
+  const method::MethodSpec& method = spec.method;
+  return spec.geometry.group() > 1 && (method.window_reduce == method::WindowReduce::kMax ||
+                                       method.group_reduce == method::GroupReduce::kMax);
+}
+
 SaliencyParams OneHeadOf(const SaliencyParams& params) {
   SaliencyParams one = params;
   one.queries.heads = params.queries.heads / params.keys.heads;
@@ -31,9 +37,9 @@ SaliencyParams OneHeadOf(const SaliencyParams& params) {
   return one;
 }
 
-absl::Status GroupMaxSaliency(const SaliencyParams& params, const Backend& backend,
-                              BufferPool& pool, float* out, BadStatistic* bad,
-                              ParallelFor parallel) {
+absl::Status QueryHeadSaliency(const SaliencyParams& params, method::GroupReduce reduce,
+                               const Backend& backend, BufferPool& pool, float* out,
+                               BadStatistic* bad, ParallelFor parallel) {
   SaliencyParams one = OneHeadOf(params);
   const int64_t group = one.queries.heads;
   const int64_t tokens = params.keys.tokens;
@@ -56,7 +62,12 @@ absl::Status GroupMaxSaliency(const SaliencyParams& params, const Backend& backe
       if (found.head != bad->head) *bad = {head, found.token, found.value};
       return status;
     }
-    MaxOfRows(rows.as<const float>(), group, tokens, out + head * tokens, parallel);
+    float* to = out + head * tokens;
+    if (reduce == method::GroupReduce::kMax) {
+      MaxOfRows(rows.as<const float>(), group, tokens, to, parallel);
+    } else {
+      backend.SumHeads(rows.as<const float>(), group, tokens, to, parallel);
+    }
   }
   return absl::OkStatus();
 }
