@@ -1,17 +1,15 @@
 #!/usr/bin/env python3
 """Writes golden-methods-tiny-llama-1000.json: what other implementations keep of the captured prompt.
 
-    python3 -m venv venv && venv/bin/pip install torch transformers kvpress safetensors
-    venv/bin/python tests/data/make_method_golden.py --model DIR
+    venv/bin/python tests/data/make_method_golden.py    # README.md has the packages
 
-DIR holds config.json and model.safetensors of the model that the prompt was captured from. Two kinds
-of cases:
+Two kinds of cases:
 
 * "kvpress": positions come out of the kvpress package's own code (`compress` of its presses), fed with
   the captured keys and with attention computed from the captured queries, in float64.
 * "definition": positions are computed here, with PyTorch in float64, from the methods' publications.
 
-The model itself is run as well: it proves that the capture is its prefill, gives H2O's column sums
+The model that the prompt was captured from (tiny-llama) is run as well: it proves that the capture is its prefill, gives H2O's column sums
 (column-sums-tiny-llama-1000.safetensors), and shows how far kvpress agrees with itself on keys that
 were not rounded to BF16.
 
@@ -31,12 +29,13 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from make_golden import CLOSE, compact
+from make_golden import CLOSE, compact, order_metadata
 
 HERE = pathlib.Path(__file__).resolve().parent
 CAPTURE = HERE / "capture-tiny-llama-1000.safetensors"
 GOLDEN = HERE / "golden-methods-tiny-llama-1000.json"
 COLUMN_SUMS = HERE / "column-sums-tiny-llama-1000.safetensors"
+MODEL = HERE / "tiny-llama"
 TSP_LAYER, FILTER_LAYER = 6, 5
 
 
@@ -161,11 +160,18 @@ def h2o(prompt, column_sums, ratio, recent_share):
     return result, None
 
 
-def group_max(prompt, ratio, window, kernel):
+WINDOW_REDUCE = {"MEAN": torch.mean, "SUM": torch.sum, "MAX": torch.amax}
+GROUP_REDUCE = {"SUM": torch.sum, "MEAN": torch.mean, "MAX": torch.amax}
+
+
+def snapkv(prompt, ratio, window, kernel, over_window, over_group):
+    """Reduced over the rows of the window first, then over the group."""
     result = []
     for layer in range(prompt.layers):
-        a = attention(prompt.queries[layer], prompt.keys[layer], window).mean(1)
-        scores = by_group(a, prompt.kv_heads).amax(1)[:, : prompt.tokens - window]
+        a = attention(prompt.queries[layer], prompt.keys[layer], window)
+        heads = WINDOW_REDUCE[over_window](a, 1)
+        scores = GROUP_REDUCE[over_group](by_group(heads, prompt.kv_heads), 1)
+        scores = scores[:, : prompt.tokens - window]
         keep = max(window, share(ratio, prompt.tokens))
         rows = pooled(scores, "avg", kernel)
         result.append(rows_result([best(row, prompt.tokens, keep) for row in rows]))
@@ -235,7 +241,7 @@ def run_model(model, prompt, tokens):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, type=pathlib.Path)
+    parser.add_argument("--model", default=MODEL, type=pathlib.Path)
     directory = parser.parse_args().model
     captured = load_file(CAPTURE)
     with safe_open(CAPTURE, "pt") as file:
@@ -251,6 +257,7 @@ def main():
         COLUMN_SUMS,
         metadata={"model_id": metadata["model_id"], "prompt_tokens": metadata["prompt_tokens"]},
     )
+    order_metadata(COLUMN_SUMS)
 
     cases = []
 
@@ -327,8 +334,16 @@ def main():
         "snapkv_group_max",
         "definition",
         "snapkv { group_reduce: GROUP_REDUCE_MAX }",
-        group_max(prompt, 0.10, 32, 5),
+        snapkv(prompt, 0.10, 32, 5, "MEAN", "MAX"),
     )
+    for over_window, over_group in (("SUM", "SUM"), ("MAX", "SUM"), ("MAX", "MAX")):
+        add(
+            f"snapkv_window_{over_window.lower()}_group_{over_group.lower()}",
+            "definition",
+            f"snapkv {{ window_reduce: WINDOW_REDUCE_{over_window} "
+            f"group_reduce: GROUP_REDUCE_{over_group} }}",
+            snapkv(prompt, 0.10, 32, 5, over_window, over_group),
+        )
 
     golden = {
         "capture": CAPTURE.name,

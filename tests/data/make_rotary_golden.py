@@ -1,10 +1,7 @@
 #!/usr/bin/env python3
 """Writes golden-rotary.safetensors: keys that Hugging Face's own rotary code has rotated.
 
-    python3 -m venv venv && venv/bin/pip install torch transformers safetensors
-    venv/bin/python tests/data/make_rotary_golden.py --model DIR
-
-DIR holds config.json and model.safetensors of the model that the bundled prompt was captured from.
+    venv/bin/python tests/data/make_rotary_golden.py    # README.md has the packages
 
 A case is a few kept keys of a prompt, as they are before rotation (`NAME.unrotated`, [kept, rotary_dim]
 F32), rotated at their original positions (`NAME.before`) and at consecutive ones (`NAME.after`), in
@@ -14,7 +11,7 @@ are the original positions, `NAME.from` and `NAME.to` the inverse frequencies. T
 JSON list: name, parameters as a text-format RotaryParameters, prompt_tokens, key_dim, and by what Hugging
 Face scales rotated keys.
 
-Of the model itself: `model.positions`, and `model.layer.I.after`, [kv_heads, kept, head_dim], the keys of
+Of the model that the bundled prompt was captured from (tiny-llama): `model.positions`, and `model.layer.I.after`, [kv_heads, kept, head_dim], the keys of
 some layers' prefill of the captured prompt, as its k_proj gave them, rotated at consecutive positions.
 """
 
@@ -31,9 +28,12 @@ from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
 from transformers.models.gptj import modeling_gptj as gptj
 from transformers.models.llama import modeling_llama as llama
 
+from make_golden import order_metadata
+
 HERE = pathlib.Path(__file__).resolve().parent
 CAPTURE = HERE / "capture-tiny-llama-1000.safetensors"
 GOLDEN = HERE / "golden-rotary.safetensors"
+MODEL = HERE / "tiny-llama"
 KEPT = 8
 MODEL_KEPT = 40
 MODEL_LAYERS = (0, 5, 11)
@@ -205,7 +205,7 @@ def add_model(golden, directory):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, type=pathlib.Path)
+    parser.add_argument("--model", default=MODEL, type=pathlib.Path)
     directory = parser.parse_args().model
     transformers.logging.set_verbosity_error()
     golden = Golden()
@@ -257,6 +257,7 @@ def main():
         GOLDEN,
         metadata={"cases": json.dumps(golden.cases), "versions": json.dumps(versions)},
     )
+    order_metadata(GOLDEN)
 
 
 if __name__ == "__main__":
