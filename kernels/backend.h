@@ -2,7 +2,12 @@
 // on tensors.
 //
 // Contract, for every operation
-//   * Shapes are given beside the pointers, strides count elements, memory is the host's.
+//   * Shapes are given beside the pointers, strides count elements.
+//   * Memory is the host's. Where BackendCapabilities::device_memory says so, the data of queries
+//   and
+//     keys, and of what rows are gathered from and to, may instead lie in the memory of a GPU, all
+//     that a call gets in that of the same one. What is written there is there when the call
+//     returns; what is read must not be written meanwhile.
 //   * Outputs never overlap inputs unless the comment says so.
 //   * Calls are synchronous and thread-safe: concurrent calls on distinct outputs are allowed.
 //   * Parallel work goes through the caller's `ParallelFor`. Results do not depend on how it runs:
@@ -19,6 +24,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -48,7 +54,8 @@ enum class Pooling : uint8_t { kNone, kAvg, kMax };
 struct BackendCapabilities {
   std::vector<DType> dtypes;
   std::vector<Layout> layouts;
-  bool paged = false;  // keys and values in blocks of any size, see TensorView
+  bool paged = false;          // keys and values in blocks of any size, see TensorView
+  bool device_memory = false;  // tensors may lie in a GPU's memory, see the contract
   int64_t min_dim = 32;
   int64_t max_dim = 256;
   int64_t dim_step = 8;
@@ -173,16 +180,24 @@ class Backend {
   // Copies the rows at `positions` of every head. `positions` is [kept] for all heads alike or
   // [heads, kept]; `per_head` says which. `destination` has the source's heads, dim and dtype and
   // `kept` tokens, and may be paged whether or not the source is; what lies behind its tokens in a
-  // last block is not written. Positions must lie in the source.
-  virtual void Gather(const TensorView& source, const int32_t* positions, bool per_head,
-                      const MutableTensorView& destination, ParallelFor parallel) const = 0;
+  // last block is not written. Positions must lie in the source. Of tensors in the host's memory
+  // only a lost backend is an error.
+  virtual absl::Status Gather(const TensorView& source, const int32_t* positions, bool per_head,
+                              const MutableTensorView& destination, ParallelFor parallel) const = 0;
 
   // As Gather, for keys of F32, F16 or BF16, with each of them moved to another position on its
   // way (kernels/rotation.h). Row i of a head is the key at rows[.., i], which was rotated for
   // rotation.positions[.., i].
-  virtual void GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
-                             const RotationParams& rotation, const MutableTensorView& destination,
-                             ParallelFor parallel) const = 0;
+  virtual absl::Status GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
+                                     const RotationParams& rotation,
+                                     const MutableTensorView& destination,
+                                     ParallelFor parallel) const = 0;
+
+  // Sets `bytes` bytes to zero, of memory that a gather may write to. Errors as of Gather.
+  virtual absl::Status Zero(void* to, int64_t bytes) const {
+    std::memset(to, 0, static_cast<size_t>(bytes));
+    return absl::OkStatus();
+  }
 };
 
 }  // namespace structkv

@@ -152,15 +152,17 @@ class CpuBackend final : public Backend {
     std::iota(positions + best, positions + params.keep, static_cast<int32_t>(others));
   }
 
-  void Gather(const TensorView& source, const int32_t* positions, bool per_head,
-              const MutableTensorView& destination, ParallelFor parallel) const override {
+  absl::Status Gather(const TensorView& source, const int32_t* positions, bool per_head,
+                      const MutableTensorView& destination, ParallelFor parallel) const override {
     cpu::Gather(table_, source, positions, per_head, destination, parallel);
+    return absl::OkStatus();
   }
 
-  void GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
-                     const RotationParams& rotation, const MutableTensorView& destination,
-                     ParallelFor parallel) const override {
+  absl::Status GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
+                             const RotationParams& rotation, const MutableTensorView& destination,
+                             ParallelFor parallel) const override {
     cpu::GatherRotated(table_, source, rows, per_head, rotation, destination, parallel);
+    return absl::OkStatus();
   }
 
  private:

@@ -93,28 +93,44 @@ class CudaBackend final : public Backend {
     host_->Select(params, positions);
   }
 
-  void Gather(const TensorView& source, const int32_t* positions, bool per_head,
-              const MutableTensorView& destination, ParallelFor parallel) const override {
-    if (destination.tokens == 0 || source.heads == 0 ||
-        Done(cuda::Gather(*devices_, source, positions, per_head, destination))) {
-      return;
-    }
-    host_->Gather(source, positions, per_head, destination, parallel);
+  absl::Status Gather(const TensorView& source, const int32_t* positions, bool per_head,
+                      const MutableTensorView& destination, ParallelFor parallel) const override {
+    if (destination.tokens == 0 || source.heads == 0) return absl::OkStatus();
+    absl::Status status = cuda::Gather(*devices_, source, positions, per_head, destination);
+    if (status.ok() || !HostReaches(source, destination) || Done(status)) return status;
+    return host_->Gather(source, positions, per_head, destination, parallel);
   }
 
-  void GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
-                     const RotationParams& rotation, const MutableTensorView& destination,
-                     ParallelFor parallel) const override {
-    if (destination.tokens == 0 || source.heads == 0 ||
-        Done(cuda::GatherRotated(*devices_, source, rows, per_head, rotation, destination))) {
-      return;
-    }
-    host_->GatherRotated(source, rows, per_head, rotation, destination, parallel);
+  absl::Status GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
+                             const RotationParams& rotation, const MutableTensorView& destination,
+                             ParallelFor parallel) const override {
+    if (destination.tokens == 0 || source.heads == 0) return absl::OkStatus();
+    absl::Status status =
+        cuda::GatherRotated(*devices_, source, rows, per_head, rotation, destination);
+    if (status.ok() || !HostReaches(source, destination) || Done(status)) return status;
+    return host_->GatherRotated(source, rows, per_head, rotation, destination, parallel);
+  }
+
+  absl::Status Zero(void* to, int64_t bytes) const override {
+    if (bytes == 0) return absl::OkStatus();
+    const absl::StatusOr<Place> place = devices_->PlaceOf(to);
+    if (!place.ok()) return place.status();
+    return place->on_device() ? cuda::Zero(*devices_, place->device, to, bytes)
+                              : host_->Zero(to, bytes);
   }
 
  private:
   // What a call keeps on the heap, and more.
   static constexpr int64_t kCallBytes = 4096;
+
+  // Whether the CPU can gather in place of a device.
+  bool HostReaches(const TensorView& source, const MutableTensorView& destination) const {
+    for (const void* data : {source.data, static_cast<const void*>(destination.data)}) {
+      const absl::StatusOr<Place> place = devices_->PlaceOf(data);
+      if (!place.ok() || place->on_device()) return false;
+    }
+    return true;
+  }
 
   // Whether an operation without a status has nothing left to do: it went well, or the backend is
   // lost and its result does not matter.
@@ -133,6 +149,7 @@ class CudaBackend final : public Backend {
       .dtypes = {DType::kF32, DType::kF16, DType::kBF16, DType::kF8E4M3, DType::kF8E5M2},
       .layouts = {Layout::kHeadTokenDim, Layout::kTokenHeadDim},
       .paged = true,
+      .device_memory = true,
   };
 };
 

@@ -1,5 +1,5 @@
-// NVIDIA GPUs as a backend for tensors in the host's memory. Knows no CUDA type: a program without
-// nvcc can include it.
+// NVIDIA GPUs as a backend for tensors in the host's memory and in theirs. Knows no CUDA type: a
+// program without nvcc can include it.
 #pragma once
 
 #include <cstdint>

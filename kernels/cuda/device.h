@@ -126,6 +126,8 @@ class Device {
   static absl::StatusOr<std::unique_ptr<Device>> Open(int index, const DeviceOptions& options,
                                                       Loss* loss);
 
+  // CUDA's.
+  int index() const { return index_; }
   // "GPU 0"
   const std::string& name() const { return name_; }
   // "NVIDIA H200"

@@ -38,15 +38,26 @@ absl::StatusOr<PinnedBytes> MakePinnedBytes(int64_t bytes) {
   return PinnedBytes(static_cast<std::byte*>(data));
 }
 
+cudaError_t PlaceOf(const void* data, Place* place) {
+  *place = {};
+  cudaPointerAttributes attributes;
+  const cudaError_t error = cudaPointerGetAttributes(&attributes, data);
+  if (error != cudaSuccess) return error;
+  // Pageable memory is neither, and managed memory is the host's as well.
+  if (attributes.type == cudaMemoryTypeDevice) place->device = attributes.device;
+  place->pinned = attributes.type == cudaMemoryTypeHost && attributes.devicePointer == data;
+  return cudaSuccess;
+}
+
 bool IsPinned(const void* data, int64_t bytes) {
   const auto* const first = static_cast<const std::byte*>(data);
   for (const std::byte* at : {first, first + bytes - 1}) {
-    cudaPointerAttributes attributes;
-    if (cudaPointerGetAttributes(&attributes, at) != cudaSuccess) {
+    Place place;
+    if (PlaceOf(at, &place) != cudaSuccess) {
       (void)cudaGetLastError();
       return false;
     }
-    if (attributes.type != cudaMemoryTypeHost || attributes.devicePointer != at) return false;
+    if (!place.pinned) return false;
   }
   return true;
 }

@@ -36,8 +36,18 @@ absl::StatusOr<DeviceBytes> MakeDeviceBytes(int64_t bytes);
 // Host memory that every device can copy from and to while the host goes on.
 absl::StatusOr<PinnedBytes> MakePinnedBytes(int64_t bytes);
 
-// Whether the bytes are pinned host memory, so that they can be copied while the host goes on, and
-// read by a kernel at the address that the host uses.
+// Where a byte lies.
+struct Place {
+  int device = -1;      // of the GPU whose memory it is; -1: the host's
+  bool pinned = false;  // host memory that a kernel can use at the address that the host uses
+
+  bool on_device() const { return device >= 0; }
+};
+// On an error the byte is not to be touched.
+cudaError_t PlaceOf(const void* data, Place* place);
+
+// Whether the bytes, of the host's memory, are pinned, so that they can be copied while the host
+// goes on, and read by a kernel at the address that the host uses.
 bool IsPinned(const void* data, int64_t bytes);
 
 // One allocation of the current device, made once, and who has which part of it. Thread-safe.

@@ -44,6 +44,24 @@ absl::StatusOr<Lease> Devices::Acquire(absl::FunctionRef<int64_t(const Device&)>
   return best->Acquire(bytes(*best));
 }
 
+absl::StatusOr<Lease> Devices::AcquireOn(int index, int64_t bytes) {
+  if (index < 0) return Acquire(bytes);
+  for (const std::unique_ptr<Device>& device : all_) {
+    if (device->index() == index) return device->Acquire(bytes);
+  }
+  return absl::InvalidArgumentError(absl::StrCat("a tensor lies in the memory of GPU ", index,
+                                                 ", which is not among those that compute"));
+}
+
+absl::StatusOr<Place> Devices::PlaceOf(const void* data) {
+  if (absl::Status status = Health(); !status.ok()) return status;
+  Place place;
+  absl::Status status =
+      all_.front()->Check(cuda::PlaceOf(data, &place), "cudaPointerGetAttributes");
+  if (!status.ok()) return status;
+  return place;
+}
+
 bool Devices::CanHold(int64_t bytes) const {
   return std::any_of(all_.begin(), all_.end(),
                      [bytes](const auto& device) { return device->CanHold(bytes); });

@@ -26,6 +26,11 @@ class Devices {
   absl::StatusOr<Lease> Acquire(int64_t bytes) {
     return Acquire([bytes](const Device&) { return bytes; });
   }
+  // On the device of that CUDA index, whose memory the call's tensors lie in; -1: on any.
+  // INVALID_ARGUMENT where it is none of these.
+  absl::StatusOr<Lease> AcquireOn(int index, int64_t bytes);
+  // Where a tensor lies. UNAVAILABLE where the backend is lost.
+  absl::StatusOr<Place> PlaceOf(const void* data);
   // Whether any of them can ever hold so much.
   bool CanHold(int64_t bytes) const;
 

@@ -1,8 +1,11 @@
 #include "kernels/cuda/gather_call.h"
 
+#include <algorithm>
 #include <numeric>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
+#include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/gather.h"
 #include "kernels/cuda/staging.h"
 #include "kernels/cuda/tensor_runs.h"
@@ -14,7 +17,7 @@ int64_t BytesOf(const TensorView& view) {
   return view.heads * view.tokens * view.dim * static_cast<int64_t>(DTypeSize(view.dtype));
 }
 
-// Whether a kernel can read every row of the view at its address.
+// Whether a kernel can read every row of a view that lies in the host's memory at its address.
 bool CanBeReadInPlace(const TensorView& view) {
   if (view.paged() && view.block_table != nullptr) return false;
   const std::byte* const begin = view.Row(0, 0);
@@ -25,19 +28,23 @@ bool CanBeReadInPlace(const TensorView& view) {
 
 class GatherCall {
  public:
-  GatherCall(const TensorView& source, const int32_t* rows, bool per_head,
-             const RotationParams* rotation, const MutableTensorView& destination)
+  // `from` and `to`: where the source and the destination lie.
+  GatherCall(const TensorView& source, const Place& from, const int32_t* rows, bool per_head,
+             const RotationParams* rotation, const MutableTensorView& destination, const Place& to)
       : source_(source),
         rows_(rows),
         per_head_(per_head),
         rotation_(rotation),
         destination_(destination),
-        in_place_(CanBeReadInPlace(source)) {
+        device_(std::max(from.device, to.device)),
+        in_place_(from.on_device() || CanBeReadInPlace(source)),
+        writes_in_place_(to.on_device()) {
     kept_ = TensorView::Dense(nullptr, source.dtype, Layout::kHeadTokenDim, source.heads,
                               destination.tokens, source.dim);
     packed_at_ = parts_.Add<std::byte>(in_place_ ? 0 : BytesOf(kept_));
     rows_at_ = parts_.Add<int32_t>(Rows());
-    out_at_ = parts_.Add<std::byte>(BytesOf(kept_));
+    out_at_ = parts_.Add<std::byte>(writes_in_place_ ? 0 : BytesOf(kept_));
+    table_at_ = parts_.Add<int32_t>(in_place_ ? TableBlocks(source) : 0);
     if (rotation == nullptr) return;
     stood_at_ = parts_.Add<int32_t>(Rows());
     from_at_ = parts_.Add<float>(rotation->pairs);
@@ -45,12 +52,13 @@ class GatherCall {
   }
 
   absl::Status Run(Devices& devices) {
-    absl::StatusOr<Lease> lease = devices.Acquire(parts_.bytes());
+    absl::StatusOr<Lease> lease = devices.AcquireOn(device_, parts_.bytes());
     if (!lease.ok()) return lease.status();
     absl::Status status = Prepare(*lease);
     if (status.ok()) status = Launch(*lease);
-    return status.ok() ? DownloadTensor(*lease, lease->At<void>(out_at_), destination_, layout())
-                       : status;
+    if (!status.ok()) return status;
+    if (writes_in_place_) return WaitFor(*lease);
+    return DownloadTensor(*lease, lease->At<void>(out_at_), destination_, layout());
   }
 
  private:
@@ -61,6 +69,7 @@ class GatherCall {
     Upload upload(lease);
     if (in_place_) {
       upload.Write(lease.At<int32_t>(rows_at_), rows_, Rows());
+      upload.Write(lease.At<int32_t>(table_at_), source_.block_table, TableBlocks(source_));
     } else {
       Pack(lease, &upload);
     }
@@ -94,10 +103,14 @@ class GatherCall {
     GatherJob job;
     job.source = in_place_ ? source_ : kept_;
     if (!in_place_) job.source.data = lease.At<void>(packed_at_);
+    if (job.source.block_table != nullptr) job.source.block_table = lease.At<int32_t>(table_at_);
     job.positions = lease.At<int32_t>(rows_at_);
     job.per_head = per_head_;
-    job.destination = MutableTensorView::Dense(lease.At<void>(out_at_), source_.dtype, layout(),
-                                               source_.heads, destination_.tokens, source_.dim);
+    job.destination = destination_;
+    if (!writes_in_place_) {
+      job.destination = MutableTensorView::Dense(lease.At<void>(out_at_), source_.dtype, layout(),
+                                                 source_.heads, destination_.tokens, source_.dim);
+    }
     Device& device = lease.device();
     if (rotation_ == nullptr) {
       return device.Check(LaunchGather({&job, 1}, lease.stream()), "LaunchGather");
@@ -114,23 +127,48 @@ class GatherCall {
   const bool per_head_;
   const RotationParams* const rotation_;
   const MutableTensorView destination_;
-  const bool in_place_;
-  TensorView kept_;  // [heads, kept, dim], dense
+  const int device_;            // whose memory either lies in; -1: none's
+  const bool in_place_;         // the kernel reads the source where it is
+  const bool writes_in_place_;  // and the destination
+  TensorView kept_;             // [heads, kept, dim], dense
   Parts parts_;
-  int64_t packed_at_ = 0, rows_at_ = 0, out_at_ = 0, stood_at_ = 0, from_at_ = 0, to_at_ = 0;
+  int64_t packed_at_ = 0, rows_at_ = 0, out_at_ = 0, table_at_ = 0;
+  int64_t stood_at_ = 0, from_at_ = 0, to_at_ = 0;
 };
+
+absl::Status RunCall(Devices& devices, const TensorView& source, const int32_t* rows, bool per_head,
+                     const RotationParams* rotation, const MutableTensorView& destination) {
+  const absl::StatusOr<Place> from = devices.PlaceOf(source.data);
+  if (!from.ok()) return from.status();
+  const absl::StatusOr<Place> to = devices.PlaceOf(destination.data);
+  if (!to.ok()) return to.status();
+  if (from->on_device() && to->on_device() && from->device != to->device) {
+    return absl::InvalidArgumentError(absl::StrCat("rows lie in the memory of GPU ", from->device,
+                                                   " and are to go to GPU ", to->device,
+                                                   "; both must be the same"));
+  }
+  return GatherCall(source, *from, rows, per_head, rotation, destination, *to).Run(devices);
+}
 
 }  // namespace
 
 absl::Status Gather(Devices& devices, const TensorView& source, const int32_t* positions,
                     bool per_head, const MutableTensorView& destination) {
-  return GatherCall(source, positions, per_head, nullptr, destination).Run(devices);
+  return RunCall(devices, source, positions, per_head, nullptr, destination);
 }
 
 absl::Status GatherRotated(Devices& devices, const TensorView& source, const int32_t* rows,
                            bool per_head, const RotationParams& rotation,
                            const MutableTensorView& destination) {
-  return GatherCall(source, rows, per_head, &rotation, destination).Run(devices);
+  return RunCall(devices, source, rows, per_head, &rotation, destination);
+}
+
+absl::Status Zero(Devices& devices, int index, void* to, int64_t bytes) {
+  absl::StatusOr<Lease> lease = devices.AcquireOn(index, 0);
+  if (!lease.ok()) return lease.status();
+  absl::Status status = lease->device().Check(
+      cudaMemsetAsync(to, 0, static_cast<size_t>(bytes), lease->stream()), "cudaMemsetAsync");
+  return status.ok() ? WaitFor(*lease) : status;
 }
 
 }  // namespace structkv::cuda

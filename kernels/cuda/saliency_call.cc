@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/saliency.h"
 #include "kernels/cuda/staging.h"
 #include "kernels/cuda/tensor_runs.h"
@@ -29,10 +30,21 @@ SaliencyParams HeadsOf(const SaliencyParams& params, int64_t first, int64_t coun
   return some;
 }
 
+// Whether the kernels can read the keys where they are, if that is the device's memory.
+bool IsAligned(const TensorView& keys) {
+  const auto element = static_cast<int64_t>(DTypeSize(keys.dtype));
+  const int64_t unit = IsFp8(keys.dtype) ? 8 : 16;
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(keys.data)) % unit == 0 &&
+         keys.head_stride * element % unit == 0 && keys.token_stride * element % unit == 0 &&
+         keys.block_stride * element % unit == 0;
+}
+
 // Where a call's tensors lie in its lease. Keys are packed, so that they are aligned as the kernels
-// want them whatever the caller's are.
+// want them whatever the caller's are, unless the kernels can read them where they are.
 struct Places {
-  explicit Places(const SaliencyParams& params) {
+  // `keys_at`: where the keys lie.
+  Places(const SaliencyParams& params, const Place& keys_at)
+      : in_place(keys_at.on_device() && IsAligned(params.keys)) {
     const TensorView& q = params.queries;
     const TensorView& k = params.keys;
     const auto bytes = [](const TensorView& v) {
@@ -41,14 +53,16 @@ struct Places {
     const Layout layout = LayoutOf(k);
     request.queries =
         TensorView::Dense(q.data, q.dtype, Layout::kHeadTokenDim, q.heads, q.tokens, q.dim);
-    request.keys = TensorView::Dense(k.data, k.dtype, layout, k.heads, k.tokens, k.dim);
+    request.keys =
+        in_place ? k : TensorView::Dense(k.data, k.dtype, layout, k.heads, k.tokens, k.dim);
     request.lse = params.lse;
     request.key_scales = params.key_scales;
     request.scale = static_cast<float>(SaliencyScale(params));
     request.window_max = params.window_max;
     request.workspace_bytes = SaliencyWorkspaceBytes(request);
     queries = parts.Add<std::byte>(bytes(q));
-    keys = parts.Add<std::byte>(bytes(k));
+    keys = parts.Add<std::byte>(in_place ? 0 : bytes(k));
+    table = parts.Add<int32_t>(in_place ? TableBlocks(k) : 0);
     lse = parts.Add<float>(params.lse != nullptr ? q.heads * q.tokens : 0);
     key_scales = parts.Add<float>(params.key_scales != nullptr ? k.heads : 0);
     flags = parts.Add<SaliencyFlags>(1);
@@ -56,19 +70,23 @@ struct Places {
     workspace = parts.Add<std::byte>(request.workspace_bytes);
   }
 
-  SaliencyRequest request;  // its pointers are still the host's
+  const bool in_place;
+  SaliencyRequest request;  // its pointers are still the caller's
   Parts parts;
-  int64_t queries, keys, lse, key_scales, flags, out, workspace;
+  int64_t queries, keys, table, lse, key_scales, flags, out, workspace;
 };
 
-absl::Status RunHeads(Devices& devices, const SaliencyParams& params, float* out,
-                      SaliencyFlags* flags) {
-  const Places places(params);
-  absl::StatusOr<Lease> lease = devices.Acquire(places.parts.bytes());
+absl::Status RunHeads(Devices& devices, const SaliencyParams& params, const Place& keys_at,
+                      float* out, SaliencyFlags* flags) {
+  const Places places(params, keys_at);
+  absl::StatusOr<Lease> lease = devices.AcquireOn(keys_at.device, places.parts.bytes());
   if (!lease.ok()) return lease.status();
   SaliencyRequest request = places.request;
   request.queries.data = lease->At<void>(places.queries);
-  request.keys.data = lease->At<void>(places.keys);
+  if (!places.in_place) request.keys.data = lease->At<void>(places.keys);
+  if (request.keys.block_table != nullptr) {
+    request.keys.block_table = lease->At<int32_t>(places.table);
+  }
   request.lse = params.lse != nullptr ? lease->At<float>(places.lse) : nullptr;
   request.key_scales = params.key_scales != nullptr ? lease->At<float>(places.key_scales) : nullptr;
   request.per_head = lease->At<float>(places.out);
@@ -80,7 +98,12 @@ absl::Status RunHeads(Devices& devices, const SaliencyParams& params, float* out
   upload.Write(lease->At<float>(places.lse), params.lse,
                params.queries.heads * params.queries.tokens);
   upload.Write(lease->At<float>(places.key_scales), params.key_scales, params.keys.heads);
-  upload.WriteTensor(lease->At<void>(places.keys), params.keys, LayoutOf(params.keys));
+  if (places.in_place) {
+    upload.Write(lease->At<int32_t>(places.table), params.keys.block_table,
+                 TableBlocks(params.keys));
+  } else {
+    upload.WriteTensor(lease->At<void>(places.keys), params.keys, LayoutOf(params.keys));
+  }
   absl::Status status = upload.Flush();
   if (status.ok()) {
     status = lease->device().Check(LaunchSaliency(request, lease->stream()), "LaunchSaliency");
@@ -137,17 +160,19 @@ absl::Status StatusOf(const SaliencyFlags& flags, const SaliencyParams& params, 
 
 absl::Status Saliency(Devices& devices, const SaliencyParams& params, float* out,
                       BadStatistic* bad) {
+  const absl::StatusOr<Place> keys_at = devices.PlaceOf(params.keys.data);
+  if (!keys_at.ok()) return keys_at.status();
   const int64_t heads = params.keys.heads;
   const int64_t group_rows = params.queries.heads / heads * params.queries.tokens;
   int64_t step = std::min<int64_t>(heads, kMaxKvHeads);
-  while (step > 1 && !devices.CanHold(Places(HeadsOf(params, 0, step)).parts.bytes())) {
+  while (step > 1 && !devices.CanHold(Places(HeadsOf(params, 0, step), *keys_at).parts.bytes())) {
     step = (step + 1) / 2;
   }
   SaliencyFlags flags = {kNothingBad, kNothingBad, kNothingBad};
   for (int64_t first = 0; first < heads; first += step) {
     const int64_t count = std::min(step, heads - first);
     SaliencyFlags found;
-    if (absl::Status status = RunHeads(devices, HeadsOf(params, first, count),
+    if (absl::Status status = RunHeads(devices, HeadsOf(params, first, count), *keys_at,
                                        out + first * params.keys.tokens, &found);
         !status.ok()) {
       return status;

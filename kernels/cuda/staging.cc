@@ -60,15 +60,15 @@ absl::Status DownloadPieces(const Lease& lease, const std::byte* from, int64_t b
 
 }  // namespace
 
-void Upload::WriteBytes(void* to, const void* from, int64_t bytes, bool pinned) {
+void Upload::WriteBytes(void* to, const void* from, int64_t bytes, bool direct) {
   auto* target = static_cast<std::byte*>(to);
   const auto* source = static_cast<const std::byte*>(from);
-  if (pinned || target != to_ + (end_ - begin_)) {
+  if (direct || target != to_ + (end_ - begin_)) {
     Send();
     to_ = target;
   }
-  if (pinned) {
-    if (status_.ok()) status_ = Copy(lease_, to, from, bytes, cudaMemcpyHostToDevice);
+  if (direct) {
+    if (status_.ok()) status_ = Copy(lease_, to, from, bytes, cudaMemcpyDefault);
     return;
   }
   while (bytes > 0) {
@@ -84,12 +84,15 @@ void Upload::WriteBytes(void* to, const void* from, int64_t bytes, bool pinned) 
 }
 
 void Upload::WriteTensor(void* to, const TensorView& from, Layout layout) {
-  const bool may_be_pinned = IsPinned(from.data, 1);
+  Place place;
+  status_.Update(lease_.device().Check(PlaceOf(from.data, &place), "cudaPointerGetAttributes"));
+  if (!status_.ok()) return;
   auto* target = static_cast<std::byte*>(to);
   TensorRuns runs(from, layout);
   for (Run run = runs.Next(); run.data != nullptr; run = runs.Next()) {
-    WriteBytes(target, run.data, run.bytes,
-               may_be_pinned && run.bytes >= kDirectBytes && IsPinned(run.data, run.bytes));
+    const bool direct = place.on_device() || (place.pinned && run.bytes >= kDirectBytes &&
+                                              IsPinned(run.data, run.bytes));
+    WriteBytes(target, run.data, run.bytes, direct);
     target += run.bytes;
   }
 }
@@ -113,6 +116,10 @@ void Upload::Turn() {
 absl::Status Upload::Flush() {
   Turn();
   return status_;
+}
+
+absl::Status WaitFor(const Lease& lease) {
+  return lease.device().Check(cudaStreamSynchronize(lease.stream()), "cudaStreamSynchronize");
 }
 
 absl::Status Download(const Lease& lease, const void* from, int64_t bytes, void* to) {

@@ -1,4 +1,5 @@
-// Copies between the host and a lease's memory. What is not pinned goes through the lane's two
+// Copies between the host and a lease's memory, and to it from other device memory. What is not
+// pinned goes through the lane's two
 // pinned slices in turns, so that the host fills or empties one while the other is on the bus.
 // Errors are those of Device::Check.
 #pragma once
@@ -29,10 +30,12 @@ class Upload {
     const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
     WriteBytes(to, from, bytes, bytes >= kDirectBytes && IsPinned(from, bytes));
   }
-  // The vectors of a view, dense in `layout`; likewise.
+  // The vectors of a view, of the host's memory or a device's, dense in `layout`; likewise, and
+  // what lies on a device stays as it is until the stream is done.
   void WriteTensor(void* to, const TensorView& from, Layout layout);
-  // What follows on from the last one's end on the device shares its copies.
-  void WriteBytes(void* to, const void* from, int64_t bytes, bool pinned);
+  // What follows on from the last one's end on the device shares its copies. `direct`: pinned or a
+  // device's, and copied without staging.
+  void WriteBytes(void* to, const void* from, int64_t bytes, bool direct);
   // Queues all that was written, before a launch that reads it. The first error of all.
   absl::Status Flush();
 
@@ -49,6 +52,9 @@ class Upload {
   int64_t begin_ = 0;        // its first byte in the slice
   int64_t end_ = 0;          // of what is written in the slice
 };
+
+// Waits for all that was queued on the stream.
+absl::Status WaitFor(const Lease& lease);
 
 // From the device, after what was queued on the stream; these return once it is there.
 absl::Status Download(const Lease& lease, const void* from, int64_t bytes, void* to);

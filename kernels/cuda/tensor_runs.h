@@ -21,6 +21,12 @@ inline Layout LayoutOf(const MutableTensorView& view) {
   return LayoutOf(view.heads, view.head_stride, view.token_stride);
 }
 
+// Entries of a view's block table; 0 where it has none.
+inline int64_t TableBlocks(const TensorView& view) {
+  if (!view.paged() || view.block_table == nullptr) return 0;
+  return (view.tokens + view.block_tokens - 1) / view.block_tokens;
+}
+
 struct Run {
   const std::byte* data = nullptr;  // null: there are no more
   int64_t bytes = 0;

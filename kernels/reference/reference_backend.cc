@@ -101,8 +101,9 @@ class ReferenceBackend final : public Backend {
     std::copy(order.begin(), order.end(), positions);
   }
 
-  void Gather(const TensorView& source, const int32_t* positions, bool per_head,
-              const MutableTensorView& destination, ParallelFor /*parallel*/) const override {
+  absl::Status Gather(const TensorView& source, const int32_t* positions, bool per_head,
+                      const MutableTensorView& destination,
+                      ParallelFor /*parallel*/) const override {
     const int64_t kept = destination.tokens;
     const size_t bytes = static_cast<size_t>(source.dim) * DTypeSize(source.dtype);
     for (int64_t h = 0; h < source.heads; ++h) {
@@ -111,12 +112,14 @@ class ReferenceBackend final : public Backend {
         std::memcpy(destination.Row(h, i), source.Row(h, position), bytes);
       }
     }
+    return absl::OkStatus();
   }
 
-  void GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
-                     const RotationParams& rotation, const MutableTensorView& destination,
-                     ParallelFor /*parallel*/) const override {
+  absl::Status GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
+                             const RotationParams& rotation, const MutableTensorView& destination,
+                             ParallelFor /*parallel*/) const override {
     reference::GatherRotated(source, rows, per_head, rotation, destination);
+    return absl::OkStatus();
   }
 
  private:

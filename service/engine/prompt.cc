@@ -118,7 +118,11 @@ class Prompt::Impl {
     std::vector<LayerOutput> outputs(parts.size());
     for (size_t i = 0; i < parts.size(); ++i) {
       TakePart(i, whole, &outputs[i]);
-      if (!spec_.plan_only) Compact(i, parts[i], tokens, outputs[i], parallel);
+      if (spec_.plan_only) continue;
+      absl::Status compacted = Compact(i, parts[i], tokens, outputs[i], parallel);
+      if (compacted.ok()) continue;
+      failed_ = true;
+      return compacted;
     }
     if (!full) {
       skeleton_came_ = true;
@@ -272,18 +276,21 @@ class Prompt::Impl {
   }
 
   // The kept rows of part `index`, but those that are pulled.
-  void Compact(size_t index, LayerInput& input, int64_t tokens, LayerOutput& output,
-               ParallelFor parallel) {
+  absl::Status Compact(size_t index, LayerInput& input, int64_t tokens, LayerOutput& output,
+                       ParallelFor parallel) {
     const ModelGeometry& geometry = spec_.geometry;
     const HeadRange heads = shards_.empty() ? HeadRange{0, geometry.kv_heads}  // all
                                             : shards_[index].kv_heads;
     output.key_scales = std::move(input.key_scales);
     output.value_scales = std::move(input.value_scales);
     if (spec_.paged.has_value()) output.kept_blocks = spec_.paged->Blocks(output.kept_tokens);
-    const auto kept = [&](Buffer source, int64_t dim, const RotationParams* rotation = nullptr) {
+    const auto keep = [&](Buffer source, int64_t dim, const RotationParams* rotation,
+                          Buffer* rows) {
       const TensorView all = KvView(part_specs_[index], source.data(), dim, tokens,
                                     /*in_order=*/!input.positions.empty());
-      return Kept(heads, all, std::move(source), output, parallel, rotation);
+      absl::StatusOr<Buffer> kept = Kept(heads, all, std::move(source), output, parallel, rotation);
+      if (kept.ok()) *rows = *std::move(kept);
+      return kept.status();
     };
     if (!spec_.pulls(InputTensor::kKeys)) {
       std::optional<LayerRotation> turned;
@@ -291,11 +298,13 @@ class Prompt::Impl {
         turned =
             rerotation_->ForLayer(output.positions, output.kept_tokens, tokens, input.positions);
       }
-      output.keys = kept(std::move(input.keys), geometry.key_dim,
-                         turned.has_value() && turned->moves ? &turned->params : nullptr);
+      absl::Status status =
+          keep(std::move(input.keys), geometry.key_dim,
+               turned.has_value() && turned->moves ? &turned->params : nullptr, &output.keys);
+      if (!status.ok()) return status;
     }
-    if (spec_.pulls(InputTensor::kValues) || geometry.values_in_keys) return;
-    output.values = kept(std::move(input.values), geometry.value_dim);
+    if (spec_.pulls(InputTensor::kValues) || geometry.values_in_keys) return absl::OkStatus();
+    return keep(std::move(input.values), geometry.value_dim, nullptr, &output.values);
   }
 
   void ReturnSaliency(LayerSaliency saliency, int64_t tokens, std::vector<LayerOutput>& outputs) {
@@ -332,9 +341,9 @@ class Prompt::Impl {
 
   // The rows of `all`, a view of `source` with those KV heads, that stay; of a dense tensor
   // `source` itself where all do. `rotation`: they are keys to be turned; null: nothing is to be.
-  Buffer Kept(const HeadRange& heads, const TensorView& all, Buffer source,
-              const LayerOutput& output, ParallelFor parallel,
-              const RotationParams* rotation = nullptr) {
+  absl::StatusOr<Buffer> Kept(const HeadRange& heads, const TensorView& all, Buffer source,
+                              const LayerOutput& output, ParallelFor parallel,
+                              const RotationParams* rotation) {
     const int64_t kept = output.kept_tokens;
     const std::vector<HeadRange> runs = DecodeRuns(spec_, heads);
     if (kept == all.tokens && runs.size() == 1 && !all.paged() && rotation == nullptr) {
@@ -349,29 +358,34 @@ class Prompt::Impl {
       from.heads = run.count;
       const int64_t before = (spec_.per_kv_head() ? run.begin : 0) * kept;
       const int32_t* positions = output.positions.data() + before;
-      const MutableTensorView to =
+      const absl::StatusOr<MutableTensorView> to =
           Room(rows.data() + run.begin * head_bytes, run.count, kept, all.dim);
-      if (rotation == nullptr) {
-        backend_.Gather(from, positions, spec_.per_kv_head(), to, parallel);
-      } else {
+      absl::Status status = to.status();
+      if (status.ok() && rotation == nullptr) {
+        status = backend_.Gather(from, positions, spec_.per_kv_head(), *to, parallel);
+      } else if (status.ok()) {
         RotationParams params = *rotation;
         params.positions += before;
-        backend_.GatherRotated(from, positions, spec_.per_kv_head(), params, to, parallel);
+        status =
+            backend_.GatherRotated(from, positions, spec_.per_kv_head(), params, *to, parallel);
       }
+      if (!status.ok()) return status;
     }
     return rows;
   }
 
   // Room for kept rows of `heads`; what of it lies behind the last row is set to zero.
-  MutableTensorView Room(std::byte* data, int64_t heads, int64_t kept, int64_t dim) const {
+  absl::StatusOr<MutableTensorView> Room(std::byte* data, int64_t heads, int64_t kept,
+                                         int64_t dim) const {
     if (!spec_.paged.has_value()) {
       return MutableTensorView::Dense(data, spec_.dtype, spec_.layout, heads, kept, dim);
     }
     const int64_t block_tokens = spec_.paged->block_tokens;
     const int64_t in_whole_blocks = kept / block_tokens * block_tokens;
     const auto slot = heads * dim * static_cast<int64_t>(DTypeSize(spec_.dtype));
-    std::memset(data + in_whole_blocks * slot, 0,
-                static_cast<size_t>((spec_.kv_slots(kept) - in_whole_blocks) * slot));
+    absl::Status status = backend_.Zero(data + in_whole_blocks * slot,
+                                        (spec_.kv_slots(kept) - in_whole_blocks) * slot);
+    if (!status.ok()) return status;
     return MutableTensorView::Paged(data, spec_.dtype, spec_.layout, heads, kept, dim,
                                     block_tokens);
   }

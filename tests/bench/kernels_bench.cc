@@ -133,9 +133,10 @@ void Gather(benchmark::State& state, Layout layout, bool per_head) {
     });
   };
   auto gather = [&](ParallelFor parallel) {
-    backend->Gather(keys.view(), positions.data(), per_head, kept_keys.mutable_view(), parallel);
-    backend->Gather(values.view(), positions.data(), per_head, kept_values.mutable_view(),
-                    parallel);
+    backend->Gather(keys.view(), positions.data(), per_head, kept_keys.mutable_view(), parallel)
+        .IgnoreError();
+    backend->Gather(values.view(), positions.data(), per_head, kept_values.mutable_view(), parallel)
+        .IgnoreError();
   };
   std::vector<double> copy_seconds;
   std::vector<double> gather_seconds;
@@ -169,19 +170,21 @@ void GatherRotated(benchmark::State& state, Layout layout, bool per_head, Rotary
   for (auto _ : state) {
     gather_seconds.push_back(Seconds([&] {
       pool.Run([&](ParallelFor parallel) {
-        backend->Gather(keys.view(), positions.data(), per_head, kept_keys.mutable_view(),
-                        parallel);
+        backend->Gather(keys.view(), positions.data(), per_head, kept_keys.mutable_view(), parallel)
+            .IgnoreError();
       });
     }));
     rotate_seconds.push_back(Seconds([&] {
       pool.Run([&](ParallelFor parallel) {
-        backend->GatherRotated(keys.view(), positions.data(), per_head,
-                               {.pairing = pairing,
-                                .pairs = kDim / 2,
-                                .from = frequencies.data(),
-                                .to = frequencies.data(),
-                                .positions = positions.data()},
-                               kept_keys.mutable_view(), parallel);
+        backend
+            ->GatherRotated(keys.view(), positions.data(), per_head,
+                            {.pairing = pairing,
+                             .pairs = kDim / 2,
+                             .from = frequencies.data(),
+                             .to = frequencies.data(),
+                             .positions = positions.data()},
+                            kept_keys.mutable_view(), parallel)
+            .IgnoreError();
       });
     }));
     state.SetIterationTime(rotate_seconds.back());

@@ -162,14 +162,16 @@ TEST_P(KernelGoldenTest, TurnsKeysToWhatHuggingFaceMakesOfThem) {
         WriteKey(golden, keys.data() + i * golden.rotary.dim, i, dtype,
                  source.mutable_view().Row(0, i));
       }
-      backend->GatherRotated(source.view(), rows.data(), /*per_head=*/false,
-                             {.pairing = golden.rotary.pairing,
-                              .offset = golden.rotary.offset,
-                              .pairs = golden.rotary.pairs(),
-                              .from = golden.from.data(),
-                              .to = golden.to.data(),
-                              .positions = rotated ? golden.positions.data() : nowhere.data()},
-                             out.mutable_view(), SerialFor);
+      EXPECT_EQ(
+          backend->GatherRotated(source.view(), rows.data(), /*per_head=*/false,
+                                 {.pairing = golden.rotary.pairing,
+                                  .offset = golden.rotary.offset,
+                                  .pairs = golden.rotary.pairs(),
+                                  .from = golden.from.data(),
+                                  .to = golden.to.data(),
+                                  .positions = rotated ? golden.positions.data() : nowhere.data()},
+                                 out.mutable_view(), SerialFor),
+          absl::OkStatus());
       // What is not rotated yet is not scaled yet.
       const double scale = rotated ? 1.0 : 1.0 / golden.json.at("scale").get<double>();
       for (int64_t i = 0; i < golden.kept(); ++i) {

@@ -9,6 +9,7 @@
 #include "kernels/reference/reference_backend.h"
 #include "tests/kernels/backends_under_test.h"
 #include "tests/kernels/cuda/cuda_kernels.h"
+#include "tests/kernels/cuda/on_device.h"
 
 namespace structkv::testing {
 namespace {
@@ -22,7 +23,7 @@ const auto* const needs_gpu = ::testing::AddGlobalTestEnvironment(new NeedsGpu()
 
 }  // namespace
 
-std::vector<std::string> BackendsUnderTest() { return {"cuda"}; }
+std::vector<std::string> BackendsUnderTest() { return {"cuda", "cuda_device"}; }
 
 std::unique_ptr<Backend> MakeBackend(const std::string& name) {
   if (name == "reference") return reference::CreateReferenceBackend();
@@ -30,9 +31,10 @@ std::unique_ptr<Backend> MakeBackend(const std::string& name) {
   auto devices = cuda::Devices::Open(
       {.memory_bytes = int64_t{1} << 30, .lanes = 3, .slice_bytes = int64_t{1} << 18});
   EXPECT_TRUE(devices.ok()) << devices.status();
-  return cuda::MakeCudaBackend(
+  std::unique_ptr<Backend> backend = cuda::MakeCudaBackend(
       *std::move(devices), *cpu::CreateCpuBackend(),
       [](const absl::Status& why) { ADD_FAILURE() << "went to the CPU: " << why; });
+  return name == "cuda_device" ? OnDevice(std::move(backend)) : std::move(backend);
 }
 
 }  // namespace structkv::testing

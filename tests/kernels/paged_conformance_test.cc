@@ -160,7 +160,8 @@ class PagedGatherTest : public ::testing::TestWithParam<std::string> {
                                kUntouched);
     const auto to = MutableTensorView::Paged(out.data(), dense.dtype, layout, dense.heads, kept,
                                              dense.dim, block_tokens);
-    backend_->Gather(from, positions.data(), per_head, to, testing::BackwardsOnThreads);
+    EXPECT_EQ(backend_->Gather(from, positions.data(), per_head, to, testing::BackwardsOnThreads),
+              absl::OkStatus());
     for (int64_t h = 0; h < dense.heads; ++h) {
       for (int64_t i = 0; i < blocks * block_tokens; ++i) {
         const int64_t block = i / block_tokens;
@@ -188,8 +189,9 @@ class PagedGatherTest : public ::testing::TestWithParam<std::string> {
     const std::vector<int32_t> positions =
         Positions(per_head ? dense.heads : 1, dense.tokens, kept);
     Tensor out(dense.dtype, layout, dense.heads, kept, dense.dim, /*misalign=*/1);
-    backend_->Gather(paged, positions.data(), per_head, out.mutable_view(),
-                     testing::BackwardsOnThreads);
+    EXPECT_EQ(backend_->Gather(paged, positions.data(), per_head, out.mutable_view(),
+                               testing::BackwardsOnThreads),
+              absl::OkStatus());
     for (int64_t h = 0; h < dense.heads; ++h) {
       for (int64_t i = 0; i < kept; ++i) {
         const int32_t position = positions[(per_head ? h * kept : 0) + i];

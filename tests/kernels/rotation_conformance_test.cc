@@ -87,15 +87,16 @@ class RotationTest : public ::testing::TestWithParam<std::string> {
                       const std::vector<float>& from, const std::vector<float>& to,
                       ParallelFor parallel, int64_t first_position = 5) const {
     testing::Tensor out(c.dtype, c.layout, Keys::kHeads, Keys::kKept, c.part.dim, /*misalign=*/1);
-    backend.GatherRotated(keys.source.view(), keys.rows.data(), c.per_head,
-                          {.pairing = c.pairing,
-                           .offset = c.part.offset,
-                           .pairs = c.part.pairs,
-                           .from = from.data(),
-                           .to = to.data(),
-                           .positions = keys.positions.data(),
-                           .first_position = first_position},
-                          out.mutable_view(), parallel);
+    EXPECT_EQ(backend.GatherRotated(keys.source.view(), keys.rows.data(), c.per_head,
+                                    {.pairing = c.pairing,
+                                     .offset = c.part.offset,
+                                     .pairs = c.part.pairs,
+                                     .from = from.data(),
+                                     .to = to.data(),
+                                     .positions = keys.positions.data(),
+                                     .first_position = first_position},
+                                    out.mutable_view(), parallel),
+              absl::OkStatus());
     return out;
   }
 
@@ -191,14 +192,15 @@ TEST_P(RotationTest, MovesKeysInBlocks) {
   testing::Tensor out(c.dtype, c.layout, Keys::kHeads, kOutBlocks * kBlock, c.part.dim);
   const auto paged = MutableTensorView::Paged(out.mutable_view().data, c.dtype, c.layout,
                                               Keys::kHeads, Keys::kKept, c.part.dim, kBlock);
-  backend_->GatherRotated(blocks, keys.rows.data(), c.per_head,
-                          {.pairing = c.pairing,
-                           .pairs = c.part.pairs,
-                           .from = from.data(),
-                           .to = from.data(),
-                           .positions = keys.positions.data(),
-                           .first_position = 5},
-                          paged, testing::BackwardsOnThreads);
+  EXPECT_EQ(backend_->GatherRotated(blocks, keys.rows.data(), c.per_head,
+                                    {.pairing = c.pairing,
+                                     .pairs = c.part.pairs,
+                                     .from = from.data(),
+                                     .to = from.data(),
+                                     .positions = keys.positions.data(),
+                                     .first_position = 5},
+                                    paged, testing::BackwardsOnThreads),
+            absl::OkStatus());
   for (int64_t h = 0; h < Keys::kHeads; ++h) {
     for (int64_t i = 0; i < Keys::kKept; ++i) {
       ASSERT_EQ(std::memcmp(paged.Row(h, i), want.view().Row(h, i), row_bytes), 0)

@@ -220,7 +220,9 @@ void CheckGather(const Backend& backend, const testing::Tensor& source, Layout l
     positions.insert(positions.end(), all.begin(), all.begin() + kept);
   }
   testing::Tensor out(from.dtype, layout, from.heads, kept, from.dim, misalign);
-  backend.Gather(from, positions.data(), per_head, out.mutable_view(), testing::BackwardsOnThreads);
+  EXPECT_EQ(backend.Gather(from, positions.data(), per_head, out.mutable_view(),
+                           testing::BackwardsOnThreads),
+            absl::OkStatus());
   for (int64_t h = 0; h < from.heads; ++h) {
     for (int64_t i = 0; i < kept; ++i) {
       const int32_t position = positions[(per_head ? h * kept : 0) + i];

@@ -49,16 +49,16 @@ class FaultBackend final : public Backend {
   void Select(const SelectParams& params, int32_t* positions) const override {
     real_->Select(params, positions);
   }
-  void Gather(const TensorView& source, const int32_t* positions, bool per_head,
-              const MutableTensorView& destination, ParallelFor parallel) const override {
+  absl::Status Gather(const TensorView& source, const int32_t* positions, bool per_head,
+                      const MutableTensorView& destination, ParallelFor parallel) const override {
     faults_->Pass(source.tokens);
-    real_->Gather(source, positions, per_head, destination, parallel);
+    return real_->Gather(source, positions, per_head, destination, parallel);
   }
-  void GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
-                     const RotationParams& rotation, const MutableTensorView& destination,
-                     ParallelFor parallel) const override {
+  absl::Status GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
+                             const RotationParams& rotation, const MutableTensorView& destination,
+                             ParallelFor parallel) const override {
     faults_->Pass(source.tokens);
-    real_->GatherRotated(source, rows, per_head, rotation, destination, parallel);
+    return real_->GatherRotated(source, rows, per_head, rotation, destination, parallel);
   }
 
  private:

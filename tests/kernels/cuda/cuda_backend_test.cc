@@ -14,6 +14,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/devices.h"
 #include "kernels/reference/reference_backend.h"
 #include "tests/kernels/cuda/fake_backend.h"
@@ -352,6 +353,76 @@ TEST_F(CudaBackendTest, CallsGoWhereMostMemoryIsFree) {
   first.join();
   EXPECT_EQ(FakeCuda::kernels(0), 1);
   EXPECT_EQ(FakeCuda::kernels(2), 0);
+}
+
+// Tensors in a GPU's memory are computed with there, and by nobody else.
+class DeviceMemoryTest : public CudaBackendTest {
+ protected:
+  // Rows of float16, of which the first kept ones of each head are gathered.
+  static constexpr int64_t kHeads = 2, kTokens = 10, kDim = 32, kKept = 4;
+  static constexpr int64_t kBytes = kHeads * kTokens * kDim * 2;
+
+  static cuda::DeviceBytes On(int device) {
+    EXPECT_EQ(cudaSetDevice(device), cudaSuccess);
+    return *cuda::MakeDeviceBytes(kBytes);
+  }
+  absl::Status Gather(const void* from, void* to) const {
+    const int32_t positions[kKept] = {0, 3, 4, 9};
+    return backend_->Gather(
+        TensorView::Dense(from, DType::kF16, Layout::kHeadTokenDim, kHeads, kTokens, kDim),
+        positions, /*per_head=*/false,
+        MutableTensorView::Dense(to, DType::kF16, Layout::kHeadTokenDim, kHeads, kKept, kDim),
+        SerialFor);
+  }
+};
+
+TEST_F(DeviceMemoryTest, CallsGoWhereTheTensorsLie) {
+  Start({.count = 3});
+  const cuda::DeviceBytes keys = On(2);
+  SaliencyParams params = inputs_.params();
+  params.keys = TensorView::Dense(keys.get(), DType::kBF16, Layout::kTokenHeadDim, 2, 10, 32);
+  params.queries.tokens = 4;
+  EXPECT_EQ(SaliencyOf(params), absl::OkStatus());
+  EXPECT_EQ(FakeCuda::kernels(2), 1);
+  std::vector<std::byte> rows(kBytes);
+  EXPECT_EQ(Gather(keys.get(), rows.data()), absl::OkStatus());
+  EXPECT_EQ(Gather(rows.data(), keys.get()), absl::OkStatus());
+  EXPECT_EQ(backend_->Zero(keys.get(), kBytes), absl::OkStatus());
+  EXPECT_EQ(FakeCuda::kernels(2), 3);
+  EXPECT_EQ(FakeCuda::kernels(0) + FakeCuda::kernels(1), 0);
+}
+
+TEST_F(DeviceMemoryTest, BothSidesOfAGatherAreOfOneGpu) {
+  Start({.count = 2});
+  const cuda::DeviceBytes from = On(0);
+  const cuda::DeviceBytes to = On(1);
+  const absl::Status status = Gather(from.get(), to.get());
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), AllOf(HasSubstr("GPU 0"), HasSubstr("GPU 1")));
+}
+
+// The CPU cannot help, so the call fails, and it alone.
+TEST_F(DeviceMemoryTest, NothingFallsBackToTheCpu) {
+  Start();
+  const cuda::DeviceBytes from = On(0);
+  const cuda::DeviceBytes to = On(0);
+  std::vector<std::byte> rows(kBytes);
+  for (int64_t n = 0;; ++n) {
+    const int64_t before = FakeCuda::calls();
+    FakeCuda::FailCall(n, cudaErrorMemoryAllocation);
+    const absl::Status status = Gather(from.get(), to.get());
+    FakeCuda::FailCall(-1, cudaSuccess);
+    // The last call of a lease is its own, after the result is there.
+    if (FakeCuda::calls() - before <= n + 1) break;
+    EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << n;
+    ASSERT_LT(n, 100);
+  }
+  EXPECT_EQ(Gather(from.get(), to.get()), absl::OkStatus());
+  FakeCuda::FailLaunch(0, cudaErrorMemoryAllocation);
+  EXPECT_EQ(Gather(rows.data(), to.get()).code(), absl::StatusCode::kResourceExhausted);
+  FakeCuda::FailLaunch(0, cudaErrorMemoryAllocation);
+  EXPECT_EQ(Gather(from.get(), rows.data()).code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(backend_->Health(), absl::OkStatus());
 }
 
 TEST_F(CudaBackendTest, AWaitHasAnEnd) {

@@ -173,16 +173,27 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyK
   {
     const std::lock_guard lock(The().mutex);
     if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
-    const bool up = kind == cudaMemcpyHostToDevice;
-    if (!up && kind != cudaMemcpyDeviceToHost) Die("a copy of another kind");
-    if (!IsDevice(up ? to : from, bytes)) {
-      Die("a copy's device side is not of one allocation");
+    const bool anywhere = kind == cudaMemcpyDefault;
+    if (!anywhere && kind != cudaMemcpyHostToDevice && kind != cudaMemcpyDeviceToHost) {
+      Die("a copy of another kind");
     }
-    if (!IsPinned(up ? from : to, bytes)) {
-      Die("a copy's host side is not pinned");
-    }
+    const auto check = [&](const void* side, bool on_device) {
+      if (on_device && !IsDevice(side, bytes)) Die("a copy's device side is not of one allocation");
+      if (!on_device && !IsPinned(side, bytes)) Die("a copy's host side is not pinned");
+    };
+    check(to, anywhere ? IsDevice(to, 1) : kind == cudaMemcpyHostToDevice);
+    check(from, anywhere ? IsDevice(from, 1) : kind == cudaMemcpyDeviceToHost);
   }
   return Queue(stream, [=] { std::memcpy(to, from, size); });
+}
+
+cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t stream) {
+  {
+    const std::lock_guard lock(The().mutex);
+    if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
+    if (!IsDevice(to, static_cast<int64_t>(size))) Die("what is set is not of one allocation");
+  }
+  return Queue(stream, [=] { std::memset(to, value, size); });
 }
 
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* data) {
@@ -191,6 +202,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   *attributes = {};
   if (IsDevice(data, 1)) {
     attributes->type = cudaMemoryTypeDevice;
+    attributes->device = DeviceOf(data);
   } else if (IsPinned(data, 1)) {
     attributes->type = cudaMemoryTypeHost;
   }

@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <utility>
 
 #include "kernels/cuda/cuda_error.h"
@@ -70,6 +71,10 @@ cudaError_t Enter() {
 }
 
 bool IsDevice(const void* data, int64_t bytes) { return IsIn(The().device_memory, data, bytes); }
+int DeviceOf(const void* data) {
+  auto* at = static_cast<std::byte*>(const_cast<void*>(data));
+  return std::prev(The().device_memory.upper_bound(at))->second.device;
+}
 bool IsPinned(const void* data, int64_t bytes) {
   return The().gpus.all_pinned || IsIn(The().pinned_memory, data, bytes);
 }

@@ -71,6 +71,8 @@ cudaError_t Failed(cudaError_t error);
 cudaError_t Enter();
 
 bool IsDevice(const void* data, int64_t bytes);
+// Of memory of a device.
+int DeviceOf(const void* data);
 bool IsPinned(const void* data, int64_t bytes);
 int64_t TakenBytes(int device);
 

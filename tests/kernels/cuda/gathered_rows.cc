@@ -59,13 +59,15 @@ TensorView GatheredRows::source() const {
 }
 
 void GatheredRows::Expect(const Backend& reference) {
-  reference.Gather(source(), positions_.data(), shape_.per_head, To(want_), SerialFor);
+  EXPECT_EQ(reference.Gather(source(), positions_.data(), shape_.per_head, To(want_), SerialFor),
+            absl::OkStatus());
   EXPECT_TRUE(got_ == want_) << shape_.Text();
 }
 
 void GatheredRows::ExpectMoved(const Backend& reference, const RotationParams& rotation) {
-  reference.GatherRotated(source(), positions_.data(), shape_.per_head, rotation, To(want_),
-                          SerialFor);
+  EXPECT_EQ(reference.GatherRotated(source(), positions_.data(), shape_.per_head, rotation,
+                                    To(want_), SerialFor),
+            absl::OkStatus());
   ExpectRotated(rotation, View(got_), View(want_), shape_.Text());
   // And nothing around the rows was written.
   const MutableTensorView got = To(got_);

@@ -1,0 +1,159 @@
+#include "tests/kernels/cuda/on_device.h"
+
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "kernels/cuda/device_memory.h"
+#include "kernels/cuda/tensor_runs.h"
+
+namespace structkv::testing {
+namespace {
+
+constexpr int64_t kAlignment = 256;
+
+// Bytes from a view's data to the end of its last vector.
+template <class View>
+int64_t SpanBytes(const View& view, const int32_t* table) {
+  if (view.heads == 0 || view.tokens == 0) return 0;
+  int64_t last_token = (view.tokens - 1) * view.token_stride;
+  if (view.paged()) {
+    const int64_t blocks = (view.tokens + view.block_tokens - 1) / view.block_tokens;
+    const int64_t last_block =
+        table == nullptr ? blocks - 1 : *std::max_element(table, table + blocks);
+    last_token = last_block * view.block_stride + (view.block_tokens - 1) * view.token_stride;
+  }
+  return ((view.heads - 1) * view.head_stride + last_token + view.dim) *
+         static_cast<int64_t>(DTypeSize(view.dtype));
+}
+
+// A copy of some bytes of the host's memory on GPU 0.
+class DeviceCopy {
+ public:
+  DeviceCopy(const void* data, int64_t bytes)
+      : bytes_(bytes),
+        begin_(static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) % kAlignment)) {
+    if (bytes == 0) return;
+    EXPECT_EQ(cudaSetDevice(0), cudaSuccess);
+    device_ = *cuda::MakeDeviceBytes(begin_ + bytes);
+    pinned_ = *cuda::MakePinnedBytes(bytes);
+    std::memcpy(pinned_.get(), data, static_cast<size_t>(bytes));
+    Copy(this->data(), pinned_.get());
+  }
+  void* data() const { return device_ == nullptr ? nullptr : device_.get() + begin_; }
+  void CopyBack(void* to) const {
+    if (bytes_ == 0) return;
+    Copy(pinned_.get(), data());
+    std::memcpy(to, pinned_.get(), static_cast<size_t>(bytes_));
+  }
+
+ private:
+  void Copy(void* to, const void* from) const {
+    EXPECT_EQ(cudaSetDevice(0), cudaSuccess);
+    const auto stream = cuda::MakeStream();
+    EXPECT_EQ(
+        cudaMemcpyAsync(to, from, static_cast<size_t>(bytes_), cudaMemcpyDefault, stream->get()),
+        cudaSuccess);
+    EXPECT_EQ(cudaStreamSynchronize(stream->get()), cudaSuccess);
+  }
+
+  const int64_t bytes_;
+  const int64_t begin_;
+  cuda::DeviceBytes device_;
+  cuda::PinnedBytes pinned_;
+};
+
+class OnDeviceBackend final : public Backend {
+ public:
+  explicit OnDeviceBackend(std::unique_ptr<Backend> real) : real_(std::move(real)) {}
+
+  std::string_view name() const override { return real_->name(); }
+  std::string device() const override { return real_->device(); }
+  const BackendCapabilities& capabilities() const override { return real_->capabilities(); }
+  absl::Status Health() const override { return real_->Health(); }
+  bool KeepsHalfWeights(const SaliencyParams& params) const override {
+    return real_->KeepsHalfWeights(params);
+  }
+  int64_t SaliencyScratchBytes(const SaliencyParams& params) const override {
+    return real_->SaliencyScratchBytes(params);
+  }
+  absl::Status Saliency(const SaliencyParams& params, float* out, BadStatistic* bad,
+                        ParallelFor parallel) const override {
+    const DeviceCopy queries(params.queries.data, SpanBytes(params.queries, nullptr));
+    const DeviceCopy keys(params.keys.data, SpanBytes(params.keys, params.keys.block_table));
+    SaliencyParams on_device = params;
+    on_device.queries.data = queries.data();
+    on_device.keys.data = keys.data();
+    return real_->Saliency(on_device, out, bad, parallel);
+  }
+  void SumHeads(const float* per_head, int64_t heads, int64_t tokens, float* out,
+                ParallelFor parallel) const override {
+    real_->SumHeads(per_head, heads, tokens, out, parallel);
+  }
+  std::optional<BadStatistic> FindBad(const float* values, int64_t heads, int64_t tokens,
+                                      ParallelFor parallel) const override {
+    return real_->FindBad(values, heads, tokens, parallel);
+  }
+  void Pool(const float* in, int64_t tokens, Pooling pooling, int64_t kernel,
+            float* out) const override {
+    real_->Pool(in, tokens, pooling, kernel, out);
+  }
+  SaliencySums Sums(const float* scores, int64_t tokens, int64_t top_count,
+                    ParallelFor parallel) const override {
+    return real_->Sums(scores, tokens, top_count, parallel);
+  }
+  void Accumulate(float decay, const float* saliency, float* centrality, int64_t tokens,
+                  ParallelFor parallel) const override {
+    real_->Accumulate(decay, saliency, centrality, tokens, parallel);
+  }
+  void Select(const SelectParams& params, int32_t* positions) const override {
+    real_->Select(params, positions);
+  }
+  absl::Status Gather(const TensorView& source, const int32_t* positions, bool per_head,
+                      const MutableTensorView& destination, ParallelFor parallel) const override {
+    return OnCopies(source, destination, [&](const TensorView& from, const MutableTensorView& to) {
+      return real_->Gather(from, positions, per_head, to, parallel);
+    });
+  }
+  absl::Status GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
+                             const RotationParams& rotation, const MutableTensorView& destination,
+                             ParallelFor parallel) const override {
+    return OnCopies(source, destination, [&](const TensorView& from, const MutableTensorView& to) {
+      return real_->GatherRotated(from, rows, per_head, rotation, to, parallel);
+    });
+  }
+  absl::Status Zero(void* to, int64_t bytes) const override {
+    const DeviceCopy copy(to, bytes);
+    absl::Status status = real_->Zero(copy.data(), bytes);
+    copy.CopyBack(to);
+    return status;
+  }
+
+ private:
+  template <class Call>
+  static absl::Status OnCopies(const TensorView& source, const MutableTensorView& destination,
+                               Call call) {
+    const DeviceCopy from(source.data, SpanBytes(source, source.block_table));
+    const DeviceCopy to(destination.data, SpanBytes(destination, nullptr));
+    TensorView device_source = source;
+    device_source.data = from.data();
+    MutableTensorView device_destination = destination;
+    device_destination.data = to.data();
+    absl::Status status = call(device_source, device_destination);
+    to.CopyBack(destination.data);
+    return status;
+  }
+
+  const std::unique_ptr<Backend> real_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> OnDevice(std::unique_ptr<Backend> real) {
+  return std::make_unique<OnDeviceBackend>(std::move(real));
+}
+
+}  // namespace structkv::testing
