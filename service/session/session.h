@@ -20,10 +20,18 @@
 #include "service/engine/prompt_spec.h"
 #include "service/engine/scheduler.h"
 #include "service/engine/shard.h"
+#include "service/session/clock.h"
+#include "service/session/held_caches.h"
 #include "service/session/memory_budget.h"
 #include "service/session/pivot_profile.h"
 
 namespace structkv::session {
+
+// That the compacted cache stays in the service, and for whom.
+struct HoldRequest {
+  std::string tenant;
+  std::optional<uint64_t> lease_millis;  // none: the default
+};
 
 // What a prompt asks for beyond its spec.
 struct SessionRequest {
@@ -34,6 +42,8 @@ struct SessionRequest {
   int64_t max_message_bytes = 0;
   // The rank that this is, of a prompt that several sessions hold. `spec` is the whole prompt's.
   std::optional<engine::ShardMember> shard;
+  // Set: answers have no keys, values and scales; these are held (see HeldCaches). Not for plans.
+  std::optional<HoldRequest> hold;
   // What all ranks must say alike: names of fields and their values, sorted by name.
   std::vector<std::pair<std::string, std::string>> agreed;
 };
@@ -53,12 +63,20 @@ struct InputMessage {
   std::shared_ptr<const void> owner;
 };
 
+// Where a compacted cache is held.
+struct HeldTicket {
+  std::string handle;
+  int64_t size_bytes = 0;
+  absl::Duration lease;
+};
+
 struct SessionSummary {
   int64_t layers = 0;
   int64_t input_bytes = 0;
   int64_t queue_micros = 0;
   int64_t compute_micros = 0;
   int64_t session_micros = 0;
+  std::optional<HeldTicket> held;
 };
 
 // A session's answers. Called one at a time, never under a lock of the session, from any thread,
@@ -163,6 +181,8 @@ struct SessionManagerOptions {
   int64_t max_sessions = 256;
   int64_t idle_buffer_bytes = int64_t{1} << 30;  // returned memory kept for reuse
   int threads = 0;                               // 0: one per core
+  HoldOptions hold;
+  std::shared_ptr<const Clock> clock;  // of leases; null: a steady one
   // Pivots by model, for PivotMode::kProfiled; every prompt adds to it. Null: one in memory.
   std::shared_ptr<PivotProfile> pivot_profile;
 };
@@ -179,8 +199,9 @@ class SessionManager {
   // comes back: that waits for a layer that is being computed, 2 seconds at most. Not to be called
   // from a callback of that session.
   //   INVALID_ARGUMENT    the spec
-  //   RESOURCE_EXHAUSTED  the budget or the session limit is taken, or the whole budget is too
-  //                       small (payload kNeverFits)
+  //   RESOURCE_EXHAUSTED  the budget, that of held caches or the session limit is taken, or a whole
+  //                       budget is too small (payload kNeverFits)
+  //   UNIMPLEMENTED       a hold, where nothing is held
   //   UNAVAILABLE         draining
   absl::StatusOr<std::shared_ptr<Session>> Open(const SessionRequest& wanted);
 
@@ -193,7 +214,13 @@ class SessionManager {
   void FailAll(const absl::Status& status);
 
   int64_t active_sessions() const;
+  // What finished sessions have left to be fetched.
+  HeldCaches& held_caches();
+  const HeldCaches& held_caches() const;
+  // Memory beside that of sessions; as MemoryBudget::Reserve.
+  absl::StatusOr<Reservation> Reserve(int64_t bytes);
   const MemoryBudget& budget() const;
+  engine::BufferPool& buffers();
   const engine::BufferPool& buffers() const;
   const Backend& backend() const;
   const SessionManagerOptions& options() const;

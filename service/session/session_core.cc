@@ -35,7 +35,7 @@ int64_t OutputBytes(const engine::RowPull& pull) { return Bytes(pull.positions);
 
 SessionCore::SessionCore(std::string id, const SessionRequest& request, const SessionPlan& plan,
                          Reservation reservation, const SessionHost& host,
-                         std::shared_ptr<ShardGroup> group)
+                         std::shared_ptr<ShardGroup> group, Holding holding)
     : id_(std::move(id)),
       spec_(request.spec),
       own_spec_(group == nullptr ? spec_ : engine::ShardSpec(spec_, request.shard->heads)),
@@ -46,7 +46,8 @@ SessionCore::SessionCore(std::string id, const SessionRequest& request, const Se
       host_(host),
       lane_(host.scheduler->NewLane()),
       reservation_(std::move(reservation)),
-      allowance_(host.buffers->Allow(static_cast<size_t>(plan.reserved_bytes))) {
+      allowance_(host.buffers->Allow(static_cast<size_t>(plan.reserved_bytes))),
+      holding_(std::move(holding)) {
   assembler_.emplace(&own_spec_, host_.buffers, layers_in_flight_);
   in_group_ = group_ != nullptr;
   if (!in_group_) prompt_.emplace(spec_, host_.backend, host_.buffers);
@@ -307,9 +308,7 @@ void SessionCore::OnAnswer(Answer answer) {
   if (pulls()) {
     pull = WaitForRows(*std::move(answer.output));
   } else {
-    assembler_->LayerDone();
-    ++summary_.layers;
-    unsent_bytes_ += OutputBytes(*answer.output);
+    TakeAnswer(&*answer.output);
   }
   StartLayer();  // the next layer is computed while this one is handed out
   if (answer.pivot.has_value() && callbacks_.pivot && !cancelled_.load()) {
@@ -334,6 +333,13 @@ engine::RowPull SessionCore::WaitForRows(engine::LayerOutput output) {
   return pull;
 }
 
+void SessionCore::TakeAnswer(engine::LayerOutput* output) {
+  assembler_->LayerDone();
+  ++summary_.layers;
+  if (holding_.cache != nullptr) *output = HoldRows(std::move(*output), holding_.cache.get());
+  unsent_bytes_ += OutputBytes(*output);
+}
+
 void SessionCore::AnswerPulled() {
   while (assembler_->has_rows() && !output_full()) {
     engine::LayerInput rows = *assembler_->PopRows();
@@ -346,9 +352,7 @@ void SessionCore::AnswerPulled() {
       DoFail(absl::InternalError(taken.message()));
       return;
     }
-    assembler_->LayerDone();
-    ++summary_.layers;
-    unsent_bytes_ += OutputBytes(output);
+    TakeAnswer(&output);
     if (callbacks_.layer && !cancelled_.load()) callbacks_.layer(std::move(output));
   }
 }
@@ -384,6 +388,13 @@ void SessionCore::Finish() {
       host_.pivot_profile->Record(spec_, *pivot);
     }
   }
+  if (holding_.cache != nullptr && !cancelled_.load()) {
+    HeldTicket& ticket = summary_.held.emplace();
+    ticket.size_bytes = holding_.cache->size_bytes;
+    ticket.lease = holding_.lease;
+    ticket.handle = host_.held_caches->Publish(std::move(holding_.cache),
+                                               std::move(holding_.tenant), holding_.lease);
+  }
   Drop();
   host_.registry->ForgetKey(id_);
   summary_.queue_micros = Micros(queued_);
@@ -418,6 +429,7 @@ void SessionCore::Drop() {
   parked_.reset();
   wait_for_rows_.clear();
   assembler_.reset();
+  holding_.cache.reset();
   std::optional<engine::LayerInput> waiting;
   {
     const std::lock_guard lock(next_mutex_);

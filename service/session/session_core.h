@@ -14,6 +14,7 @@
 #include "absl/status/statusor.h"
 #include "service/engine/prompt.h"
 #include "service/engine/scheduler.h"
+#include "service/session/held_caches.h"
 #include "service/session/layer_assembler.h"
 #include "service/session/memory_budget.h"
 #include "service/session/serial_queue.h"
@@ -34,6 +35,14 @@ struct SessionHost {
   std::shared_ptr<SessionRegistry> registry;
   PivotProfile* pivot_profile = nullptr;
   std::shared_ptr<ShardGroups> groups;
+  HeldCaches* held_caches = nullptr;
+};
+
+// A cache that a session fills, to be held once the session has finished.
+struct Holding {
+  std::unique_ptr<HeldCache> cache;  // null: nothing is held
+  std::string tenant;
+  absl::Duration lease;
 };
 
 // Thread-safe; see Session. Every event (a call, a layer that is done) is a task of a serial queue:
@@ -56,7 +65,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   // computes.
   SessionCore(std::string id, const SessionRequest& request, const SessionPlan& plan,
               Reservation reservation, const SessionHost& host,
-              std::shared_ptr<ShardGroup> group = nullptr);
+              std::shared_ptr<ShardGroup> group = nullptr, Holding holding = {});
   ~SessionCore();
 
   const std::string& id() const { return id_; }
@@ -109,6 +118,8 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   void OnAnswer(Answer answer);
   // Keeps the answer of a layer whose rows are to be pulled.
   engine::RowPull WaitForRows(engine::LayerOutput output);
+  // Counts a layer's answer, and takes what is held out of it.
+  void TakeAnswer(engine::LayerOutput* output);
   // Answers layers whose rows came.
   void AnswerPulled();
   void GoOn();
@@ -151,6 +162,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   std::map<int64_t, engine::LayerOutput> wait_for_rows_;  // by layer
   Reservation reservation_;
   engine::BufferAllowance allowance_;  // of the same bytes; goes first
+  Holding holding_;
   SessionSummary summary_;
   Clock::duration queued_{};
   Clock::duration computed_{};

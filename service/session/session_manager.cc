@@ -30,6 +30,15 @@ std::string NewId() {
   return absl::StrFormat("%08x%08x%08x%08x", words[0], words[1], words[2], words[3]);
 }
 
+// What can be held: rows, all heads together.
+absl::Status CheckHold(const engine::PromptSpec& spec) {
+  if (spec.plan_only) return absl::InvalidArgumentError("a plan has no rows to hold");
+  if (spec.decode_shards <= 1) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("open.shard_group.decode_shard_count is ", spec.decode_shards,
+                   "; with OUTPUT_HOLD 1 is allowed, as FetchCache takes any range of KV heads"));
+}
+
 int Threads(int wanted) {
   if (wanted > 0) return wanted;
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
@@ -45,9 +54,35 @@ class SessionManager::Impl {
         pivot_profile(options.pivot_profile),
         budget(options.memory_budget_bytes),
         buffers(static_cast<size_t>(std::max<int64_t>(options.idle_buffer_bytes, 0))),
+        held_caches(options.hold, options.clock),
         scheduler(Threads(options.threads)) {
     // Nothing can fail without a file.
     if (pivot_profile == nullptr) pivot_profile = *PivotProfile::Open({});
+  }
+
+  // Reserves memory for what a session is to hold.
+  absl::StatusOr<Holding> Hold(const SessionRequest& request) {
+    Holding holding;
+    if (!request.hold.has_value()) return holding;
+    absl::StatusOr<absl::Duration> lease =
+        held_caches.Lease(request.hold->lease_millis, "open.hold.lease_millis");
+    if (!lease.ok()) return lease.status();
+    const engine::HeadRange all = {0, request.spec.geometry.kv_heads};
+    const bool shard = request.shard.has_value();
+    const absl::StatusOr<int64_t> bytes =
+        HeldBytes(shard ? engine::ShardSpec(request.spec, request.shard->heads) : request.spec);
+    if (!bytes.ok()) return bytes.status();
+    absl::StatusOr<Reservation> reservation = held_caches.Reserve(*bytes);
+    if (!reservation.ok()) return reservation.status();
+    holding.cache = std::make_unique<HeldCache>();
+    holding.cache->spec = request.spec;
+    holding.cache->kv_heads = shard ? request.shard->heads.kv_heads : all;
+    holding.cache->reservation = *std::move(reservation);
+    holding.cache->allowance = buffers.Allow(static_cast<size_t>(*bytes));
+    holding.cache->layers.resize(static_cast<size_t>(request.spec.geometry.layers));
+    holding.tenant = request.hold->tenant;
+    holding.lease = *lease;
+    return holding;
   }
 
   // Ends the session that holds `key`, if there is one, and waits for its memory.
@@ -66,6 +101,7 @@ class SessionManager::Impl {
   std::shared_ptr<PivotProfile> pivot_profile;
   MemoryBudget budget;
   engine::BufferPool buffers;
+  HeldCaches held_caches;
   const std::shared_ptr<SessionRegistry> registry = std::make_shared<SessionRegistry>();
   const std::shared_ptr<ShardGroups> groups = std::make_shared<ShardGroups>();
   engine::Scheduler scheduler;  // last: its threads use all of the above
@@ -92,6 +128,10 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
     valid = engine::ValidateShard(*wanted.shard, wanted.spec.geometry);
     if (!valid.ok()) return valid;
   }
+  if (wanted.hold.has_value()) {
+    if (valid = impl_->held_caches.CheckEnabled(); !valid.ok()) return valid;
+    if (valid = CheckHold(wanted.spec); !valid.ok()) return valid;
+  }
   SessionRequest request = wanted;
   impl_->pivot_profile->Resolve(&request.spec);
   absl::StatusOr<SessionPlan> plan = PlanSession(request, *impl_->backend);
@@ -111,7 +151,8 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
                               .scheduler = &impl_->scheduler,
                               .registry = impl_->registry,
                               .pivot_profile = impl_->pivot_profile.get(),
-                              .groups = impl_->groups};
+                              .groups = impl_->groups,
+                              .held_caches = &impl_->held_caches};
     std::shared_ptr<ShardGroup> group;
     if (request.shard.has_value()) {
       absl::StatusOr<std::shared_ptr<ShardGroup>> found = impl_->groups->Find(request, host);
@@ -123,8 +164,10 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
     }
     absl::StatusOr<Reservation> reservation = impl_->budget.Reserve(plan->reserved_bytes);
     if (!reservation.ok()) return reservation.status();
+    absl::StatusOr<Holding> holding = impl_->Hold(request);
+    if (!holding.ok()) return holding.status();
     auto core = std::make_shared<SessionCore>(NewId(), request, *plan, *std::move(reservation),
-                                              host, group);
+                                              host, group, *std::move(holding));
     switch (impl_->registry->Add(core->id(), request.idempotency_key, core, options.max_sessions)) {
       case SessionRegistry::Added::kYes: {
         if (group != nullptr) {
@@ -161,7 +204,13 @@ void SessionManager::FailAll(const absl::Status& status) {
 }
 
 int64_t SessionManager::active_sessions() const { return impl_->registry->size(); }
+HeldCaches& SessionManager::held_caches() { return impl_->held_caches; }
+const HeldCaches& SessionManager::held_caches() const { return impl_->held_caches; }
+absl::StatusOr<Reservation> SessionManager::Reserve(int64_t bytes) {
+  return impl_->budget.Reserve(bytes);
+}
 const MemoryBudget& SessionManager::budget() const { return impl_->budget; }
+engine::BufferPool& SessionManager::buffers() { return impl_->buffers; }
 const engine::BufferPool& SessionManager::buffers() const { return impl_->buffers; }
 const Backend& SessionManager::backend() const { return *impl_->backend; }
 const SessionManagerOptions& SessionManager::options() const { return impl_->options; }
