@@ -154,6 +154,8 @@ void AddCompute(Schema* schema, Config* config) {
                 "Memory for all prompts together; a prompt that does not fit is refused at open");
   schema->Bytes(kGroup, "idle-buffers", &sessions.idle_buffer_bytes, 0, 64 * kTiB,
                 "Memory kept for reuse while no prompt needs it");
+  schema->Bytes(kGroup, "hold-budget", &sessions.hold.budget_bytes, 0, 64 * kTiB,
+                "Memory for held caches, beside that for prompts; 0: none is held");
 }
 
 void AddFiles(Schema* schema, Config* config) {
@@ -186,6 +188,10 @@ void AddLimits(Schema* schema, Config* config) {
                  "Longest a stream may last (DEADLINE_EXCEEDED)");
   schema->Millis(kGroup, "shard-group-limit", &streams.shard_group, 1, kDayMillis,
                  "How long a tensor-parallel group waits for its ranks (DEADLINE_EXCEEDED)");
+  schema->Millis(kGroup, "hold-lease", &sessions.hold.default_lease, 1, 7 * kDayMillis,
+                 "How long a held cache lives without a renewal, unless its prompt says otherwise");
+  schema->Millis(kGroup, "max-hold-lease", &sessions.hold.max_lease, 1, 7 * kDayMillis,
+                 "The longest that a prompt may say");
   schema->Millis(kGroup, "retry-pushback", &streams.retry_pushback, 0, kDayMillis,
                  "When a caller that found no room is told to try again");
   schema->Millis(kGroup, "drain-limit", &config->drain_limit, 0, 7 * kDayMillis,

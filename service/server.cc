@@ -17,6 +17,7 @@
 #include "grpcpp/server_builder.h"
 #include "kernels/backend_registry.h"
 #include "service/rpc/compression_service.h"
+#include "service/rpc/held_caches_service.h"
 #include "service/rpc/stream_set.h"
 #include "service/unix_socket.h"
 
@@ -58,6 +59,12 @@ absl::Status CheckOptions(const ServerOptions& options) {
           absl::StrCat("the ", name, " is ", absl::FormatDuration(limit), "; it must be above 0"));
     }
   }
+  const session::HoldOptions& hold = options.sessions.hold;
+  if (hold.default_lease < absl::Milliseconds(1) || hold.default_lease > hold.max_lease) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "hold-lease is ", absl::FormatDuration(hold.default_lease), "; 1ms to max-hold-lease (",
+        absl::FormatDuration(hold.max_lease), ") are allowed"));
+  }
   return absl::OkStatus();
 }
 
@@ -97,13 +104,18 @@ class Server::Impl {
       : options_(std::move(options)),
         backend_reason_(std::move(backend.reason)),
         sessions_(options_.sessions, std::move(backend.backend)),
-        streams_(TickFor(options_.streams)),
-        service_({.limits = options_.streams,
-                  .sessions = &sessions_,
-                  .streams = &streams_,
-                  .log = options_.log.get()}) {}
+        streams_(TickFor(options_.streams), [this] { sessions_.held_caches().DropExpired(); }),
+        service_(Shared()),
+        held_caches_service_(Shared()) {}
 
   ~Impl() { Shutdown(); }
+
+  rpc::StreamShared Shared() {
+    return {.limits = options_.streams,
+            .sessions = &sessions_,
+            .streams = &streams_,
+            .log = options_.log.get()};
+  }
 
   absl::Status Listen() {
     grpc::EnableDefaultHealthCheckService(true);
@@ -119,6 +131,7 @@ class Server::Impl {
       builder.AddListeningPort(options_.listen[i], grpc::InsecureServerCredentials(), &ports[i]);
     }
     builder.RegisterService(&service_);
+    builder.RegisterService(&held_caches_service_);
     server_ = builder.BuildAndStart();
     for (size_t i = 0; i < ports.size(); ++i) {
       if (server_ != nullptr && ports[i] > 0) continue;
@@ -170,6 +183,7 @@ class Server::Impl {
   session::SessionManager sessions_;
   rpc::StreamSet streams_;
   rpc::CompressionService service_;
+  rpc::HeldCachesService held_caches_service_;
   std::unique_ptr<grpc::Server> server_;
   std::vector<std::string> addresses_;
   int port_ = 0;

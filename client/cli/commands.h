@@ -15,6 +15,10 @@ struct Command {
 
 // compress IN --out OUT: a captured prefill in, a compacted cache out.
 Command AddCompress(CLI::App* app);
+// fetch HANDLE --to OUT: a cache that compress --hold has left in a server.
+Command AddFetch(CLI::App* app);
+// release HANDLE: frees it.
+Command AddRelease(CLI::App* app);
 // info FILE | --server ADDR: what a file is, or what a server can do.
 Command AddInfo(CLI::App* app);
 // compare IN: what each method keeps, and what that does to attention.

@@ -7,6 +7,7 @@
 #include "absl/strings/str_format.h"
 #include "client/cli/capture.h"
 #include "client/cli/method_flags.h"
+#include "structkv/held_cache.h"
 #include "structkv/sizes.h"
 
 namespace structkv::cli {
@@ -21,6 +22,21 @@ std::string Name(uint32_t layer, const char* suffix) {
 absl::StatusOr<std::unique_ptr<CompactedFile>> CompactedFile::Create(
     const std::string& path, const v1::Open& open, const v1::Opened& opened,
     std::map<std::string, std::string> metadata) {
+  return Create(path, open, opened, std::move(metadata),
+                {.end_layer = open.geometry().layer_count()});
+}
+
+absl::StatusOr<std::unique_ptr<CompactedFile>> CompactedFile::Create(const std::string& path,
+                                                                     const v1::CacheInfo& info) {
+  return Create(path, client::OpenOf(info), client::OpenedOf(info), {},
+                {.first_layer = info.first_layer(),
+                 .end_layer = info.first_layer() + info.layer_count(),
+                 .pivot = false});
+}
+
+absl::StatusOr<std::unique_ptr<CompactedFile>> CompactedFile::Create(
+    const std::string& path, const v1::Open& open, const v1::Opened& opened,
+    std::map<std::string, std::string> metadata, const Parts& parts) {
   std::unique_ptr<CompactedFile> file(new CompactedFile());
   const v1::ModelGeometry& geometry = open.geometry();
   const uint32_t layers = geometry.layer_count();
@@ -29,9 +45,10 @@ absl::StatusOr<std::unique_ptr<CompactedFile>> CompactedFile::Create(
   const bool per_head =
       client::EffectiveGranularity(opened.method()) == v1::GRANULARITY_PER_KV_HEAD;
   file->has_metrics_ = opened.statistic() != v1::STATISTIC_NONE;
-  file->has_transition_ = opened.method().has_structkv();
-  file->has_pivot_ = opened.method().has_structkv() || opened.method().has_fastkv() ||
-                     opened.method().has_gemfilter();
+  file->has_transition_ = parts.pivot && opened.method().has_structkv();
+  file->has_pivot_ = parts.pivot && (opened.method().has_structkv() ||
+                                     opened.method().has_fastkv() ||
+                                     opened.method().has_gemfilter());
   file->return_saliency_ = open.return_saliency() && file->has_metrics_;
   file->return_centrality_ = open.return_centrality() && file->has_transition_;
   file->plan_ = open.output() == v1::OUTPUT_PLAN;
@@ -54,7 +71,7 @@ absl::StatusOr<std::unique_ptr<CompactedFile>> CompactedFile::Create(
     tensors.push_back({"skeleton.positions", "I32", {opened.skeleton_tokens()}});
   }
   if (file->return_centrality_) tensors.push_back({"centrality", "F32", {tokens}});
-  for (uint32_t layer = 0; layer < layers; ++layer) {
+  for (uint32_t layer = parts.first_layer; layer < parts.end_layer; ++layer) {
     const int64_t kept = opened.kept_tokens(static_cast<int>(layer));
     std::vector<int64_t> positions = {kept};
     std::vector<int64_t> saliency = {tokens};
@@ -69,10 +86,16 @@ absl::StatusOr<std::unique_ptr<CompactedFile>> CompactedFile::Create(
     if (file->value_scales_) tensors.push_back({Name(layer, "v_scale"), "F32", {scale_count}});
   }
   const std::string dtype(SafetensorsName(open.dtype()));
-  for (uint32_t layer = 0; layer < layers && !file->plan_; ++layer) {
+  for (uint32_t layer = parts.first_layer; layer < parts.end_layer && !file->plan_; ++layer) {
     const int64_t kept = opened.kept_tokens(static_cast<int>(layer));
     const int64_t value_dim = geometry.value_dim() == 0 ? geometry.key_dim() : geometry.value_dim();
+    const int64_t blocks = client::KeptBlocks(open, static_cast<uint32_t>(kept));
+    const int64_t block_tokens = open.paged().block_tokens();
     const auto shape = [&](int64_t dim) -> std::vector<int64_t> {
+      if (blocks > 0 && open.layout() == v1::LAYOUT_HEAD_TOKEN_DIM) {
+        return {blocks, heads, block_tokens, dim};
+      }
+      if (blocks > 0) return {blocks, block_tokens, heads, dim};
       if (open.layout() == v1::LAYOUT_HEAD_TOKEN_DIM) return {heads, kept, dim};
       return {kept, heads, dim};
     };

@@ -11,6 +11,7 @@
 #include "client/cli/safetensors_writer.h"
 #include "structkv/result.h"
 #include "structkv/v1/compression.pb.h"
+#include "structkv/v1/held_cache.pb.h"
 
 namespace structkv::cli {
 
@@ -32,6 +33,10 @@ class CompactedFile {
   static absl::StatusOr<std::unique_ptr<CompactedFile>> Create(
       const std::string& path, const v1::Open& open, const v1::Opened& opened,
       std::map<std::string, std::string> metadata);
+  // The same file of a cache that was held, with the layers and heads that were fetched, without what
+  // the pivot was, nor what the capture said of itself.
+  static absl::StatusOr<std::unique_ptr<CompactedFile>> Create(const std::string& path,
+                                                               const v1::CacheInfo& info);
 
   absl::Status Add(const client::LayerResult& layer);
   absl::Status Add(const client::PivotResult& pivot);
@@ -39,7 +44,17 @@ class CompactedFile {
   absl::Status Finish(const v1::Summary& summary);
 
  private:
+  // What of a prompt the file has.
+  struct Parts {
+    uint32_t first_layer = 0;
+    uint32_t end_layer = 0;
+    bool pivot = true;
+  };
+
   CompactedFile() = default;
+  static absl::StatusOr<std::unique_ptr<CompactedFile>> Create(
+      const std::string& path, const v1::Open& open, const v1::Opened& opened,
+      std::map<std::string, std::string> metadata, const Parts& parts);
 
   std::unique_ptr<SafetensorsWriter> writer_;
   std::map<std::string, std::string> metadata_;

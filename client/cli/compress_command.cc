@@ -1,3 +1,4 @@
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <map>
@@ -7,6 +8,7 @@
 #include <variant>
 
 #include "absl/status/status.h"
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/cli/capture.h"
@@ -34,6 +36,8 @@ struct CompressFlags {
   ConnectionFlags connection;
   bool plan = false;
   bool pull = false;
+  bool hold = false;
+  double hold_lease_seconds = 0;  // 0: the server's default
   bool saliency = false;
   bool centrality = false;
   bool checksums = false;
@@ -70,8 +74,18 @@ absl::StatusOr<v1::Open> MakeOpen(const CompressFlags& flags, const Capture& cap
     // A layer of skeleton rows would need the log-sum-exp over the skeleton's keys.
     open.set_window_lse(false);
   }
+  if (flags.hold && open.method().has_gemfilter()) {
+    return absl::InvalidArgumentError("--hold: gemfilter leaves no cache to hold");
+  }
   const bool plan = flags.plan || open.method().has_gemfilter();
   open.set_output(plan ? v1::OUTPUT_PLAN : v1::OUTPUT_COMPACT);
+  if (flags.hold) {
+    open.set_output(v1::OUTPUT_HOLD);
+    if (flags.hold_lease_seconds > 0) {
+      open.mutable_hold()->set_lease_millis(
+          static_cast<uint64_t>(std::ceil(flags.hold_lease_seconds * 1000)));
+    }
+  }
   SetRotary(flags.rotary, capture.metadata(), &open);
   if (flags.pull) {
     open.set_pull(open.statistic() == v1::STATISTIC_WINDOW_QUERIES ? v1::PULL_VALUES
@@ -150,15 +164,29 @@ void PrintOutcome(const CompressFlags& flags, const Capture& capture, const Outc
   std::printf("time      %s, of which the %s backend computed %s\n",
               DurationText(outcome.elapsed).c_str(), summary.backend().c_str(),
               DurationText(absl::Microseconds(summary.timing().compute_micros())).c_str());
-  std::printf("output    %s, fingerprint %s\n", flags.output.c_str(),
-              summary.fingerprint().c_str());
+  if (summary.has_held()) {
+    std::printf("held      %s, %s for %s, fingerprint %s\n",
+                absl::BytesToHexString(summary.held().handle()).c_str(),
+                BytesText(summary.held().size_bytes()).c_str(),
+                absl::FormatDuration(absl::Milliseconds(summary.held().lease_millis())).c_str(),
+                summary.fingerprint().c_str());
+  } else {
+    std::printf("output    %s, fingerprint %s\n", flags.output.c_str(),
+                summary.fingerprint().c_str());
+  }
 }
 
 void PrintJson(const CompressFlags& flags, const Capture& capture, const Outcome& outcome) {
   const v1::Summary& summary = outcome.summary;
   nlohmann::ordered_json json;
   json["input"] = flags.input;
-  json["output"] = flags.output;
+  if (summary.has_held()) {
+    json["handle"] = absl::BytesToHexString(summary.held().handle());
+    json["held_bytes"] = summary.held().size_bytes();
+    json["lease_millis"] = summary.held().lease_millis();
+  } else {
+    json["output"] = flags.output;
+  }
   for (const auto& [key, value] : MethodMetadata(outcome.opened.method())) json[key] = value;
   json["kv_bytes_before"] = capture.kv_bytes();
   json["kv_bytes_after"] = BytesAfter(capture, outcome.opened);
@@ -210,7 +238,15 @@ absl::Status CheckSkeletonFits(const CompressFlags& flags, const v1::Opened& ope
 }
 
 absl::Status RunCompress(const CompressFlags& flags) {
-  if (absl::Status status = CheckNotInput(flags.output, flags.input); !status.ok()) return status;
+  if (flags.output.empty() != flags.hold) {
+    return absl::InvalidArgumentError(
+        flags.hold ? "--hold leaves the cache in the server; --out is for `structkv fetch`"
+                   : "--out is needed, unless --hold leaves the cache in the server");
+  }
+  if (!flags.hold) {
+    absl::Status status = CheckNotInput(flags.output, flags.input);
+    if (!status.ok()) return status;
+  }
   absl::StatusOr<Capture> capture = Capture::Open(flags.input);
   if (!capture.ok()) return capture.status();
   if (!flags.column_sums.empty()) {
@@ -236,7 +272,7 @@ absl::Status RunCompress(const CompressFlags& flags) {
     outcome.skeleton_layers = 0;
     file.reset();  // of an attempt before
     written = CheckSkeletonFits(flags, opened);
-    if (!written.ok()) return;
+    if (!written.ok() || flags.hold) return;
     absl::StatusOr<std::unique_ptr<CompactedFile>> created =
         CompactedFile::Create(flags.output, *open, opened, capture->metadata());
     written = created.status();
@@ -245,15 +281,15 @@ absl::Status RunCompress(const CompressFlags& flags) {
   options.on_event = [&](const client::Event& event) {
     if (!written.ok()) return;
     if (const auto* layer = std::get_if<client::LayerResult>(&event)) {
-      written = file->Add(*layer);
+      if (file != nullptr) written = file->Add(*layer);
       progress.Update(++answered, capture->geometry().layer_count(), "layers");
     } else if (const auto* pivot = std::get_if<client::PivotResult>(&event)) {
-      written = file->Add(*pivot);
+      if (file != nullptr) written = file->Add(*pivot);
       outcome.pivot = *pivot;
     }
   };
   const auto source = [&](uint32_t layer) -> absl::StatusOr<client::LayerTensors> {
-    if (file == nullptr) return written;
+    if (!written.ok()) return written;
     return capture->Layer(layer, WithPulledTensors(*open, outcome.opened));
   };
   const auto stepped =
@@ -261,7 +297,7 @@ absl::Status RunCompress(const CompressFlags& flags) {
           const client::PivotResult* pivot) -> absl::StatusOr<client::LayerTensors> {
     const bool full = pivot == nullptr || !pivot->skeleton_from_layer.has_value() ||
                       layer < *pivot->skeleton_from_layer;
-    if (full || file == nullptr) return source(layer);
+    if (full || !written.ok()) return source(layer);
     ++outcome.skeleton_layers;
     return capture->SkeletonLayer(layer, WithPulledTensors(*open, outcome.opened), pivot->skeleton);
   };
@@ -274,8 +310,10 @@ absl::Status RunCompress(const CompressFlags& flags) {
   if (!written.ok()) return written;
   outcome.elapsed = absl::Now() - start;
   outcome.summary = *std::move(summary);
-  absl::Status status = file->Finish(outcome.summary);
-  if (!status.ok()) return status;
+  if (file != nullptr) {
+    absl::Status status = file->Finish(outcome.summary);
+    if (!status.ok()) return status;
+  }
   if (flags.json) {
     PrintJson(flags, *capture, outcome);
   } else {
@@ -290,7 +328,8 @@ Command AddCompress(CLI::App* app) {
   auto flags = std::make_shared<CompressFlags>();
   CLI::App* sub = app->add_subcommand("compress", "Compress a captured prefill into a file");
   sub->add_option("input", flags->input, "Captured prefill (safetensors)")->required();
-  sub->add_option("--out,-o", flags->output, "Compacted cache to write (safetensors)")->required();
+  CLI::Option* out =
+      sub->add_option("--out,-o", flags->output, "Compacted cache to write (safetensors)");
   AddMethodFlags(sub, &flags->method);
   AddRotaryFlags(sub, &flags->rotary);
   AddConnectionFlags(sub, &flags->connection);
@@ -301,6 +340,16 @@ Command AddCompress(CLI::App* app) {
                 "Send only the rows of values that the service asks for; with a saliency of the "
                 "capture's own also those of keys")
       ->excludes(plan);
+  CLI::Option* hold =
+      sub->add_flag("--hold", flags->hold,
+                    "Leave the compacted cache in the server, for `structkv fetch`, in place of --out")
+          ->excludes(out)
+          ->excludes(plan)
+          ->excludes(sub->get_option("--in-process"));
+  sub->add_option("--hold-lease", flags->hold_lease_seconds,
+                  "Seconds that it stays without a renewal; 0: the server's default")
+      ->check(CLI::NonNegativeNumber)
+      ->needs(hold);
   CLI::Option* saliency =
       sub->add_flag("--saliency", flags->saliency, "Also write each layer's saliency");
   sub->add_flag("--centrality", flags->centrality, "Also write the centrality at the pivot");

@@ -85,12 +85,26 @@ v1::Opened WithPulledTensors(const v1::Open& open, v1::Opened opened) {
   return opened;
 }
 
+namespace {
+constexpr char kGroup[] = "Where";
+}  // namespace
+
+CLI::Option* AddServerFlags(CLI::App* app, ConnectionFlags* flags) {
+  app->add_option("--tenant", flags->tenant,
+                  "Whose held caches these are, where the connection does not say")
+      ->group(kGroup);
+  app->add_option("--timeout", flags->timeout_seconds, "Seconds for one prompt; 0: none")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str()
+      ->group(kGroup);
+  return app
+      ->add_option("--server", flags->server, "Address of the server: host:port or unix:/path")
+      ->capture_default_str()
+      ->group(kGroup);
+}
+
 void AddConnectionFlags(CLI::App* app, ConnectionFlags* flags) {
-  constexpr char kGroup[] = "Where";
-  CLI::Option* server =
-      app->add_option("--server", flags->server, "Address of the server: host:port or unix:/path")
-          ->capture_default_str()
-          ->group(kGroup);
+  CLI::Option* server = AddServerFlags(app, flags);
   CLI::Option* in_process =
       app->add_flag("--in-process", flags->in_process, "Compress in this process, without a server")
           ->excludes(server)
@@ -106,15 +120,17 @@ void AddConnectionFlags(CLI::App* app, ConnectionFlags* flags) {
       ->needs(in_process)
       ->capture_default_str()
       ->group(kGroup);
-  app->add_option("--timeout", flags->timeout_seconds, "Seconds for one prompt; 0: none")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str()
-      ->group(kGroup);
+}
+
+std::vector<std::pair<std::string, std::string>> TenantMetadata(const ConnectionFlags& flags) {
+  if (flags.tenant.empty()) return {};
+  return {{"structkv-tenant", flags.tenant}};
 }
 
 client::SessionOptions MakeSessionOptions(const ConnectionFlags& flags) {
   client::SessionOptions options;
   if (flags.timeout_seconds > 0) options.timeout = absl::Seconds(flags.timeout_seconds);
+  options.metadata = TenantMetadata(flags);
   return options;
 }
 

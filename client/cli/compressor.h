@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "CLI/CLI.hpp"
@@ -50,15 +51,21 @@ v1::Opened WithPulledTensors(const v1::Open& open, v1::Opened opened);
 
 struct ConnectionFlags {
   std::string server = "127.0.0.1:7411";
+  std::string tenant;
   bool in_process = false;
   std::string backend = "auto";
   int threads = 0;
   double timeout_seconds = 0;
 };
 
+// --server, --tenant and --timeout alone; returns --server.
+CLI::Option* AddServerFlags(CLI::App* app, ConnectionFlags* flags);
 void AddConnectionFlags(CLI::App* app, ConnectionFlags* flags);
 
-// The timeout of the flags, on top of the defaults.
+// The metadata that name the tenant.
+std::vector<std::pair<std::string, std::string>> TenantMetadata(const ConnectionFlags& flags);
+
+// The timeout and the tenant of the flags, on top of the defaults.
 client::SessionOptions MakeSessionOptions(const ConnectionFlags& flags);
 
 // Connects, or sets up this process. Every call makes a connection of its own.

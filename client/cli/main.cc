@@ -39,8 +39,8 @@ int Main(int argc, char** argv) {
   app.set_version_flag("--version", std::string("structkv ") + STRUCTKV_VERSION);
   app.require_subcommand(1);
   app.get_formatter()->column_width(38);
-  const Command commands[] = {AddCompress(&app), AddCompare(&app), AddPlot(&app), AddInfo(&app),
-                              AddBench(&app)};
+  const Command commands[] = {AddCompress(&app), AddFetch(&app), AddRelease(&app), AddCompare(&app),
+                              AddPlot(&app),     AddInfo(&app),  AddBench(&app)};
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -10,6 +10,8 @@
 namespace structkv::client::internal {
 namespace {
 
+constexpr size_t kHandleBytes = 16;
+
 template <typename... Args>
 absl::Status Broken(const Args&... args) {
   return absl::DataLossError(absl::StrCat("the server broke the protocol: ", args...));
@@ -454,6 +456,14 @@ absl::StatusOr<v1::Summary> Assembler::Finish(uint64_t sent_bytes) const {
   if (summary_->fingerprint() != opened_->fingerprint()) {
     return Disagrees("fingerprint", summary_->fingerprint(), ", Opened said ",
                      opened_->fingerprint());
+  }
+  const bool holds = open_.output() == v1::OUTPUT_HOLD;
+  if (summary_->has_held() != holds) {
+    return Disagrees("held", holds ? "not set" : "set", ", Open.output said otherwise");
+  }
+  if (holds && summary_->held().handle().size() != kHandleBytes) {
+    return Disagrees("held.handle", summary_->held().handle().size(), " bytes long, ", kHandleBytes,
+                     " are due");
   }
   return *summary_;
 }

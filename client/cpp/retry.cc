@@ -11,6 +11,7 @@
 namespace structkv::client {
 namespace {
 
+constexpr char kPushbackKey[] = "grpc-retry-pushback-ms";
 constexpr char kPayload[] = "structkv.v1/retry-pushback-ms";
 
 std::optional<int64_t> Pushback(const absl::Status& status) {
@@ -34,6 +35,19 @@ namespace internal {
 
 void SetPushback(int64_t millis, absl::Status* status) {
   status->SetPayload(kPayload, absl::Cord(absl::StrCat(millis)));
+}
+
+absl::Status StatusOfCall(const grpc::Status& ended, const grpc::ClientContext& context) {
+  if (ended.ok()) return absl::OkStatus();
+  absl::Status status(static_cast<absl::StatusCode>(ended.error_code()), ended.error_message());
+  const auto& metadata = context.GetServerTrailingMetadata();
+  if (const auto it = metadata.find(kPushbackKey); it != metadata.end()) {
+    int64_t millis = 0;
+    // As in gRPC's own retries: what cannot be read means "do not try again".
+    const absl::string_view text(it->second.data(), it->second.size());
+    SetPushback(absl::SimpleAtoi(text, &millis) ? millis : -1, &status);
+  }
+  return status;
 }
 
 std::optional<absl::Duration> RetryDelay(const RetryPolicy& policy, int attempt,

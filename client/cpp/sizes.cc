@@ -153,18 +153,19 @@ uint64_t AnswerTensorBytes(const v1::Open& open, const v1::Opened& opened, v1::T
                            uint32_t tokens, uint32_t kept) {
   const v1::ModelGeometry& geometry = open.geometry();
   const uint64_t row = ElementBytes(open.dtype()) * KvHeads(open) * Slots(open, kept);
-  const bool plan = open.output() == v1::OUTPUT_PLAN;
+  // Rows stay with a plan, and with a hold.
+  const bool no_rows = open.output() == v1::OUTPUT_PLAN || open.output() == v1::OUTPUT_HOLD;
   switch (tensor) {
     case v1::TENSOR_POSITIONS:
       return sizeof(int32_t) * Heads(open, opened) * kept;
     case v1::TENSOR_KEYS:
-      return plan ? 0 : row * geometry.key_dim();
+      return no_rows ? 0 : row * geometry.key_dim();
     case v1::TENSOR_VALUES:
-      return plan || geometry.values_in_keys() ? 0 : row * ValueDim(geometry);
+      return no_rows || geometry.values_in_keys() ? 0 : row * ValueDim(geometry);
     case v1::TENSOR_KEY_SCALES:
-      return plan || kept == 0 ? 0 : ScaleBytes(open);
+      return no_rows || kept == 0 ? 0 : ScaleBytes(open);
     case v1::TENSOR_VALUE_SCALES:
-      return plan || kept == 0 || geometry.values_in_keys() ? 0 : ScaleBytes(open);
+      return no_rows || kept == 0 || geometry.values_in_keys() ? 0 : ScaleBytes(open);
     case v1::TENSOR_SALIENCY: {
       const bool scored = opened.statistic() != v1::STATISTIC_NONE;
       if (!open.return_saliency() || !scored || kept == 0) return 0;

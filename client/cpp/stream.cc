@@ -3,7 +3,6 @@
 #include <string>
 #include <utility>
 
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "client/cpp/retry.h"
 #include "client/cpp/session_core.h"
@@ -13,28 +12,9 @@ namespace structkv::client::internal {
 namespace {
 
 constexpr char kCompressMethod[] = "/structkv.v1.Compression/Compress";
-constexpr char kPushbackKey[] = "grpc-retry-pushback-ms";
-
-absl::Status ToStatus(int code, const std::string& message) {
-  return {static_cast<absl::StatusCode>(code), message};
-}
-
-// With what the trailing metadata say about trying again.
-absl::Status StatusOfCall(const grpc::Status& ended, const grpc::ClientContext& context) {
-  if (ended.ok()) return absl::OkStatus();
-  absl::Status status = ToStatus(ended.error_code(), ended.error_message());
-  const auto& metadata = context.GetServerTrailingMetadata();
-  if (const auto it = metadata.find(kPushbackKey); it != metadata.end()) {
-    int64_t millis = 0;
-    // As in gRPC's own retries: what cannot be read means "do not try again".
-    const absl::string_view text(it->second.data(), it->second.size());
-    SetPushback(absl::SimpleAtoi(text, &millis) ? millis : -1, &status);
-  }
-  return status;
-}
 
 absl::Status StatusOfPrompt(const v1::PromptFailure& failure) {
-  absl::Status status = ToStatus(static_cast<int>(failure.code()), failure.message());
+  absl::Status status(static_cast<absl::StatusCode>(failure.code()), failure.message());
   if (failure.has_retry_after_millis()) {
     SetPushback(static_cast<int64_t>(failure.retry_after_millis()), &status);
   }

@@ -76,6 +76,17 @@ v1::GetCapabilitiesResponse MakeCapabilities(const session::SessionManager& sess
   limits->set_memory_budget_bytes(static_cast<uint64_t>(budget));
   limits->set_memory_available_bytes(
       static_cast<uint64_t>(budget - sessions.budget().reserved_bytes()));
+  const session::HeldCaches& held = sessions.held_caches();
+  if (held.CheckEnabled().ok()) {
+    limits->set_hold_budget_bytes(static_cast<uint64_t>(held.budget().limit_bytes()));
+    limits->set_hold_available_bytes(
+        static_cast<uint64_t>(held.budget().limit_bytes() - held.budget().reserved_bytes()));
+    const auto millis = [](absl::Duration lease) {
+      return static_cast<uint64_t>(absl::ToInt64Milliseconds(lease));
+    };
+    limits->set_default_hold_lease_millis(millis(held.options().default_lease));
+    limits->set_max_hold_lease_millis(millis(held.options().max_lease));
+  }
   return response;
 }
 

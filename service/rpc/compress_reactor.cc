@@ -12,6 +12,7 @@
 #include "service/rpc/method_codec.h"
 #include "service/rpc/shard_agreement.h"
 #include "service/rpc/status_mapping.h"
+#include "service/rpc/tenant.h"
 
 namespace structkv::rpc {
 namespace {
@@ -209,6 +210,15 @@ void CompressReactor::TakeOpen(Slot& slot, const v1::Open& open) {
                                     .max_message_bytes = shared_->limits.max_message_bytes,
                                     .shard = request->shard};
   if (wanted.shard.has_value()) wanted.agreed = AgreedFields(open, *request);
+  if (request->hold) {
+    absl::StatusOr<std::string> tenant = TenantOf(*context());
+    if (!tenant.ok()) {
+      Fail(slot, tenant.status());
+      return;
+    }
+    slot.tenant = *tenant;
+    wanted.hold = {*std::move(tenant), request->lease_millis};
+  }
   absl::StatusOr<std::shared_ptr<session::Session>> opened = shared_->sessions->Open(wanted);
   if (!opened.ok()) {
     Fail(slot, opened.status(), /*at_open=*/true);
@@ -343,6 +353,14 @@ void CompressReactor::SendSummary(Slot& slot, const session::SessionSummary& sum
   encoded->mutable_timing()->set_session_micros(static_cast<uint64_t>(summary.session_micros));
   encoded->mutable_timing()->set_queue_micros(static_cast<uint64_t>(summary.queue_micros));
   encoded->mutable_timing()->set_compute_micros(static_cast<uint64_t>(summary.compute_micros));
+  if (summary.held.has_value()) {
+    v1::HeldCache* held = encoded->mutable_held();
+    held->set_handle(summary.held->handle);
+    held->set_size_bytes(static_cast<uint64_t>(summary.held->size_bytes));
+    held->set_lease_millis(static_cast<uint64_t>(absl::ToInt64Milliseconds(summary.held->lease)));
+    absl::MutexLock lock(&session_mutex_);
+    slot.held = summary.held->handle;
+  }
   SendTerminal(response);
 }
 
@@ -503,7 +521,23 @@ void CompressReactor::LogEnd(const Slot* slot, const session::Session* session) 
                        {"error", status.error_message()}});
 }
 
+void CompressReactor::ReleaseHeld() {
+  std::vector<std::pair<std::string, std::string>> held;  // tenant, handle
+  {
+    absl::MutexLock lock(&session_mutex_);
+    for (const auto& slot : slots_) {
+      if (!slot->held.empty()) held.emplace_back(slot->tenant, slot->held);
+    }
+  }
+  for (const auto& [tenant, handle] : held) {
+    // It may have expired.
+    shared_->sessions->held_caches().Release(handle, tenant).IgnoreError();
+  }
+}
+
 void CompressReactor::OnGone() {
+  // In a batch a prompt's summary counts whatever becomes of the others.
+  if (!is_batch() && (context()->IsCancelled() || !end_status().ok())) ReleaseHeld();
   std::vector<std::shared_ptr<session::Session>> done(slots_.size());
   {
     absl::MutexLock lock(&session_mutex_);

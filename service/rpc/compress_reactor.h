@@ -72,6 +72,7 @@ class CompressReactor final : public StreamIo, public Stream {
     // Written while its open is taken, read afterwards.
     int64_t max_response_bytes = kDefaultMessageBytes;
     v1::Summary summary;  // what is known of it at open
+    std::string tenant;
     // Written by messages, which come one at a time.
     Phase phase = Phase::kOpen;
     std::atomic<int64_t> input_bytes{0};
@@ -84,6 +85,7 @@ class CompressReactor final : public StreamIo, public Stream {
     std::atomic<bool> failed{false};            // of a batch; what comes of it is dropped
     std::shared_ptr<session::Session> session;  // under session_mutex_
     absl::Status status;                        // of `failed`; under session_mutex_
+    std::string held;                           // handle; under session_mutex_
   };
 
   void OnMessage(const grpc::ByteBuffer& message) override;
@@ -111,6 +113,8 @@ class CompressReactor final : public StreamIo, public Stream {
   void SendTerminal(const v1::CompressResponse& response);
   void SendLastIfDue();
   void Queue(Slot& slot, std::vector<OutgoingMessage> messages);
+  // Nobody was told what is held: drops it.
+  void ReleaseHeld();
   // One line of the log; null where there was no prompt.
   void LogEnd(const Slot* slot, const session::Session* session) const;
 

@@ -154,6 +154,27 @@ absl::Status DecodeShardGroup(const v1::ShardGroup& group, OpenRequest* request)
   return absl::OkStatus();
 }
 
+absl::Status DecodeHold(const v1::Open& open, OpenRequest* request) {
+  if (!request->hold) {
+    if (!open.has_hold()) return absl::OkStatus();
+    return Invalid("hold", "set",
+                   absl::StrCat("it needs the output OUTPUT_HOLD, but that is ",
+                                EnumText(open.output())));
+  }
+  if (request->spec.method.method == method::Method::kGemFilter) {
+    return Invalid("output", "OUTPUT_HOLD",
+                   "gemfilter prefills again with the tokens it chose, so there is no cache to "
+                   "hold; OUTPUT_PLAN is allowed");
+  }
+  if (open.shard_group().decode_shard_count() > 1) {
+    return Invalid("shard_group.decode_shard_count",
+                   absl::StrCat(open.shard_group().decode_shard_count()),
+                   "with OUTPUT_HOLD 1 is allowed, as FetchCache takes any range of KV heads");
+  }
+  if (open.hold().has_lease_millis()) request->lease_millis = open.hold().lease_millis();
+  return absl::OkStatus();
+}
+
 // What the wire limits beside the spec.
 absl::Status DecodeRest(const v1::Open& open, int64_t max_message_bytes, OpenRequest* request) {
   if (open.idempotency_key().size() > kMaxIdempotencyKeyBytes) {
@@ -232,9 +253,14 @@ absl::StatusOr<OpenRequest> DecodeOpen(const v1::Open& open, int64_t max_message
     case v1::OUTPUT_PLAN:
       spec.plan_only = true;
       break;
+    case v1::OUTPUT_HOLD:
+      request.hold = true;
+      break;
     default:
-      return Invalid("output", EnumText(open.output()), "allowed: OUTPUT_COMPACT, OUTPUT_PLAN");
+      return Invalid("output", EnumText(open.output()),
+                     "allowed: OUTPUT_COMPACT, OUTPUT_PLAN, OUTPUT_HOLD");
   }
+  if (absl::Status hold = DecodeHold(open, &request); !hold.ok()) return hold;
   absl::StatusOr<engine::Pull> pull = DecodePull(open.pull());
   if (!pull.ok()) return pull.status();
   spec.pull = *pull;
@@ -270,6 +296,18 @@ v1::Opened EncodeOpened(const engine::PromptSpec& spec) {
   opened.set_fingerprint(engine::Fingerprint(spec));
   if (spec.rotary.has_value()) *opened.mutable_rotary() = EncodeRotary(*spec.rotary);
   return opened;
+}
+
+v1::KvScales EncodeKvScales(engine::KvScales scales) {
+  switch (scales) {
+    case engine::KvScales::kNone:
+      return v1::KV_SCALES_NONE;
+    case engine::KvScales::kPerTensor:
+      return v1::KV_SCALES_PER_TENSOR;
+    case engine::KvScales::kPerKvHead:
+      return v1::KV_SCALES_PER_KV_HEAD;
+  }
+  return v1::KV_SCALES_UNSPECIFIED;
 }
 
 v1::Statistic EncodeStatistic(engine::Statistic statistic) {

@@ -26,6 +26,9 @@ struct OpenRequest {
   std::string idempotency_key;
   // The rank that the stream is, where it is one of a group; for engine::ValidateShard.
   std::optional<engine::ShardMember> shard;
+  // The compacted cache stays in the server, with a lease of `lease_millis` or the default.
+  bool hold = false;
+  std::optional<uint64_t> lease_millis;
   // Longest message that the caller accepts, in bytes.
   int64_t max_response_message_bytes = kDefaultMessageBytes;
 };
@@ -51,6 +54,7 @@ v1::LayerMetrics EncodeMetrics(int64_t layer, const method::LayerMetrics& metric
 v1::PivotDecision EncodePivot(const method::PivotDecision& decision);
 
 v1::DType EncodeDType(DType dtype);
+v1::KvScales EncodeKvScales(engine::KvScales scales);
 v1::Statistic EncodeStatistic(engine::Statistic statistic);
 v1::Tensor EncodeTensor(engine::InputTensor tensor);
 // nullopt for a tensor that no client sends, or an unknown number.

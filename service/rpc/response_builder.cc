@@ -6,15 +6,13 @@
 #include <utility>
 
 #include "absl/types/span.h"
+#include "service/rpc/message_room.h"
 #include "service/rpc/open_decoder.h"
 #include "structkv/v1/compression.pb.h"
 #include "structkv/v1/piece_codec.h"
 
 namespace structkv::rpc {
 namespace {
-
-// Pieces are cut at multiples of this, so that a piece holds whole elements.
-constexpr int64_t kCutBytes = 64;
 
 // One whole tensor on its way out.
 struct OutgoingTensor {
@@ -47,18 +45,16 @@ class Cutter {
   template <typename Start, typename Last>
   void Cut(absl::Span<const OutgoingTensor> tensors, v1::CompressResponse* header, Start start,
            Last last) {
-    Room(*header);
+    MessageRoom room(max_, *header);
     for (const OutgoingTensor& tensor : tensors) {
       int64_t offset = 0;
       const auto size = static_cast<int64_t>(tensor.data.size());
       while (offset < size) {
-        const int64_t fits = std::min(size - offset, free_ - kPiece);
-        // Either all of the rest, or whole cuts of it.
-        const int64_t take = fits == size - offset ? fits : fits / kCutBytes * kCutBytes;
-        if (take <= 0) {
+        const int64_t take = room.Take(size - offset);
+        if (take == 0) {
           Flush(*header);
           start(header);
-          Room(*header);
+          room = MessageRoom(max_, *header);
           continue;
         }
         pieces_.push_back(
@@ -68,7 +64,6 @@ class Cutter {
              .data = tensor.data.subspan(static_cast<size_t>(offset), static_cast<size_t>(take)),
              .owner = tensor.owner});
         offset += take;
-        free_ -= take + kPiece;
       }
     }
     last(header);
@@ -76,14 +71,6 @@ class Cutter {
   }
 
  private:
-  static constexpr auto kPiece = static_cast<int64_t>(wire::kPieceOverheadBytes);
-  // The outer field's key and length, and the flag of the last message.
-  static constexpr int64_t kHeaderSlack = 32;
-
-  void Room(const v1::CompressResponse& header) {
-    free_ = max_ - kHeaderSlack - static_cast<int64_t>(header.ByteSizeLong());
-  }
-
   void Flush(const v1::CompressResponse& header) {
     OutgoingMessage message;
     message.prompt = header.prompt();
@@ -99,7 +86,6 @@ class Cutter {
   const int64_t max_;
   std::vector<OutgoingMessage>* const messages_;
   std::vector<wire::OutgoingPiece> pieces_;
-  int64_t free_ = 0;
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "grpc/grpc.h"
 #include "service/session/memory_budget.h"
 
 namespace structkv::rpc {
@@ -15,6 +16,12 @@ grpc::Status ToGrpc(const absl::Status& status) {
     absl::StrAppend(&text, "...");
   }
   return {static_cast<grpc::StatusCode>(status.code()), text};
+}
+
+void CancelCall(grpc::CallbackServerContext* context, const grpc::Status& status) {
+  grpc_call_cancel_with_status(context->c_call(),
+                               static_cast<grpc_status_code>(status.error_code()),
+                               status.error_message().c_str(), nullptr);
 }
 
 int64_t RetryPushbackMillis(const absl::Status& refusal, absl::Duration pushback) {

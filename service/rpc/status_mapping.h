@@ -6,6 +6,7 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "grpcpp/server_context.h"
 #include "grpcpp/support/status.h"
 
 namespace structkv::rpc {
@@ -19,6 +20,10 @@ inline constexpr size_t kMaxErrorTextBytes = 2048;
 // Codes are the same numbers on both sides.
 grpc::Status ToGrpc(const absl::Status& status);
 absl::Status FromGrpc(const grpc::Status& status);
+
+// As ServerContext::TryCancel, which knows no other status than CANCELLED: gRPC's server sends it
+// past the stream's flow control.
+void CancelCall(grpc::CallbackServerContext* context, const grpc::Status& status);
 
 // What kRetryPushbackKey says beside a refusal for lack of room: `pushback`, or -1 (never) where
 // the prompt is larger than the whole budget.

@@ -2,8 +2,8 @@
 
 #include <utility>
 
-#include "grpc/grpc.h"
 #include "grpcpp/server_context.h"
+#include "service/rpc/status_mapping.h"
 #include "service/rpc/stream_set.h"
 
 namespace structkv::rpc {
@@ -118,25 +118,20 @@ bool StreamIo::EndWith(const grpc::Status& status) {
   {
     absl::MutexLock lock(&mutex_);
     if (gone_ || ending_) {
-      if (!gone_ && finished_) CancelCall(status);
+      if (!gone_ && finished_) CancelOnce(status);
       return false;
     }
     ending_ = true;
     end_status_ = status;
     dropped.swap(queue_);
-    if (writing_) CancelCall(status);
+    if (writing_) CancelOnce(status);
   }
   Advance();
   return true;
 }
 
-void StreamIo::CancelCall(const grpc::Status& status) {
-  if (cancelled_) return;
-  cancelled_ = true;
-  // As ServerContext::TryCancel, which knows no other status than CANCELLED.
-  grpc_call_cancel_with_status(context_->c_call(),
-                               static_cast<grpc_status_code>(status.error_code()),
-                               status.error_message().c_str(), nullptr);
+void StreamIo::CancelOnce(const grpc::Status& status) {
+  if (!std::exchange(cancelled_, true)) CancelCall(context_, status);
 }
 
 void StreamIo::OnReadDone(bool ok) {

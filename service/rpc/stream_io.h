@@ -81,7 +81,7 @@ class StreamIo : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuff
   // Decides and starts operations until there is nothing to start.
   void Advance();
   Action Decide() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void CancelCall(const grpc::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void CancelOnce(const grpc::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   grpc::CallbackServerContext* const context_;
   std::shared_ptr<StreamIo> self_;
@@ -95,7 +95,7 @@ class StreamIo : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuff
   bool last_queued_ ABSL_GUARDED_BY(mutex_) = false;  // the queue's last message ends the stream
   bool ending_ ABSL_GUARDED_BY(mutex_) = false;       // with end_status_
   bool finished_ ABSL_GUARDED_BY(mutex_) = false;     // Finish or StartWriteAndFinish was decided
-  bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;    // CancelCall was called
+  bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;    // CancelOnce was called
   bool gone_ ABSL_GUARDED_BY(mutex_) = false;         // OnDone was called
   int starting_ ABSL_GUARDED_BY(mutex_) = 0;          // threads in StartRead or StartWrite
   int64_t reading_since_ ABSL_GUARDED_BY(mutex_) = 0;

@@ -1,7 +1,6 @@
 #include "service/rpc/stream_set.h"
 
 #include <chrono>
-#include <functional>
 #include <utility>
 #include <vector>
 
@@ -43,8 +42,9 @@ class StreamSet::Ticker {
   boost::asio::steady_timer timer_;
 };
 
-StreamSet::StreamSet(absl::Duration tick)
-    : ticker_(std::make_unique<Ticker>(tick, [this] { Tick(); })),
+StreamSet::StreamSet(absl::Duration tick, std::function<void()> also)
+    : also_(std::move(also)),
+      ticker_(std::make_unique<Ticker>(tick, [this] { Tick(); })),
       thread_([this] { ticker_->Run(); }) {}
 
 StreamSet::~StreamSet() {
@@ -68,6 +68,7 @@ int64_t StreamSet::size() const {
 }
 
 void StreamSet::Tick() {
+  if (also_) also_();
   std::vector<std::shared_ptr<Stream>> streams;
   {
     absl::MutexLock lock(&mutex_);

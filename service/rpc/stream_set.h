@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <thread>
 #include <unordered_map>
@@ -32,8 +33,8 @@ class Stream {
 // is gone.
 class StreamSet {
  public:
-  // Calls CheckLimits about every `tick`.
-  explicit StreamSet(absl::Duration tick);
+  // Calls CheckLimits, and `also` where it is set, about every `tick`.
+  explicit StreamSet(absl::Duration tick, std::function<void()> also = nullptr);
   ~StreamSet();
   StreamSet(const StreamSet&) = delete;
   StreamSet& operator=(const StreamSet&) = delete;
@@ -51,6 +52,7 @@ class StreamSet {
   class Ticker;
   void Tick();
 
+  const std::function<void()> also_;
   mutable absl::Mutex mutex_;
   std::unordered_map<const Stream*, std::weak_ptr<Stream>> streams_ ABSL_GUARDED_BY(mutex_);
   std::unique_ptr<Ticker> ticker_;

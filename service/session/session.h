@@ -42,7 +42,8 @@ struct SessionRequest {
   int64_t max_message_bytes = 0;
   // The rank that this is, of a prompt that several sessions hold. `spec` is the whole prompt's.
   std::optional<engine::ShardMember> shard;
-  // Set: answers have no keys, values and scales; these are held (see HeldCaches). Not for plans.
+  // Set: answers have no keys, values and scales; these are held (see HeldCaches). Not for
+  // plans, nor with decode_shards above 1.
   std::optional<HoldRequest> hold;
   // What all ranks must say alike: names of fields and their values, sorted by name.
   std::vector<std::pair<std::string, std::string>> agreed;

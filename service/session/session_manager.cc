@@ -30,13 +30,12 @@ std::string NewId() {
   return absl::StrFormat("%08x%08x%08x%08x", words[0], words[1], words[2], words[3]);
 }
 
-// What can be held: rows, all heads together.
-absl::Status CheckHold(const engine::PromptSpec& spec) {
-  if (spec.plan_only) return absl::InvalidArgumentError("a plan has no rows to hold");
-  if (spec.decode_shards <= 1) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("open.shard_group.decode_shard_count is ", spec.decode_shards,
-                   "; with OUTPUT_HOLD 1 is allowed, as FetchCache takes any range of KV heads"));
+// What a prompt, or a rank of one, takes of the budget of held caches.
+absl::StatusOr<int64_t> BytesToHold(const SessionRequest& request) {
+  if (!request.hold.has_value()) return 0;
+  return HeldBytes(request.shard.has_value()
+                       ? engine::ShardSpec(request.spec, request.shard->heads)
+                       : request.spec);
 }
 
 int Threads(int wanted) {
@@ -67,16 +66,15 @@ class SessionManager::Impl {
     absl::StatusOr<absl::Duration> lease =
         held_caches.Lease(request.hold->lease_millis, "open.hold.lease_millis");
     if (!lease.ok()) return lease.status();
-    const engine::HeadRange all = {0, request.spec.geometry.kv_heads};
-    const bool shard = request.shard.has_value();
-    const absl::StatusOr<int64_t> bytes =
-        HeldBytes(shard ? engine::ShardSpec(request.spec, request.shard->heads) : request.spec);
+    const absl::StatusOr<int64_t> bytes = BytesToHold(request);
     if (!bytes.ok()) return bytes.status();
     absl::StatusOr<Reservation> reservation = held_caches.Reserve(*bytes);
     if (!reservation.ok()) return reservation.status();
     holding.cache = std::make_unique<HeldCache>();
     holding.cache->spec = request.spec;
-    holding.cache->kv_heads = shard ? request.shard->heads.kv_heads : all;
+    holding.cache->kv_heads = request.shard.has_value()
+                                  ? request.shard->heads.kv_heads
+                                  : engine::HeadRange{0, request.spec.geometry.kv_heads};
     holding.cache->reservation = *std::move(reservation);
     holding.cache->allowance = buffers.Allow(static_cast<size_t>(*bytes));
     holding.cache->layers.resize(static_cast<size_t>(request.spec.geometry.layers));
@@ -130,7 +128,6 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
   }
   if (wanted.hold.has_value()) {
     if (valid = impl_->held_caches.CheckEnabled(); !valid.ok()) return valid;
-    if (valid = CheckHold(wanted.spec); !valid.ok()) return valid;
   }
   SessionRequest request = wanted;
   impl_->pivot_profile->Resolve(&request.spec);
@@ -139,6 +136,11 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
   // A prompt that can never fit must not end the one that it would replace.
   if (plan->reserved_bytes > options.memory_budget_bytes) {
     return impl_->budget.Reserve(plan->reserved_bytes).status();
+  }
+  const absl::StatusOr<int64_t> held_bytes = BytesToHold(request);
+  if (!held_bytes.ok()) return held_bytes.status();
+  if (*held_bytes > options.hold.budget_bytes) {
+    return impl_->held_caches.Reserve(*held_bytes).status();
   }
   const auto begin = std::chrono::steady_clock::now();
   while (true) {

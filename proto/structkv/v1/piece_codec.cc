@@ -341,6 +341,30 @@ absl::StatusOr<Response> DecodeResponse(const grpc::ByteBuffer& buffer) {
   return response;
 }
 
+absl::StatusOr<FetchResponse> DecodeFetchResponse(const grpc::ByteBuffer& buffer) {
+  absl::StatusOr<std::vector<grpc::Slice>> slices = Slices(buffer);
+  if (!slices.ok()) return slices.status();
+  constexpr uint32_t kLayer = v1::FetchCacheResponse::kLayerFieldNumber;
+  TopLevel top;
+  const auto piece_field = [](uint32_t member) {
+    return member == kLayer ? uint32_t{v1::LayerResult::kPiecesFieldNumber} : 0;
+  };
+  absl::Status read = ReadTopLevel(*slices, v1::FetchCacheResponse::kSummaryFieldNumber,
+                                   /*keep_rest=*/true, piece_field, top);
+  if (!read.ok()) return read;
+  FetchResponse response;
+  if (top.member != kLayer) {
+    if (absl::Status parsed = ParseWhole(*slices, response.message); !parsed.ok()) return parsed;
+    return response;
+  }
+  if (!response.message.mutable_layer()->ParseFromString(top.rest)) {
+    return absl::InvalidArgumentError("message cannot be parsed: bad field in `layer`");
+  }
+  response.pieces.slices = *std::move(slices);
+  response.pieces.pieces = std::move(top.pieces);
+  return response;
+}
+
 grpc::ByteBuffer EncodeRequest(absl::Span<const OutgoingPiece> pieces, uint32_t prompt) {
   return EncodeMember(v1::CompressRequest::kPiecesFieldNumber, {}, kPieceField, pieces, prompt);
 }
@@ -362,6 +386,12 @@ grpc::ByteBuffer EncodeResponse(const v1::CompressResponse& message,
                         v1::RowPull::kPiecesFieldNumber, pieces, message.prompt());
   }
   return Encode(message);
+}
+
+grpc::ByteBuffer EncodeFetchedLayer(const v1::LayerResult& layer,
+                                    absl::Span<const OutgoingPiece> pieces) {
+  return EncodeMember(v1::FetchCacheResponse::kLayerFieldNumber, layer.SerializeAsString(),
+                      v1::LayerResult::kPiecesFieldNumber, pieces, /*prompt=*/0);
 }
 
 grpc::ByteBuffer Encode(const google::protobuf::MessageLite& message) {

@@ -1,5 +1,5 @@
-// Hand-written codec of the one hot message, `TensorPieces`, inside `CompressRequest` and
-// `CompressResponse`: tensor bytes go between gRPC's slices and the caller's memory without a copy
+// Hand-written codec of the one hot message, `TensorPieces`, inside `CompressRequest`,
+// `CompressResponse` and `FetchCacheResponse`: tensor bytes go between gRPC's slices and the caller's memory without a copy
 // through a protobuf `bytes` field. Everything else on the stream is ordinary protobuf. What this
 // writes any protobuf library reads, and the reverse.
 #pragma once
@@ -17,6 +17,7 @@
 #include "absl/types/span.h"
 #include "grpcpp/support/byte_buffer.h"
 #include "structkv/v1/compression.pb.h"
+#include "structkv/v1/held_cache.pb.h"
 
 namespace structkv::wire {
 
@@ -66,6 +67,13 @@ struct Response {
 };
 absl::StatusOr<Response> DecodeResponse(const grpc::ByteBuffer& buffer);
 
+// The same of a `FetchCacheResponse` and its `layer`.
+struct FetchResponse {
+  v1::FetchCacheResponse message;
+  Pieces pieces;
+};
+absl::StatusOr<FetchResponse> DecodeFetchResponse(const grpc::ByteBuffer& buffer);
+
 // Keeps the memory behind a piece alive until the transport has sent it.
 using Keepalive = std::shared_ptr<const void>;
 
@@ -89,6 +97,9 @@ grpc::ByteBuffer EncodeRequest(absl::Span<const OutgoingPiece> pieces, uint32_t 
 // `message` (its `layer`, `pivot` or `pull` set, without pieces) with the pieces added.
 grpc::ByteBuffer EncodeResponse(const v1::CompressResponse& message,
                                 absl::Span<const OutgoingPiece> pieces);
+// `FetchCacheResponse{layer}`, the same way.
+grpc::ByteBuffer EncodeFetchedLayer(const v1::LayerResult& layer,
+                                    absl::Span<const OutgoingPiece> pieces);
 // Any other message.
 grpc::ByteBuffer Encode(const google::protobuf::MessageLite& message);
 

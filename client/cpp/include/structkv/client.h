@@ -13,6 +13,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "grpcpp/channel.h"
+#include "structkv/held_cache.h"
 #include "structkv/options.h"
 #include "structkv/session.h"
 #include "structkv/v1/compression.pb.h"
@@ -66,6 +68,17 @@ class Client {
   // in, and so are empty idempotency keys.
   std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>> OpenBatch(
       absl::Span<const BatchPrompt> prompts, const StreamOptions& options = {});
+
+  // Fetches a held cache (held_cache.h), or some of its layers and heads, and waits for it. What
+  // breaks on the way is gone on with. What a server sends against the protocol is DATA_LOSS; the
+  // rest is as FetchCache says.
+  absl::StatusOr<FetchedCache> FetchCache(const std::string& handle,
+                                          const FetchOptions& options = {});
+  // Begins the lease of a held cache anew, of that length or the one in force, and returns it.
+  absl::StatusOr<absl::Duration> RenewCache(const std::string& handle,
+                                            std::optional<absl::Duration> lease = std::nullopt,
+                                            const HeldCallOptions& options = {});
+  absl::Status ReleaseCache(const std::string& handle, const HeldCallOptions& options = {});
 
  private:
   std::shared_ptr<grpc::Channel> channel_;

@@ -21,8 +21,8 @@ uint32_t QueryHeads(const v1::Open& open);
 // the method has none.
 v1::Granularity EffectiveGranularity(const v1::Method& method);
 
-// Blocks of keys that a layer of `kept` tokens comes back in; 0 where they are not paged, or do not
-// come back.
+// Blocks of keys that a layer of `kept` tokens comes back in, or is held in; 0 where they are not
+// paged, or of a plan.
 uint32_t KeptBlocks(const v1::Open& open, uint32_t kept);
 
 // Bytes of one layer's tensor on the way to the server, for a layer that keeps tokens (the others

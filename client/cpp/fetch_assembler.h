@@ -1,0 +1,72 @@
+// Puts a fetched cache together, over several streams where one breaks, and holds the server to the
+// protocol.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "client/cpp/bytes_pool.h"
+#include "structkv/options.h"
+#include "structkv/result.h"
+#include "structkv/v1/held_cache.pb.h"
+#include "structkv/v1/piece_codec.h"
+
+namespace structkv::client::internal {
+
+// Not thread-safe. Every error but the allocator's is DATA_LOSS and says what the server did wrong.
+class FetchAssembler {
+ public:
+  // Tensors are allocated by `allocate`, or from `pool` where that is null. `on_info` and
+  // `on_layer` are called from within Add().
+  FetchAssembler(ResultAllocator allocate, BytesPool* pool,
+                 std::function<void(const v1::CacheInfo&)> on_info,
+                 std::function<void(LayerResult)> on_layer);
+
+  // The next messages come from another stream, which skips received_bytes().
+  void StartStream();
+  absl::Status Add(const wire::FetchResponse& response);
+  // The stream ended with OK.
+  absl::Status Finish() const;
+
+  uint64_t received_bytes() const { return received_bytes_; }
+  // Once a first message came.
+  const std::optional<v1::CacheInfo>& info() const { return info_; }
+
+ private:
+  // A tensor of the layer that comes.
+  struct Due {
+    v1::Tensor tensor = v1::TENSOR_UNSPECIFIED;
+    uint64_t size = 0;
+    Bytes LayerResult::* place = nullptr;
+  };
+
+  absl::Status AddInfo(const v1::CacheInfo& info);
+  absl::Status AddLayer(const v1::LayerResult& message, const wire::Pieces& pieces);
+  absl::Status AddPiece(const wire::Piece& piece);
+  // Lays out layer number `index` of those that were asked for.
+  absl::Status StartLayer(uint32_t index);
+  absl::Status CompleteLayer();
+
+  const ResultAllocator allocate_;
+  BytesPool* const pool_;
+  const std::function<void(const v1::CacheInfo&)> on_info_;
+  const std::function<void(LayerResult)> on_layer_;
+
+  std::optional<v1::CacheInfo> info_;
+  v1::Open open_;
+  v1::Opened opened_;
+  bool stream_has_info_ = false;
+  bool has_summary_ = false;
+  uint64_t skipped_ = 0;         // of this stream
+  uint64_t received_bytes_ = 0;  // of all streams
+  uint32_t index_ = 0;           // the layer that comes
+  LayerResult layer_;
+  std::vector<Due> due_;  // tensors of it
+  size_t tensor_ = 0;     // of due_, that comes
+  uint64_t offset_ = 0;
+};
+
+}  // namespace structkv::client::internal

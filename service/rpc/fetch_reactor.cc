@@ -1,0 +1,149 @@
+#include "service/rpc/fetch_reactor.h"
+
+#include <algorithm>
+#include <chrono>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "grpcpp/server_context.h"
+#include "grpcpp/support/proto_buffer_reader.h"
+#include "service/rpc/open_decoder.h"
+#include "service/rpc/status_mapping.h"
+#include "service/rpc/tenant.h"
+
+namespace structkv::rpc {
+namespace {
+
+// One message is being written while the transport may still hold the one before.
+constexpr int64_t kMessagesOnTheirWay = 2;
+
+absl::StatusOr<int64_t> MaxMessageBytes(const v1::FetchCacheRequest& request, int64_t most) {
+  const int64_t longest = request.max_response_message_bytes();
+  if (longest == 0) return std::min(kDefaultMessageBytes, most);
+  if (longest >= kMinMessageBytes && longest <= most) return longest;
+  return absl::InvalidArgumentError(absl::StrCat("max_response_message_bytes is ", longest, "; ",
+                                                 kMinMessageBytes, " to ", most, " are allowed"));
+}
+
+}  // namespace
+
+FetchReactor* FetchReactor::Start(const StreamShared* shared, grpc::CallbackServerContext* context,
+                                  const grpc::ByteBuffer& request) {
+  auto reactor = std::make_shared<FetchReactor>(shared, context);
+  reactor->HoldSelf();
+  shared->streams->Add(reactor);
+  if (absl::Status opened = reactor->Open(request); !opened.ok()) {
+    reactor->End(opened);
+  } else {
+    reactor->Advance();
+  }
+  return reactor.get();
+}
+
+FetchReactor::FetchReactor(const StreamShared* shared, grpc::CallbackServerContext* context)
+    : WriteStream(context), shared_(shared), begun_(SteadyNanos()) {}
+
+absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
+  if (shared_->sessions->draining()) return absl::UnavailableError("the server is draining");
+  grpc::ByteBuffer copy = bytes;  // shares the slices
+  v1::FetchCacheRequest request;
+  grpc::ProtoBufferReader reader(&copy);
+  if (!reader.status().ok() || !request.ParseFromZeroCopyStream(&reader)) {
+    return absl::InvalidArgumentError("the request cannot be parsed");
+  }
+  const absl::StatusOr<int64_t> longest =
+      MaxMessageBytes(request, shared_->limits.max_message_bytes);
+  if (!longest.ok()) return longest.status();
+  const absl::StatusOr<std::string> tenant = TenantOf(*context());
+  if (!tenant.ok()) return tenant.status();
+  auto cache = shared_->sessions->held_caches().Find(request.handle(), *tenant);
+  if (!cache.ok()) return cache.status();
+  absl::StatusOr<session::HeldSlice> slice =
+      session::HeldSlice::Make(*std::move(cache), {.first_layer = request.first_layer(),
+                                                   .layer_count = request.layer_count(),
+                                                   .first_kv_head = request.first_kv_head(),
+                                                   .kv_head_count = request.kv_head_count()});
+  if (!slice.ok()) return slice.status();
+  if (request.skip_bytes() > static_cast<uint64_t>(slice->total_bytes())) {
+    return absl::InvalidArgumentError(absl::StrCat("skip_bytes is ", request.skip_bytes(), "; 0 to ",
+                                                   slice->total_bytes(),
+                                                   " are allowed (CacheInfo.total_bytes)"));
+  }
+  if (slice->strided()) {
+    if (absl::Status reserved = ReserveCopies(*longest); !reserved.ok()) return reserved;
+  }
+  builder_.emplace(*std::move(slice),
+                   FetchBuilder::Options{.max_message_bytes = *longest,
+                                         .skip_bytes = static_cast<int64_t>(request.skip_bytes()),
+                                         .checksums = request.checksums()},
+                   &shared_->sessions->buffers());
+  return absl::OkStatus();
+}
+
+absl::Status FetchReactor::ReserveCopies(int64_t max_message_bytes) {
+  const int64_t bytes = kMessagesOnTheirWay * max_message_bytes;
+  absl::StatusOr<session::Reservation> reservation = shared_->sessions->Reserve(bytes);
+  if (!reservation.ok()) {
+    context()->AddTrailingMetadata(
+        kRetryPushbackKey, std::to_string(RetryPushbackMillis(reservation.status(),
+                                                              shared_->limits.retry_pushback)));
+    return reservation.status();
+  }
+  reservation_ = *std::move(reservation);
+  allowance_ = shared_->sessions->buffers().Allow(static_cast<size_t>(bytes));
+  return absl::OkStatus();
+}
+
+WriteStream::Message FetchReactor::Next() {
+  Message message;
+  message.bytes = builder_->Next();
+  message.last = builder_->done();
+  return message;
+}
+
+void FetchReactor::OnBroken() {
+  if (std::chrono::system_clock::now() >= context()->deadline()) {
+    End(absl::DeadlineExceededError("the caller's deadline passed"));
+  } else {
+    End(absl::CancelledError("the caller is gone or cancelled"));
+  }
+}
+
+void FetchReactor::CheckLimits(int64_t now) {
+  const StreamLimits& limits = shared_->limits;
+  const int64_t writing = writing_since();
+  if (writing != 0 && now - writing > absl::ToInt64Nanoseconds(limits.stall)) {
+    End(absl::AbortedError(
+        absl::StrCat("the caller took no results for longer than the stall limit of ",
+                     absl::FormatDuration(limits.stall))));
+  } else if (now - begun_ > absl::ToInt64Nanoseconds(limits.session)) {
+    End(absl::DeadlineExceededError(absl::StrCat("the stream took longer than the limit of ",
+                                                 absl::FormatDuration(limits.session))));
+  }
+}
+
+void FetchReactor::OnGone() {
+  if (shared_->log != nullptr) {
+    const grpc::Status status = end_status();
+    int64_t layers = 0;
+    int64_t heads = 0;
+    if (builder_.has_value()) {
+      layers = builder_->slice().end_layer() - builder_->slice().first_layer();
+      heads = builder_->slice().kv_heads().count;
+    }
+    shared_->log->Write("fetch",
+                        {{"layers", layers},
+                         {"kv_heads", heads},
+                         {"output_bytes", builder_.has_value() ? builder_->sent_bytes() : 0},
+                         {"micros", (SteadyNanos() - begun_) / 1000},
+                         {"status", CodeName(status.error_code())},
+                         {"error", status.error_message()}});
+  }
+  builder_.reset();
+  allowance_.Release();
+  reservation_.Release();
+  shared_->streams->Remove(this);
+}
+
+}  // namespace structkv::rpc

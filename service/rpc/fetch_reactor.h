@@ -1,0 +1,46 @@
+// One `FetchCache` stream: finds the cache, and sends what was asked for as fast as it is read.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+#include "absl/status/status.h"
+#include "service/engine/buffer_pool.h"
+#include "service/rpc/compress_reactor.h"
+#include "service/rpc/fetch_builder.h"
+#include "service/rpc/status_mapping.h"
+#include "service/rpc/stream_set.h"
+#include "service/rpc/write_stream.h"
+#include "service/session/memory_budget.h"
+#include "structkv/v1/held_cache.pb.h"
+
+namespace structkv::rpc {
+
+class FetchReactor final : public WriteStream, public Stream {
+ public:
+  // Owned by gRPC's call: frees itself after the last reaction.
+  static FetchReactor* Start(const StreamShared* shared, grpc::CallbackServerContext* context,
+                             const grpc::ByteBuffer& request);
+
+  FetchReactor(const StreamShared* shared, grpc::CallbackServerContext* context);
+
+  void CheckLimits(int64_t now) override;
+  void End(const absl::Status& status) override { EndWith(ToGrpc(status)); }
+
+ private:
+  absl::Status Open(const grpc::ByteBuffer& request);
+  // Memory to arrange heads in; adds to the trailing metadata where there is none.
+  absl::Status ReserveCopies(int64_t max_message_bytes);
+  Message Next() override;
+  void OnBroken() override;
+  void OnGone() override;
+
+  const StreamShared* const shared_;
+  const int64_t begun_;
+  session::Reservation reservation_;
+  engine::BufferAllowance allowance_;
+  std::optional<FetchBuilder> builder_;
+};
+
+}  // namespace structkv::rpc
