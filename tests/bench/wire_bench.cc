@@ -29,6 +29,7 @@ struct Flags {
   double gib = 1;
   double chunk_mib = 4;
   int repeats = 5;
+  int holds = 0;
   int prompts = 6;
   uint32_t tokens = 16384;  // 64 KiB of saliency
   int plan_prompts = 0;
@@ -45,7 +46,7 @@ class Servers {
   Servers(const char* self, const Flags& flags)
       : bare_({self, "--serve-bare", bare_tcp() + "," + bare_unix()}),
         server_({flags.server, "--listen", tcp(), "--listen", unix_socket(), "--max-message",
-                 "64MiB", "--memory-budget", "8GiB"}) {
+                 "64MiB", "--memory-budget", "8GiB", "--hold-budget", "8GiB"}) {
     if (!bare_.WaitForLine("ready")) Die("the bare server does not start: " + bare_.error());
     if (!server_.WaitForLine("ready")) Die("structkv-server does not start: " + server_.error());
   }
@@ -86,6 +87,56 @@ nlohmann::json MeasureStreams(const Flags& flags, const std::string& name, const
           {"ratio", bare_seconds / compress_seconds},
           {"median_ratio_of_pairs", ratios[ratios.size() / 2]},
           {"bar", kThroughputBar}};
+}
+
+// A cache that is left in the server and fetched from there, each beside a bare stream that carries
+// as many bytes the same way.
+nlohmann::json MeasureHold(const Flags& flags, const std::string& name, const std::string& bare,
+                           const std::string& held) {
+  struct Way {
+    std::vector<double> ratios;
+    double bare = 0;
+    double own = 0;
+    void Add(double bare_seconds, double own_seconds) {
+      bare = ratios.empty() ? bare_seconds : std::min(bare, bare_seconds);
+      own = ratios.empty() ? own_seconds : std::min(own, own_seconds);
+      ratios.push_back(bare_seconds / own_seconds);
+    }
+    nlohmann::json Report(double bytes) {
+      std::sort(ratios.begin(), ratios.end());
+      return {{"bare_gb_per_s", bytes / bare / 1e9},
+              {"gb_per_s", bytes / own / 1e9},
+              {"median_ratio_of_pairs", ratios[ratios.size() / 2]}};
+    }
+  };
+  Way hold;
+  Way fetch;
+  for (int i = 0; i <= flags.holds; ++i) {  // the first to warm up
+    std::string handle;
+    const double up = BareUploadSeconds(bare, flags.stream);
+    const double held_seconds = HoldSeconds(held, flags.stream, &handle);
+    const double down = BareDownloadSeconds(bare, flags.stream);
+    const double fetched = FetchSeconds(held, flags.stream, handle);
+    if (i == 0) continue;
+    hold.Add(up, held_seconds);
+    fetch.Add(down, fetched);
+  }
+  const auto bytes = static_cast<double>(flags.stream.total_bytes);
+  return {{"socket", name},
+          {"bytes", flags.stream.total_bytes},
+          {"chunk_bytes", flags.stream.chunk_bytes},
+          {"hold", hold.Report(bytes)},
+          {"fetch", fetch.Report(bytes)},
+          {"bar", kThroughputBar}};
+}
+
+void PrintHold(const nlohmann::json& result) {
+  for (const char* way : {"hold", "fetch"}) {
+    std::printf("%-5s %6.2f GB/s bare  %6.2f GB/s %-5s  median ratio of pairs %.3f (bar %.2f)\n",
+                result["socket"].get<std::string>().c_str(),
+                result[way]["bare_gb_per_s"].get<double>(), result[way]["gb_per_s"].get<double>(),
+                way, result[way]["median_ratio_of_pairs"].get<double>(), kThroughputBar);
+  }
 }
 
 nlohmann::json ToJson(const RoundTrip& trip) {
@@ -182,6 +233,18 @@ int Measure(const char* self, const Flags& flags) {
       report["streams"].push_back(result);
     }
   }
+  if (flags.holds > 0) {
+    for (const auto& [name, bare, held] :
+         {std::tuple("tcp", servers.bare_tcp(), servers.tcp()),
+          std::tuple("unix", servers.bare_unix(), servers.unix_socket())}) {
+      const nlohmann::json result = MeasureHold(flags, name, bare, held);
+      for (const char* way : {"hold", "fetch"}) {
+        passed = passed && result[way]["median_ratio_of_pairs"].get<double>() >= kThroughputBar;
+      }
+      if (!flags.json) PrintHold(result);
+      report["holds"].push_back(result);
+    }
+  }
   if (flags.prompts > 0) {
     for (const auto& [name, bare, compress] :
          {std::tuple("tcp", servers.bare_tcp(), servers.tcp()),
@@ -218,6 +281,8 @@ int Main(int argc, char** argv) {
   app.add_option("--gib", flags.gib, "GiB each way in a stream")->capture_default_str();
   app.add_option("--chunk-mib", flags.chunk_mib, "MiB of data per message")->capture_default_str();
   app.add_option("--repeats", flags.repeats, "Streams of each kind and socket; 0: none")
+      ->capture_default_str();
+  app.add_option("--holds", flags.holds, "Caches held and fetched, of each socket; 0: none")
       ->capture_default_str();
   app.add_option("--prompts", flags.prompts, "Prompts of 512 round trips; 0: none")
       ->capture_default_str();

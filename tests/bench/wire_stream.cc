@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "structkv/v1/compression.pb.h"
+#include "structkv/v1/held_cache.grpc.pb.h"
 #include "structkv/v1/piece_codec.h"
 #include "tests/bench/wire_bare.h"
 #include "tests/bench/wire_peer.h"
@@ -15,6 +16,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+constexpr char kFetchMethod[] = "/structkv.v1.HeldCaches/FetchCache";
+// Beside a chunk in its message.
+constexpr uint64_t kMessageSlack = 64 << 10;
 constexpr uint32_t kLayers = 32;
 constexpr uint32_t kKvHeads = 8;
 constexpr uint32_t kDim = 128;
@@ -41,7 +45,7 @@ v1::Open FullOpen(const StreamOptions& options) {
   open.set_layout(v1::LAYOUT_HEAD_TOKEN_DIM);
   open.mutable_method()->mutable_full();
   // Answers come in messages of the same size.
-  open.set_max_response_message_bytes(static_cast<uint32_t>(options.chunk_bytes + (64 << 10)));
+  open.set_max_response_message_bytes(static_cast<uint32_t>(options.chunk_bytes + kMessageSlack));
   return open;
 }
 
@@ -73,9 +77,12 @@ double BareStreamSeconds(const std::string& address, const StreamOptions& option
   return seconds;
 }
 
-double CompressStreamSeconds(const std::string& address, const StreamOptions& options) {
+namespace {
+
+// Sends all of a prompt, and reads to the end. Seconds; bytes of keys and values that came back.
+double RunPrompt(const std::string& address, const v1::Open& open, const StreamOptions& options,
+                 uint64_t* received, v1::Summary* summary) {
   const auto channel = Connect(address);
-  const v1::Open open = FullOpen(options);
   const uint64_t tensor_bytes = open.prompt_tokens() * kTokenBytes;
   const std::vector<std::byte>& source = Source(options.chunk_bytes);
   // The source outlives every message, which is sent from it uncopied, as the bare stream's.
@@ -112,20 +119,128 @@ double CompressStreamSeconds(const std::string& address, const StreamOptions& op
     stream->Write(wire::Encode(commit));
     stream->WritesDone();
   });
-  uint64_t received = 0;
   bool complete = false;
   for (grpc::ByteBuffer buffer; stream->Read(&buffer);) {
     absl::StatusOr<wire::Response> response = wire::DecodeResponse(buffer);
     if (!response.ok()) Die("Compress: an answer cannot be read");
-    complete = complete || response->message.has_summary();
+    if (response->message.has_summary()) {
+      complete = true;
+      *summary = response->message.summary();
+    }
     for (const wire::Piece& piece : response->pieces.pieces) {
-      if (piece.tensor != v1::TENSOR_POSITIONS) received += piece.size_bytes();
+      if (piece.tensor != v1::TENSOR_POSITIONS) *received += piece.size_bytes();
     }
   }
   sender.join();
   FinishOrDie(stream.get(), "Compress");
   const double seconds = Seconds(Clock::now() - start);
-  if (!complete || received != 2 * tensor_bytes * kLayers) Die("Compress: bytes are missing");
+  if (!complete) Die("Compress: there is no summary");
+  return seconds;
+}
+
+// Sends `requests` messages of `request_bytes`, each of which is answered with `answer_bytes`.
+double BareOneWaySeconds(const std::string& address, uint64_t requests, uint64_t request_bytes,
+                         uint64_t answer_bytes) {
+  const auto channel = Connect(address);
+  grpc::ClientContext context;
+  context.AddMetadata(kAnswerBytesKey, std::to_string(answer_bytes));
+  const auto stream = StartStream(channel, kAnswerMethod, &context);
+  const grpc::Slice slice(Source(request_bytes).data(), request_bytes, grpc::Slice::STATIC_SLICE);
+  const grpc::ByteBuffer message(&slice, 1);
+  grpc::ByteBuffer first;  // the connection is up, the server has a thread for us
+  if (!stream->Write(message) || !stream->Read(&first)) FinishOrDie(stream.get(), "bare stream");
+
+  const Clock::time_point start = Clock::now();
+  std::thread sender([&] {
+    for (uint64_t i = 0; i < requests; ++i) {
+      if (!stream->Write(message)) return;
+    }
+    stream->WritesDone();
+  });
+  uint64_t received = 0;
+  for (grpc::ByteBuffer buffer; stream->Read(&buffer);) received += buffer.Length();
+  sender.join();
+  FinishOrDie(stream.get(), "bare stream");
+  const double seconds = Seconds(Clock::now() - start);
+  if (received != requests * answer_bytes) Die("bare stream: bytes are missing");
+  return seconds;
+}
+
+constexpr uint64_t kSmallMessage = 64;
+
+}  // namespace
+
+double CompressStreamSeconds(const std::string& address, const StreamOptions& options) {
+  const v1::Open open = FullOpen(options);
+  uint64_t received = 0;
+  v1::Summary summary;
+  const double seconds = RunPrompt(address, open, options, &received, &summary);
+  if (received != 2 * kTokenBytes * open.prompt_tokens() * kLayers) {
+    Die("Compress: bytes are missing");
+  }
+  return seconds;
+}
+
+double BareUploadSeconds(const std::string& address, const StreamOptions& options) {
+  return BareOneWaySeconds(address, options.total_bytes / options.chunk_bytes, options.chunk_bytes,
+                           kSmallMessage);
+}
+
+double BareDownloadSeconds(const std::string& address, const StreamOptions& options) {
+  return BareOneWaySeconds(address, options.total_bytes / options.chunk_bytes, kSmallMessage,
+                           options.chunk_bytes);
+}
+
+double HoldSeconds(const std::string& address, const StreamOptions& options, std::string* handle) {
+  v1::Open open = FullOpen(options);
+  open.set_output(v1::OUTPUT_HOLD);
+  uint64_t received = 0;
+  v1::Summary summary;
+  const double seconds = RunPrompt(address, open, options, &received, &summary);
+  if (received != 0 || !summary.has_held()) Die("Compress: nothing is held");
+  *handle = summary.held().handle();
+  return seconds;
+}
+
+double FetchSeconds(const std::string& address, const StreamOptions& options,
+                    const std::string& handle) {
+  const auto channel = Connect(address);
+  const auto stub = v1::HeldCaches::NewStub(channel);
+  {
+    grpc::ClientContext context;  // the connection is up
+    v1::RenewCacheRequest request;
+    request.set_handle(handle);
+    v1::RenewCacheResponse response;
+    if (!stub->RenewCache(&context, request, &response).ok()) Die("RenewCache failed");
+  }
+  v1::FetchCacheRequest request;
+  request.set_handle(handle);
+  request.set_max_response_message_bytes(
+      static_cast<uint32_t>(options.chunk_bytes + kMessageSlack));
+  grpc::ClientContext context;
+  const Clock::time_point start = Clock::now();
+  const auto stream = StartStream(channel, kFetchMethod, &context);
+  stream->Write(wire::Encode(request));
+  stream->WritesDone();
+  uint64_t received = 0;
+  bool complete = false;
+  for (grpc::ByteBuffer buffer; stream->Read(&buffer);) {
+    absl::StatusOr<wire::FetchResponse> response = wire::DecodeFetchResponse(buffer);
+    if (!response.ok()) Die("FetchCache: a message cannot be read");
+    complete = complete || response->message.has_summary();
+    for (const wire::Piece& piece : response->pieces.pieces) {
+      if (piece.tensor != v1::TENSOR_POSITIONS) received += piece.size_bytes();
+    }
+  }
+  FinishOrDie(stream.get(), "FetchCache");
+  const double seconds = Seconds(Clock::now() - start);
+  const uint64_t tensor_bytes = FullOpen(options).prompt_tokens() * kTokenBytes;
+  if (!complete || received != 2 * tensor_bytes * kLayers) Die("FetchCache: bytes are missing");
+  grpc::ClientContext release_context;
+  v1::ReleaseCacheRequest release;
+  release.set_handle(handle);
+  v1::ReleaseCacheResponse released;
+  if (!stub->ReleaseCache(&release_context, release, &released).ok()) Die("ReleaseCache failed");
   return seconds;
 }
 

@@ -18,4 +18,13 @@ double BareStreamSeconds(const std::string& address, const StreamOptions& option
 // back, counted. The session's opening is not part of the time.
 double CompressStreamSeconds(const std::string& address, const StreamOptions& options);
 
+// One way alone, in messages of a chunk each: to the bare service, and from it.
+double BareUploadSeconds(const std::string& address, const StreamOptions& options);
+double BareDownloadSeconds(const std::string& address, const StreamOptions& options);
+// The same bytes to the server, to be held: as CompressStreamSeconds, with positions alone back.
+double HoldSeconds(const std::string& address, const StreamOptions& options, std::string* handle);
+// And from there, all of it, counted. Releases the cache afterwards.
+double FetchSeconds(const std::string& address, const StreamOptions& options,
+                    const std::string& handle);
+
 }  // namespace structkv::bench

@@ -148,6 +148,80 @@ TEST_F(CommandTest, SendsRowsThatAreAskedFor) {
             12 * (500 * 2 * 32 * 2 + 6 * 8 * 32 * 2 + 50 * 2 * 32 * 2));
 }
 
+TEST_F(CommandTest, HoldsFetchesAndReleases) {
+  const std::string address = "unix:" + directory_.Path("socket");
+  testkit::Process server({STRUCTKV_SERVER, "--listen", address, "--hold-budget", "64MiB"});
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.error();
+  const std::string at = " --server " + address + " --tenant alice";
+  const std::string whole = directory_.Path("whole.safetensors");
+  const std::string compress = std::string("compress ") + kCapture;
+  ASSERT_EQ(RunCommand(compress + " --in-process --out " + whole).code, 0);
+  const Ran text = RunCommand(compress + " --hold --hold-lease 90" + at);
+  ASSERT_EQ(text.code, 0) << text.output;
+  EXPECT_THAT(text.output, HasSubstr("for 1m30s"));
+  const Ran held = RunCommand(compress + " --hold --json" + at);
+  ASSERT_EQ(held.code, 0) << held.output;
+  const auto json = nlohmann::json::parse(held.output);
+  EXPECT_EQ(json.at("held_bytes"), 307200 + 12 * 100 * 4);
+  EXPECT_EQ(json.at("lease_millis"), 60000);
+  EXPECT_EQ(json.count("output"), 0);
+  const std::string handle = json.at("handle");
+
+  const std::string fetched = directory_.Path("fetched.safetensors");
+  const Ran all = RunCommand("fetch " + handle + " --checksums --to " + fetched + at);
+  ASSERT_EQ(all.code, 0) << all.output;
+  EXPECT_THAT(all.output, HasSubstr("12 of 12 layers, 2 of 2 KV heads"));
+  const std::string part = directory_.Path("part.safetensors");
+  const Ran some = RunCommand("fetch " + handle + " --layers 2-3 --kv-heads 1 --json --to " + part +
+                              at);
+  ASSERT_EQ(some.code, 0) << some.output;
+  EXPECT_EQ(nlohmann::json::parse(some.output).at("kv_heads"), 1);
+
+  const auto a = SafetensorsFile::Open(whole);
+  const auto b = SafetensorsFile::Open(fetched);
+  const auto c = SafetensorsFile::Open(part);
+  ASSERT_TRUE(a.ok() && b.ok() && c.ok()) << b.status() << c.status();
+  size_t layers = 0;
+  for (const auto& [name, info] : (*a)->tensors()) {
+    if (name == "skeleton.positions" || name == "metrics.transition") continue;
+    layers += name.substr(0, 6) == "layer." ? 1 : 0;
+    const auto* other = (*b)->Find(name);
+    ASSERT_NE(other, nullptr) << name;
+    EXPECT_EQ(info.shape, other->shape) << name;
+    EXPECT_TRUE((*a)->Data(info) == (*b)->Data(*other)) << name;
+  }
+  EXPECT_EQ(layers, 36);
+  for (const char* key : {"method", "fingerprint", "logical_length", "kv_length", "next_position"}) {
+    EXPECT_EQ((*a)->metadata().at(key), (*b)->metadata().at(key)) << key;
+  }
+  EXPECT_EQ((*c)->Find("layer.1.k"), nullptr);
+  EXPECT_EQ((*c)->Find("layer.4.k"), nullptr);
+  for (const char* name : {"layer.2.k", "layer.3.v"}) {
+    const TensorInfo& own = *(*a)->Find(name);
+    const TensorInfo* other = (*c)->Find(name);
+    ASSERT_NE(other, nullptr) << name;
+    // [kv_head, token, dim]: the second head is the second half.
+    EXPECT_TRUE((*c)->Data(*other) == (*a)->Data(own).subspan(own.size_bytes() / 2)) << name;
+  }
+
+  const Ran stranger = RunCommand("fetch " + handle + " --to " + part + " --server " + address);
+  EXPECT_EQ(stranger.code, 2);
+  EXPECT_THAT(stranger.output, HasSubstr("NOT_FOUND"));
+  EXPECT_EQ(RunCommand("release " + handle + at).code, 0);
+  EXPECT_EQ(RunCommand("release " + handle + at).code, 2);
+  for (const auto& [arguments, why] :
+       {std::pair("fetch xyz --to " + part + at, "32 hexadecimal digits"),
+        std::pair("fetch " + handle + " --layers 3-2 --to " + part + at, "--layers is 3-2"),
+        std::pair(compress + " --hold --out " + part + at, "--out"),
+        std::pair(compress + at, "--out is needed"),
+        std::pair(compress + " --hold --in-process", "--in-process"),
+        std::pair(compress + " --hold --method gemfilter --filter-layer 5" + at, "gemfilter")}) {
+    const Ran refused = RunCommand(arguments);
+    EXPECT_EQ(refused.code, 2) << refused.output;
+    EXPECT_THAT(refused.output, HasSubstr(why));
+  }
+}
+
 TEST_F(CommandTest, SendsSkeletonRowsPastThePivot) {
   const std::string address = "unix:" + directory_.Path("socket");
   testkit::Process server({STRUCTKV_SERVER, "--listen", address});

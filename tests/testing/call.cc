@@ -21,6 +21,7 @@ std::shared_ptr<grpc::Channel> NewChannel(const std::string& target) {
 Call::Call(std::shared_ptr<grpc::Channel> channel, const CallOptions& options)
     : channel_(std::move(channel)) {
   context_.set_deadline(std::chrono::system_clock::now() + options.deadline);
+  for (const auto& [key, value] : options.metadata) context_.AddMetadata(key, value);
   if (options.compression != GRPC_COMPRESS_NONE) {
     context_.set_compression_algorithm(options.compression);
   }

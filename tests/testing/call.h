@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "grpcpp/channel.h"
@@ -28,6 +29,7 @@ struct CallOptions {
   grpc_compression_algorithm compression = GRPC_COMPRESS_NONE;
   // Whether answers are read as they come; otherwise from StartReading() on.
   bool read = true;
+  std::vector<std::pair<std::string, std::string>> metadata;
   std::string method = "/structkv.v1.Compression/Compress";
 };
 

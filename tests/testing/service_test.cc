@@ -112,10 +112,12 @@ void ServiceTest::ExpectNothingHeld() {
   const session::SessionManager& sessions = server_->sessions();
   EXPECT_TRUE(Eventually([&] {
     return sessions.budget().reserved_bytes() == 0 && sessions.buffers().in_use_bytes() == 0 &&
-           sessions.active_sessions() == 0 && server_->active_streams() == 0;
+           sessions.active_sessions() == 0 && server_->active_streams() == 0 &&
+           sessions.held_caches().budget().reserved_bytes() == 0;
   })) << "reserved "
       << sessions.budget().reserved_bytes() << ", buffers " << sessions.buffers().in_use_bytes()
-      << ", sessions " << sessions.active_sessions() << ", streams " << server_->active_streams();
+      << ", sessions " << sessions.active_sessions() << ", streams " << server_->active_streams()
+      << ", held " << sessions.held_caches().budget().reserved_bytes();
 }
 
 Outcome ServiceTest::Run(const std::vector<v1::CompressRequest>& messages,

@@ -1,0 +1,73 @@
+// Held caches over the public API alone: prompts that end with a handle, and what is fetched by it.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "grpcpp/channel.h"
+#include "grpcpp/client_context.h"
+#include "structkv/v1/held_cache.grpc.pb.h"
+#include "tests/testing/answer.h"
+#include "tests/testing/prompt_data.h"
+
+namespace structkv::testkit {
+
+using Metadata = std::vector<std::pair<std::string, std::string>>;
+
+// The prompt with OUTPUT_HOLD.
+v1::Open Held(v1::Open open);
+
+// What came of a fetch.
+struct Fetched {
+  grpc::Status status;
+  std::map<std::string, std::string> trailers;
+  std::optional<v1::CacheInfo> info;
+  std::map<uint32_t, LayerAnswer> layers;
+  std::string bytes;  // of all pieces, in the order in which they came
+  std::optional<v1::FetchSummary> summary;
+  size_t longest_message = 0;
+  size_t messages = 0;
+  std::vector<std::string> faults;  // against the promised order
+};
+
+// A fetch that is read when the test wants.
+class FetchCall {
+ public:
+  FetchCall(const std::shared_ptr<grpc::Channel>& channel, const v1::FetchCacheRequest& request,
+            const Metadata& metadata = {});
+  // Reads one message; false at the end.
+  bool ReadOne();
+  void Cancel() { context_.TryCancel(); }
+  // Reads to the end.
+  Fetched Finish();
+
+ private:
+  void Take(const v1::FetchCacheResponse& response);
+
+  grpc::ClientContext context_;
+  std::unique_ptr<v1::HeldCaches::Stub> stub_;
+  std::unique_ptr<grpc::ClientReader<v1::FetchCacheResponse>> reader_;
+  Fetched fetched_;
+  uint64_t skip_ = 0;
+};
+
+Fetched Fetch(const std::shared_ptr<grpc::Channel>& channel, const v1::FetchCacheRequest& request,
+              const Metadata& metadata = {});
+v1::FetchCacheRequest FetchRequest(const std::string& handle);
+
+grpc::Status Renew(const std::shared_ptr<grpc::Channel>& channel, const std::string& handle,
+                   const Metadata& metadata = {}, std::optional<uint64_t> lease_millis = {},
+                   uint64_t* in_force = nullptr);
+grpc::Status Release(const std::shared_ptr<grpc::Channel>& channel, const std::string& handle,
+                     const Metadata& metadata = {});
+
+// KV heads `range`, of the `heads` that the answer has, of a layer's tensors without saliency, as
+// they come to a caller that asks for them.
+std::map<v1::Tensor, std::string> HeadsOf(const v1::Open& open, const LayerAnswer& layer,
+                                          uint32_t heads, const v1::HeadRange& range);
+
+}  // namespace structkv::testkit
