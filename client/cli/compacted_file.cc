@@ -46,9 +46,9 @@ absl::StatusOr<std::unique_ptr<CompactedFile>> CompactedFile::Create(
       client::EffectiveGranularity(opened.method()) == v1::GRANULARITY_PER_KV_HEAD;
   file->has_metrics_ = opened.statistic() != v1::STATISTIC_NONE;
   file->has_transition_ = parts.pivot && opened.method().has_structkv();
-  file->has_pivot_ = parts.pivot && (opened.method().has_structkv() ||
-                                     opened.method().has_fastkv() ||
-                                     opened.method().has_gemfilter());
+  file->has_pivot_ =
+      parts.pivot && (opened.method().has_structkv() || opened.method().has_fastkv() ||
+                      opened.method().has_gemfilter());
   file->return_saliency_ = open.return_saliency() && file->has_metrics_;
   file->return_centrality_ = open.return_centrality() && file->has_transition_;
   file->plan_ = open.output() == v1::OUTPUT_PLAN;

@@ -33,8 +33,8 @@ class CompactedFile {
   static absl::StatusOr<std::unique_ptr<CompactedFile>> Create(
       const std::string& path, const v1::Open& open, const v1::Opened& opened,
       std::map<std::string, std::string> metadata);
-  // The same file of a cache that was held, with the layers and heads that were fetched, without what
-  // the pivot was, nor what the capture said of itself.
+  // The same file of a cache that was held, with the layers and heads that were fetched, without
+  // what the pivot was, nor what the capture said of itself.
   static absl::StatusOr<std::unique_ptr<CompactedFile>> Create(const std::string& path,
                                                                const v1::CacheInfo& info);
 

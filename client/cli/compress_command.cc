@@ -341,8 +341,9 @@ Command AddCompress(CLI::App* app) {
                 "capture's own also those of keys")
       ->excludes(plan);
   CLI::Option* hold =
-      sub->add_flag("--hold", flags->hold,
-                    "Leave the compacted cache in the server, for `structkv fetch`, in place of --out")
+      sub->add_flag(
+             "--hold", flags->hold,
+             "Leave the compacted cache in the server, for `structkv fetch`, in place of --out")
           ->excludes(out)
           ->excludes(plan)
           ->excludes(sub->get_option("--in-process"));

@@ -23,8 +23,8 @@ absl::Status CheckInfo(const v1::CacheInfo& info) {
   }
   if (static_cast<uint32_t>(info.kept_tokens_size()) != layers ||
       static_cast<uint32_t>(info.layer_bytes_size()) != layers) {
-    return Broken("CacheInfo has kept_tokens of ", info.kept_tokens_size(), " layers and layer_bytes of ",
-                  info.layer_bytes_size(), ", for ", layers);
+    return Broken("CacheInfo has kept_tokens of ", info.kept_tokens_size(),
+                  " layers and layer_bytes of ", info.layer_bytes_size(), ", for ", layers);
   }
   uint64_t total = 0;
   for (uint32_t i = 0; i < layers; ++i) {
@@ -108,12 +108,12 @@ absl::Status FetchAssembler::StartLayer(uint32_t index) {
   layer_.kept_tokens = info_->kept_tokens(static_cast<int>(index));
   layer_.kept_blocks = KeptBlocks(open_, layer_.kept_tokens);
   uint64_t bytes = 0;
-  for (const auto& [tensor, place] : {std::pair(v1::TENSOR_POSITIONS, &LayerResult::positions),
-                                      std::pair(v1::TENSOR_KEYS, &LayerResult::keys),
-                                      std::pair(v1::TENSOR_VALUES, &LayerResult::values),
-                                      std::pair(v1::TENSOR_KEY_SCALES, &LayerResult::key_scales),
-                                      std::pair(v1::TENSOR_VALUE_SCALES,
-                                                &LayerResult::value_scales)}) {
+  for (const auto& [tensor, place] :
+       {std::pair(v1::TENSOR_POSITIONS, &LayerResult::positions),
+        std::pair(v1::TENSOR_KEYS, &LayerResult::keys),
+        std::pair(v1::TENSOR_VALUES, &LayerResult::values),
+        std::pair(v1::TENSOR_KEY_SCALES, &LayerResult::key_scales),
+        std::pair(v1::TENSOR_VALUE_SCALES, &LayerResult::value_scales)}) {
     const uint64_t size = OutputTensorBytes(open_, opened_, layer_.layer, tensor);
     if (size == 0) continue;
     bytes += size;
@@ -150,8 +150,9 @@ absl::Status FetchAssembler::AddLayer(const v1::LayerResult& message, const wire
   }
   const bool complete = tensor_ == due_.size();
   if (complete != message.complete()) {
-    return Broken("layer ", message.layer(), " is ", complete ? "not marked as complete" : "marked as complete",
-                  " with ", tensor_, " of ", due_.size(), " tensors");
+    return Broken("layer ", message.layer(), " is ",
+                  complete ? "not marked as complete" : "marked as complete", " with ", tensor_,
+                  " of ", due_.size(), " tensors");
   }
   return complete ? CompleteLayer() : absl::OkStatus();
 }

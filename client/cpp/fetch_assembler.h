@@ -40,7 +40,7 @@ class FetchAssembler {
   struct Due {
     v1::Tensor tensor = v1::TENSOR_UNSPECIFIED;
     uint64_t size = 0;
-    Bytes LayerResult::* place = nullptr;
+    Bytes LayerResult::*place = nullptr;
   };
 
   absl::Status AddInfo(const v1::CacheInfo& info);

@@ -32,8 +32,8 @@ absl::Status FetchOnce(const std::shared_ptr<grpc::Channel>& channel,
   const grpc::internal::RpcMethod method(kFetchMethod, grpc::internal::RpcMethod::SERVER_STREAMING,
                                          channel);
   const std::unique_ptr<grpc::ClientReader<grpc::ByteBuffer>> reader(
-      grpc::internal::ClientReaderFactory<grpc::ByteBuffer>::Create(
-          channel.get(), method, &context, wire::Encode(request)));
+      grpc::internal::ClientReaderFactory<grpc::ByteBuffer>::Create(channel.get(), method, &context,
+                                                                    wire::Encode(request)));
   assembler->StartStream();
   absl::Status fault;
   for (grpc::ByteBuffer message; fault.ok() && reader->Read(&message); message.Clear()) {
@@ -143,8 +143,8 @@ v1::Opened OpenedOf(const v1::CacheInfo& info) {
   for (uint32_t layer = 0; layer < info.geometry().layer_count(); ++layer) {
     const bool fetched =
         layer >= info.first_layer() && layer - info.first_layer() < info.layer_count();
-    opened.add_kept_tokens(
-        fetched ? info.kept_tokens(static_cast<int>(layer - info.first_layer())) : 0);
+    opened.add_kept_tokens(fetched ? info.kept_tokens(static_cast<int>(layer - info.first_layer()))
+                                   : 0);
   }
   return opened;
 }

@@ -65,10 +65,7 @@ v1::CacheInfo EncodeInfo(const session::HeldSlice& slice) {
 
 FetchBuilder::FetchBuilder(session::HeldSlice slice, const Options& options,
                            engine::BufferPool* buffers)
-    : slice_(std::move(slice)),
-      options_(options),
-      buffers_(buffers),
-      layer_(slice_.first_layer()) {
+    : slice_(std::move(slice)), options_(options), buffers_(buffers), layer_(slice_.first_layer()) {
   Skip(options_.skip_bytes);
 }
 
@@ -129,8 +126,7 @@ grpc::ByteBuffer FetchBuilder::NextLayer() {
       piece.data = {tensor.data + offset_, static_cast<size_t>(take)};
       piece.owner = slice_.cache();
     } else {
-      auto buffer =
-          std::make_shared<engine::Buffer>(buffers_->Acquire(static_cast<size_t>(take)));
+      auto buffer = std::make_shared<engine::Buffer>(buffers_->Acquire(static_cast<size_t>(take)));
       session::CopyOut(tensor, offset_, buffer->span());
       piece.data = buffer->span();
       piece.owner = std::move(buffer);

@@ -66,8 +66,8 @@ absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
                                                    .kv_head_count = request.kv_head_count()});
   if (!slice.ok()) return slice.status();
   if (request.skip_bytes() > static_cast<uint64_t>(slice->total_bytes())) {
-    return absl::InvalidArgumentError(absl::StrCat("skip_bytes is ", request.skip_bytes(), "; 0 to ",
-                                                   slice->total_bytes(),
+    return absl::InvalidArgumentError(absl::StrCat("skip_bytes is ", request.skip_bytes(),
+                                                   "; 0 to ", slice->total_bytes(),
                                                    " are allowed (CacheInfo.total_bytes)"));
   }
   if (slice->strided()) {
@@ -86,8 +86,8 @@ absl::Status FetchReactor::ReserveCopies(int64_t max_message_bytes) {
   absl::StatusOr<session::Reservation> reservation = shared_->sessions->Reserve(bytes);
   if (!reservation.ok()) {
     context()->AddTrailingMetadata(
-        kRetryPushbackKey, std::to_string(RetryPushbackMillis(reservation.status(),
-                                                              shared_->limits.retry_pushback)));
+        kRetryPushbackKey,
+        std::to_string(RetryPushbackMillis(reservation.status(), shared_->limits.retry_pushback)));
     return reservation.status();
   }
   reservation_ = *std::move(reservation);

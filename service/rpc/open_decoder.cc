@@ -157,9 +157,9 @@ absl::Status DecodeShardGroup(const v1::ShardGroup& group, OpenRequest* request)
 absl::Status DecodeHold(const v1::Open& open, OpenRequest* request) {
   if (!request->hold) {
     if (!open.has_hold()) return absl::OkStatus();
-    return Invalid("hold", "set",
-                   absl::StrCat("it needs the output OUTPUT_HOLD, but that is ",
-                                EnumText(open.output())));
+    return Invalid(
+        "hold", "set",
+        absl::StrCat("it needs the output OUTPUT_HOLD, but that is ", EnumText(open.output())));
   }
   if (request->spec.method.method == method::Method::kGemFilter) {
     return Invalid("output", "OUTPUT_HOLD",

@@ -55,9 +55,8 @@ absl::StatusOr<Reservation> HeldCaches::Reserve(int64_t bytes) {
     if (reservation.ok()) return reservation;
     const bool never = reservation.status().GetPayload(kNeverFits).has_value();
     if (!never && TakeExpired() != nullptr) continue;
-    absl::Status refused(
-        reservation.status().code(),
-        absl::StrCat("held caches (--hold-budget): ", reservation.status().message()));
+    absl::Status refused(reservation.status().code(), absl::StrCat("held caches (--hold-budget): ",
+                                                                   reservation.status().message()));
     if (never) refused.SetPayload(kNeverFits, absl::Cord());
     return refused;
   }
@@ -77,8 +76,8 @@ absl::StatusOr<HeldCaches::Entries::const_iterator> HeldCaches::FindLocked(
     absl::string_view handle, absl::string_view tenant) const {
   if (absl::Status enabled = CheckEnabled(); !enabled.ok()) return enabled;
   if (handle.size() != kHandleBytes) {
-    return absl::InvalidArgumentError(absl::StrCat("handle is ", handle.size(), " bytes long; ",
-                                                   kHandleBytes, " are needed"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("handle is ", handle.size(), " bytes long; ", kHandleBytes, " are needed"));
   }
   const auto found = entries_.find(handle);
   if (found == entries_.end() || found->second.tenant != tenant ||
@@ -97,8 +96,7 @@ absl::StatusOr<std::shared_ptr<const HeldCache>> HeldCaches::Find(absl::string_v
   return (*found)->second.cache;
 }
 
-absl::StatusOr<absl::Duration> HeldCaches::Renew(absl::string_view handle,
-                                                 absl::string_view tenant,
+absl::StatusOr<absl::Duration> HeldCaches::Renew(absl::string_view handle, absl::string_view tenant,
                                                  std::optional<uint64_t> millis) {
   const absl::StatusOr<absl::Duration> wanted = Lease(millis, "lease_millis");
   const std::lock_guard lock(mutex_);

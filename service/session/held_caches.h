@@ -91,7 +91,7 @@ class HeldCaches {
   const std::shared_ptr<const Clock> clock_;
   MemoryBudget budget_;
   mutable std::mutex mutex_;
-  Entries entries_;                                         // by handle
+  Entries entries_;                                          // by handle
   std::set<std::pair<Clock::Time, std::string>> by_expiry_;  // handles
 };
 

@@ -73,8 +73,8 @@ std::vector<SlicedTensor> HeldSlice::Tensors(int64_t layer) const {
   const int64_t outer = heads_first ? blocks : rows;
 
   std::vector<SlicedTensor> tensors;
-  const auto add = [&](engine::InputTensor tensor, const void* data, size_t size, int64_t outer_count,
-                       bool by_head) {
+  const auto add = [&](engine::InputTensor tensor, const void* data, size_t size,
+                       int64_t outer_count, bool by_head) {
     if (size == 0) return;
     const auto bytes = static_cast<int64_t>(size);
     SlicedTensor sliced = {tensor, static_cast<const std::byte*>(data), 1, bytes, bytes};

@@ -33,9 +33,8 @@ std::string NewId() {
 // What a prompt, or a rank of one, takes of the budget of held caches.
 absl::StatusOr<int64_t> BytesToHold(const SessionRequest& request) {
   if (!request.hold.has_value()) return 0;
-  return HeldBytes(request.shard.has_value()
-                       ? engine::ShardSpec(request.spec, request.shard->heads)
-                       : request.spec);
+  return HeldBytes(request.shard.has_value() ? engine::ShardSpec(request.spec, request.shard->heads)
+                                             : request.spec);
 }
 
 int Threads(int wanted) {

@@ -172,8 +172,8 @@ TEST_F(CommandTest, HoldsFetchesAndReleases) {
   ASSERT_EQ(all.code, 0) << all.output;
   EXPECT_THAT(all.output, HasSubstr("12 of 12 layers, 2 of 2 KV heads"));
   const std::string part = directory_.Path("part.safetensors");
-  const Ran some = RunCommand("fetch " + handle + " --layers 2-3 --kv-heads 1 --json --to " + part +
-                              at);
+  const Ran some =
+      RunCommand("fetch " + handle + " --layers 2-3 --kv-heads 1 --json --to " + part + at);
   ASSERT_EQ(some.code, 0) << some.output;
   EXPECT_EQ(nlohmann::json::parse(some.output).at("kv_heads"), 1);
 
@@ -191,7 +191,8 @@ TEST_F(CommandTest, HoldsFetchesAndReleases) {
     EXPECT_TRUE((*a)->Data(info) == (*b)->Data(*other)) << name;
   }
   EXPECT_EQ(layers, 36);
-  for (const char* key : {"method", "fingerprint", "logical_length", "kv_length", "next_position"}) {
+  for (const char* key :
+       {"method", "fingerprint", "logical_length", "kv_length", "next_position"}) {
     EXPECT_EQ((*a)->metadata().at(key), (*b)->metadata().at(key)) << key;
   }
   EXPECT_EQ((*c)->Find("layer.1.k"), nullptr);

@@ -142,18 +142,18 @@ FetchOptions Quick(int attempts) {
 }
 
 TEST(FetchTest, AsksForWhatItWasTold) {
-  FakeHeldCaches server([](int, grpc::ServerContext*, const v1::FetchCacheRequest& request,
-                           Writer* writer) {
-    EXPECT_EQ(request.handle(), "handle");
-    EXPECT_EQ(request.first_layer(), 1U);
-    EXPECT_EQ(request.layer_count(), 2U);
-    EXPECT_EQ(request.first_kv_head(), 3U);
-    EXPECT_EQ(request.kv_head_count(), 4U);
-    EXPECT_EQ(request.max_response_message_bytes(), 5U);
-    EXPECT_TRUE(request.checksums());
-    for (const auto& response : Honest()) writer->Write(response);
-    return grpc::Status::OK;
-  });
+  FakeHeldCaches server(
+      [](int, grpc::ServerContext*, const v1::FetchCacheRequest& request, Writer* writer) {
+        EXPECT_EQ(request.handle(), "handle");
+        EXPECT_EQ(request.first_layer(), 1U);
+        EXPECT_EQ(request.layer_count(), 2U);
+        EXPECT_EQ(request.first_kv_head(), 3U);
+        EXPECT_EQ(request.kv_head_count(), 4U);
+        EXPECT_EQ(request.max_response_message_bytes(), 5U);
+        EXPECT_TRUE(request.checksums());
+        for (const auto& response : Honest()) writer->Write(response);
+        return grpc::Status::OK;
+      });
   FetchOptions options = Quick(1);
   options.first_layer = 1;
   options.layer_count = 2;
@@ -166,13 +166,14 @@ TEST(FetchTest, AsksForWhatItWasTold) {
 
 // It breaks after every message, so that every place between two pieces is one to go on from.
 TEST(FetchTest, GoesOnWhereItBroke) {
-  FakeHeldCaches server([](int, grpc::ServerContext*, const v1::FetchCacheRequest& request,
-                           Writer* writer) {
-    const auto responses = Honest(request.skip_bytes());
-    for (size_t i = 0; i < std::min<size_t>(2, responses.size()); ++i) writer->Write(responses[i]);
-    return responses.size() > 2 ? grpc::Status(grpc::StatusCode::UNAVAILABLE, "broken")
-                                : grpc::Status::OK;
-  });
+  FakeHeldCaches server(
+      [](int, grpc::ServerContext*, const v1::FetchCacheRequest& request, Writer* writer) {
+        const auto responses = Honest(request.skip_bytes());
+        for (size_t i = 0; i < std::min<size_t>(2, responses.size()); ++i)
+          writer->Write(responses[i]);
+        return responses.size() > 2 ? grpc::Status(grpc::StatusCode::UNAVAILABLE, "broken")
+                                    : grpc::Status::OK;
+      });
   const auto fetched = server.client().FetchCache("handle", Quick(2));
   ExpectGood(fetched);
   EXPECT_EQ(fetched->attempts, server.attempts());
@@ -181,11 +182,11 @@ TEST(FetchTest, GoesOnWhereItBroke) {
 
 TEST(FetchTest, GivesUpWithoutProgressAndOnOtherErrors) {
   const auto fails = [](grpc::StatusCode code, bool pushback) {
-    return [code, pushback](int, grpc::ServerContext* context, const v1::FetchCacheRequest&,
-                            Writer*) {
-      if (pushback) context->AddTrailingMetadata("grpc-retry-pushback-ms", "1");
-      return grpc::Status(code, "no");
-    };
+    return
+        [code, pushback](int, grpc::ServerContext* context, const v1::FetchCacheRequest&, Writer*) {
+          if (pushback) context->AddTrailingMetadata("grpc-retry-pushback-ms", "1");
+          return grpc::Status(code, "no");
+        };
   };
   const std::tuple<grpc::StatusCode, bool, int> cases[] = {
       {grpc::StatusCode::UNAVAILABLE, false, 3},
@@ -293,14 +294,14 @@ INSTANTIATE_TEST_SUITE_P(
     [](const ::testing::TestParamInfo<Lie>& lie) { return lie.param.name; });
 
 TEST(FetchTest, AnotherCacheAfterABreakIsDataLoss) {
-  FakeHeldCaches server([](int attempt, grpc::ServerContext*, const v1::FetchCacheRequest& request,
-                           Writer* writer) {
-    auto responses = Honest(request.skip_bytes());
-    if (attempt == 2) responses[0].mutable_info()->set_fingerprint("another");
-    writer->Write(responses[0]);
-    writer->Write(responses[1]);
-    return grpc::Status(grpc::StatusCode::UNAVAILABLE, "broken");
-  });
+  FakeHeldCaches server(
+      [](int attempt, grpc::ServerContext*, const v1::FetchCacheRequest& request, Writer* writer) {
+        auto responses = Honest(request.skip_bytes());
+        if (attempt == 2) responses[0].mutable_info()->set_fingerprint("another");
+        writer->Write(responses[0]);
+        writer->Write(responses[1]);
+        return grpc::Status(grpc::StatusCode::UNAVAILABLE, "broken");
+      });
   const absl::Status status = server.client().FetchCache("handle", Quick(3)).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss) << status;
   EXPECT_THAT(std::string(status.message()), HasSubstr("another than before"));

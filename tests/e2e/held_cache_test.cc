@@ -56,15 +56,14 @@ std::vector<Way> Ways() {
          open->set_dtype(v1::DTYPE_F8_E5M2);
          open->set_kv_scales(v1::KV_SCALES_PER_TENSOR);
        }},
-      {"Rotary",
-       [](v1::Open* open) { open->mutable_rotary()->set_rope_theta(10000); }},
+      {"Rotary", [](v1::Open* open) { open->mutable_rotary()->set_rope_theta(10000); }},
       {"Full", [](v1::Open* open) { open->mutable_method()->mutable_full(); }},
   };
 }
 
-class HeldCacheTest
-    : public HeldTest,
-      public ::testing::WithParamInterface<std::tuple<Way, v1::Layout, uint32_t>> {};
+class HeldCacheTest : public HeldTest,
+                      public ::testing::WithParamInterface<std::tuple<Way, v1::Layout, uint32_t>> {
+};
 
 TEST_P(HeldCacheTest, WhatIsFetchedIsTheInlineAnswer) {
   const auto& [way, layout, block] = GetParam();
@@ -164,17 +163,18 @@ TEST_P(HeldCacheTest, WhatIsFetchedIsTheInlineAnswer) {
   EXPECT_TRUE(Release(channel(), handle).ok());
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    , HeldCacheTest,
-    ::testing::Combine(::testing::ValuesIn(Ways()),
-                       ::testing::Values(v1::LAYOUT_HEAD_TOKEN_DIM, v1::LAYOUT_TOKEN_HEAD_DIM),
-                       ::testing::Values(0U, 16U)),
-    [](const ::testing::TestParamInfo<HeldCacheTest::ParamType>& instance) {
-      return std::get<0>(instance.param).name +
-             (std::get<1>(instance.param) == v1::LAYOUT_HEAD_TOKEN_DIM ? "_HeadFirst"
-                                                                       : "_TokenFirst") +
-             (std::get<2>(instance.param) == 0 ? "_Dense" : "_Paged");
-    });
+INSTANTIATE_TEST_SUITE_P(, HeldCacheTest,
+                         ::testing::Combine(::testing::ValuesIn(Ways()),
+                                            ::testing::Values(v1::LAYOUT_HEAD_TOKEN_DIM,
+                                                              v1::LAYOUT_TOKEN_HEAD_DIM),
+                                            ::testing::Values(0U, 16U)),
+                         [](const ::testing::TestParamInfo<HeldCacheTest::ParamType>& instance) {
+                           return std::get<0>(instance.param).name +
+                                  (std::get<1>(instance.param) == v1::LAYOUT_HEAD_TOKEN_DIM
+                                       ? "_HeadFirst"
+                                       : "_TokenFirst") +
+                                  (std::get<2>(instance.param) == 0 ? "_Dense" : "_Paged");
+                         });
 
 class HeldWaysTest : public HeldTest {};
 
@@ -287,8 +287,7 @@ TEST_F(HeldWaysTest, CapabilitiesSayWhatIsHeld) {
   const std::string handle = Hold(data).summary->held().handle();
   grpc::ClientContext context;
   v1::GetCapabilitiesResponse response;
-  ASSERT_TRUE(
-      v1::Compression::NewStub(channel())->GetCapabilities(&context, {}, &response).ok());
+  ASSERT_TRUE(v1::Compression::NewStub(channel())->GetCapabilities(&context, {}, &response).ok());
   const v1::Limits& limits = response.limits();
   EXPECT_EQ(limits.hold_budget_bytes(), 64U << 20);
   EXPECT_LT(limits.hold_available_bytes(), 64U << 20);

@@ -45,8 +45,7 @@ TEST_F(HeldFailureTest, AServerThatHoldsNothingSaysSo) {
                     {"holds no caches", "--hold-budget is 0"});
   ExpectFetchFailure(Fetch(channel(), FetchRequest(std::string(16, 'x'))),
                      grpc::StatusCode::UNIMPLEMENTED, {"--hold-budget is 0"});
-  EXPECT_EQ(Release(channel(), std::string(16, 'x')).error_code(),
-            grpc::StatusCode::UNIMPLEMENTED);
+  EXPECT_EQ(Release(channel(), std::string(16, 'x')).error_code(), grpc::StatusCode::UNIMPLEMENTED);
 }
 
 TEST_F(HeldFailureTest, BadOpensNameTheField) {
@@ -71,8 +70,9 @@ TEST_F(HeldFailureTest, BadOpensNameTheField) {
   ExpectOpenRefused(open, grpc::StatusCode::INVALID_ARGUMENT,
                     {"open.output is OUTPUT_HOLD", "gemfilter", "OUTPUT_PLAN"});
   open = Held(WideOpen());
-  ExpectFailure(Run({OpenMessage(open)}, {.metadata = {{"structkv-tenant", std::string(129, 'x')}}}),
-                grpc::StatusCode::INVALID_ARGUMENT, {"structkv-tenant is 129 bytes", "128"});
+  ExpectFailure(
+      Run({OpenMessage(open)}, {.metadata = {{"structkv-tenant", std::string(129, 'x')}}}),
+      grpc::StatusCode::INVALID_ARGUMENT, {"structkv-tenant is 129 bytes", "128"});
 }
 
 TEST_F(HeldFailureTest, BadRequestsNameTheField) {

@@ -163,8 +163,8 @@ TEST_F(HeldCachesTest, RefusalsSayWhichBudget) {
   const absl::Status taken = caches_.Reserve(401).status();
   EXPECT_TRUE(absl::IsResourceExhausted(taken));
   EXPECT_FALSE(taken.GetPayload(kNeverFits).has_value());
-  EXPECT_THAT(std::string(taken.message()),
-              AllOf(HasSubstr("--hold-budget"), HasSubstr("401"), HasSubstr("600"), HasSubstr("1000")));
+  EXPECT_THAT(std::string(taken.message()), AllOf(HasSubstr("--hold-budget"), HasSubstr("401"),
+                                                  HasSubstr("600"), HasSubstr("1000")));
   const absl::Status never = caches_.Reserve(1001).status();
   EXPECT_TRUE(never.GetPayload(kNeverFits).has_value());
   EXPECT_TRUE(Finds(handle));
@@ -178,8 +178,8 @@ TEST(HeldCachesOffTest, NothingIsHeldWithoutABudget) {
 }
 
 // Against a model, with every action at random.
-class HeldCachesRandomTest : public HeldCachesTest, public ::testing::WithParamInterface<uint64_t> {
-};
+class HeldCachesRandomTest : public HeldCachesTest,
+                             public ::testing::WithParamInterface<uint64_t> {};
 
 TEST_P(HeldCachesRandomTest, AgreesWithItsModel) {
   struct Modelled {
@@ -213,8 +213,7 @@ TEST_P(HeldCachesRandomTest, AgreesWithItsModel) {
     const std::string tenant = random.Chance(50) ? "a" : "b";
     std::string handle(kHandleBytes, '?');
     if (!model.empty() && random.Chance(95)) {
-      handle = std::next(model.begin(),
-                         random.Between(0, static_cast<int64_t>(model.size()) - 1))
+      handle = std::next(model.begin(), random.Between(0, static_cast<int64_t>(model.size()) - 1))
                    ->first;
     }
     const auto known = model.find(handle);
@@ -253,8 +252,8 @@ TEST_P(HeldCachesRandomTest, AgreesWithItsModel) {
       }
       case 3:
         if (!readers.empty()) {
-          const auto at = readers.begin() +
-                          random.Between(0, static_cast<int64_t>(readers.size()) - 1);
+          const auto at =
+              readers.begin() + random.Between(0, static_cast<int64_t>(readers.size()) - 1);
           --model[at->first].readers;
           readers.erase(at);
         }

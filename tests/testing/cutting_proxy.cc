@@ -75,8 +75,7 @@ void CuttingProxy::Accept() {
 void CuttingProxy::Pump(int client, uint64_t cut) const {
   const int server = socket(AF_INET, SOCK_STREAM, 0);
   const sockaddr_in address = Local(to_);
-  bool open =
-      connect(server, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0;
+  bool open = connect(server, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0;
   uint64_t passed = 0;
   std::array<char, 64 << 10> buffer;
   while (open && !stopped_.load()) {

@@ -136,8 +136,7 @@ std::map<v1::Tensor, std::string> HeadsOf(const v1::Open& open, const LayerAnswe
         sliced[tensor] = SliceHeads(bytes, runs, heads, range);
         break;
       case v1::TENSOR_POSITIONS:
-        sliced[tensor] =
-            Effective(open).per_head ? SliceHeads(bytes, 1, heads, range) : bytes;
+        sliced[tensor] = Effective(open).per_head ? SliceHeads(bytes, 1, heads, range) : bytes;
         break;
       default:
         sliced[tensor] = open.kv_scales() == v1::KV_SCALES_PER_KV_HEAD

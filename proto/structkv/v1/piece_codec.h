@@ -1,7 +1,7 @@
 // Hand-written codec of the one hot message, `TensorPieces`, inside `CompressRequest`,
-// `CompressResponse` and `FetchCacheResponse`: tensor bytes go between gRPC's slices and the caller's memory without a copy
-// through a protobuf `bytes` field. Everything else on the stream is ordinary protobuf. What this
-// writes any protobuf library reads, and the reverse.
+// `CompressResponse` and `FetchCacheResponse`: tensor bytes go between gRPC's slices and the
+// caller's memory without a copy through a protobuf `bytes` field. Everything else on the stream is
+// ordinary protobuf. What this writes any protobuf library reads, and the reverse.
 #pragma once
 
 #include <cstddef>

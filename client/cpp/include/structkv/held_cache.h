@@ -48,8 +48,8 @@ struct FetchOptions : HeldCallOptions {
   uint32_t max_message_bytes = 0;  // 0: the server's default
   // Have the server send an XXH3 checksum with every piece.
   bool checksums = false;
-  // A fetch that breaks (UNAVAILABLE), or finds no room and is told when to come again, goes on where
-  // it was. `max_attempts` are those without a byte in between.
+  // A fetch that breaks (UNAVAILABLE), or finds no room and is told when to come again, goes on
+  // where it was. `max_attempts` are those without a byte in between.
   RetryPolicy retry;
   // Where tensors go; null: memory from the client's pool.
   ResultAllocator allocate;
@@ -69,7 +69,8 @@ struct FetchedCache {
   int attempts = 0;
 };
 
-// Keeps a held cache alive: renews its lease three times in each, until it is destroyed. Thread-safe.
+// Keeps a held cache alive: renews its lease three times in each, until it is destroyed.
+// Thread-safe.
 class CacheLease {
  public:
   // `client` outlives it. `lease`: as the summary, or a renewal, said.
