@@ -166,8 +166,8 @@ absl::StatusOr<std::shared_ptr<const void>> LocalPrompt::PullRows(
     if (!data.empty()) std::memcpy(copy.data(), data.data(), data.size());
     return copy;
   };
-  absl::Status taken =
-      engine::TakeRows(prompt_.spec(), take(rows->keys), take(rows->values), output);
+  absl::Status taken = engine::TakeRows(
+      prompt_.spec(), *pool_, {.keys = take(rows->keys), .values = take(rows->values)}, output);
   if (!taken.ok()) return taken;
   using Owners = std::pair<std::shared_ptr<const void>, std::shared_ptr<const void>>;
   return std::make_shared<const Owners>(tensors.owner, rows->owner);

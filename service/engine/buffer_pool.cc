@@ -136,6 +136,7 @@ Buffer& Buffer::operator=(Buffer&& other) noexcept {
   if (this == &other) return *this;
   Reset();
   core_ = std::move(other.core_);
+  owner_ = std::move(other.owner_);
   data_ = std::exchange(other.data_, nullptr);
   size_ = std::exchange(other.size_, 0);
   capacity_ = std::exchange(other.capacity_, 0);
@@ -149,9 +150,16 @@ Buffer Buffer::Borrowed(void* data, size_t size) {
   return buffer;
 }
 
+Buffer Buffer::Lent(void* data, size_t size, std::shared_ptr<const void> owner) {
+  Buffer buffer = Borrowed(data, size);
+  buffer.owner_ = std::move(owner);
+  return buffer;
+}
+
 void Buffer::Reset() {
   if (core_ != nullptr) core_->Return({data_, capacity_});
   core_.reset();
+  owner_.reset();
   data_ = nullptr;
   size_ = 0;
   capacity_ = 0;

@@ -28,22 +28,29 @@ class Buffer {
 
   // Refers to memory that outlives the buffer and is not freed by it.
   static Buffer Borrowed(void* data, size_t size);
+  // Refers to memory that stays as long as `owner`, and that may be changed by others at any time:
+  // values in it that are checked must be copied first. Not null.
+  static Buffer Lent(void* data, size_t size, std::shared_ptr<const void> owner);
 
   std::byte* data() const { return data_; }
   size_t size() const { return size_; }
   bool empty() const { return size_ == 0; }
+  bool is_lent() const { return owner_ != nullptr; }
   template <typename T>
   T* as() const {
     return reinterpret_cast<T*>(data_);
   }
   absl::Span<std::byte> span() const { return {data_, size_}; }
+  // Keeps the first bytes alone, `size` of size() at most; the memory is held as before.
+  void Truncate(size_t size) { size_ = size; }
   void Reset();
 
  private:
   friend class BufferPool;
   friend class BufferAllowance;
   struct Core;
-  std::shared_ptr<Core> core_;  // null for borrowed memory
+  std::shared_ptr<Core> core_;         // null for borrowed and lent memory
+  std::shared_ptr<const void> owner_;  // of lent memory
   std::byte* data_ = nullptr;
   size_t size_ = 0;
   size_t capacity_ = 0;

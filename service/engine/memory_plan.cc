@@ -19,15 +19,14 @@ int64_t InputOfOneLayer(const PromptSpec& spec) {
   return bytes;
 }
 
+int64_t RowsOfOneLayer(const PromptSpec& spec) {
+  return spec.KeptBytes(InputTensor::kKeys) + spec.KeptBytes(InputTensor::kValues);
+}
+
 int64_t OutputOfOneLayer(const PromptSpec& spec) {
-  const ModelGeometry& geometry = spec.geometry;
-  const int64_t kept = spec.largest_kept_tokens();
-  const int64_t sets = spec.per_kv_head() ? geometry.kv_heads : 1;
-  int64_t bytes = sets * kept * kPosition;
+  const int64_t sets = spec.per_kv_head() ? spec.geometry.kv_heads : 1;
+  int64_t bytes = sets * spec.largest_kept_tokens() * kPosition + RowsOfOneLayer(spec);
   if (!spec.plan_only) {
-    const int64_t row = geometry.key_dim + (geometry.values_in_keys ? 0 : geometry.value_dim);
-    bytes +=
-        geometry.kv_heads * spec.kv_slots(kept) * row * static_cast<int64_t>(DTypeSize(spec.dtype));
     bytes += spec.InputBytes(InputTensor::kKeyScales) + spec.InputBytes(InputTensor::kValueScales);
   }
   if (spec.return_saliency) bytes += sets * spec.prompt_tokens * kFloat;
@@ -77,10 +76,13 @@ int64_t Scratch(const PromptSpec& spec, const Backend& backend) {
 }  // namespace
 
 MemoryPlan PlanMemory(const PromptSpec& spec, const Backend& backend) {
-  return {.layer_input_bytes = InputOfOneLayer(spec),
-          .layer_output_bytes = OutputOfOneLayer(spec),
-          .state_bytes = State(spec),
-          .scratch_bytes = Scratch(spec, backend)};
+  return {
+      .layer_input_bytes = InputOfOneLayer(spec),
+      .layer_kv_bytes = spec.InputBytes(InputTensor::kKeys) + spec.InputBytes(InputTensor::kValues),
+      .layer_output_bytes = OutputOfOneLayer(spec),
+      .layer_rows_bytes = RowsOfOneLayer(spec),
+      .state_bytes = State(spec),
+      .scratch_bytes = Scratch(spec, backend)};
 }
 
 }  // namespace structkv::engine

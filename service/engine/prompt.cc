@@ -284,11 +284,12 @@ class Prompt::Impl {
     output.key_scales = std::move(input.key_scales);
     output.value_scales = std::move(input.value_scales);
     if (spec_.paged.has_value()) output.kept_blocks = spec_.paged->Blocks(output.kept_tokens);
-    const auto keep = [&](Buffer source, int64_t dim, const RotationParams* rotation,
+    const auto keep = [&](Buffer source, Buffer room, int64_t dim, const RotationParams* rotation,
                           Buffer* rows) {
       const TensorView all = KvView(part_specs_[index], source.data(), dim, tokens,
                                     /*in_order=*/!input.positions.empty());
-      absl::StatusOr<Buffer> kept = Kept(heads, all, std::move(source), output, parallel, rotation);
+      absl::StatusOr<Buffer> kept =
+          Kept(heads, all, std::move(source), std::move(room), output, parallel, rotation);
       if (kept.ok()) *rows = *std::move(kept);
       return kept.status();
     };
@@ -299,12 +300,13 @@ class Prompt::Impl {
             rerotation_->ForLayer(output.positions, output.kept_tokens, tokens, input.positions);
       }
       absl::Status status =
-          keep(std::move(input.keys), geometry.key_dim,
+          keep(std::move(input.keys), std::move(input.key_room), geometry.key_dim,
                turned.has_value() && turned->moves ? &turned->params : nullptr, &output.keys);
       if (!status.ok()) return status;
     }
     if (spec_.pulls(InputTensor::kValues) || geometry.values_in_keys) return absl::OkStatus();
-    return keep(std::move(input.values), geometry.value_dim, nullptr, &output.values);
+    return keep(std::move(input.values), std::move(input.value_room), geometry.value_dim, nullptr,
+                &output.values);
   }
 
   void ReturnSaliency(LayerSaliency saliency, int64_t tokens, std::vector<LayerOutput>& outputs) {
@@ -339,19 +341,22 @@ class Prompt::Impl {
     }
   }
 
-  // The rows of `all`, a view of `source` with those KV heads, that stay; of a dense tensor
-  // `source` itself where all do. `rotation`: they are keys to be turned; null: nothing is to be.
+  // The rows of `all`, a view of `source` with those KV heads, that stay, in `room` where there is
+  // any; of a dense tensor `source` itself where all do, unless it is lent. `rotation`: they are
+  // keys to be turned; null: nothing is to be.
   absl::StatusOr<Buffer> Kept(const HeadRange& heads, const TensorView& all, Buffer source,
-                              const LayerOutput& output, ParallelFor parallel,
+                              Buffer room, const LayerOutput& output, ParallelFor parallel,
                               const RotationParams* rotation) {
     const int64_t kept = output.kept_tokens;
     const std::vector<HeadRange> runs = DecodeRuns(spec_, heads);
-    if (kept == all.tokens && runs.size() == 1 && !all.paged() && rotation == nullptr) {
+    const bool own = !source.is_lent() && room.empty();
+    if (own && kept == all.tokens && runs.size() == 1 && !all.paged() && rotation == nullptr) {
       return source;
     }
     const auto element = static_cast<int64_t>(DTypeSize(spec_.dtype));
     const int64_t head_bytes = spec_.kv_slots(kept) * all.dim * element;
-    Buffer rows = pool_.Acquire(heads.count * head_bytes);
+    Buffer rows = room.empty() ? pool_.Acquire(heads.count * head_bytes) : std::move(room);
+    rows.Truncate(static_cast<size_t>(heads.count * head_bytes));
     for (const HeadRange& run : runs) {
       TensorView from = all;
       from.data = source.data() + run.begin * all.head_stride * element;

@@ -21,7 +21,8 @@ namespace structkv::engine {
 
 // One layer's tensors, in the spec's layout, keys and values dense or paged; each of the size that
 // PromptSpec::InputBytes says, empty where that is 0. A layer of skeleton rows has `positions`, and
-// in place of N the skeleton's tokens; PromptSpec::SkeletonInputBytes says its sizes.
+// in place of N the skeleton's tokens; PromptSpec::SkeletonInputBytes says its sizes. Keys and
+// values may be lent; the others are looked at more than once, and may not.
 struct LayerInput {
   int64_t layer = 0;
   Buffer keys;            // [kv_heads, N, key_dim] or the other layout
@@ -33,6 +34,10 @@ struct LayerInput {
   Buffer value_scales;    // likewise
   // Tokens that the layer holds: the skeleton exactly. Empty: all. Outlives the call.
   absl::Span<const int32_t> positions;
+  // Where kept rows are to be written, PromptSpec::KeptBytes or more; empty: into the pool's
+  // buffers.
+  Buffer key_room;
+  Buffer value_room;
 };
 
 // The rows of a layer that are to be pulled (PromptSpec::pull).
@@ -58,17 +63,20 @@ struct LayerOutput {
   std::optional<method::LayerMetrics> metrics;  // methods with statistics
   std::vector<int32_t> positions;               // [kept] or [kv_heads, kept]
   Buffer keys;                                  // kept rows, spec's layout; empty for a plan.
-                                                // Paged: kept_blocks blocks in order, zeros behind
+                                                // Paged: kept_blocks blocks in order, zeros behind.
+                                                // Lent where they are in the input's room, and only
+                                                // then
   Buffer values;                                // likewise
   Buffer key_scales;                            // as they came; empty for a plan
   Buffer value_scales;                          // likewise
   Buffer saliency;                              // on request: [N] or [kv_heads, N] float32
 };
 
-// Completes the answer of a layer with the rows that were pulled for it, each tensor of the size
-// that PromptSpec::PulledBytes says; what is not pulled is empty. INVALID_ARGUMENT for another
-// size.
-absl::Status TakeRows(const PromptSpec& spec, Buffer keys, Buffer values, LayerOutput* output);
+// Completes the answer of a layer with the keys and values that were pulled for it, each tensor of
+// the size that PromptSpec::PulledBytes says; what is not pulled is empty. Rows that are lent, and
+// those that there is room for, are copied; others pass through. INVALID_ARGUMENT for another size.
+absl::Status TakeRows(const PromptSpec& spec, BufferPool& pool, LayerInput rows,
+                      LayerOutput* output);
 
 // The pivot and the skeleton.
 struct PivotResult {

@@ -125,6 +125,13 @@ bool PromptSpec::pulls(InputTensor tensor) const {
   return tensor == InputTensor::kKeys && pull == Pull::kKeysAndValues;
 }
 
+int64_t PromptSpec::KeptBytes(InputTensor tensor) const {
+  const bool values = tensor == InputTensor::kValues;
+  if (plan_only || (values && geometry.values_in_keys)) return 0;
+  return geometry.kv_heads * kv_slots(largest_kept_tokens()) *
+         (values ? geometry.value_dim : geometry.key_dim) * static_cast<int64_t>(DTypeSize(dtype));
+}
+
 int64_t PromptSpec::PulledBytes(InputTensor tensor, int64_t kept) const {
   if (!pulls(tensor)) return 0;
   const int64_t dim = tensor == InputTensor::kKeys ? geometry.key_dim : geometry.value_dim;

@@ -122,6 +122,9 @@ struct PromptSpec {
   // Whether the kept rows of the tensor are pulled: then InputBytes() is 0, and so many bytes come
   // for `kept` tokens of each KV head.
   bool pulls(InputTensor tensor) const;
+  // Bytes of the kept rows that come back of the layer that keeps most, of keys or values; whole
+  // blocks where paged. 0: none do.
+  int64_t KeptBytes(InputTensor tensor) const;
   int64_t PulledBytes(InputTensor tensor, int64_t kept) const;
 
  private:
@@ -138,7 +141,9 @@ struct MemoryPlan {
   // The tensors of one full layer as they arrive. Skeleton rows need no more: their positions are
   // compared with the skeleton and not kept.
   int64_t layer_input_bytes = 0;
+  int64_t layer_kv_bytes = 0;      // of these, keys and values
   int64_t layer_output_bytes = 0;  // one layer's result
+  int64_t layer_rows_bytes = 0;    // of these, kept keys and values
   int64_t state_bytes = 0;         // kept from layer to layer, until the end
   int64_t scratch_bytes = 0;       // while a layer is computed
 };

@@ -17,6 +17,8 @@ namespace structkv::session {
 namespace {
 
 int64_t SizeOf(const InputPiece& piece) {
+  // What is too large for the type is too large for every tensor.
+  if (piece.range.has_value()) return static_cast<int64_t>(piece.range->size_bytes);
   int64_t size = 0;
   for (const absl::Span<const std::byte> run : piece.data) {
     size += static_cast<int64_t>(run.size());
@@ -63,6 +65,12 @@ bool CopyAndHash(const InputPiece& piece, bool sampled, std::byte* to,
   return all;
 }
 
+// Of a tensor in place: its range, as its bytes are not looked at.
+PieceDigest DigestOfRange(const transport::RegionRange& range) {
+  const uint64_t place[] = {range.region, range.offset_bytes};
+  return {XXH3_64bits(place, sizeof(place)), /*sampled=*/false};
+}
+
 bool SameBytes(const InputPiece& piece, const std::byte* bytes) {
   for (const absl::Span<const std::byte> run : piece.data) {
     if (std::memcmp(run.data(), bytes, run.size()) != 0) return false;
@@ -74,9 +82,10 @@ bool SameBytes(const InputPiece& piece, const std::byte* bytes) {
 }  // namespace
 
 LayerAssembler::LayerAssembler(const engine::PromptSpec* spec, engine::BufferPool* pool,
-                               int64_t layers_in_flight)
+                               int64_t layers_in_flight, const transport::Transport* transport)
     : spec_(*spec),
       pool_(pool),
+      transport_(*transport),
       layers_in_flight_(layers_in_flight),
       layers_(static_cast<size_t>(spec->geometry.layers)) {
   int required = 0;
@@ -110,6 +119,28 @@ void LayerAssembler::SkipFinished() {
 std::string LayerAssembler::Name(const InputPiece& piece) const {
   const std::string_view tensor = engine::InputTensorName(piece.tensor);
   return absl::StrCat("layer ", piece.layer, ", ", absl::string_view(tensor.data(), tensor.size()));
+}
+
+absl::StatusOr<engine::Buffer> LayerAssembler::ResolveRange(const InputPiece& piece,
+                                                            int64_t tensor_bytes) const {
+  absl::StatusOr<engine::Buffer> buffer;
+  if (!InPlace(piece.tensor)) {
+    buffer = transport_.Resolve(*piece.range);
+  } else if (!piece.range.has_value()) {
+    buffer = absl::InvalidArgumentError(
+        "the piece has `data`; the transport reads keys and values in place, from a `range`");
+  } else if (piece.offset_bytes != 0 ||
+             piece.range->size_bytes != static_cast<uint64_t>(tensor_bytes)) {
+    buffer = absl::InvalidArgumentError(
+        absl::StrCat("range.size_bytes is ", piece.range->size_bytes,
+                     " at the tensor's offset_bytes ", piece.offset_bytes,
+                     "; one range of the whole tensor, ", tensor_bytes, " bytes, is allowed"));
+  } else {
+    buffer = transport_.ResolveInPlace(*piece.range);
+  }
+  if (buffer.ok()) return buffer;
+  return absl::Status(buffer.status().code(),
+                      absl::StrCat(Name(piece), ": ", buffer.status().message()));
 }
 
 absl::Status LayerAssembler::CheckWindow(const InputPiece& piece) const {
@@ -204,10 +235,11 @@ engine::LayerInput* LayerAssembler::Buffers(int64_t layer, bool skeleton_rows) {
   ++buffers_used_;
   engine::LayerInput& input = partial_[layer];
   input.layer = layer;
+  transport_.GiveRoom(&input);
   if (skeleton_rows) input.positions = skeleton_->positions;
   for (int i = 0; i < engine::kInputTensors; ++i) {
     const auto tensor = static_cast<engine::InputTensor>(i);
-    if (tensor == engine::InputTensor::kPositions) continue;
+    if (tensor == engine::InputTensor::kPositions || InPlace(tensor)) continue;
     BufferOf(input, tensor) =
         pool_->Acquire(static_cast<size_t>((skeleton_rows ? skeleton_bytes_ : tensor_bytes_)[i]));
   }
@@ -217,6 +249,7 @@ engine::LayerInput* LayerAssembler::Buffers(int64_t layer, bool skeleton_rows) {
 std::optional<bool> LayerAssembler::IsKnownAgain(const InputPiece& piece, const PieceDigest& known,
                                                  PieceDigest digest,
                                                  const std::atomic<bool>& stop) {
+  if (InPlace(piece.tensor)) return digest == known;
   if (piece.tensor == engine::InputTensor::kPositions) {
     const auto* skeleton = reinterpret_cast<const std::byte*>(skeleton_->positions.data());
     return SameBytes(piece, skeleton + piece.offset_bytes);
@@ -258,26 +291,52 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Take(const InputPiece& pie
   }
   if (absl::Status order = CheckSkeletonOrder(piece, layer); !order.ok()) return order;
   const int64_t tensor_bytes = positions ? skeleton_bytes_[index] : TensorBytes(layer, index);
-  PieceMap& map = layer.tensors[index];
+  if (!InPlace(piece.tensor) && !piece.range.has_value()) {
+    return Place(piece, tensor_bytes, {}, stop);
+  }
+  absl::StatusOr<engine::Buffer> bytes = ResolveRange(piece, tensor_bytes);
+  if (!bytes.ok()) return bytes.status();
+  InputPiece in_range = piece;
+  in_range.data = {bytes->span()};
+  absl::StatusOr<Taken> taken = Place(in_range, tensor_bytes, *std::move(bytes), stop);
+  if (absl::Status whole = transport_.Check(); !whole.ok()) return whole;
+  return taken;
+}
+
+absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Place(const InputPiece& piece,
+                                                            int64_t tensor_bytes,
+                                                            engine::Buffer lent,
+                                                            const std::atomic<bool>& stop) {
+  const bool positions = piece.tensor == engine::InputTensor::kPositions;
+  const bool in_place = InPlace(piece.tensor);
+  Layer& layer = layers_[static_cast<size_t>(piece.layer)];
+  PieceMap& map = layer.tensors[static_cast<size_t>(piece.tensor)];
   const int64_t size = SizeOf(piece);
   const absl::StatusOr<std::optional<PieceDigest>> known =
       map.Find(tensor_bytes, piece.offset_bytes, size, Name(piece));
   if (!known.ok()) return known.status();
   std::byte* to = nullptr;
+  engine::LayerInput* input = nullptr;
   if (!known->has_value()) {
     if (absl::Status window = CheckWindow(piece); !window.ok()) return window;
-    engine::LayerInput* input = Buffers(piece.layer, positions || layer.skeleton);
+    input = Buffers(piece.layer, positions || layer.skeleton);
     if (input == nullptr) return Taken::kNoBuffer;
-    if (!positions) to = BufferOf(*input, piece.tensor).data() + piece.offset_bytes;
+    if (!positions && !in_place) {
+      to = BufferOf(*input, piece.tensor).data() + piece.offset_bytes;
+    }
   }
   PieceDigest digest;
-  if (!CopyAndHash(piece, !piece.xxh3_64.has_value(), to, stop, &digest)) return Taken::kStopped;
+  const bool looked_at = !in_place || piece.xxh3_64.has_value();
+  if (looked_at && !CopyAndHash(piece, !piece.xxh3_64.has_value(), to, stop, &digest)) {
+    return Taken::kStopped;
+  }
   if (piece.xxh3_64.has_value() && *piece.xxh3_64 != digest.xxh3) {
     return absl::DataLossError(absl::StrFormat(
         "%s: the piece of %d bytes at offset_bytes %d has the checksum 0x%016x, its xxh3_64 says "
         "0x%016x",
         Name(piece), size, piece.offset_bytes, digest.xxh3, *piece.xxh3_64));
   }
+  if (in_place) digest = DigestOfRange(*piece.range);
   if (known->has_value()) {
     const std::optional<bool> same = IsKnownAgain(piece, **known, digest, stop);
     if (!same.has_value()) return Taken::kStopped;
@@ -286,6 +345,7 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Take(const InputPiece& pie
                                                  " bytes at offset_bytes ", piece.offset_bytes,
                                                  " came before with other bytes"));
   }
+  if (in_place) BufferOf(*input, piece.tensor) = std::move(lent);
   if (positions) {
     if (absl::Status values = CheckPositionValues(piece); !values.ok()) return values;
     if (!layer.skeleton) ++layer.missing;
@@ -320,10 +380,12 @@ void LayerAssembler::ExpectRows(int64_t layer, int64_t kept) {
   record.rows = kept;
   engine::LayerInput& input = partial_[layer];
   input.layer = layer;
+  transport_.GiveRoom(&input);
   for (const auto tensor : {engine::InputTensor::kKeys, engine::InputTensor::kValues}) {
     const int64_t bytes = spec_.PulledBytes(tensor, kept);
     if (bytes == 0) continue;
     ++record.missing;
+    if (InPlace(tensor)) continue;
     BufferOf(input, tensor) = pool_->Acquire(static_cast<size_t>(bytes));
   }
 }

@@ -19,6 +19,7 @@
 #include "service/engine/prompt_spec.h"
 #include "service/session/piece_map.h"
 #include "service/session/session.h"
+#include "service/transport/transport.h"
 
 namespace structkv::session {
 
@@ -31,9 +32,11 @@ namespace structkv::session {
 // incomplete, and afterwards with their digest. Not thread-safe.
 class LayerAssembler {
  public:
-  // `spec` and `pool` outlive the object. 1 <= layers_in_flight <= layers.
-  LayerAssembler(const engine::PromptSpec* spec, engine::BufferPool* pool,
-                 int64_t layers_in_flight);
+  // `spec`, `pool` and `transport` outlive the object. 1 <= layers_in_flight <= layers. Where the
+  // transport is in place, keys and values are not copied: a layer holds what they lie in, and the
+  // same piece again is the same range.
+  LayerAssembler(const engine::PromptSpec* spec, engine::BufferPool* pool, int64_t layers_in_flight,
+                 const transport::Transport* transport);
 
   enum class Taken : uint8_t {
     kYes,       // copied, or known already
@@ -46,8 +49,8 @@ class LayerAssembler {
     skeleton_ = std::move(skeleton);
   }
 
-  // Copies one piece to its place. The errors are those of Session::Append; after one the object is
-  // of no further use.
+  // Copies one piece to its place, or takes note of its range. The errors are those of
+  // Session::Append; after one the object is of no further use.
   absl::StatusOr<Taken> Take(const InputPiece& piece, const std::atomic<bool>& stop);
 
   // The next layer that is complete, in order of completion.
@@ -89,6 +92,17 @@ class LayerAssembler {
     std::optional<int64_t> rows;  // that are pulled of each KV head; none: not expected yet
   };
 
+  // Whether the tensor is read where it lies.
+  bool InPlace(engine::InputTensor tensor) const {
+    return transport_.in_place() &&
+           (tensor == engine::InputTensor::kKeys || tensor == engine::InputTensor::kValues);
+  }
+  // Take(), of a piece whose place was checked: its data are where its bytes lie, and are `lent`
+  // where they lie in a range.
+  absl::StatusOr<Taken> Place(const InputPiece& piece, int64_t tensor_bytes, engine::Buffer lent,
+                              const std::atomic<bool>& stop);
+  // The bytes of a piece's range, of a tensor of so many bytes.
+  absl::StatusOr<engine::Buffer> ResolveRange(const InputPiece& piece, int64_t tensor_bytes) const;
   std::string Name(const InputPiece& piece) const;
   absl::Status CheckWindow(const InputPiece& piece) const;
   absl::Status CheckSkeletonOrder(const InputPiece& piece, const Layer& layer) const;
@@ -112,6 +126,7 @@ class LayerAssembler {
 
   const engine::PromptSpec& spec_;
   engine::BufferPool* pool_;
+  const transport::Transport& transport_;
   const int64_t layers_in_flight_;
   std::array<int64_t, engine::kInputTensors> tensor_bytes_{};    // of a full layer
   std::array<int64_t, engine::kInputTensors> skeleton_bytes_{};  // of one of skeleton rows

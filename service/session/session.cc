@@ -14,6 +14,9 @@ const std::string& Session::id() const { return impl_->core->id(); }
 const engine::PromptSpec& Session::spec() const { return impl_->core->spec(); }
 int64_t Session::reserved_bytes() const { return impl_->core->reserved_bytes(); }
 int64_t Session::layers_in_flight() const { return impl_->core->layers_in_flight(); }
+transport::Kind Session::transport() const { return impl_->core->transport(); }
+const std::string& Session::transport_reason() const { return impl_->core->transport_reason(); }
+const transport::ResultPlace& Session::result_place() const { return impl_->core->result_place(); }
 Turn Session::turn() const { return impl_->core->turn(); }
 
 void Session::Start(SessionCallbacks callbacks) { impl_->core->Start(std::move(callbacks)); }

@@ -24,6 +24,8 @@
 #include "service/session/held_caches.h"
 #include "service/session/memory_budget.h"
 #include "service/session/pivot_profile.h"
+#include "service/transport/negotiation.h"
+#include "service/transport/transport.h"
 
 namespace structkv::session {
 
@@ -47,15 +49,18 @@ struct SessionRequest {
   std::optional<HoldRequest> hold;
   // What all ranks must say alike: names of fields and their values, sorted by name.
   std::vector<std::pair<std::string, std::string>> agreed;
+  // Where its tensors are to lie.
+  transport::TransportRequest transport;
 };
 
-// One piece of a received message. The data lie in the message.
+// One piece of a received message. The data lie in the message, or in a range.
 struct InputPiece {
   int64_t layer = 0;
   engine::InputTensor tensor = engine::InputTensor::kKeys;
   int64_t offset_bytes = 0;
   std::optional<uint64_t> xxh3_64;
   absl::InlinedVector<absl::Span<const std::byte>, 4> data;
+  std::optional<transport::RegionRange> range;  // in place of `data`
 };
 
 // A received message: its pieces, and what keeps their bytes alive.
@@ -110,7 +115,8 @@ enum class Turn : uint8_t {
   kServers,  // all are complete, and one or more wait for their answers
 };
 
-// Bytes of a result's tensors, which OutputSent() expects back.
+// Bytes of a result's tensors, which OutputSent() expects back; of those that were written into a
+// region nothing is held, and they are not counted.
 int64_t OutputBytes(const engine::LayerOutput& output);
 int64_t OutputBytes(const engine::PivotResult& result);
 int64_t OutputBytes(const engine::RowPull& pull);
@@ -125,6 +131,11 @@ class Session : public std::enable_shared_from_this<Session> {
   const engine::PromptSpec& spec() const;
   int64_t reserved_bytes() const;
   int64_t layers_in_flight() const;
+  transport::Kind transport() const;
+  // Why it is not one that the request had before it; empty where it is the first.
+  const std::string& transport_reason() const;
+  // Where rows of the layers' answers lie that are lent.
+  const transport::ResultPlace& result_place() const;
   // kNobodys after the end. Of a shard group, over this rank's part of the layers alone.
   Turn turn() const;
 
@@ -144,6 +155,8 @@ class Session : public std::enable_shared_from_this<Session> {
   //                     bytes while the layer is incomplete, later by the first one's checksum or
   //                     a sample of it
   //   DATA_LOSS         a checksum that does not match
+  // With a transport that is in place, also INVALID_ARGUMENT for keys and values that are not one
+  // range of the whole tensor, and FAILED_PRECONDITION where memory of a region is gone.
   void Append(InputMessage message);
 
   // The client's commit. INVALID_ARGUMENT by `failed` where layers or bytes disagree with what
@@ -186,6 +199,8 @@ struct SessionManagerOptions {
   std::shared_ptr<const Clock> clock;  // of leases; null: a steady one
   // Pivots by model, for PivotMode::kProfiled; every prompt adds to it. Null: one in memory.
   std::shared_ptr<PivotProfile> pivot_profile;
+  // Transports beside inline.
+  transport::Offers transports;
 };
 
 // All sessions of a server. Thread-safe; outlives its sessions.
@@ -199,7 +214,7 @@ class SessionManager {
   // running session with the same non-empty idempotency key fails as ABORTED first, and its memory
   // comes back: that waits for a layer that is being computed, 2 seconds at most. Not to be called
   // from a callback of that session.
-  //   INVALID_ARGUMENT    the spec
+  //   INVALID_ARGUMENT    the spec; also what transport::Negotiate returns
   //   RESOURCE_EXHAUSTED  the budget, that of held caches or the session limit is taken, or a whole
   //                       budget is too small (payload kNeverFits)
   //   UNIMPLEMENTED       a hold, where nothing is held

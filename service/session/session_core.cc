@@ -22,9 +22,11 @@ int64_t Bytes(const std::vector<T>& values) {
 }  // namespace
 
 int64_t OutputBytes(const engine::LayerOutput& output) {
-  return Bytes(output.positions) +
-         static_cast<int64_t>(output.keys.size() + output.values.size() + output.key_scales.size() +
-                              output.value_scales.size() + output.saliency.size());
+  size_t bytes = output.key_scales.size() + output.value_scales.size() + output.saliency.size();
+  for (const engine::Buffer* rows : {&output.keys, &output.values}) {
+    if (!rows->is_lent()) bytes += rows->size();
+  }
+  return Bytes(output.positions) + static_cast<int64_t>(bytes);
 }
 
 int64_t OutputBytes(const engine::PivotResult& result) {
@@ -34,21 +36,26 @@ int64_t OutputBytes(const engine::PivotResult& result) {
 int64_t OutputBytes(const engine::RowPull& pull) { return Bytes(pull.positions); }
 
 SessionCore::SessionCore(std::string id, const SessionRequest& request, const SessionPlan& plan,
-                         Reservation reservation, const SessionHost& host,
-                         std::shared_ptr<ShardGroup> group, Holding holding)
+                         const transport::Granted& granted, Reservation reservation,
+                         const SessionHost& host, std::shared_ptr<ShardGroup> group,
+                         Holding holding)
     : id_(std::move(id)),
       spec_(request.spec),
-      own_spec_(group == nullptr ? spec_ : engine::ShardSpec(spec_, request.shard->heads)),
+      own_spec_(OwnSpec(request)),
       group_(std::move(group)),
       shard_index_(group_ == nullptr ? 0 : request.shard->shard_index),
       plan_(plan),
       layers_in_flight_(request.layers_in_flight),
+      transport_kind_(granted.transport->kind()),
+      transport_reason_(granted.reason),
+      result_place_(granted.transport->result_place()),
       host_(host),
       lane_(host.scheduler->NewLane()),
+      transport_(granted.transport),
       reservation_(std::move(reservation)),
       allowance_(host.buffers->Allow(static_cast<size_t>(plan.reserved_bytes))),
       holding_(std::move(holding)) {
-  assembler_.emplace(&own_spec_, host_.buffers, layers_in_flight_);
+  assembler_.emplace(&own_spec_, host_.buffers, layers_in_flight_, transport_.get());
   in_group_ = group_ != nullptr;
   if (!in_group_) prompt_.emplace(spec_, host_.backend, host_.buffers);
 }
@@ -56,6 +63,7 @@ SessionCore::SessionCore(std::string id, const SessionRequest& request, const Se
 SessionCore::~SessionCore() {
   Drop();
   prompt_.reset();
+  transport_.reset();
   allowance_.Release();
   reservation_.Release();
   host_.registry->Remove(id_);
@@ -296,8 +304,10 @@ void SessionCore::OnAnswer(Answer answer) {
     ReleaseIfFree();
     return;
   }
-  if (!answer.output.ok()) {
-    DoFail(answer.output.status());
+  absl::Status status = transport_->Check();  // of memory that is gone zeros were read
+  status.Update(answer.output.status());
+  if (!status.ok()) {
+    DoFail(status);
     return;
   }
   if (answer.skeleton != nullptr) assembler_->SetSkeleton(std::move(answer.skeleton));
@@ -346,10 +356,11 @@ void SessionCore::AnswerPulled() {
     const auto waiting = wait_for_rows_.find(rows.layer);
     engine::LayerOutput output = std::move(waiting->second);
     wait_for_rows_.erase(waiting);
-    absl::Status taken =
-        engine::TakeRows(own_spec_, std::move(rows.keys), std::move(rows.values), &output);
+    absl::Status taken = engine::TakeRows(own_spec_, *host_.buffers, std::move(rows), &output);
+    if (!taken.ok()) taken = absl::InternalError(taken.message());
+    taken.Update(transport_->Check());
     if (!taken.ok()) {
-      DoFail(absl::InternalError(taken.message()));
+      DoFail(taken);
       return;
     }
     TakeAnswer(&output);
@@ -444,6 +455,7 @@ void SessionCore::ReleaseIfFree() {
   if (layer_runs_ || in_group_) return;
   prompt_.reset();
   if (unsent_bytes_ > 0) return;
+  transport_.reset();
   allowance_.Release();
   reservation_.Release();
   host_.registry->Remove(id_);

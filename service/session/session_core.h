@@ -64,7 +64,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   // With a `group`, which it joins before it is used, the session is a rank of it, and the group
   // computes.
   SessionCore(std::string id, const SessionRequest& request, const SessionPlan& plan,
-              Reservation reservation, const SessionHost& host,
+              const transport::Granted& granted, Reservation reservation, const SessionHost& host,
               std::shared_ptr<ShardGroup> group = nullptr, Holding holding = {});
   ~SessionCore();
 
@@ -72,6 +72,9 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   const engine::PromptSpec& spec() const { return spec_; }
   int64_t reserved_bytes() const { return plan_.reserved_bytes; }
   int64_t layers_in_flight() const { return layers_in_flight_; }
+  transport::Kind transport() const { return transport_kind_; }
+  const std::string& transport_reason() const { return transport_reason_; }
+  const transport::ResultPlace& result_place() const { return result_place_; }
   Turn turn() const { return turn_.load(); }
 
   // As those of Session.
@@ -138,6 +141,9 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   const int64_t shard_index_;
   const SessionPlan plan_;
   const int64_t layers_in_flight_;
+  const transport::Kind transport_kind_;
+  const std::string transport_reason_;
+  const transport::ResultPlace result_place_;
   const SessionHost host_;
   const std::shared_ptr<engine::Scheduler::Lane> lane_;
   std::atomic<bool> stopped_{false};  // ended: whoever works for the session may give up
@@ -149,6 +155,8 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   State state_ = State::kIdle;
   SessionCallbacks callbacks_;
   std::optional<absl::Status> failed_before_start_;
+  // Goes with the reservation: until then the peer's memory is in use.
+  std::shared_ptr<const transport::Transport> transport_;
   std::optional<LayerAssembler> assembler_;
   std::optional<Parked> parked_;
   bool asked_ = false;        // `ready` was called, and no message came since

@@ -33,8 +33,14 @@ std::string NewId() {
 // What a prompt, or a rank of one, takes of the budget of held caches.
 absl::StatusOr<int64_t> BytesToHold(const SessionRequest& request) {
   if (!request.hold.has_value()) return 0;
-  return HeldBytes(request.shard.has_value() ? engine::ShardSpec(request.spec, request.shard->heads)
-                                             : request.spec);
+  return HeldBytes(OwnSpec(request));
+}
+
+transport::ResultSizes SizesOf(const SessionRequest& request) {
+  const engine::PromptSpec own = OwnSpec(request);
+  return {.layers = own.geometry.layers,
+          .key_bytes = own.KeptBytes(engine::InputTensor::kKeys),
+          .value_bytes = own.KeptBytes(engine::InputTensor::kValues)};
 }
 
 int Threads(int wanted) {
@@ -130,7 +136,10 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
   }
   SessionRequest request = wanted;
   impl_->pivot_profile->Resolve(&request.spec);
-  absl::StatusOr<SessionPlan> plan = PlanSession(request, *impl_->backend);
+  absl::StatusOr<transport::Granted> granted =
+      transport::Negotiate(request.transport, SizesOf(request), options.transports);
+  if (!granted.ok()) return granted.status();
+  absl::StatusOr<SessionPlan> plan = PlanSession(request, *impl_->backend, *granted->transport);
   if (!plan.ok()) return plan.status();
   // A prompt that can never fit must not end the one that it would replace.
   if (plan->reserved_bytes > options.memory_budget_bytes) {
@@ -160,15 +169,16 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
       if (!found.ok()) return found.status();
       group = *std::move(found);
       request.spec = group->spec();  // a profile may know more now than when the group was made
-      plan = PlanSession(request, *impl_->backend);
+      plan = PlanSession(request, *impl_->backend, *granted->transport);
       if (!plan.ok()) return plan.status();
     }
     absl::StatusOr<Reservation> reservation = impl_->budget.Reserve(plan->reserved_bytes);
     if (!reservation.ok()) return reservation.status();
     absl::StatusOr<Holding> holding = impl_->Hold(request);
     if (!holding.ok()) return holding.status();
-    auto core = std::make_shared<SessionCore>(NewId(), request, *plan, *std::move(reservation),
-                                              host, group, *std::move(holding));
+    auto core =
+        std::make_shared<SessionCore>(NewId(), request, *plan, *granted, *std::move(reservation),
+                                      host, group, *std::move(holding));
     switch (impl_->registry->Add(core->id(), request.idempotency_key, core, options.max_sessions)) {
       case SessionRegistry::Added::kYes: {
         if (group != nullptr) {

@@ -39,7 +39,13 @@ bool IsSmall(const engine::PromptSpec& spec, const Backend& backend) {
   return multiplies / 20 + bytes / 5 < kSmallNanos;
 }
 
-absl::StatusOr<SessionPlan> PlanSession(const SessionRequest& request, const Backend& backend) {
+engine::PromptSpec OwnSpec(const SessionRequest& request) {
+  return request.shard.has_value() ? engine::ShardSpec(request.spec, request.shard->heads)
+                                   : request.spec;
+}
+
+absl::StatusOr<SessionPlan> PlanSession(const SessionRequest& request, const Backend& backend,
+                                        const transport::Transport& transport) {
   const engine::PromptSpec& spec = request.spec;
   if (request.layers_in_flight < 1 || request.layers_in_flight > spec.geometry.layers) {
     return absl::InvalidArgumentError(absl::StrCat("layers_in_flight is ", request.layers_in_flight,
@@ -56,9 +62,12 @@ absl::StatusOr<SessionPlan> PlanSession(const SessionRequest& request, const Bac
         absl::StrCat("max_message_bytes is ", request.max_message_bytes, "; 0 or more is allowed"));
   }
   // A rank's own tensors, and its share of what the group has in common.
-  const engine::PromptSpec own =
-      request.shard.has_value() ? engine::ShardSpec(spec, request.shard->heads) : spec;
-  const engine::MemoryPlan memory = engine::PlanMemory(own, backend);
+  const engine::PromptSpec own = OwnSpec(request);
+  engine::MemoryPlan memory = engine::PlanMemory(own, backend);
+  if (transport.in_place()) memory.layer_input_bytes -= memory.layer_kv_bytes;
+  if (transport.result_place().data != nullptr) {
+    memory.layer_output_bytes -= memory.layer_rows_bytes;
+  }
   int64_t common = memory.state_bytes + memory.scratch_bytes;
   if (request.shard.has_value()) {
     const int64_t ranks = request.shard->shard_count;

@@ -23,9 +23,15 @@ struct SessionPlan {
 bool IsSmall(const engine::PromptSpec& spec, const Backend& backend);
 
 // `request.spec` was validated, and so was its shard, of whose group every rank reserves an even
-// share of what is not one rank's alone. INVALID_ARGUMENT where `layers_in_flight`,
+// share of what is not one rank's alone. Keys and values that `transport` leaves in regions, and
+// rows that it writes there, take nothing. INVALID_ARGUMENT where `layers_in_flight`,
 // `idempotency_key` or `max_message_bytes` is out of range, or the sum of bytes does not fit 63
 // bits.
-absl::StatusOr<SessionPlan> PlanSession(const SessionRequest& request, const Backend& backend);
+absl::StatusOr<SessionPlan> PlanSession(
+    const SessionRequest& request, const Backend& backend,
+    const transport::Transport& transport = *transport::InlineTransport());
+
+// The prompt's own tensors: with the rank's heads alone where it is one.
+engine::PromptSpec OwnSpec(const SessionRequest& request);
 
 }  // namespace structkv::session

@@ -1,0 +1,51 @@
+// Which transport a prompt gets.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "service/transport/transport.h"
+
+namespace structkv::transport {
+
+// What a prompt asks for.
+struct TransportRequest {
+  std::vector<Kind> wishes;  // best first; empty: inline
+  std::vector<std::string> regions;
+  std::optional<RegionRange> results;
+  std::string tenant;
+};
+
+// Sizes of the rows that come back.
+struct ResultSizes {
+  int64_t layers = 0;
+  // Of the layer that keeps most; both 0 for a plan, values also where they are a part of the keys.
+  int64_t key_bytes = 0;
+  int64_t value_bytes = 0;
+};
+
+// Grants a transport. FAILED_PRECONDITION: it cannot be had, and the next wish may be tried; any
+// other status is the prompt's fault.
+using Grant = std::function<absl::StatusOr<std::shared_ptr<const Transport>>(
+    const TransportRequest& request, const ResultSizes& sizes)>;
+
+// What a server has beside inline.
+using Offers = std::map<Kind, Grant>;
+
+struct Granted {
+  std::shared_ptr<const Transport> transport;
+  std::string reason;  // why not the wishes before it
+};
+
+// The first wish that can be granted. FAILED_PRECONDITION, with the reason of each, where none can
+// be; also what a Grant returns.
+absl::StatusOr<Granted> Negotiate(const TransportRequest& request, const ResultSizes& sizes,
+                                  const Offers& offers);
+
+}  // namespace structkv::transport

@@ -1,0 +1,272 @@
+#include "service/transport/region_registry.h"
+
+#include <sys/random.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+#include <utility>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "service/transport/mapping.h"
+
+namespace structkv::transport {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+std::string NewHandle() {
+  std::string handle(kHandleBytes, '\0');
+  // So few bytes are never cut short, and nothing goes on without them.
+  if (getrandom(handle.data(), handle.size(), 0) != static_cast<ssize_t>(handle.size())) {
+    std::abort();
+  }
+  return handle;
+}
+
+absl::Status NotFound(const std::string& handle) {
+  return absl::NotFoundError(
+      absl::StrCat("the region ", absl::BytesToHexString(handle), " is not registered"));
+}
+
+absl::Status CheckLease(absl::Duration lease, absl::Duration max) {
+  if (lease >= kMinLease && lease <= max) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("lease_millis is ",
+                                                 absl::ToInt64Milliseconds(lease), "; ",
+                                                 absl::ToInt64Milliseconds(kMinLease), " to ",
+                                                 absl::ToInt64Milliseconds(max), " are allowed"));
+}
+
+}  // namespace
+
+struct RegionRegistry::Region {
+  std::string handle;
+  std::string tenant;
+  std::string owner;
+  int64_t connection = 0;
+  std::unique_ptr<Mapping> mapping;
+  // Under the mutex:
+  std::optional<Clock::time_point> expires;
+  bool leaving = false;  // unregistered
+  int64_t uses = 0;
+};
+
+// What regions' uses share with the registry. Regions are let go of without the lock held, since
+// that unmaps them.
+class RegionRegistry::State {
+ public:
+  using RegionPtr = std::shared_ptr<Region>;
+
+  explicit State(RegionOptions options_in) : options(std::move(options_in)) {}
+
+  absl::Status Check(const NewRegion& wanted) const {
+    if (wanted.size_bytes < 1 || wanted.size_bytes > options.max_bytes) {
+      return absl::InvalidArgumentError(absl::StrCat("size_bytes is ", wanted.size_bytes, "; 1 to ",
+                                                     options.max_bytes,
+                                                     " (the server's limit) are allowed"));
+    }
+    if (!wanted.lease.has_value()) return absl::OkStatus();
+    return CheckLease(*wanted.lease, options.max_lease);
+  }
+
+  absl::StatusOr<RegisteredRegion> Add(std::unique_ptr<Mapping> mapping, const NewRegion& wanted) {
+    auto region = std::make_shared<Region>();
+    region->handle = NewHandle();
+    region->tenant = wanted.tenant;
+    region->owner = wanted.owner;
+    region->connection = wanted.connection;
+    region->mapping = std::move(mapping);
+    if (wanted.lease.has_value()) {
+      region->expires = options.now() + absl::ToChronoNanoseconds(*wanted.lease);
+    }
+    const std::lock_guard lock(mutex);
+    if (static_cast<int64_t>(regions.size()) >= options.max_regions) {
+      return absl::ResourceExhaustedError(absl::StrCat(regions.size(), " regions are registered; ",
+                                                       options.max_regions, " are allowed"));
+    }
+    if (wanted.size_bytes > options.max_bytes - mapped_bytes) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("size_bytes is ", wanted.size_bytes, ", and regions of ", mapped_bytes,
+                       " bytes are mapped; ", options.max_bytes, " are allowed together"));
+    }
+    mapped_bytes += wanted.size_bytes;
+    regions.emplace(region->handle, region);
+    return RegisteredRegion{region->handle, wanted.lease};
+  }
+
+  // Under the mutex. Null: there is none of that tenant.
+  RegionPtr Find(const std::string& handle, const std::string& tenant) const {
+    const auto found = regions.find(handle);
+    if (found == regions.end() || found->second->tenant != tenant) return nullptr;
+    return found->second;
+  }
+
+  // Under the mutex. What the caller lets go of afterwards; null while the region is in use.
+  RegionPtr Leave(Region& region) {
+    region.leaving = true;
+    if (region.uses > 0) return nullptr;
+    const auto found = regions.find(region.handle);
+    if (found == regions.end()) return nullptr;
+    RegionPtr gone = std::move(found->second);
+    regions.erase(found);
+    mapped_bytes -= region.mapping->size();
+    return gone;
+  }
+
+  template <typename Which>
+  void LeaveAll(Which which) {
+    std::vector<RegionPtr> gone;
+    const std::lock_guard lock(mutex);
+    std::vector<RegionPtr> all;
+    for (const auto& [handle, region] : regions) {
+      if (!region->leaving && which(*region)) all.push_back(region);
+    }
+    for (const RegionPtr& region : all) gone.push_back(Leave(*region));
+  }
+
+  const RegionOptions options;
+  mutable std::mutex mutex;
+  absl::flat_hash_map<std::string, RegionPtr> regions;  // by handle
+  int64_t mapped_bytes = 0;
+};
+
+struct RegionUse::Parts {
+  std::shared_ptr<RegionRegistry::State> state;
+  std::shared_ptr<RegionRegistry::Region> region;
+};
+
+RegionUse::RegionUse(std::unique_ptr<Parts> parts) : parts_(std::move(parts)) {}
+
+RegionUse::~RegionUse() {
+  std::shared_ptr<RegionRegistry::Region> gone;
+  const std::lock_guard lock(parts_->state->mutex);
+  --parts_->region->uses;
+  if (parts_->region->leaving) gone = parts_->state->Leave(*parts_->region);
+}
+
+std::byte* RegionUse::data() const { return parts_->region->mapping->data(); }
+int64_t RegionUse::size() const { return parts_->region->mapping->size(); }
+bool RegionUse::writable() const { return parts_->region->mapping->writable(); }
+absl::Status RegionUse::Check() const { return parts_->region->mapping->Check(); }
+
+RegionRegistry::RegionRegistry(RegionOptions options)
+    : state_(std::make_shared<State>(std::move(options))) {}
+RegionRegistry::~RegionRegistry() = default;
+
+absl::StatusOr<RegisteredRegion> RegionRegistry::AddDescriptor(FileDescriptor file,
+                                                               const NewRegion& wanted) {
+  if (absl::Status valid = state_->Check(wanted); !valid.ok()) return valid;
+  if (absl::Status fits = CheckDescriptor(file.get(), wanted.size_bytes); !fits.ok()) return fits;
+  absl::StatusOr<std::unique_ptr<Mapping>> mapping =
+      Mapping::Map(std::move(file), wanted.size_bytes, wanted.writable, /*sealed=*/true);
+  if (!mapping.ok()) return mapping.status();
+  return state_->Add(*std::move(mapping), wanted);
+}
+
+absl::StatusOr<RegisteredRegion> RegionRegistry::AddName(const std::string& name,
+                                                         const NewRegion& wanted) {
+  NewRegion region = wanted;
+  if (!region.lease.has_value()) region.lease = options().lease;
+  if (absl::Status valid = state_->Check(region); !valid.ok()) return valid;
+  absl::StatusOr<NamedFile> named =
+      OpenNamed(options().directory, name, region.size_bytes, region.writable);
+  if (!named.ok()) return named.status();
+  region.owner = absl::StrCat("uid ", named->owner);
+  FileDescriptor file(dup(named->file.get()));
+  absl::StatusOr<std::unique_ptr<Mapping>> mapping =
+      Mapping::Map(std::move(named->file), region.size_bytes, region.writable, /*sealed=*/false);
+  if (!mapping.ok()) return mapping.status();
+  absl::StatusOr<RegisteredRegion> added = state_->Add(*std::move(mapping), region);
+  if (!added.ok()) return added.status();
+  absl::Status removed = RemoveName(options().directory, name, file.get());
+  if (removed.ok()) return added;
+  Unregister(added->handle, region.tenant).status().IgnoreError();
+  return removed;
+}
+
+absl::StatusOr<RegionInfo> RegionRegistry::Get(const std::string& handle,
+                                               const std::string& tenant) const {
+  State::RegionPtr region;
+  RegionInfo info;
+  {
+    const std::lock_guard lock(state_->mutex);
+    region = state_->Find(handle, tenant);
+    if (region == nullptr) return NotFound(handle);
+    info.unregistering = region->leaving;
+    info.uses = region->uses;
+    if (region->expires.has_value()) {
+      info.lease_left =
+          std::max(absl::ZeroDuration(), absl::FromChrono(*region->expires - options().now()));
+    }
+  }
+  info.size_bytes = region->mapping->size();
+  info.writable = region->mapping->writable();
+  info.broken = !region->mapping->Check().ok();
+  info.owner = region->owner;
+  return info;
+}
+
+absl::StatusOr<std::optional<absl::Duration>> RegionRegistry::Renew(
+    const std::string& handle, const std::string& tenant, std::optional<absl::Duration> lease) {
+  const absl::Duration wanted = lease.value_or(options().lease);
+  if (absl::Status valid = CheckLease(wanted, options().max_lease); !valid.ok()) return valid;
+  const std::lock_guard lock(state_->mutex);
+  const State::RegionPtr region = state_->Find(handle, tenant);
+  if (region == nullptr || region->leaving) return NotFound(handle);
+  if (!lease.has_value() && !region->expires.has_value()) return lease;
+  region->expires = options().now() + absl::ToChronoNanoseconds(wanted);
+  return wanted;
+}
+
+absl::StatusOr<int64_t> RegionRegistry::Unregister(const std::string& handle,
+                                                   const std::string& tenant) {
+  State::RegionPtr region;
+  State::RegionPtr gone;
+  const std::lock_guard lock(state_->mutex);
+  region = state_->Find(handle, tenant);
+  if (region == nullptr) return NotFound(handle);
+  gone = state_->Leave(*region);
+  return region->uses;
+}
+
+absl::StatusOr<std::shared_ptr<const RegionUse>> RegionRegistry::Use(const std::string& handle,
+                                                                     const std::string& tenant) {
+  auto parts = std::make_unique<RegionUse::Parts>();
+  {
+    const std::lock_guard lock(state_->mutex);
+    const State::RegionPtr region = state_->Find(handle, tenant);
+    if (region == nullptr || region->leaving) return NotFound(handle);
+    ++region->uses;
+    parts->region = region;
+    parts->state = state_;
+  }
+  std::shared_ptr<const RegionUse> use(new RegionUse(std::move(parts)));
+  if (absl::Status whole = use->Check(); !whole.ok()) return whole;
+  return use;
+}
+
+void RegionRegistry::EndConnection(int64_t connection) {
+  state_->LeaveAll([connection](const Region& region) { return region.connection == connection; });
+}
+
+void RegionRegistry::Expire() {
+  state_->LeaveAll([now = options().now()](const Region& region) {
+    return region.expires.has_value() && *region.expires <= now;
+  });
+}
+
+int64_t RegionRegistry::mapped_bytes() const {
+  const std::lock_guard lock(state_->mutex);
+  return state_->mapped_bytes;
+}
+
+int64_t RegionRegistry::regions() const {
+  const std::lock_guard lock(state_->mutex);
+  return static_cast<int64_t>(state_->regions.size());
+}
+
+const RegionOptions& RegionRegistry::options() const { return state_->options; }
+
+}  // namespace structkv::transport

@@ -1,0 +1,83 @@
+// Where the tensors of one prompt lie. The seam between a session and the ways in which tensors
+// reach it; one implementation a file.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string_view>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "service/engine/buffer_pool.h"
+#include "service/engine/prompt.h"
+
+namespace structkv::transport {
+
+enum class Kind : uint8_t { kInline, kSharedMemory, kCudaIpc, kNccl };
+
+// "inline", "shared_memory", "cuda_ipc", "nccl".
+std::string_view KindName(Kind kind);
+
+// Tensors that are read or written where they lie begin at multiples of this in their region:
+// kernels need no alignment, but rows should not straddle more cache lines than they must.
+inline constexpr uint64_t kRangeAlignment = 64;
+
+// A run of bytes in one of the regions that a prompt named.
+struct RegionRange {
+  uint32_t region = 0;  // index
+  uint64_t offset_bytes = 0;
+  uint64_t size_bytes = 0;
+
+  bool operator==(const RegionRange&) const = default;
+};
+
+// Where results are written. Holds nothing: the memory may be gone, which does not matter for what
+// it says.
+struct ResultPlace {
+  RegionRange range;
+  const std::byte* data = nullptr;  // null: results travel in messages
+
+  // The range of a tensor that was written there; nullopt: it lies elsewhere.
+  std::optional<RegionRange> RangeOf(absl::Span<const std::byte> tensor) const;
+};
+
+// Thread-safe; immutable once made. Holds what the prompt uses of its peer's memory until it is
+// destroyed; buffers that it gives out hold their own share of that for as long as they live, so
+// their memory stays mapped whatever the peer does.
+//
+// A dead peer: its memory stays, as above, and the prompt ends when its stream breaks. A peer that
+// changes memory which is being read gets wrong results. One that takes it away is found by
+// Check().
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  virtual Kind kind() const = 0;
+  // Whether keys and values come as ranges, each as a whole, and are read where they lie. What
+  // comes of other tensors is copied, from messages or ranges.
+  virtual bool in_place() const = 0;
+
+  // The bytes of a range that the peer named. They belong to the peer: who checks values before
+  // using them must copy them first. INVALID_ARGUMENT, with the numbers, where the range does not
+  // lie in its region, or the transport has none.
+  virtual absl::StatusOr<engine::Buffer> Resolve(const RegionRange& range) const = 0;
+  // Likewise of a tensor that is read in place. INVALID_ARGUMENT also where it begins at no
+  // multiple of kRangeAlignment, or where results are written.
+  virtual absl::StatusOr<engine::Buffer> ResolveInPlace(const RegionRange& range) const = 0;
+
+  // Gives `input` the room that the peer has for the kept rows of its layer, where there is any.
+  virtual void GiveRoom(engine::LayerInput* input) const = 0;
+  virtual ResultPlace result_place() const = 0;
+
+  // Whether all memory is still there; FAILED_PRECONDITION names the region. To be asked after each
+  // use: what was read before is not to be trusted otherwise.
+  virtual absl::Status Check() const = 0;
+};
+
+// Everything travels in messages.
+const std::shared_ptr<const Transport>& InlineTransport();
+
+}  // namespace structkv::transport
