@@ -158,6 +158,22 @@ void AddCompute(Schema* schema, Config* config) {
                 "Memory for held caches, beside that for prompts; 0: none is held");
 }
 
+void AddSharedMemory(Schema* schema, Config* config) {
+  constexpr char kGroup[] = "Shared memory";
+  rpc::RegionHostOptions& regions = config->server.regions;
+  schema
+      ->Add(kGroup, "region-socket", &regions.socket.path,
+            "Path of the unix socket at which clients of this host register memory; none: there is "
+            "no shared memory")
+      ->option_text("PATH");
+  schema->Bytes(kGroup, "shared-memory-limit", &regions.regions.max_bytes, kMiB, 64 * kTiB,
+                "Memory of clients that may be mapped at once");
+  schema->Millis(kGroup, "region-lease", &regions.regions.lease, 100, kDayMillis,
+                 "Life of a named region that is not renewed, where its client does not say");
+  schema->Millis(kGroup, "region-lease-limit", &regions.regions.max_lease, 100, kDayMillis,
+                 "Longest lease that a client may ask for");
+}
+
 void AddFiles(Schema* schema, Config* config) {
   schema
       ->Add(
@@ -237,6 +253,7 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
   Schema schema(&app);
   AddNetwork(&schema, &config);
   AddCompute(&schema, &config);
+  AddSharedMemory(&schema, &config);
   AddFiles(&schema, &config);
   AddLimits(&schema, &config);
   AddLog(&schema, &config);

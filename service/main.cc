@@ -51,6 +51,7 @@ int Serve(Config config) {
   const sigset_t signals = BlockSignals();
   // gRPC's own lines about an address would come on top of ours.
   gpr_set_log_verbosity(static_cast<gpr_log_severity>(GPR_LOG_SEVERITY_ERROR + 1));
+  const std::string region_socket = config.server.regions.socket.path;
   absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(std::move(config.server));
   if (!server.ok()) {
     std::fprintf(stderr, "structkv-server: %s\n", std::string(server.status().message()).c_str());
@@ -64,7 +65,8 @@ int Serve(Config config) {
                        {"device", sessions.backend().device()},
                        {"backend_reason", (*server)->backend_reason()},
                        {"threads", sessions.threads()},
-                       {"memory_budget_bytes", sessions.budget().limit_bytes()}});
+                       {"memory_budget_bytes", sessions.budget().limit_bytes()},
+                       {"region_socket", region_socket}});
 
   const ServeEnd end = ServeUntilEnd(server->get(), signals, config.drain_limit, log.get());
   if (end.at_once) std::_Exit(end.exit_code);

@@ -18,7 +18,9 @@
 #include "kernels/backend_registry.h"
 #include "service/rpc/compression_service.h"
 #include "service/rpc/held_caches_service.h"
+#include "service/rpc/region_service.h"
 #include "service/rpc/stream_set.h"
+#include "service/transport/shared_memory.h"
 #include "service/unix_socket.h"
 
 namespace structkv {
@@ -65,7 +67,33 @@ absl::Status CheckOptions(const ServerOptions& options) {
         "hold-lease is ", absl::FormatDuration(hold.default_lease), "; 1ms to max-hold-lease (",
         absl::FormatDuration(hold.max_lease), ") are allowed"));
   }
+  const transport::RegionOptions& regions = options.regions.regions;
+  if (regions.lease < transport::kMinLease || regions.max_lease < regions.lease) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("region-lease is ", absl::FormatDuration(regions.lease), "; ",
+                     absl::FormatDuration(transport::kMinLease), " to region-lease-limit (",
+                     absl::FormatDuration(regions.max_lease), ") are allowed"));
+  }
   return absl::OkStatus();
+}
+
+// The options with what the sessions need of shared memory, where `registry` is not null.
+ServerOptions WithRegions(ServerOptions options,
+                          const std::shared_ptr<transport::RegionRegistry>& registry) {
+  if (registry == nullptr) return options;
+  options.sessions.transports[transport::Kind::kSharedMemory] =
+      [registry](const transport::TransportRequest& request, const transport::ResultSizes& sizes) {
+        return transport::GrantSharedMemory(*registry, request, sizes);
+      };
+  options.regions.warn = [log = options.warnings](const std::string& text) {
+    if (log != nullptr) log->Write("warning", {{"regions", text}});
+  };
+  return options;
+}
+
+std::shared_ptr<transport::RegionRegistry> MakeRegistry(const ServerOptions& options) {
+  if (options.regions.socket.path.empty()) return nullptr;
+  return std::make_shared<transport::RegionRegistry>(options.regions.regions);
 }
 
 void SetLimits(const ServerOptions& options, grpc::ServerBuilder* builder) {
@@ -101,12 +129,14 @@ std::string BoundAddress(const std::string& address, int port) {
 class Server::Impl {
  public:
   Impl(ServerOptions options, ChosenBackend backend)
-      : options_(std::move(options)),
+      : regions_(MakeRegistry(options)),
+        options_(WithRegions(std::move(options), regions_)),
         backend_reason_(std::move(backend.reason)),
         sessions_(options_.sessions, std::move(backend.backend)),
         streams_(TickFor(options_.streams), [this] { sessions_.held_caches().DropExpired(); }),
         service_(Shared()),
-        held_caches_service_(Shared()) {}
+        held_caches_service_(Shared()),
+        region_service_(regions_) {}
 
   ~Impl() { Shutdown(); }
 
@@ -114,10 +144,17 @@ class Server::Impl {
     return {.limits = options_.streams,
             .sessions = &sessions_,
             .streams = &streams_,
-            .log = options_.log.get()};
+            .log = options_.log.get(),
+            .region_socket = options_.regions.socket.path};
   }
 
   absl::Status Listen() {
+    if (regions_ != nullptr) {
+      absl::StatusOr<std::unique_ptr<rpc::RegionHost>> host =
+          rpc::RegionHost::Start(options_.regions, regions_);
+      if (!host.ok()) return host.status();
+      region_host_ = *std::move(host);
+    }
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     grpc::ServerBuilder builder;
@@ -132,6 +169,7 @@ class Server::Impl {
     }
     builder.RegisterService(&service_);
     builder.RegisterService(&held_caches_service_);
+    builder.RegisterService(&region_service_);
     server_ = builder.BuildAndStart();
     for (size_t i = 0; i < ports.size(); ++i) {
       if (server_ != nullptr && ports[i] > 0) continue;
@@ -178,12 +216,15 @@ class Server::Impl {
     server_->Wait();
   }
 
+  const std::shared_ptr<transport::RegionRegistry> regions_;  // null: no shared memory
   const ServerOptions options_;
   const std::string backend_reason_;
   session::SessionManager sessions_;
   rpc::StreamSet streams_;
   rpc::CompressionService service_;
   rpc::HeldCachesService held_caches_service_;
+  rpc::RegionService region_service_;
+  std::unique_ptr<rpc::RegionHost> region_host_;
   std::unique_ptr<grpc::Server> server_;
   std::vector<std::string> addresses_;
   int port_ = 0;
@@ -244,6 +285,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options,
 const std::vector<std::string>& Server::addresses() const { return impl_->addresses_; }
 int Server::port() const { return impl_->port_; }
 session::SessionManager& Server::sessions() { return impl_->sessions_; }
+const transport::RegionRegistry* Server::regions() const { return impl_->regions_.get(); }
 const std::string& Server::backend_reason() const { return impl_->backend_reason_; }
 int64_t Server::active_streams() const { return impl_->streams_.size(); }
 

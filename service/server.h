@@ -15,6 +15,7 @@
 #include "kernels/backend_registry.h"
 #include "service/rpc/compress_reactor.h"
 #include "service/rpc/log.h"
+#include "service/rpc/region_host.h"
 #include "service/session/session.h"
 
 namespace structkv {
@@ -28,6 +29,8 @@ struct ServerOptions {
   int64_t device_memory_bytes = 0;
   session::SessionManagerOptions sessions;
   rpc::StreamLimits streams;
+  // Shared memory; none where the socket's path is empty.
+  rpc::RegionHostOptions regions;
   // Streams at once on one connection; more wait at the client.
   int max_streams_per_connection = 256;
   // A connection that has not finished its handshake by then is closed.
@@ -63,6 +66,8 @@ class Server {
   // The port of the first TCP address; 0 where there is none.
   int port() const;
   session::SessionManager& sessions();
+  // Null where there is no shared memory.
+  const transport::RegionRegistry* regions() const;
   // Why it has the backend that it has, for people.
   const std::string& backend_reason() const;
   // `Compress` streams that are not over.

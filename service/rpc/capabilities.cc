@@ -24,7 +24,8 @@ void AddBackends(const session::SessionManager& sessions, v1::GetCapabilitiesRes
 }  // namespace
 
 v1::GetCapabilitiesResponse MakeCapabilities(const session::SessionManager& sessions,
-                                             int64_t max_message_bytes) {
+                                             int64_t max_message_bytes,
+                                             const std::string& region_socket) {
   v1::GetCapabilitiesResponse response;
   response.set_version(kVersion);
   AddBackends(sessions, &response);
@@ -49,7 +50,11 @@ v1::GetCapabilitiesResponse MakeCapabilities(const session::SessionManager& sess
                             v1::ROPE_TYPE_YARN, v1::ROPE_TYPE_LLAMA3}) {
     response.add_rope_types(type);
   }
-  response.add_transports("inline");
+  response.add_transports(std::string(transport::KindName(transport::Kind::kInline)));
+  for (const auto& [kind, grant] : sessions.options().transports) {
+    response.add_transports(std::string(transport::KindName(kind)));
+  }
+  response.set_region_socket(region_socket);
 
   v1::DimRange* dims = response.mutable_key_dims();
   dims->set_min(static_cast<uint32_t>(backend.min_dim));

@@ -2,13 +2,16 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "service/session/session.h"
 #include "structkv/v1/compression.pb.h"
 
 namespace structkv::rpc {
 
+// `region_socket`: where descriptors are registered; empty: nowhere.
 v1::GetCapabilitiesResponse MakeCapabilities(const session::SessionManager& sessions,
-                                             int64_t max_message_bytes);
+                                             int64_t max_message_bytes,
+                                             const std::string& region_socket = "");
 
 }  // namespace structkv::rpc

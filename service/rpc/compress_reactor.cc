@@ -41,7 +41,8 @@ absl::string_view MessageName(const wire::Request& request) {
   return "(none of open, pieces, commit)";
 }
 
-absl::StatusOr<session::InputMessage> ToInput(wire::Pieces pieces, int64_t* bytes) {
+// Adds the pieces' sizes to `bytes`; those of ranges are what the caller says.
+absl::StatusOr<session::InputMessage> ToInput(wire::Pieces pieces, uint64_t* bytes) {
   if (pieces.pieces.empty()) {
     return absl::InvalidArgumentError("pieces.pieces has 0 entries; at least 1 is allowed");
   }
@@ -62,12 +63,16 @@ absl::StatusOr<session::InputMessage> ToInput(wire::Pieces pieces, int64_t* byte
           "layer ", piece.layer, ", ", std::string(engine::InputTensorName(*tensor)),
           ": pieces.offset_bytes is ", piece.offset_bytes, "; it lies outside of every tensor"));
     }
-    for (const auto& run : piece.data) *bytes += static_cast<int64_t>(run.size());
-    message.pieces.push_back({.layer = piece.layer,
-                              .tensor = *tensor,
-                              .offset_bytes = static_cast<int64_t>(piece.offset_bytes),
-                              .xxh3_64 = piece.xxh3_64,
-                              .data = std::move(piece.data)});
+    *bytes += piece.size_bytes();
+    session::InputPiece& taken = message.pieces.emplace_back();
+    taken.layer = piece.layer;
+    taken.tensor = *tensor;
+    taken.offset_bytes = static_cast<int64_t>(piece.offset_bytes);
+    taken.xxh3_64 = piece.xxh3_64;
+    taken.data = std::move(piece.data);
+    if (piece.range.has_value()) {
+      taken.range = {piece.range->region, piece.range->offset_bytes, piece.range->size_bytes};
+    }
   }
   message.owner = std::make_shared<std::vector<grpc::Slice>>(std::move(pieces.slices));
   return message;
@@ -204,27 +209,28 @@ void CompressReactor::TakeOpen(Slot& slot, const v1::Open& open) {
     Fail(slot, request.status());
     return;
   }
+  absl::StatusOr<std::string> tenant = TenantOf(*context());
+  if (!tenant.ok()) {
+    Fail(slot, tenant.status());
+    return;
+  }
+  slot.tenant = *std::move(tenant);
+  request->transport.tenant = slot.tenant;
   session::SessionRequest wanted = {.spec = request->spec,
                                     .layers_in_flight = request->layers_in_flight,
                                     .idempotency_key = request->idempotency_key,
                                     .max_message_bytes = shared_->limits.max_message_bytes,
-                                    .shard = request->shard};
+                                    .shard = request->shard,
+                                    .transport = request->transport};
   if (wanted.shard.has_value()) wanted.agreed = AgreedFields(open, *request);
-  if (request->hold) {
-    absl::StatusOr<std::string> tenant = TenantOf(*context());
-    if (!tenant.ok()) {
-      Fail(slot, tenant.status());
-      return;
-    }
-    slot.tenant = *tenant;
-    wanted.hold = {*std::move(tenant), request->lease_millis};
-  }
+  if (request->hold) wanted.hold = {slot.tenant, request->lease_millis};
   absl::StatusOr<std::shared_ptr<session::Session>> opened = shared_->sessions->Open(wanted);
   if (!opened.ok()) {
     Fail(slot, opened.status(), /*at_open=*/true);
     return;
   }
   slot.max_response_bytes = request->max_response_message_bytes;
+  slot.place = (*opened)->result_place();
   bool ended = false;
   {
     absl::MutexLock lock(&session_mutex_);
@@ -250,12 +256,14 @@ void CompressReactor::SendOpened(Slot& slot, const session::Session& session) {
   opened->set_layers_in_flight(static_cast<uint32_t>(session.layers_in_flight()));
   opened->set_max_request_message_bytes(static_cast<uint64_t>(shared_->limits.max_message_bytes));
   opened->set_backend(std::string(shared_->sessions->backend().name()));
+  opened->set_transport(EncodeTransport(session.transport()));
+  opened->set_transport_reason(session.transport_reason());
 
+  slot.summary.set_transport(std::string(transport::KindName(session.transport())));
   slot.summary.set_logical_length(static_cast<uint32_t>(spec.prompt_tokens));
   slot.summary.set_kv_length(static_cast<uint32_t>(spec.largest_kept_tokens()));
   slot.summary.set_fingerprint(opened->fingerprint());
   slot.summary.set_backend(opened->backend());
-  slot.summary.set_transport("inline");
   slot.summary.set_next_position(static_cast<uint32_t>(spec.next_position()));
   slot.summary.set_kv_blocks(static_cast<uint32_t>(spec.kv_blocks()));
   slot.summary.set_values_in_keys(spec.geometry.values_in_keys);
@@ -277,7 +285,8 @@ session::SessionCallbacks CompressReactor::Callbacks(Slot& slot) {
     auto self = weak.lock();
     if (self == nullptr) return;
     slot.layers.fetch_add(1, std::memory_order_relaxed);
-    self->Queue(slot, BuildLayer(std::move(output), slot.max_response_bytes, slot.index));
+    self->Queue(slot,
+                BuildLayer(std::move(output), slot.max_response_bytes, slot.index, slot.place));
   };
   callbacks.pivot = [weak, &slot](engine::PivotResult result) {
     auto self = weak.lock();
@@ -301,7 +310,9 @@ session::SessionCallbacks CompressReactor::Callbacks(Slot& slot) {
 
 void CompressReactor::Queue(Slot& slot, std::vector<OutgoingMessage> messages) {
   int64_t bytes = 0;
-  for (const OutgoingMessage& message : messages) bytes += message.tensor_bytes;
+  for (const OutgoingMessage& message : messages) {
+    bytes += message.tensor_bytes + message.range_bytes;
+  }
   slot.output_bytes.fetch_add(bytes, std::memory_order_relaxed);
   owed_until_.store(SteadyNanos());
   Send(std::move(messages));
@@ -399,13 +410,13 @@ void CompressReactor::SendLastIfDue() {
 }
 
 void CompressReactor::TakePieces(Slot& slot, wire::Pieces pieces) {
-  int64_t bytes = 0;
+  uint64_t bytes = 0;
   absl::StatusOr<session::InputMessage> message = ToInput(std::move(pieces), &bytes);
   if (!message.ok()) {
     Refuse(slot, message.status());
     return;
   }
-  slot.input_bytes.fetch_add(bytes, std::memory_order_relaxed);
+  slot.input_bytes.fetch_add(static_cast<int64_t>(bytes), std::memory_order_relaxed);
   if (auto running = session(slot)) running->Append(*std::move(message));
 }
 
@@ -510,9 +521,12 @@ void CompressReactor::LogEnd(const Slot* slot, const session::Session* session) 
   };
   const std::string_view method =
       session == nullptr ? "-" : method::MethodName(session->spec().method.method);
+  const std::string_view transport =
+      session == nullptr ? "-" : transport::KindName(session->transport());
   shared_->log->Write("session",
                       {{"id", session == nullptr ? std::string_view("-") : session->id()},
                        {"method", method},
+                       {"transport", transport},
                        {"layers", count(&Slot::layers)},
                        {"input_bytes", count(&Slot::input_bytes)},
                        {"output_bytes", count(&Slot::output_bytes)},

@@ -46,7 +46,8 @@ struct StreamShared {
   StreamLimits limits;
   session::SessionManager* sessions = nullptr;
   StreamSet* streams = nullptr;
-  Log* log = nullptr;  // may be null: no log
+  Log* log = nullptr;         // may be null: no log
+  std::string region_socket;  // path; empty: none
 };
 
 class CompressReactor final : public StreamIo, public Stream {
@@ -73,6 +74,7 @@ class CompressReactor final : public StreamIo, public Stream {
     int64_t max_response_bytes = kDefaultMessageBytes;
     v1::Summary summary;  // what is known of it at open
     std::string tenant;
+    transport::ResultPlace place;  // of its results
     // Written by messages, which come one at a time.
     Phase phase = Phase::kOpen;
     std::atomic<int64_t> input_bytes{0};

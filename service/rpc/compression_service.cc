@@ -12,7 +12,8 @@ grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* CompressionService:
 grpc::ServerUnaryReactor* CompressionService::GetCapabilities(
     grpc::CallbackServerContext* context, const v1::GetCapabilitiesRequest* /*request*/,
     v1::GetCapabilitiesResponse* response) {
-  *response = MakeCapabilities(*shared_.sessions, shared_.limits.max_message_bytes);
+  *response =
+      MakeCapabilities(*shared_.sessions, shared_.limits.max_message_bytes, shared_.region_socket);
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
   reactor->Finish(grpc::Status::OK);
   return reactor;

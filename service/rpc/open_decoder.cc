@@ -171,7 +171,45 @@ absl::Status DecodeHold(const v1::Open& open, OpenRequest* request) {
                    absl::StrCat(open.shard_group().decode_shard_count()),
                    "with OUTPUT_HOLD 1 is allowed, as FetchCache takes any range of KV heads");
   }
+  if (open.has_result_range()) {
+    return Invalid("result_range", "set", "with OUTPUT_HOLD keys and values stay in the server");
+  }
   if (open.hold().has_lease_millis()) request->lease_millis = open.hold().lease_millis();
+  return absl::OkStatus();
+}
+
+absl::StatusOr<transport::Kind> DecodeTransport(absl::string_view field, v1::Transport transport) {
+  switch (transport) {
+    case v1::TRANSPORT_INLINE:
+      return transport::Kind::kInline;
+    case v1::TRANSPORT_SHARED_MEMORY:
+      return transport::Kind::kSharedMemory;
+    case v1::TRANSPORT_CUDA_IPC:
+      return transport::Kind::kCudaIpc;
+    case v1::TRANSPORT_NCCL:
+      return transport::Kind::kNccl;
+    default:
+      return Invalid(field, EnumText(transport),
+                     "allowed: TRANSPORT_INLINE, TRANSPORT_SHARED_MEMORY, TRANSPORT_CUDA_IPC, "
+                     "TRANSPORT_NCCL");
+  }
+}
+
+absl::Status DecodeTransports(const v1::Open& open, transport::TransportRequest* request) {
+  for (int i = 0; i < open.transports_size(); ++i) {
+    const std::string field = absl::StrCat("transports[", i, "]");
+    const absl::StatusOr<transport::Kind> kind = DecodeTransport(field, open.transports(i));
+    if (!kind.ok()) return kind.status();
+    if (std::count(request->wishes.begin(), request->wishes.end(), *kind) > 0) {
+      return Invalid(field, EnumText(open.transports(i)), "each is named once");
+    }
+    request->wishes.push_back(*kind);
+  }
+  request->regions.assign(open.regions().begin(), open.regions().end());
+  if (open.has_result_range()) {
+    const v1::RegionRange& range = open.result_range();
+    request->results = {range.region(), range.offset_bytes(), range.size_bytes()};
+  }
   return absl::OkStatus();
 }
 
@@ -275,6 +313,9 @@ absl::StatusOr<OpenRequest> DecodeOpen(const v1::Open& open, int64_t max_message
     if (absl::Status shard = DecodeShardGroup(open.shard_group(), &request); !shard.ok()) {
       return shard;
     }
+  }
+  if (absl::Status transports = DecodeTransports(open, &request.transport); !transports.ok()) {
+    return transports;
   }
   if (absl::Status rest = DecodeRest(open, max_message_bytes, &request); !rest.ok()) return rest;
   return request;
@@ -389,6 +430,20 @@ v1::Tensor EncodeTensor(engine::InputTensor tensor) {
       return v1::TENSOR_VALUE_SCALES;
   }
   return v1::TENSOR_UNSPECIFIED;
+}
+
+v1::Transport EncodeTransport(transport::Kind kind) {
+  switch (kind) {
+    case transport::Kind::kInline:
+      return v1::TRANSPORT_INLINE;
+    case transport::Kind::kSharedMemory:
+      return v1::TRANSPORT_SHARED_MEMORY;
+    case transport::Kind::kCudaIpc:
+      return v1::TRANSPORT_CUDA_IPC;
+    case transport::Kind::kNccl:
+      return v1::TRANSPORT_NCCL;
+  }
+  return v1::TRANSPORT_UNSPECIFIED;
 }
 
 std::optional<engine::InputTensor> DecodeTensor(int tensor) {

@@ -10,6 +10,7 @@
 #include "service/engine/prompt.h"
 #include "service/engine/prompt_spec.h"
 #include "service/engine/shard.h"
+#include "service/transport/negotiation.h"
 #include "structkv/v1/compression.pb.h"
 
 namespace structkv::rpc {
@@ -29,6 +30,8 @@ struct OpenRequest {
   // The compacted cache stays in the server, with a lease of `lease_millis` or the default.
   bool hold = false;
   std::optional<uint64_t> lease_millis;
+  // Where tensors are to lie; without the tenant, which the message does not have.
+  transport::TransportRequest transport;
   // Longest message that the caller accepts, in bytes.
   int64_t max_response_message_bytes = kDefaultMessageBytes;
 };
@@ -56,6 +59,7 @@ v1::PivotDecision EncodePivot(const method::PivotDecision& decision);
 v1::DType EncodeDType(DType dtype);
 v1::KvScales EncodeKvScales(engine::KvScales scales);
 v1::Statistic EncodeStatistic(engine::Statistic statistic);
+v1::Transport EncodeTransport(transport::Kind kind);
 v1::Tensor EncodeTensor(engine::InputTensor tensor);
 // nullopt for a tensor that no client sends, or an unknown number.
 std::optional<engine::InputTensor> DecodeTensor(int tensor);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "absl/types/span.h"
@@ -19,12 +20,18 @@ struct OutgoingTensor {
   v1::Tensor tensor;
   absl::Span<const std::byte> data;
   wire::Keepalive owner;
+  std::optional<wire::Range> range;  // in place of `data`
 };
 
-OutgoingTensor FromBuffer(v1::Tensor tensor, engine::Buffer buffer) {
+OutgoingTensor FromBuffer(v1::Tensor tensor, engine::Buffer buffer,
+                          const transport::ResultPlace& place = {}) {
+  if (const auto range = place.RangeOf(buffer.span()); range.has_value()) {
+    return {
+        tensor, {}, nullptr, wire::Range{range->region, range->offset_bytes, range->size_bytes}};
+  }
   auto owner = std::make_shared<engine::Buffer>(std::move(buffer));
   const absl::Span<const std::byte> data = owner->span();
-  return {tensor, data, std::move(owner)};
+  return {tensor, data, std::move(owner), std::nullopt};
 }
 
 template <typename T>
@@ -32,7 +39,7 @@ OutgoingTensor FromVector(v1::Tensor tensor, std::vector<T> values) {
   auto owner = std::make_shared<std::vector<T>>(std::move(values));
   const absl::Span<const std::byte> data(reinterpret_cast<const std::byte*>(owner->data()),
                                          owner->size() * sizeof(T));
-  return {tensor, data, std::move(owner)};
+  return {tensor, data, std::move(owner), std::nullopt};
 }
 
 // Fills messages to the limit, one after the other. `Start` resets the header for the next message,
@@ -47,6 +54,16 @@ class Cutter {
            Last last) {
     MessageRoom room(max_, *header);
     for (const OutgoingTensor& tensor : tensors) {
+      if (tensor.range.has_value()) {
+        if (free_ < kPiece) {
+          Flush(*header);
+          start(header);
+          Room(*header);
+        }
+        pieces_.push_back({.layer = layer_, .tensor = tensor.tensor, .range = tensor.range});
+        free_ -= kPiece;
+        continue;
+      }
       int64_t offset = 0;
       const auto size = static_cast<int64_t>(tensor.data.size());
       while (offset < size) {
@@ -76,6 +93,9 @@ class Cutter {
     message.prompt = header.prompt();
     for (const wire::OutgoingPiece& piece : pieces_) {
       message.tensor_bytes += static_cast<int64_t>(piece.data.size());
+      if (piece.range.has_value()) {
+        message.range_bytes += static_cast<int64_t>(piece.range->size_bytes);
+      }
     }
     message.bytes = wire::EncodeResponse(header, pieces_);
     messages_->push_back(std::move(message));
@@ -91,7 +111,7 @@ class Cutter {
 }  // namespace
 
 std::vector<OutgoingMessage> BuildLayer(engine::LayerOutput output, int64_t max_message_bytes,
-                                        uint32_t prompt) {
+                                        uint32_t prompt, const transport::ResultPlace& place) {
   const auto layer = static_cast<uint32_t>(output.layer);
   v1::CompressResponse header;
   header.set_prompt(prompt);
@@ -103,8 +123,8 @@ std::vector<OutgoingMessage> BuildLayer(engine::LayerOutput output, int64_t max_
   }
   const OutgoingTensor tensors[] = {
       FromVector(v1::TENSOR_POSITIONS, std::move(output.positions)),
-      FromBuffer(v1::TENSOR_KEYS, std::move(output.keys)),
-      FromBuffer(v1::TENSOR_VALUES, std::move(output.values)),
+      FromBuffer(v1::TENSOR_KEYS, std::move(output.keys), place),
+      FromBuffer(v1::TENSOR_VALUES, std::move(output.values), place),
       FromBuffer(v1::TENSOR_KEY_SCALES, std::move(output.key_scales)),
       FromBuffer(v1::TENSOR_VALUE_SCALES, std::move(output.value_scales)),
       FromBuffer(v1::TENSOR_SALIENCY, std::move(output.saliency)),

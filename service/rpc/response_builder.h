@@ -6,6 +6,7 @@
 
 #include "grpcpp/support/byte_buffer.h"
 #include "service/engine/prompt.h"
+#include "service/transport/transport.h"
 
 namespace structkv::rpc {
 
@@ -14,14 +15,17 @@ struct OutgoingMessage {
   grpc::ByteBuffer bytes;
   // Bytes of tensor data in it.
   int64_t tensor_bytes = 0;
+  // Bytes of tensors that it says are in regions.
+  int64_t range_bytes = 0;
   // Of a batch.
   uint32_t prompt = 0;
 };
 
 // `max_message_bytes`: kMinMessageBytes or more; no message is longer. What fits goes into one
-// message.
+// message. Rows that lie in `place` stay there, and their ranges are sent.
 std::vector<OutgoingMessage> BuildLayer(engine::LayerOutput output, int64_t max_message_bytes,
-                                        uint32_t prompt = 0);
+                                        uint32_t prompt = 0,
+                                        const transport::ResultPlace& place = {});
 std::vector<OutgoingMessage> BuildPivot(engine::PivotResult result, int64_t max_message_bytes,
                                         uint32_t prompt = 0);
 std::vector<OutgoingMessage> BuildPull(engine::RowPull pull, int64_t max_message_bytes,

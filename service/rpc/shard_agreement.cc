@@ -47,6 +47,9 @@ std::vector<std::pair<std::string, std::string>> AgreedFields(const v1::Open& op
   v1::Open common = open;
   common.clear_idempotency_key();
   common.clear_max_response_message_bytes();
+  common.clear_transports();
+  common.clear_regions();
+  common.clear_result_range();
   common.mutable_shard_group()->clear_shard_index();
   common.mutable_shard_group()->clear_kv_heads();
   common.mutable_shard_group()->clear_query_heads();

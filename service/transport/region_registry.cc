@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <mutex>
 #include <utility>
 
@@ -27,8 +28,8 @@ std::string NewHandle() {
 }
 
 absl::Status NotFound(const std::string& handle) {
-  return absl::NotFoundError(
-      absl::StrCat("the region ", absl::BytesToHexString(handle), " is not registered"));
+  return absl::NotFoundError(absl::StrCat(
+      "the region ", absl::BytesToHexString(handle.substr(0, kHandleBytes)), " is not registered"));
 }
 
 absl::Status CheckLease(absl::Duration lease, absl::Duration max) {
@@ -40,6 +41,11 @@ absl::Status CheckLease(absl::Duration lease, absl::Duration max) {
 }
 
 }  // namespace
+
+absl::Duration LeaseOf(uint64_t millis) {
+  const bool fits = millis <= static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
+  return fits ? absl::Milliseconds(static_cast<int64_t>(millis)) : absl::InfiniteDuration();
+}
 
 struct RegionRegistry::Region {
   std::string handle;
@@ -255,6 +261,14 @@ void RegionRegistry::Expire() {
   state_->LeaveAll([now = options().now()](const Region& region) {
     return region.expires.has_value() && *region.expires <= now;
   });
+}
+
+int64_t RegionRegistry::RegionsOf(int64_t connection) const {
+  const std::lock_guard lock(state_->mutex);
+  return std::count_if(state_->regions.begin(), state_->regions.end(),
+                       [connection](const auto& entry) {
+                         return entry.second->connection == connection && !entry.second->leaving;
+                       });
 }
 
 int64_t RegionRegistry::mapped_bytes() const {

@@ -35,6 +35,9 @@ struct RegionOptions {
 inline constexpr absl::Duration kMinLease = absl::Milliseconds(100);
 inline constexpr size_t kHandleBytes = 16;
 
+// What a client asked for; what no duration holds is infinite, and refused as too long.
+absl::Duration LeaseOf(uint64_t millis);
+
 struct NewRegion {
   int64_t size_bytes = 0;
   bool writable = false;
@@ -109,6 +112,9 @@ class RegionRegistry {
   void EndConnection(int64_t connection);
   // Unregisters what no lease keeps any more. To be called often enough.
   void Expire();
+
+  // Regions of a connection that are not unregistered.
+  int64_t RegionsOf(int64_t connection) const;
 
   int64_t mapped_bytes() const;
   int64_t regions() const;

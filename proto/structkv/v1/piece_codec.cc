@@ -40,6 +40,29 @@ absl::StatusOr<std::vector<grpc::Slice>> Slices(const grpc::ByteBuffer& buffer) 
 // ---------------------------------------------------------------------------------------------
 // Reading
 
+// Reads a range into one that may have been read before: protobuf merges them.
+absl::Status ReadRange(SliceCursor& cursor, uint64_t end, Range& range) {
+  while (cursor.position() < end) {
+    const absl::StatusOr<Tag> tag = cursor.ReadTag(end);
+    if (!tag.ok()) return tag.status();
+    if (tag->type != WireType::kVarint || tag->field < v1::RegionRange::kRegionFieldNumber ||
+        tag->field > v1::RegionRange::kSizeBytesFieldNumber) {
+      if (absl::Status skipped = cursor.SkipValue(tag->type, end); !skipped.ok()) return skipped;
+      continue;
+    }
+    const absl::StatusOr<uint64_t> value = cursor.ReadVarint(end);
+    if (!value.ok()) return value.status();
+    if (tag->field == v1::RegionRange::kRegionFieldNumber) {
+      range.region = static_cast<uint32_t>(*value);
+    } else if (tag->field == v1::RegionRange::kOffsetBytesFieldNumber) {
+      range.offset_bytes = *value;
+    } else {
+      range.size_bytes = *value;
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ReadPiece(SliceCursor& cursor, uint64_t end, Piece& piece) {
   while (cursor.position() < end) {
     const absl::StatusOr<Tag> tag = cursor.ReadTag(end);
@@ -49,9 +72,16 @@ absl::Status ReadPiece(SliceCursor& cursor, uint64_t end, Piece& piece) {
       const absl::StatusOr<uint64_t> to = cursor.ReadLength(end);
       if (!to.ok()) return to.status();
       piece.data.clear();
+      piece.range.reset();  // the other member of the oneof
       cursor.ReadRuns(*to, [&](const uint8_t* data, size_t size) {
         piece.data.emplace_back(reinterpret_cast<const std::byte*>(data), size);
       });
+    } else if (tag->field == v1::TensorPiece::kRangeFieldNumber && tag->type == WireType::kBytes) {
+      const absl::StatusOr<uint64_t> to = cursor.ReadLength(end);
+      if (!to.ok()) return to.status();
+      piece.data.clear();
+      if (!piece.range.has_value()) piece.range.emplace();
+      if (absl::Status read = ReadRange(cursor, *to, *piece.range); !read.ok()) return read;
     } else if (tag->field == v1::TensorPiece::kXxh364FieldNumber &&
                tag->type == WireType::kFixed64) {
       const absl::StatusOr<uint64_t> value = cursor.ReadFixed64(end);
@@ -230,8 +260,29 @@ size_t VarintSize(uint64_t value) { return CodedOutputStream::VarintSize64(value
 
 size_t FieldSize(size_t value_size) { return 1 + VarintSize(value_size) + value_size; }
 
+size_t RangeSize(const Range& range) {
+  size_t size = 0;
+  if (range.region != 0) size += 1 + VarintSize(range.region);
+  if (range.offset_bytes != 0) size += 1 + VarintSize(range.offset_bytes);
+  if (range.size_bytes != 0) size += 1 + VarintSize(range.size_bytes);
+  return size;
+}
+
+void WriteRange(const Range& range, SliceWriter& out) {
+  out.Varint(MakeTag(v1::TensorPiece::kRangeFieldNumber, WireType::kBytes));
+  out.Varint(RangeSize(range));
+  const auto number = [&out](uint32_t field, uint64_t value) {
+    if (value == 0) return;
+    out.Varint(MakeTag(field, WireType::kVarint));
+    out.Varint(value);
+  };
+  number(v1::RegionRange::kRegionFieldNumber, range.region);
+  number(v1::RegionRange::kOffsetBytesFieldNumber, range.offset_bytes);
+  number(v1::RegionRange::kSizeBytesFieldNumber, range.size_bytes);
+}
+
 size_t PieceSize(const OutgoingPiece& piece) {
-  size_t size = FieldSize(piece.data.size());
+  size_t size = FieldSize(piece.range.has_value() ? RangeSize(*piece.range) : piece.data.size());
   if (piece.layer != 0) size += 1 + VarintSize(piece.layer);
   if (piece.tensor != 0) size += 1 + VarintSize(static_cast<uint64_t>(piece.tensor));
   if (piece.offset_bytes != 0) size += 1 + VarintSize(piece.offset_bytes);
@@ -258,6 +309,7 @@ void WritePiece(uint32_t field, const OutgoingPiece& piece, SliceWriter& out) {
     out.Varint(MakeTag(v1::TensorPiece::kXxh364FieldNumber, WireType::kFixed64));
     out.Fixed64(*piece.xxh3_64);
   }
+  if (piece.range.has_value()) return WriteRange(*piece.range, out);
   out.Varint(MakeTag(v1::TensorPiece::kDataFieldNumber, WireType::kBytes));
   out.Varint(piece.data.size());
   out.Data(piece.data, piece.owner);
@@ -283,6 +335,7 @@ grpc::ByteBuffer EncodeMember(uint32_t member, const std::string& rest, uint32_t
 }  // namespace
 
 uint64_t Piece::size_bytes() const {
+  if (range.has_value()) return range->size_bytes;
   uint64_t size = 0;
   for (const absl::Span<const std::byte> run : data) size += run.size();
   return size;

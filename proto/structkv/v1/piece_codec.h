@@ -21,6 +21,13 @@
 
 namespace structkv::wire {
 
+// A `RegionRange`.
+struct Range {
+  uint32_t region = 0;
+  uint64_t offset_bytes = 0;
+  uint64_t size_bytes = 0;
+};
+
 // One `TensorPiece`. `data` is a list of runs, in order, that point into received slices or into
 // the sender's memory.
 struct Piece {
@@ -29,6 +36,7 @@ struct Piece {
   uint64_t offset_bytes = 0;
   std::optional<uint64_t> xxh3_64;
   absl::InlinedVector<absl::Span<const std::byte>, 4> data;
+  std::optional<Range> range;  // in place of `data`
 
   uint64_t size_bytes() const;
 };
@@ -78,7 +86,7 @@ absl::StatusOr<FetchResponse> DecodeFetchResponse(const grpc::ByteBuffer& buffer
 using Keepalive = std::shared_ptr<const void>;
 
 // A piece to send, of memory that `owner` keeps alive. One contiguous run. Without an owner the
-// data are copied.
+// data are copied. With a `range` the data stay where they are, and only the range is sent.
 struct OutgoingPiece {
   uint32_t layer = 0;
   v1::Tensor tensor = v1::TENSOR_UNSPECIFIED;
@@ -86,6 +94,7 @@ struct OutgoingPiece {
   std::optional<uint64_t> xxh3_64;
   absl::Span<const std::byte> data;
   Keepalive owner;
+  std::optional<Range> range;
 };
 
 // Bytes that a piece takes in a message beside its data, at most.

@@ -1,0 +1,109 @@
+#include "service/rpc/region_service.h"
+
+#include <optional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "service/rpc/status_mapping.h"
+#include "service/rpc/tenant.h"
+
+namespace structkv::rpc {
+namespace {
+
+using transport::RegionRegistry;
+
+absl::Status CheckHandle(const std::string& handle) {
+  if (handle.size() == transport::kHandleBytes) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("handle has ", handle.size(), " bytes; ",
+                                                 transport::kHandleBytes, " are allowed"));
+}
+
+std::optional<absl::Duration> Lease(uint64_t millis) {
+  if (millis == 0) return std::nullopt;
+  return transport::LeaseOf(millis);
+}
+
+uint64_t Millis(absl::Duration duration) {
+  return static_cast<uint64_t>(absl::ToInt64Milliseconds(duration));
+}
+
+v1::RegionState StateOf(const transport::RegionInfo& info) {
+  if (info.broken) return v1::REGION_STATE_BROKEN;
+  return info.unregistering ? v1::REGION_STATE_UNREGISTERING : v1::REGION_STATE_REGISTERED;
+}
+
+}  // namespace
+
+template <typename Call>
+grpc::ServerUnaryReactor* RegionService::Answer(grpc::CallbackServerContext* context, Call call) {
+  absl::Status status =
+      absl::UnimplementedError("this server has no shared memory (--region-socket)");
+  if (registry_ != nullptr) {
+    const absl::StatusOr<std::string> tenant = TenantOf(*context);
+    status = tenant.ok() ? call(*registry_, *tenant) : tenant.status();
+  }
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  reactor->Finish(ToGrpc(status));
+  return reactor;
+}
+
+grpc::ServerUnaryReactor* RegionService::RegisterRegion(grpc::CallbackServerContext* context,
+                                                        const v1::RegisterRegionRequest* request,
+                                                        v1::RegisterRegionResponse* response) {
+  return Answer(context, [&](RegionRegistry& registry, const std::string& tenant) {
+    const absl::StatusOr<transport::RegisteredRegion> region = registry.AddName(
+        request->name(),
+        {.size_bytes = static_cast<int64_t>(request->size_bytes()),  // above 2^63: below 1, refused
+         .writable = request->writable(),
+         .lease = Lease(request->lease_millis()),
+         .tenant = tenant});
+    if (!region.ok()) return region.status();
+    response->set_handle(region->handle);
+    response->set_lease_millis(Millis(*region->lease));
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* RegionService::GetRegion(grpc::CallbackServerContext* context,
+                                                   const v1::GetRegionRequest* request,
+                                                   v1::GetRegionResponse* response) {
+  return Answer(context, [&](RegionRegistry& registry, const std::string& tenant) {
+    if (absl::Status valid = CheckHandle(request->handle()); !valid.ok()) return valid;
+    const absl::StatusOr<transport::RegionInfo> info = registry.Get(request->handle(), tenant);
+    if (!info.ok()) return info.status();
+    response->set_state(StateOf(*info));
+    response->set_size_bytes(static_cast<uint64_t>(info->size_bytes));
+    response->set_writable(info->writable);
+    if (info->lease_left.has_value()) response->set_lease_left_millis(Millis(*info->lease_left));
+    response->set_use_count(static_cast<uint32_t>(info->uses));
+    response->set_owner(info->owner);
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* RegionService::RenewRegion(grpc::CallbackServerContext* context,
+                                                     const v1::RenewRegionRequest* request,
+                                                     v1::RenewRegionResponse* response) {
+  return Answer(context, [&](RegionRegistry& registry, const std::string& tenant) {
+    if (absl::Status valid = CheckHandle(request->handle()); !valid.ok()) return valid;
+    const auto lease = registry.Renew(request->handle(), tenant, Lease(request->lease_millis()));
+    if (!lease.ok()) return lease.status();
+    response->set_lease_millis(Millis(lease->value_or(absl::ZeroDuration())));
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* RegionService::UnregisterRegion(
+    grpc::CallbackServerContext* context, const v1::UnregisterRegionRequest* request,
+    v1::UnregisterRegionResponse* response) {
+  return Answer(context, [&](RegionRegistry& registry, const std::string& tenant) {
+    if (absl::Status valid = CheckHandle(request->handle()); !valid.ok()) return valid;
+    const absl::StatusOr<int64_t> uses = registry.Unregister(request->handle(), tenant);
+    if (!uses.ok()) return uses.status();
+    response->set_use_count(static_cast<uint32_t>(*uses));
+    return absl::OkStatus();
+  });
+}
+
+}  // namespace structkv::rpc
