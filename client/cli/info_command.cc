@@ -122,6 +122,7 @@ void PrintServer(const Compressor& compressor, const v1::GetCapabilitiesResponse
          return v1::PivotMode_Name(static_cast<v1::PivotMode>(v));
        }));
   line("transports", absl::StrJoin(caps.transports(), ", "));
+  if (!caps.region_socket().empty()) line("regions", caps.region_socket());
   std::string dims = absl::StrCat(caps.key_dims().min(), " to ", caps.key_dims().max(),
                                   " in steps of ", caps.key_dims().step());
   for (uint32_t extra : caps.key_dims().extra()) absl::StrAppend(&dims, ", ", extra);

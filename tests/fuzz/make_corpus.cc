@@ -63,6 +63,24 @@ void AddWire(const Corpus& corpus) {
   corpus.Add("decode_request", "open", std::string(1, '\0') + open.SerializeAsString());
   v1::CompressRequest pieces;
   pieces.mutable_pieces()->add_pieces()->set_data("data");
+  // Both members of a piece's source, in turn: the last one holds, and ranges are merged.
+  v1::TensorPiece data;
+  data.set_data("data");
+  v1::TensorPiece place;
+  place.mutable_range()->set_region(1);
+  place.mutable_range()->set_offset_bytes(uint64_t{1} << 63);
+  v1::TensorPiece size;
+  size.mutable_range()->set_size_bytes(4096);
+  std::string pieces_of_ranges;
+  for (const auto& sources : {std::vector{place, size}, std::vector{data, place},
+                              std::vector{place, data}, std::vector{place, data, size}}) {
+    std::string piece;
+    for (const v1::TensorPiece& source : sources) piece += source.SerializeAsString();
+    pieces_of_ranges += std::string({'\x0a', static_cast<char>(piece.size())}) + piece;
+  }
+  const std::string ranges =
+      std::string({'\x12', static_cast<char>(pieces_of_ranges.size())}) + pieces_of_ranges;
+  corpus.Add("decode_request", "ranges", cuts + ranges);
   v1::CompressRequest of_batch = open;
   of_batch.set_prompt(3);
   of_batch.mutable_open()->set_batch_prompt_count(4);

@@ -34,6 +34,11 @@ std::vector<OutgoingPiece> Outgoing(const Repeated& pieces, Random* random) {
     out.tensor = piece.tensor();
     out.offset_bytes = piece.offset_bytes();
     if (piece.has_xxh3_64()) out.xxh3_64 = piece.xxh3_64();
+    if (piece.has_range()) {
+      out.range = {piece.range().region(), piece.range().offset_bytes(),
+                   piece.range().size_bytes()};
+      continue;
+    }
     if (random->Chance(50)) {
       out.data = AsBytes(*data);
       out.owner = std::move(data);

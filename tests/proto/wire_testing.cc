@@ -17,6 +17,12 @@ v1::TensorPiece ToProto(const Piece& piece) {
   message.set_tensor(static_cast<v1::Tensor>(piece.tensor));
   message.set_offset_bytes(piece.offset_bytes);
   if (piece.xxh3_64.has_value()) message.set_xxh3_64(*piece.xxh3_64);
+  if (piece.range.has_value()) {
+    message.mutable_range()->set_region(piece.range->region);
+    message.mutable_range()->set_offset_bytes(piece.range->offset_bytes);
+    message.mutable_range()->set_size_bytes(piece.range->size_bytes);
+    return message;
+  }
   std::string* data = message.mutable_data();
   for (const absl::Span<const std::byte> run : piece.data) {
     data->append(reinterpret_cast<const char*>(run.data()), run.size());
@@ -27,7 +33,7 @@ v1::TensorPiece ToProto(const Piece& piece) {
 template <typename Repeated>
 void DropEmptyData(Repeated* pieces) {
   for (v1::TensorPiece& piece : *pieces) {
-    if (piece.data().empty()) piece.clear_source();
+    if (!piece.has_range() && piece.data().empty()) piece.clear_source();
   }
 }
 
@@ -190,10 +196,17 @@ v1::TensorPiece RandomPiece(Random* random) {
   piece.set_tensor(static_cast<v1::Tensor>(random->Chance(10) ? -1 : random->Between(0, 12)));
   piece.set_offset_bytes(RandomNumber(random, UINT64_MAX));
   if (random->Chance(50)) piece.set_xxh3_64(RandomNumber(random, UINT64_MAX));
-  switch (random->Between(0, 3)) {
+  switch (random->Between(0, 4)) {
     case 0:
       break;
-    case 1:  // about the size from which data get a slice of their own
+    case 1: {
+      v1::RegionRange* range = piece.mutable_range();
+      range->set_region(static_cast<uint32_t>(RandomNumber(random, UINT32_MAX)));
+      range->set_offset_bytes(RandomNumber(random, UINT64_MAX));
+      range->set_size_bytes(RandomNumber(random, UINT64_MAX));
+      break;
+    }
+    case 2:  // about the size from which data get a slice of their own
       piece.set_data(RandomBytes(random, static_cast<size_t>(random->Between(4090, 4102))));
       break;
     default:

@@ -2,7 +2,6 @@
 #include "service/transport/region_registry.h"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <set>
@@ -203,9 +202,8 @@ TEST_F(RegionRegistryTest, Limits) {
 }
 
 TEST_F(RegionRegistryTest, WritingNeedsAFileThatMayBeWritten) {
-  const auto file = SharedFile::WithSeals(kBytes, F_SEAL_SHRINK);
-  munmap(file->data(), kBytes);  // F_SEAL_WRITE takes no writable mapping
-  ASSERT_EQ(fcntl(file->fd(), F_ADD_SEALS, F_SEAL_WRITE), 0);
+  const auto file = SharedFile::Sealed(kBytes);
+  ASSERT_EQ(fcntl(file->fd(), F_ADD_SEALS, F_SEAL_FUTURE_WRITE), 0);
   EXPECT_TRUE(
       absl::IsPermissionDenied(registry_->AddDescriptor(Copy(*file), Wanted(*file)).status()));
   EXPECT_TRUE(registry_->AddDescriptor(Copy(*file), Wanted(*file, /*writable=*/false)).ok());
@@ -242,7 +240,7 @@ TEST_F(RegionRegistryTest, ManyThreads) {
         const auto use = registry_->Use(region->handle, "name:a");
         if (i % 3 == 0) registry_->EndConnection(1 + i % 4);
         if (i % 5 == 0) registry_->Expire();
-        if (use.ok()) EXPECT_TRUE((*use)->Check().ok());
+        EXPECT_TRUE(!use.ok() || (*use)->Check().ok());
         registry_->Unregister(region->handle, "name:a").status().IgnoreError();
       }
     });
