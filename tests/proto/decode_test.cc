@@ -101,6 +101,33 @@ TEST(DecodeRequestTest, DoesNotDependOnWhereSlicesEnd) {
   }
 }
 
+// Data and a range are a oneof: the later one drops the other, and ranges in a row are merged.
+TEST(DecodeRequestTest, TheLastSourceOfAPieceWins) {
+  v1::TensorPiece data;
+  data.set_data("some data");
+  v1::TensorPiece from;
+  from.mutable_range()->set_region(3);
+  from.mutable_range()->set_offset_bytes(1 << 20);
+  v1::TensorPiece size;
+  size.mutable_range()->set_size_bytes(4096);
+  for (const auto& sources : {std::vector{data, from},
+                              {from, data},
+                              {from, size},
+                              {from, data, size},
+                              {size, from, data}}) {
+    std::string piece;
+    for (const v1::TensorPiece& source : sources) piece += source.SerializeAsString();
+    v1::CompressRequest expected;
+    ASSERT_TRUE(expected.mutable_pieces()->add_pieces()->ParseFromString(piece));
+    const std::string bytes = Field(v1::CompressRequest::kPiecesFieldNumber,
+                                    Field(v1::TensorPieces::kPiecesFieldNumber, piece));
+    const absl::StatusOr<Request> decoded = DecodeRequest(CutEvery(bytes, 3));
+    ASSERT_TRUE(decoded.ok()) << decoded.status();
+    EXPECT_EQ(Normalized(testing::ToProto(*decoded)), Normalized(expected))
+        << expected.ShortDebugString();
+  }
+}
+
 TEST(DecodeRequestTest, RunsPointIntoTheReceivedSlices) {
   const std::string data(100'000, 'x');
   const std::string bytes = OnePiece(1, data).SerializeAsString();
