@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "client/cpp/result_places.h"
 #include "structkv/sizes.h"
 
 namespace structkv::client::internal {
@@ -46,11 +47,12 @@ std::vector<T> Values(const Bytes& bytes) {
 }  // namespace
 
 Assembler::Assembler(v1::Open open, ResultAllocator allocate, BytesPool* pool,
-                     std::function<bool(uint32_t)> sent_skeleton)
+                     std::function<bool(uint32_t)> sent_skeleton, Bytes results)
     : open_(std::move(open)),
       allocate_(std::move(allocate)),
       pool_(pool),
-      sent_skeleton_(std::move(sent_skeleton)) {}
+      sent_skeleton_(std::move(sent_skeleton)),
+      results_(std::move(results)) {}
 
 absl::StatusOr<std::optional<Event>> Assembler::Add(wire::Response response) {
   v1::CompressResponse& message = response.message;
@@ -116,20 +118,56 @@ absl::Status Assembler::AddOpened(v1::Opened opened) {
       return absl::UnimplementedError("the server does not know Open.pull: it wants all values");
     }
   }
+  const auto& asked = open_.transports();
+  if (opened.transport() > v1::TRANSPORT_INLINE &&
+      std::find(asked.begin(), asked.end(), opened.transport()) == asked.end()) {
+    return Broken("Opened.transport is ", v1::Transport_Name(opened.transport()),
+                  ", which Open did not name");
+  }
   opened_ = std::move(opened);
   return absl::OkStatus();
+}
+
+bool Assembler::WritesResults() const {
+  return !results_.empty() && opened_->transport() == v1::TRANSPORT_SHARED_MEMORY;
 }
 
 Growing Assembler::Expect(uint32_t layer, v1::Tensor tensor, uint32_t tokens, uint32_t kept) {
   Growing growing;
   growing.expected = AnswerTensorBytes(open_, *opened_, tensor, tokens, kept);
   if (growing.expected == 0) return growing;
+  if (WritesResults() && (tensor == v1::TENSOR_KEYS || tensor == v1::TENSOR_VALUES)) {
+    const uint64_t at = ResultOffset(open_, *opened_, layer, tensor);
+    growing.range = {open_.result_range().region(), open_.result_range().offset_bytes() + at,
+                     growing.expected};
+    growing.bytes = {results_.data() + at, growing.expected, results_.owner()};
+    return growing;
+  }
   growing.bytes =
       allocate_ ? allocate_(layer, tensor, growing.expected) : pool_->Acquire(growing.expected);
   return growing;
 }
 
+absl::Status Assembler::AppendRange(const wire::Piece& piece, Growing* tensor, const char* name) {
+  const auto text = [](const wire::Range& range) {
+    return absl::StrCat(range.size_bytes, " bytes at ", range.offset_bytes, " of region ",
+                        range.region);
+  };
+  if (!piece.range.has_value() || !tensor->range.has_value()) {
+    return Broken(name, " came ", piece.range.has_value() ? "as a range" : "in a message", ", and ",
+                  tensor->range.has_value() ? "Open.result_range is theirs" : "have no range");
+  }
+  if (piece.offset_bytes != 0 || tensor->received > 0 ||
+      text(*piece.range) != text(*tensor->range)) {
+    return Broken(name, " lie in ", text(*piece.range), "; ", text(*tensor->range), " are theirs");
+  }
+  tensor->received = tensor->expected;
+  received_bytes_ += tensor->expected;
+  return absl::OkStatus();
+}
+
 absl::Status Assembler::Append(const wire::Piece& piece, Growing* tensor, const char* name) {
+  if (piece.range.has_value() || tensor->range.has_value()) return AppendRange(piece, tensor, name);
   const uint64_t size = piece.size_bytes();
   if (piece.offset_bytes != tensor->received || size > tensor->expected - tensor->received) {
     return Broken(name, ": a piece at ", piece.offset_bytes, " of ", size, " bytes came where ",

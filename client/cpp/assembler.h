@@ -19,11 +19,12 @@
 
 namespace structkv::client::internal {
 
-// A tensor that arrives in ascending pieces.
+// A tensor that arrives in ascending pieces or, where `range` is set, is written there as a whole.
 struct Growing {
   Bytes bytes;
   uint64_t expected = 0;
   uint64_t received = 0;
+  std::optional<wire::Range> range;
 };
 
 // The layer or pivot whose messages are arriving.
@@ -44,9 +45,10 @@ struct PendingPivot {
 class Assembler {
  public:
   // Results are allocated by `allocate`, or from `pool` where that is null. `sent_skeleton` says
-  // whether a layer was sent as skeleton rows; null: none was.
+  // whether a layer was sent as skeleton rows; null: none was. `results`: the memory of
+  // `open.result_range`; empty where that is unset.
   Assembler(v1::Open open, ResultAllocator allocate, BytesPool* pool,
-            std::function<bool(uint32_t)> sent_skeleton = nullptr);
+            std::function<bool(uint32_t)> sent_skeleton = nullptr, Bytes results = {});
 
   // Takes one message in. An event, where that message completes one; the summary is kept back for
   // Finish().
@@ -73,7 +75,10 @@ class Assembler {
   uint32_t KeptOf(uint32_t layer) const;
   absl::Status CheckPositions(absl::Span<const int32_t> positions, uint32_t layer) const;
   MaybeEvent AddPivot(const v1::PivotDecision& message, const wire::Pieces& pieces);
+  // Whether the server writes results into a region.
+  bool WritesResults() const;
   absl::Status Append(const wire::Piece& piece, Growing* tensor, const char* name);
+  absl::Status AppendRange(const wire::Piece& piece, Growing* tensor, const char* name);
   // `tokens`: that the layer has; `kept`: that it keeps.
   Growing Expect(uint32_t layer, v1::Tensor tensor, uint32_t tokens, uint32_t kept);
   absl::StatusOr<LayerResult> TakeLayer();
@@ -83,6 +88,7 @@ class Assembler {
   const ResultAllocator allocate_;
   BytesPool* const pool_;
   const std::function<bool(uint32_t)> sent_skeleton_;
+  const Bytes results_;
 
   std::optional<v1::Opened> opened_;
   std::optional<v1::Summary> summary_;

@@ -12,6 +12,7 @@
 #include "client/cpp/retry.h"
 #include "client/cpp/session_core.h"
 #include "client/cpp/stream.h"
+#include "client/cpp/transport_choice.h"
 #include "grpc/grpc.h"
 #include "grpcpp/create_channel.h"
 #include "grpcpp/support/channel_arguments.h"
@@ -37,24 +38,46 @@ std::string NewIdempotencyKey() {
   return absl::StrFormat("%016x%016x", high, word());
 }
 
-// Starts a stream with the prompts `which` of `prompts`.
-std::vector<std::unique_ptr<internal::SessionCore>> StartStream(
-    const std::vector<BatchPrompt>& prompts, const std::vector<size_t>& which,
-    const StreamOptions& options, const std::shared_ptr<internal::BytesPool>& pool,
-    const std::shared_ptr<grpc::Channel>& channel, absl::Time deadline) {
-  auto stream = std::make_shared<internal::Stream>(options);
-  std::vector<std::unique_ptr<internal::SessionCore>> sessions;
-  std::vector<internal::SessionCore*> borrowed;
-  const auto count = static_cast<uint32_t>(which.size());
-  for (uint32_t i = 0; i < count; ++i) {
-    BatchPrompt prompt = prompts[which[i]];
-    // One prompt alone is no batch.
-    prompt.open.set_batch_prompt_count(count == 1 ? 0 : count);
-    sessions.push_back(std::make_unique<internal::SessionCore>(std::move(prompt), pool, stream, i));
-    borrowed.push_back(sessions.back().get());
+using Opening = absl::StatusOr<std::unique_ptr<internal::SessionCore>>;
+
+// Opens `prompts` in one stream, with what `offer` says; what came of each.
+std::vector<Opening> TryOpen(std::vector<BatchPrompt> prompts,
+                             const absl::StatusOr<internal::Offer>& offer,
+                             const StreamOptions& options,
+                             const std::shared_ptr<internal::BytesPool>& pool,
+                             const std::shared_ptr<grpc::Channel>& channel, absl::Time deadline) {
+  std::vector<absl::StatusOr<internal::SharedPlace>> places;
+  uint32_t count = 0;
+  for (BatchPrompt& prompt : prompts) {
+    places.push_back(offer.ok()
+                         ? internal::PlacePrompt(*offer, options, prompt.options, &prompt.open)
+                         : offer.status());
+    if (places.back().ok()) ++count;
   }
-  stream->Start(channel, deadline, borrowed);
-  return sessions;
+  auto stream = std::make_shared<internal::Stream>(options);
+  std::vector<Opening> openings;
+  std::vector<internal::SessionCore*> started;
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    if (!places[i].ok()) {
+      openings.emplace_back(places[i].status());
+      continue;
+    }
+    // One prompt alone is no batch.
+    prompts[i].open.set_batch_prompt_count(count == 1 ? 0 : count);
+    auto core =
+        std::make_unique<internal::SessionCore>(std::move(prompts[i]), *std::move(places[i]), pool,
+                                                stream, static_cast<uint32_t>(started.size()));
+    started.push_back(core.get());
+    openings.emplace_back(std::move(core));
+  }
+  if (started.empty()) return openings;
+  stream->Start(channel, deadline, started);
+  for (Opening& opening : openings) {
+    if (!opening.ok()) continue;
+    const absl::Status status = (*opening)->WaitOpened();
+    if (!status.ok()) opening = status;
+  }
+  return openings;
 }
 
 }  // namespace
@@ -84,7 +107,8 @@ absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const std::string& targe
 
 Client::Client(std::shared_ptr<grpc::Channel> channel, const ClientOptions& options)
     : channel_(std::move(channel)),
-      pool_(std::make_shared<internal::BytesPool>(options.idle_buffer_bytes)) {
+      pool_(std::make_shared<internal::BytesPool>(options.idle_buffer_bytes)),
+      transports_(std::make_unique<internal::TransportChooser>(channel_)) {
   KeepGrpcInitialised();
 }
 
@@ -100,6 +124,10 @@ absl::StatusOr<v1::GetCapabilitiesResponse> Client::GetCapabilities(absl::Durati
       v1::Compression::NewStub(channel_)->GetCapabilities(&context, {}, &response);
   if (status.ok()) return response;
   return absl::Status(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
+}
+
+absl::Status Client::Register(Region& region, const std::string& tenant) {
+  return transports_->Register(region, tenant, absl::InfiniteFuture()).status();
 }
 
 absl::StatusOr<std::unique_ptr<CompressSession>> Client::OpenPrompt(const v1::Open& open,
@@ -120,28 +148,41 @@ std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>> Client::OpenBatch(
   std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>> results(requests.size());
   std::vector<size_t> due(requests.size());  // of requests
   std::iota(due.begin(), due.end(), size_t{0});
+  int unknown = 0;  // attempts whose regions the server did not know
   for (int attempt = 1; !due.empty(); ++attempt) {
-    auto sessions = StartStream(requests, due, options, pool_, channel_, deadline);
+    std::vector<BatchPrompt> tried;
+    for (const size_t i : due) tried.push_back(requests[i]);
+    const absl::StatusOr<internal::Offer> offer =
+        unknown < 2 ? transports_->MakeOffer(tried, options, deadline)
+                    : internal::Offer{{}, {}, "the server does not know the registered regions"};
+    auto openings = TryOpen(std::move(tried), offer, options, pool_, channel_, deadline);
     bool admitted = false;
     std::vector<size_t> again;
     absl::Duration delay;
     for (size_t i = 0; i < due.size(); ++i) {
-      const absl::Status status = sessions[i]->WaitOpened();
-      if (status.ok()) {
+      if (openings[i].ok()) {
         admitted = true;
         results[due[i]] =
-            std::unique_ptr<CompressSession>(new CompressSession(std::move(sessions[i])));
+            std::unique_ptr<CompressSession>(new CompressSession(*std::move(openings[i])));
         continue;
       }
+      const absl::Status& status = openings[i].status();
       results[due[i]] = status;
-      if (const auto wait = internal::RetryDelay(options.retry, attempt, status)) {
+      const bool lost = absl::IsNotFound(status) && offer.ok() && !offer->regions.empty();
+      if (lost && unknown < (options.transport == TransportChoice::kAuto ? 2 : 1)) {
+        again.push_back(due[i]);  // at once: registered anew or, had that been done, inline
+      } else if (const auto wait = internal::RetryDelay(options.retry, attempt, status)) {
         again.push_back(due[i]);
         delay = std::max(delay, *wait);
       }
     }
     if (admitted || again.empty() || absl::Now() + delay >= deadline) break;
+    if (offer.ok() && absl::IsNotFound(results[again.front()].status())) {
+      ++unknown;
+      transports_->Forget(*offer, options);
+    }
     due = std::move(again);
-    sessions.clear();
+    openings.clear();
     absl::SleepFor(delay);
   }
   return results;

@@ -2,7 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "structkv/arena.h"
 
 namespace structkv::client::internal {
 namespace {
@@ -25,12 +29,59 @@ Packer::Packer(SessionCore* core, Wait wait)
 
 absl::Status Packer::Add(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
                          uint64_t offset, const std::shared_ptr<const void>& owner) {
-  while (!data.empty()) {
-    // Each piece costs its overhead too, so that many small ones stay within a message.
-    if (filled_ + wire::kPieceOverheadBytes >= chunk_ && !pieces_.empty()) {
-      absl::Status status = Flush();
-      if (!status.ok()) return status;
+  const SharedPlace* place = core_->shared_place();
+  if (place == nullptr || data.empty()) return AddData(layer, tensor, data, offset, owner);
+  std::shared_ptr<const void> held = owner;
+  std::optional<wire::Range> range = place->Find(data);
+  if (tensor == v1::TENSOR_KEYS || tensor == v1::TENSOR_VALUES) {  // read in place
+    const char* why = nullptr;
+    if (!range.has_value()) {
+      why = "lies outside of StreamOptions.regions";
+    } else if (range->offset_bytes % Arena::kAlignment != 0) {
+      why = "does not begin at a multiple of 64 bytes of its region";
     }
+    if (why != nullptr) {
+      absl::StatusOr<Bytes> staged = Stage(layer, tensor, data, why);
+      if (!staged.ok()) return staged.status();
+      range = place->Find(staged->span());
+      held = staged->owner();
+    }
+  }
+  if (!range.has_value()) return AddData(layer, tensor, data, offset, owner);
+  if (absl::Status status = MakeRoom(); !status.ok()) return status;
+  core_->HoldUntilAnswered(layer, std::move(held));
+  wire::OutgoingPiece piece;
+  piece.layer = layer;
+  piece.tensor = tensor;
+  piece.offset_bytes = offset;
+  piece.range = range;
+  pieces_.push_back(std::move(piece));
+  filled_ += wire::kPieceOverheadBytes;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Bytes> Packer::Stage(uint32_t layer, v1::Tensor tensor,
+                                    absl::Span<const std::byte> data, absl::string_view why) {
+  absl::StatusOr<Bytes> block = core_->AllocateStaging(data.size(), wait_ == Wait::kForRoom);
+  if (!block.ok()) {
+    return absl::Status(block.status().code(),
+                        absl::StrCat("layer ", layer, ": ", v1::Tensor_Name(tensor), " ", why, "; ",
+                                     block.status().message()));
+  }
+  std::memcpy(block->data(), data.data(), data.size());
+  return block;
+}
+
+// Each piece costs its overhead too, so that many small ones stay within a message.
+absl::Status Packer::MakeRoom() {
+  const bool full = filled_ + wire::kPieceOverheadBytes >= chunk_ && !pieces_.empty();
+  return full ? Flush() : absl::OkStatus();
+}
+
+absl::Status Packer::AddData(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
+                             uint64_t offset, const std::shared_ptr<const void>& owner) {
+  while (!data.empty()) {
+    if (absl::Status status = MakeRoom(); !status.ok()) return status;
     const size_t room = chunk_ - std::min(chunk_ - 1, filled_);
     const absl::Span<const std::byte> part = data.subspan(0, std::min(room, data.size()));
     AddPiece(layer, tensor, part, offset, owner);
@@ -48,7 +99,8 @@ absl::Status Packer::Flush() {
   if (status.ok()) {
     for (const wire::OutgoingPiece& piece : pieces_) {
       core_->NoteSent(piece.layer, piece.tensor, piece.offset_bytes,
-                      piece.offset_bytes + piece.data.size());
+                      piece.offset_bytes +
+                          (piece.range.has_value() ? piece.range->size_bytes : piece.data.size()));
     }
   }
   pieces_.clear();

@@ -7,8 +7,11 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "client/cpp/session_core.h"
+#include "structkv/bytes.h"
 #include "structkv/v1/compression.pb.h"
 #include "structkv/v1/piece_codec.h"
 
@@ -23,12 +26,20 @@ class Packer {
 
   explicit Packer(SessionCore* core, Wait wait = Wait::kForRoom);
 
-  // Without an `owner` the data are copied.
+  // Without an `owner` the data are copied. Over shared memory, what lies in a region is named
+  // instead, and `owner` is held until the layer was answered; keys and values that do not are
+  // copied to the staging arena, or INVALID_ARGUMENT.
   absl::Status Add(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
                    uint64_t offset, const std::shared_ptr<const void>& owner);
   absl::Status Flush();
 
  private:
+  absl::Status AddData(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
+                       uint64_t offset, const std::shared_ptr<const void>& owner);
+  // Copies `data` to the staging arena.
+  absl::StatusOr<Bytes> Stage(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
+                              absl::string_view why);
+  absl::Status MakeRoom();
   void AddPiece(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> part,
                 uint64_t offset, const std::shared_ptr<const void>& owner);
 

@@ -53,15 +53,7 @@ bool SessionCore::RowsAreDue() const {
   if (!pulls()) return false;
   for (uint32_t layer = lowest_without_rows_; layer < open_.geometry().layer_count(); ++layer) {
     if (rows_queued_.contains(layer) || !sent_.has_layer(layer)) continue;
-    const bool skeleton = skeleton_layers_.contains(layer);
-    bool all = true;
-    for (const int tensor : opened_.required_tensors()) {
-      const auto named = static_cast<v1::Tensor>(tensor);
-      all = all &&
-            sent_.bytes(layer, tensor) == (skeleton ? SkeletonTensorBytes(open_, opened_, named)
-                                                    : InputTensorBytes(open_, opened_, named));
-    }
-    if (all) return true;
+    if (IsSent(layer)) return true;
   }
   return false;
 }
@@ -81,7 +73,11 @@ absl::StatusOr<PulledRows> SessionCore::RowsFor(const RowPull& pull) {
         absl::StrCat("the server asks for rows of layer ", pull.layer,
                      ", which was not sent by SendLayer(); PromptOptions.rows must give them"));
   }
-  return GatherPulledRows(open_, held->tensors, held->positions, pull, pool_.get());
+  const auto allocate = [this](size_t size) -> absl::StatusOr<Bytes> {
+    if (shared_place() != nullptr) return AllocateStaging(size, /*wait=*/false);
+    return pool_->Acquire(size);
+  };
+  return GatherPulledRows(open_, held->tensors, held->positions, pull, allocate);
 }
 
 // On one of gRPC's threads, which reads the stream: nothing here waits for the stream.
@@ -100,8 +96,10 @@ void SessionCore::AnswerPull(const RowPull& pull) {
           "PromptOptions.rows gave ", data.size(), " bytes of ", v1::Tensor_Name(tensor),
           " of layer ", pull.layer, "; ", needed, " are needed")));
     }
-    // The session has ended where this fails, and whoever waits learns why.
-    if (!packer.Add(pull.layer, tensor, data, 0, rows->owner).ok()) return;
+    const absl::Status added = packer.Add(pull.layer, tensor, data, 0, rows->owner);
+    // Where the session has ended, whoever waits learns why.
+    if (absl::IsCancelled(added)) return;
+    if (!added.ok()) return Fail(added);
   }
   if (!packer.Flush().ok()) return;
   absl::MutexLock lock(&mutex_);

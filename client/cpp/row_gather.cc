@@ -82,7 +82,7 @@ absl::Status CheckPullable(const v1::Open& open, uint32_t layer, const LayerTens
 
 absl::StatusOr<PulledRows> GatherPulledRows(const v1::Open& open, const LayerTensors& tensors,
                                             absl::Span<const int32_t> positions,
-                                            const RowPull& pull, BytesPool* pool) {
+                                            const RowPull& pull, RowAllocator allocate) {
   const size_t tokens = positions.empty() ? open.prompt_tokens() : positions.size();
   absl::Status status = CheckPullable(open, pull.layer, tensors, tokens);
   if (!status.ok()) return status;
@@ -103,12 +103,20 @@ absl::StatusOr<PulledRows> GatherPulledRows(const v1::Open& open, const LayerTen
   const auto gather = [&](v1::Tensor tensor, absl::Span<const std::byte>* span) {
     const size_t row = RowBytes(open, tensor);
     const size_t kept = pull.kept_tokens;
-    const Bytes& out = owners->emplace_back(pool->Acquire(KvHeads(open) * kept * row));
-    Gather(open, span->data(), row, tokens, kept, places, out.data());
-    *span = out.span();
+    absl::StatusOr<Bytes> out = allocate(KvHeads(open) * kept * row);
+    if (!out.ok()) return out.status();
+    Gather(open, span->data(), row, tokens, kept, places, out->data());
+    *span = out->span();
+    owners->push_back(*std::move(out));
+    return absl::OkStatus();
   };
-  gather(v1::TENSOR_VALUES, &rows.values);
-  if (pull.keys) gather(v1::TENSOR_KEYS, &rows.keys);
+  if (absl::Status gathered = gather(v1::TENSOR_VALUES, &rows.values); !gathered.ok()) {
+    return gathered;
+  }
+  if (absl::Status gathered = pull.keys ? gather(v1::TENSOR_KEYS, &rows.keys) : absl::OkStatus();
+      !gathered.ok()) {
+    return gathered;
+  }
   rows.owner = std::move(owners);
   return rows;
 }

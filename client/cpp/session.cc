@@ -94,6 +94,11 @@ absl::Status CompressSession::SendChunk(uint32_t layer, uint32_t first_token, ui
     return absl::InvalidArgumentError(
         "SendChunk: keys and values are paged; send their blocks with Send");
   }
+  if (core_->shared_place() != nullptr) {
+    return absl::InvalidArgumentError(
+        "SendChunk: the transport is shared memory; write chunks into their tensor and send that "
+        "with SendLayer");
+  }
   const uint64_t prompt_tokens = open.prompt_tokens();
   if (tokens == 0 || first_token >= prompt_tokens || tokens > prompt_tokens - first_token) {
     return absl::InvalidArgumentError(absl::StrCat("SendChunk: ", tokens, " tokens from ",

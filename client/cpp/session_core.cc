@@ -1,7 +1,11 @@
 #include "client/cpp/session_core.h"
 
+#include <algorithm>
 #include <utility>
 #include <variant>
+
+#include "structkv/arena.h"
+#include "structkv/sizes.h"
 
 namespace structkv::client::internal {
 namespace {
@@ -20,15 +24,17 @@ bool NeedsTensors(const v1::Opened& opened, uint32_t layer) {
 
 }  // namespace
 
-SessionCore::SessionCore(BatchPrompt prompt, std::shared_ptr<BytesPool> pool,
+SessionCore::SessionCore(BatchPrompt prompt, SharedPlace place, std::shared_ptr<BytesPool> pool,
                          std::shared_ptr<Stream> stream, uint32_t index)
     : open_(std::move(prompt.open)),
       options_(std::move(prompt.options)),
+      place_(std::move(place)),
       pool_(std::move(pool)),
       stream_(std::move(stream)),
       index_(index),
-      assembler_(open_, options_.allocate, pool_.get(),
-                 [this](uint32_t layer) { return IsSkeletonLayer(layer); }) {}
+      assembler_(
+          open_, options_.allocate, pool_.get(),
+          [this](uint32_t layer) { return IsSkeletonLayer(layer); }, place_.results) {}
 
 SessionCore::~SessionCore() {
   Cancel();
@@ -111,13 +117,74 @@ void SessionCore::OnMessage(wire::Response response) {
   } else if (std::optional<RowPull> pull = assembler_.TakePull()) {
     AnswerPull(*pull);
   } else if (event->has_value()) {
+    if (const auto* layer = std::get_if<LayerResult>(&**event)) ReleaseHeld(layer->layer);
     Deliver(**std::move(event));
   } else if (!was_opened && assembler_.has_opened()) {
     opened_ = assembler_.opened();
+    if (opened_.transport() == v1::TRANSPORT_UNSPECIFIED) {  // of a server without a choice
+      opened_.set_transport(v1::TRANSPORT_INLINE);
+    }
+    if (opened_.transport_reason().empty()) opened_.set_transport_reason(place_.reason);
     if (options_.on_opened) options_.on_opened(opened_);
     absl::MutexLock lock(&mutex_);
     opened_set_ = true;
     changed_.SignalAll();
+  }
+}
+
+void SessionCore::HoldUntilAnswered(uint32_t layer, std::shared_ptr<const void> owner) {
+  absl::MutexLock lock(&mutex_);
+  // What was answered, or is over, needs it no more; the piece is refused or ignored.
+  if (!status_.has_value() && !answered_.contains(layer)) owners_.emplace(layer, std::move(owner));
+}
+
+void SessionCore::ReleaseHeld(uint32_t layer) {
+  std::vector<std::shared_ptr<const void>> owners;  // released outside the lock
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto [begin, end] = owners_.equal_range(layer);
+    for (auto it = begin; it != end; ++it) owners.push_back(std::move(it->second));
+  }
+  owners.clear();
+  // Who waits for room must not find the layer answered before its room is there.
+  absl::MutexLock lock(&mutex_);
+  owners_.erase(layer);
+  answered_.insert(layer);
+  changed_.SignalAll();
+}
+
+bool SessionCore::IsSent(uint32_t layer) const {
+  const bool skeleton = skeleton_layers_.contains(layer);
+  for (const int tensor : opened_.required_tensors()) {
+    const auto named = static_cast<v1::Tensor>(tensor);
+    const uint64_t needed = skeleton ? SkeletonTensorBytes(open_, opened_, named)
+                                     : InputTensorBytes(open_, opened_, named);
+    if (sent_.bytes(layer, tensor) != needed) return false;
+  }
+  return true;
+}
+
+bool SessionCore::RoomIsDue() const {
+  return std::any_of(owners_.begin(), owners_.end(),
+                     [this](const auto& held) { return IsSent(held.first); });
+}
+
+absl::StatusOr<Bytes> SessionCore::AllocateStaging(size_t size, bool wait) {
+  if (place_.staging == nullptr) {
+    return absl::InvalidArgumentError("there is no StreamOptions.staging to copy it to");
+  }
+  while (true) {
+    size_t answered = 0;
+    {
+      absl::MutexLock lock(&mutex_);
+      answered = answered_.size();
+    }
+    absl::StatusOr<Bytes> block = place_.staging->Allocate(size);
+    if (block.ok() || !wait || !absl::IsResourceExhausted(block.status())) return block;
+    absl::MutexLock lock(&mutex_);
+    if (answered == answered_.size() && !RoomIsDue()) return block;
+    while (!status_.has_value() && answered == answered_.size()) changed_.Wait(&mutex_);
+    if (status_.has_value()) return EndedStatus();
   }
 }
 
@@ -206,11 +273,14 @@ void SessionCore::Fail(const absl::Status& status) {
 
 void SessionCore::Finish() {
   std::map<uint32_t, Held> held;
+  decltype(owners_) owners;
   {
     absl::MutexLock lock(&mutex_);
     held.swap(held_);
+    owners.swap(owners_);
   }
   held.clear();
+  owners.clear();
   absl::MutexLock lock(&mutex_);
   done_ = true;
   changed_.SignalAll();

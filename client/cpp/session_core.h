@@ -18,6 +18,7 @@
 #include "client/cpp/bytes_pool.h"
 #include "client/cpp/sent_ranges.h"
 #include "client/cpp/stream.h"
+#include "client/cpp/transport_choice.h"
 #include "grpcpp/support/byte_buffer.h"
 #include "structkv/options.h"
 #include "structkv/result.h"
@@ -32,8 +33,9 @@ class SessionCore final {
  public:
   // Prompt number `prompt` of `stream`, which must have been started with it before anything else
   // is called.
-  SessionCore(BatchPrompt prompt, std::shared_ptr<BytesPool> pool, std::shared_ptr<Stream> stream,
-              uint32_t index);
+  // `place`: what its `Open` offers beside messages.
+  SessionCore(BatchPrompt prompt, SharedPlace place, std::shared_ptr<BytesPool> pool,
+              std::shared_ptr<Stream> stream, uint32_t index);
   // As Stream::Detach().
   ~SessionCore();
 
@@ -50,6 +52,18 @@ class SessionCore final {
   // Before a layer of skeleton rows is sent: its answer may come while it is.
   void NoteSkeletonLayer(uint32_t layer);
   void NoteSent(uint32_t layer, int tensor, uint64_t begin, uint64_t end);
+
+  // Over shared memory, after WaitOpened() has returned OK; null: tensors go in messages.
+  const SharedPlace* shared_place() const {
+    return opened_.transport() == v1::TRANSPORT_SHARED_MEMORY ? &place_ : nullptr;
+  }
+  // Keeps `owner` until the layer was answered. Before the layer is sent.
+  void HoldUntilAnswered(uint32_t layer, std::shared_ptr<const void> owner);
+  // A block of the staging arena. Where that is full, and `wait`, waits for answers that make room.
+  //   INVALID_ARGUMENT    there is no staging arena
+  //   RESOURCE_EXHAUSTED  no answer that is due makes room
+  //   and what the session ended with
+  absl::StatusOr<Bytes> AllocateStaging(size_t size, bool wait);
 
   // With `Open.pull` (see pull_session.cc):
   bool pulls() const;
@@ -86,9 +100,15 @@ class SessionCore final {
 
   void AnswerPull(const RowPull& pull);
   absl::StatusOr<PulledRows> RowsFor(const RowPull& pull);
+  // Whether everything was sent that the layer's answer needs, but for what is pulled.
+  bool IsSent(uint32_t layer) const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
+  // Whether answers are due that let go of memory.
+  bool RoomIsDue() const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
   // Layers that were sent and wait for their rows.
   bool RowsAreDue() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool IsSkeletonLayer(uint32_t layer) const;
+  // Lets go of what was held for a layer.
+  void ReleaseHeld(uint32_t layer);
   void Deliver(Event event);
   // Ends the session on this side, unless it has ended.
   void Fail(const absl::Status& status);
@@ -102,6 +122,7 @@ class SessionCore final {
 
   const v1::Open open_;
   const PromptOptions options_;
+  const SharedPlace place_;
   const std::shared_ptr<BytesPool> pool_;
   const std::shared_ptr<Stream> stream_;
   const uint32_t index_;
@@ -117,6 +138,9 @@ class SessionCore final {
   std::map<uint32_t, Held> held_ ABSL_GUARDED_BY(mutex_);
   std::set<uint32_t> rows_queued_ ABSL_GUARDED_BY(mutex_);    // layers
   uint32_t lowest_without_rows_ ABSL_GUARDED_BY(mutex_) = 0;  // layer
+  // By layer, until it was answered.
+  std::multimap<uint32_t, std::shared_ptr<const void>> owners_ ABSL_GUARDED_BY(mutex_);
+  std::set<uint32_t> answered_ ABSL_GUARDED_BY(mutex_);  // layers
   std::deque<Event> events_ ABSL_GUARDED_BY(mutex_);
   std::optional<absl::Status> status_ ABSL_GUARDED_BY(mutex_);  // set by Settle()
   bool done_ ABSL_GUARDED_BY(mutex_) = false;                   // set by Finish()

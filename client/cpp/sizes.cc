@@ -1,6 +1,7 @@
 #include "structkv/sizes.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 namespace structkv::client {
@@ -122,6 +123,53 @@ v1::Granularity EffectiveGranularity(const v1::Method& method) {
     default:
       return v1::GRANULARITY_PER_LAYER;
   }
+}
+
+uint32_t MostKeptTokens(const v1::Open& open) {
+  // Beside the budget's share: a window, or sinks. Methods' own default to at most so many.
+  constexpr uint64_t kDefaultAlways = 32;
+  const v1::Method& method = open.method();
+  double ratio = 0.1;
+  uint64_t always = kDefaultAlways;
+  const auto take = [&](const v1::Budget& budget, bool has_always, uint64_t given) {
+    if (budget.has_ratio()) ratio = budget.ratio();
+    if (has_always) always = given;
+  };
+  const auto take_windowed = [&](const auto& kind) {
+    take(kind.kv_budget(), kind.has_window_tokens(), kind.window_tokens());
+  };
+  switch (method.kind_case()) {
+    case v1::Method::kSnapkv:
+      take_windowed(method.snapkv());
+      break;
+    case v1::Method::kPyramidkv:  // the first layer keeps up to twice the mean
+      take_windowed(method.pyramidkv());
+      ratio *= 2;
+      break;
+    case v1::Method::kFastkv:
+      take_windowed(method.fastkv());
+      break;
+    case v1::Method::kGemfilter:
+      take_windowed(method.gemfilter());
+      break;
+    case v1::Method::kStreamingLlm:
+      take(method.streaming_llm().kv_budget(), method.streaming_llm().has_sink_tokens(),
+           method.streaming_llm().sink_tokens());
+      break;
+    case v1::Method::kH2O:
+      take(method.h2o().kv_budget(), false, 0);
+      break;
+    case v1::Method::kFull:
+      return open.prompt_tokens();
+    default:
+      take_windowed(method.structkv());
+  }
+  // Roundings of the share, and of a pyramid's layers, are below 4. What is no ratio is refused.
+  const double share = std::ceil(ratio * open.prompt_tokens()) + 4;
+  const double most = open.prompt_tokens();
+  return static_cast<uint32_t>(share >= 0 && share + static_cast<double>(always) < most
+                                   ? share + static_cast<double>(always)
+                                   : most);
 }
 
 uint32_t KeptBlocks(const v1::Open& open, uint32_t kept) {

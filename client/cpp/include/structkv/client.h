@@ -23,6 +23,7 @@
 #include "grpcpp/channel.h"
 #include "structkv/held_cache.h"
 #include "structkv/options.h"
+#include "structkv/region.h"
 #include "structkv/session.h"
 #include "structkv/v1/compression.pb.h"
 
@@ -30,6 +31,7 @@ namespace structkv::client {
 
 namespace internal {
 class BytesPool;
+class TransportChooser;
 }  // namespace internal
 
 // Thread-safe. Sessions may outlive the client. One client is one connection; for more throughput
@@ -50,6 +52,16 @@ class Client {
   // What the server can do.
   absl::StatusOr<v1::GetCapabilitiesResponse> GetCapabilities(
       absl::Duration timeout = absl::Seconds(10));
+
+  // Registers `region` with the server, for the streams of `tenant`, unless it is registered.
+  // Opening a prompt does so by itself; this says early, and to a person, why it cannot be.
+  //   UNIMPLEMENTED        the server has no shared memory
+  //   UNAVAILABLE          the server, or the region socket that it names, cannot be reached: it
+  //   was
+  //                        stopped, or runs on another host
+  //   FAILED_PRECONDITION  a region of kind kNamed, whose one registration is over
+  //   or what the server says (region.proto)
+  absl::Status Register(Region& region, const std::string& tenant = "");
 
   // Opens a stream, sends `open` and waits until the server has admitted it, trying again as
   // `options.retry` says. An empty idempotency key is filled in, so that an attempt takes the place
@@ -83,6 +95,7 @@ class Client {
  private:
   std::shared_ptr<grpc::Channel> channel_;
   std::shared_ptr<internal::BytesPool> pool_;
+  std::unique_ptr<internal::TransportChooser> transports_;
 };
 
 }  // namespace structkv::client

@@ -20,6 +20,9 @@
 
 namespace structkv::client {
 
+class Arena;   // arena.h
+class Region;  // region.h
+
 // When a prompt is tried again. Tried again are UNAVAILABLE, and RESOURCE_EXHAUSTED where the
 // server says when (`grpc-retry-pushback-ms`); nothing once the first result has arrived.
 struct RetryPolicy {
@@ -63,6 +66,18 @@ struct PulledRows {
 };
 using RowSource = std::function<absl::StatusOr<PulledRows>(const RowPull&)>;
 
+// Where the tensors of a stream lie (docs/transports.md).
+enum class TransportChoice : uint8_t {
+  // The best that there is: shared memory where regions are given and the server can have it,
+  // inline
+  // elsewhere. `Opened.transport_reason` says why not shared memory.
+  kAuto,
+  // In messages.
+  kInline,
+  // In memory that the server has mapped as well. What does not grant it is an error.
+  kSharedMemory,
+};
+
 // Of a stream: what the prompts of a batch have in common.
 struct StreamOptions {
   // From the first attempt to the last answer. Infinite: the server's own cap alone.
@@ -79,6 +94,15 @@ struct StreamOptions {
   // Send an XXH3 checksum with every piece.
   bool checksums = false;
   RetryPolicy retry;
+  TransportChoice transport = TransportChoice::kAuto;
+  // For shared memory: the regions that keys and values lie in. They are registered with the server
+  // where they are not, also after it was restarted. At most 64, `staging` and
+  // PromptOptions.results among them.
+  std::vector<std::shared_ptr<Region>> regions;
+  // For shared memory: keys and values that lie outside of the regions, and pulled rows, are copied
+  // to it until their layer was answered. Sending waits for answers where it is full. Null: they
+  // are refused.
+  std::shared_ptr<Arena> staging;
   // Sent as gRPC metadata with every attempt.
   std::vector<std::pair<std::string, std::string>> metadata;
 };
@@ -88,6 +112,10 @@ struct StreamOptions {
 struct PromptOptions {
   // Where results go; null: memory from the client's pool.
   ResultAllocator allocate;
+  // With shared memory and the output COMPACT: kept keys and values of all layers are written here
+  // by the server, into one block that LayerResult.keys and .values share. RESOURCE_EXHAUSTED where
+  // it has no room for that. Null: they come in messages.
+  std::shared_ptr<Arena> results;
   // With `Open.pull`: gives the rows that the server asks for. An error ends the session with it.
   // Null: they are taken from the tensors that SendLayer() was given.
   RowSource rows;

@@ -33,7 +33,10 @@ struct LayerTensors {
   // and saliency then have its tokens in place of N. From PivotResult.skeleton_from_layer on.
   // Always copied.
   absl::Span<const int32_t> positions;
-  // Keeps all of them alive; released when the transport is done with them. Null: they are copied.
+  // Keeps all of them alive; released when the transport is done with them: when they were sent or,
+  // of shared memory, when the layer was answered, before its result is handed on. Null: they are
+  // copied, but for what lies in shared memory, which must stay as it is until the layer was
+  // answered.
   std::shared_ptr<const void> owner;
 };
 
@@ -65,6 +68,12 @@ struct ChunkTensors {
 // `layers_in_flight` ahead of one that waits, and Commit() for the last rows. Read results
 // meanwhile, or leave `StreamOptions.max_buffered_result_bytes` unbounded.
 //
+// Shared memory (`opened().transport()`): keys and values are whole, in one of
+// StreamOptions.regions and from a multiple of 64 bytes of it on, or are copied to
+// StreamOptions.staging; without that, INVALID_ARGUMENT names the tensor. A session that fails or
+// is cancelled may leave the server reading, or writing a result, for a moment: results' memory is
+// given out again once the server says that it has let go.
+//
 // Threads: one thread may send (Send, SendLayer, Commit) while another reads (NextEvent, Collect,
 // Wait); Cancel may be called from any. The library reads the stream all the while, so a single
 // thread that sends everything first and reads afterwards does not deadlock. Sessions of a batch
@@ -84,7 +93,7 @@ class CompressSession {
 
   // Sends bytes of a tensor, cut into messages. Blocks while too many bytes wait to be sent. The
   // data are copied; with an `owner`, which keeps them alive until the transport has let go of
-  // them, they are not.
+  // them, they are not. Over shared memory as SendLayer(), keys and values whole.
   absl::Status Send(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
                     uint64_t offset_bytes = 0, const std::shared_ptr<const void>& owner = nullptr);
 
@@ -97,7 +106,9 @@ class CompressSession {
   // Sends the keys and values of tokens [first_token, first_token + tokens) of a full layer; with
   // [kv_head, token, dim] that is a piece for each KV head. The layer's other tensors go by Send or
   // SendLayer, at any time. INVALID_ARGUMENT where the tokens leave the prompt, or a tensor has
-  // another size than theirs, or they are paged (Send takes whole blocks).
+  // another size than theirs, or they are paged (Send takes whole blocks), or the transport is
+  // shared memory (there a chunk is written into its place in the tensor, and SendLayer sends
+  // that).
   absl::Status SendChunk(uint32_t layer, uint32_t first_token, uint32_t tokens,
                          const ChunkTensors& chunk);
 

@@ -1,0 +1,53 @@
+// How a server gets to know a region.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "grpcpp/channel.h"
+#include "structkv/region.h"
+
+namespace structkv::client::internal {
+
+// A server, as regions know it.
+struct RegionServer {
+  std::shared_ptr<grpc::Channel> channel;
+  std::string socket;  // path of its region socket
+  std::string tenant;
+
+  // Equal for the same server and tenant.
+  std::string key() const { return socket + '\0' + tenant; }
+};
+
+// A region's registration with one server, which ends with the object.
+class Registration {
+ public:
+  virtual ~Registration() = default;
+  const std::string& handle() const { return handle_; }
+  // False once the server has dropped it, or is gone.
+  virtual bool holds() = 0;
+
+ protected:
+  explicit Registration(std::string handle) : handle_(std::move(handle)) {}
+
+ private:
+  const std::string handle_;
+};
+
+// Over the region socket, whose connection the registration keeps.
+//   UNAVAILABLE  the socket cannot be reached, or does not answer; its path is named
+//   and what the server answers (region.proto)
+absl::StatusOr<std::unique_ptr<Registration>> RegisterDescriptor(const RegionServer& server,
+                                                                 const RegionOptions& options,
+                                                                 int descriptor);
+
+// Gives the unnamed file of /dev/shm behind `descriptor` a name and registers that; a thread renews
+// its lease.
+absl::StatusOr<std::unique_ptr<Registration>> RegisterNamed(const RegionServer& server,
+                                                            const RegionOptions& options,
+                                                            int descriptor);
+
+}  // namespace structkv::client::internal

@@ -1,0 +1,17 @@
+// Where the server writes results that go into a region (`Open.result_range`).
+#pragma once
+
+#include <cstdint>
+
+#include "structkv/v1/compression.pb.h"
+
+namespace structkv::client::internal {
+
+// Bytes of the range that a prompt of `open` may need, before `Opened` says how many it does.
+uint64_t MostResultBytes(const v1::Open& open);
+
+// Where a layer's kept TENSOR_KEYS or TENSOR_VALUES begin, from the range's begin.
+uint64_t ResultOffset(const v1::Open& open, const v1::Opened& opened, uint32_t layer,
+                      v1::Tensor tensor);
+
+}  // namespace structkv::client::internal
