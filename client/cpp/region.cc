@@ -72,9 +72,12 @@ absl::StatusOr<std::shared_ptr<Region>> Region::Create(const RegionOptions& want
   }
   RegionOptions options = wanted;
   const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  if (options.size_bytes > SIZE_MAX / 2) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "RegionOptions.size_bytes is ", options.size_bytes, "; it must be at most ", SIZE_MAX / 2));
+  // A memfd has no limit of its own: taking more pages than there are would end the process.
+  const size_t memory = page * static_cast<size_t>(sysconf(_SC_PHYS_PAGES));
+  if (options.size_bytes > memory) {
+    return absl::ResourceExhaustedError(absl::StrCat("RegionOptions.size_bytes is ",
+                                                     options.size_bytes, "; this machine has ",
+                                                     memory, " bytes of memory"));
   }
   options.size_bytes = (options.size_bytes + page - 1) / page * page;
   Parts parts;
@@ -83,9 +86,9 @@ absl::StatusOr<std::shared_ptr<Region>> Region::Create(const RegionOptions& want
   if (parts.descriptor < 0) return Failed("no shared memory", options);
   const auto size = static_cast<off_t>(options.size_bytes);
   if (ftruncate(parts.descriptor, size) != 0) return Failed("setting its size", options);
-  // What cannot be had must be an error here, not a signal at the first touch: /dev/shm is limited.
-  if (options.prefault || options.kind == RegionKind::kNamed) {
-    if (fallocate(parts.descriptor, 0, 0, size) != 0) return Failed("taking its pages", options);
+  // /dev/shm is limited: what cannot be had must be an error here, not a signal at the first touch.
+  if (options.kind == RegionKind::kNamed && fallocate(parts.descriptor, 0, 0, size) != 0) {
+    return Failed("taking its pages in /dev/shm", options);
   }
   const int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
   if (options.kind == RegionKind::kDescriptor && fcntl(parts.descriptor, F_ADD_SEALS, seals) != 0) {

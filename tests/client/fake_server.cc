@@ -32,6 +32,7 @@ grpc::Status FakeServer::GetCapabilities(grpc::ServerContext* /*context*/,
                                          const v1::GetCapabilitiesRequest* /*request*/,
                                          v1::GetCapabilitiesResponse* response) {
   response->set_version("1.2.3");
+  response->set_region_socket(region_socket);
   return grpc::Status::OK;
 }
 

@@ -31,6 +31,8 @@ class FakeServer final : public v1::Compression::Service {
 
   const std::string& address() const { return address_; }
   int attempts() const { return attempts_.load(); }
+  // Of its capabilities; not to be changed during a call.
+  std::string region_socket;
 
   grpc::Status Compress(grpc::ServerContext* context, Stream* stream) override;
   grpc::Status GetCapabilities(grpc::ServerContext* context,

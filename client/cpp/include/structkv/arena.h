@@ -13,9 +13,9 @@
 namespace structkv::client {
 
 // Thread-safe. Gives out the first free range that is large enough, and joins what comes back with
-// its free neighbours. Blocks of few sizes, of which one is the largest, never leave more unused
-// than the number of gaps between them times that size; a program of very different sizes is better
-// served by an arena, and a region, for each.
+// its free neighbours. Blocks of one size never leave a gap that none of them fits; of sizes that
+// differ up to n times, live blocks of M bytes in all may need up to about M * (1 + log2 n) bytes
+// of the region.
 class Arena {
  public:
   // Sizes and alignments are rounded up to it: the service reads tensors in place that begin at a
