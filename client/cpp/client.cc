@@ -154,7 +154,7 @@ std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>> Client::OpenBatch(
     for (const size_t i : due) tried.push_back(requests[i]);
     const absl::StatusOr<internal::Offer> offer =
         unknown < 2 ? transports_->MakeOffer(tried, options, deadline)
-                    : internal::Offer{{}, {}, "the server does not know the registered regions"};
+                    : internal::NoOffer("the server does not know the registered regions");
     auto openings = TryOpen(std::move(tried), offer, options, pool_, channel_, deadline);
     bool admitted = false;
     std::vector<size_t> again;

@@ -14,23 +14,11 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/synchronization/notification.h"
+#include "client/cpp/region_call.h"
 #include "client/cpp/registration.h"
-#include "structkv/v1/region.grpc.pb.h"
 
 namespace structkv::client::internal {
 namespace {
-
-constexpr absl::Duration kCallLimit = absl::Seconds(10);
-
-template <typename Call>
-absl::Status CallRegions(const RegionServer& server, absl::Duration limit, Call call) {
-  grpc::ClientContext context;
-  context.set_deadline(absl::ToChronoTime(absl::Now() + limit));
-  if (!server.tenant.empty()) context.AddMetadata("structkv-tenant", server.tenant);
-  const auto stub = v1::Regions::NewStub(server.channel);
-  const grpc::Status status = call(*stub, &context);
-  return {static_cast<absl::StatusCode>(status.error_code()), status.error_message()};
-}
 
 class LeasedRegistration final : public Registration {
  public:
@@ -47,9 +35,11 @@ class LeasedRegistration final : public Registration {
     request.set_handle(handle());
     v1::UnregisterRegionResponse response;
     // Where it fails, the lease ends by itself.
-    CallRegions(server_, kCallLimit, [&](v1::Regions::Stub& stub, grpc::ClientContext* context) {
-      return stub.UnregisterRegion(context, request, &response);
-    }).IgnoreError();
+    CallRegions(server_, absl::Now() + kRegionCallLimit,
+                [&](v1::Regions::Stub& stub, grpc::ClientContext* context) {
+                  return stub.UnregisterRegion(context, request, &response);
+                })
+        .IgnoreError();
   }
 
   bool holds() override { return holds_.load(); }
@@ -64,7 +54,7 @@ class LeasedRegistration final : public Registration {
       v1::RenewRegionResponse response;
       const absl::Time asked = absl::Now();
       const absl::Status status = CallRegions(
-          server_, lease_ / 3, [&](v1::Regions::Stub& stub, grpc::ClientContext* context) {
+          server_, asked + lease_ / 3, [&](v1::Regions::Stub& stub, grpc::ClientContext* context) {
             return stub.RenewRegion(context, request, &response);
           });
       if (status.ok()) end = asked + lease_;
@@ -110,9 +100,10 @@ absl::StatusOr<std::unique_ptr<Registration>> RegisterNamed(const RegionServer& 
   }
   v1::RegisterRegionResponse response;
   const absl::Status status =
-      CallRegions(server, kCallLimit, [&](v1::Regions::Stub& stub, grpc::ClientContext* context) {
-        return stub.RegisterRegion(context, request, &response);
-      });
+      CallRegions(server, absl::Now() + kRegionCallLimit,
+                  [&](v1::Regions::Stub& stub, grpc::ClientContext* context) {
+                    return stub.RegisterRegion(context, request, &response);
+                  });
   if (!status.ok()) {
     unlink(path.c_str());
     return status;

@@ -274,13 +274,17 @@ void SessionCore::Fail(const absl::Status& status) {
 void SessionCore::Finish() {
   std::map<uint32_t, Held> held;
   decltype(owners_) owners;
+  bool well = false;
   {
     absl::MutexLock lock(&mutex_);
     held.swap(held_);
     owners.swap(owners_);
+    well = status_->ok();
   }
   held.clear();
   owners.clear();
+  // The server may be at it still.
+  if (shared_place() != nullptr && !place_.results.empty() && !well) place_.retire(place_.results);
   absl::MutexLock lock(&mutex_);
   done_ = true;
   changed_.SignalAll();

@@ -45,6 +45,12 @@ bool ServerIsAway(const absl::Status& status) {
 
 }  // namespace
 
+Offer NoOffer(std::string reason) {
+  Offer offer;
+  offer.reason = std::move(reason);
+  return offer;
+}
+
 std::optional<wire::Range> SharedPlace::Find(absl::Span<const std::byte> bytes) const {
   for (size_t i = 0; i < regions.size(); ++i) {
     if (const auto offset = regions[i]->OffsetOf(bytes)) {
@@ -116,9 +122,14 @@ absl::StatusOr<Offer> TransportChooser::MakeOffer(absl::Span<const BatchPrompt> 
     status = handle.status();
     if (handle.ok()) offer.handles.push_back(*std::move(handle));
   }
-  if (status.ok()) return offer;
+  if (status.ok()) {
+    offer.server = *server;
+    offer.retired = retired_;
+    if (retired_->size() > 0) retired_->Release(deadline);
+    return offer;
+  }
   if (must) return status;
-  return Offer{{}, {}, std::string(status.message())};
+  return NoOffer(std::string(status.message()));
 }
 
 void TransportChooser::Forget(const Offer& offer, const StreamOptions& options) {
@@ -149,7 +160,8 @@ absl::StatusOr<SharedPlace> PlacePrompt(const Offer& offer, const StreamOptions&
   for (const std::string& handle : offer.handles) open->add_regions(handle);
   place.regions = offer.regions;
   place.staging = stream.staging;
-  if (options.results == nullptr || open->output() == v1::OUTPUT_PLAN) return place;
+  const bool no_rows = open->output() == v1::OUTPUT_PLAN || open->output() == v1::OUTPUT_HOLD;
+  if (options.results == nullptr || no_rows) return place;
   absl::StatusOr<Bytes> results = options.results->Allocate(MostResultBytes(*open));
   if (!results.ok()) {
     return absl::Status(results.status().code(),
@@ -158,6 +170,10 @@ absl::StatusOr<SharedPlace> PlacePrompt(const Offer& offer, const StreamOptions&
   if (results->empty()) return place;
   place.results = *std::move(results);
   place.result_range = *place.Find(place.results.span());
+  place.retire = [retired = offer.retired, server = offer.server,
+                  handle = offer.handles[place.result_range.region]](const Bytes& block) {
+    retired->Add(block, server, handle);
+  };
   open->mutable_result_range()->set_region(place.result_range.region);
   open->mutable_result_range()->set_offset_bytes(place.result_range.offset_bytes);
   open->mutable_result_range()->set_size_bytes(place.result_range.size_bytes);

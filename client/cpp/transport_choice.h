@@ -1,6 +1,7 @@
 // Which transport a stream asks for, and where its prompts' tensors lie.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -13,6 +14,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "client/cpp/registration.h"
+#include "client/cpp/retired_blocks.h"
 #include "grpcpp/channel.h"
 #include "structkv/arena.h"
 #include "structkv/bytes.h"
@@ -26,8 +28,13 @@ namespace structkv::client::internal {
 struct Offer {
   std::vector<std::shared_ptr<Region>> regions;  // in the order of `Open.regions`; empty: nothing
   std::vector<std::string> handles;
-  std::string reason;  // why nothing
+  std::string reason;   // why nothing
+  RegionServer server;  // that the handles are of
+  std::shared_ptr<RetiredBlocks> retired;
 };
+
+// An empty one.
+Offer NoOffer(std::string reason);
 
 // Where a prompt's tensors lie beside its messages, should the server agree.
 struct SharedPlace {
@@ -35,6 +42,8 @@ struct SharedPlace {
   std::shared_ptr<Arena> staging;
   Bytes results;  // empty: they come in messages
   wire::Range result_range;
+  // Takes the results' memory back where the prompt does not end well.
+  std::function<void(const Bytes&)> retire;
   std::string reason;  // why nowhere
 
   // The range that `bytes`, not empty, are; nullopt: they lie outside of all regions.
@@ -51,8 +60,8 @@ class TransportChooser {
   absl::StatusOr<std::string> Register(Region& region, const std::string& tenant,
                                        absl::Time deadline);
 
-  // Registers what `prompts` may lie in. Where that is not possible: with kAuto an empty offer,
-  // unless the server is away altogether.
+  // Registers what `prompts` may lie in, and takes back what a server has let go of. Where that is
+  // not possible: with kAuto an empty offer, unless the server is away altogether.
   absl::StatusOr<Offer> MakeOffer(absl::Span<const BatchPrompt> prompts,
                                   const StreamOptions& options, absl::Time deadline);
 
@@ -63,6 +72,7 @@ class TransportChooser {
   absl::StatusOr<RegionServer> Server(const std::string& tenant, absl::Time deadline);
 
   const std::shared_ptr<grpc::Channel> channel_;
+  const std::shared_ptr<RetiredBlocks> retired_ = std::make_shared<RetiredBlocks>();
   absl::Mutex mutex_;
   std::string socket_ ABSL_GUARDED_BY(mutex_);  // empty: not asked yet
 };
