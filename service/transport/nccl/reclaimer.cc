@@ -1,0 +1,72 @@
+#include "service/transport/nccl/reclaimer.h"
+
+#include <thread>
+#include <utility>
+
+#include "absl/synchronization/mutex.h"
+
+namespace structkv::nccl {
+
+struct Reclaimer::Shared {
+  std::shared_ptr<const Api> api;
+  DeviceApi device_api;
+  int device;
+  std::function<void(const std::vector<PeerId>&)> on_gone;
+
+  absl::Mutex mutex;
+  int threads ABSL_GUARDED_BY(mutex) = 0;
+
+  void GiveBack(std::vector<Remains> group);
+};
+
+Reclaimer::Reclaimer(std::shared_ptr<const Api> api, const DeviceApi& device_api, int device,
+                     std::function<void(const std::vector<PeerId>&)> on_gone)
+    : shared_(std::make_shared<Shared>()) {
+  shared_->api = std::move(api);
+  shared_->device_api = device_api;
+  shared_->device = device;
+  shared_->on_gone = std::move(on_gone);
+}
+
+void Reclaimer::Take(std::vector<Remains> group) {
+  if (group.empty()) return;
+  {
+    absl::MutexLock lock(&shared_->mutex);
+    ++shared_->threads;
+  }
+  std::thread([shared = shared_, group = std::move(group)]() mutable {
+    shared->GiveBack(std::move(group));
+    absl::MutexLock lock(&shared->mutex);
+    --shared->threads;
+  }).detach();
+}
+
+bool Reclaimer::WaitUntilEmpty(absl::Duration limit) {
+  absl::MutexLock lock(&shared_->mutex);
+  const auto empty = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(shared_->mutex) {
+    return shared_->threads == 0;
+  };
+  return shared_->mutex.AwaitWithTimeout(absl::Condition(&empty), limit);
+}
+
+// Errors change nothing: there is no other way to give a communicator back.
+void Reclaimer::Shared::GiveBack(std::vector<Remains> group) {
+  (void)device_api.set_device(device);
+  const Functions& call = api->call();
+  const bool abort = group.front().abort;
+  if (abort) (void)call.group_start();
+  std::vector<PeerId> peers;
+  for (const Remains& remains : group) {
+    peers.push_back(remains.peer);
+    if (remains.comm == nullptr) continue;
+    (void)(abort ? call.comm_abort(remains.comm) : call.comm_destroy(remains.comm));
+  }
+  if (abort) (void)call.group_end();
+  for (const Remains& remains : group) {
+    if (remains.stream != nullptr) device_api.destroy_stream(remains.stream);
+  }
+  group.clear();
+  on_gone(peers);
+}
+
+}  // namespace structkv::nccl

@@ -1,0 +1,87 @@
+// The thread of one GPU: the only one that uses communicators. It waits for none of them.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/functional/any_invocable.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "service/transport/nccl/communicator.h"
+#include "service/transport/nccl/inbox.h"
+#include "service/transport/nccl/reclaimer.h"
+
+namespace structkv::nccl {
+
+struct WorkerStats {
+  int live = 0;        // communicators that connect, transfer, idle or close
+  int reclaiming = 0;  // those that are being destroyed or aborted
+  bool operator==(const WorkerStats&) const = default;
+};
+
+// Thread-safe. Its functions return at once. Callbacks come on its thread, without a lock; every one
+// is called once. What fails is UNAVAILABLE unless said otherwise, and fails alone: the
+// communicators of other peers go on. A failed communicator is aborted.
+class Worker {
+ public:
+  using Done = Communicator::Done;
+
+  // INVALID_ARGUMENT for options out of range, or as DeviceApi::set_device.
+  static absl::StatusOr<std::unique_ptr<Worker>> Start(std::shared_ptr<const Api> api,
+                                                       const DeviceApi& device_api,
+                                                       WorkerOptions options);
+  // Aborts all, as one group, and waits for that up to `abort_limit`. Not on its own thread.
+  ~Worker();
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
+
+  // A new id. NCCL listens for its two ranks, with a thread and a descriptor, until both came: for
+  // ever, where one never does.
+  void MakeId(absl::AnyInvocable<void(absl::StatusOr<UniqueId>)> done);
+  // Joins as rank 0 or 1. RESOURCE_EXHAUSTED at `max_communicators`.
+  void Connect(PeerId peer, const UniqueId& id, int rank, Done done);
+  // Appends a transfer. Both ends must submit the same ones in the same order. May come before
+  // Connect is done.
+  void Submit(PeerId peer, Transfer transfer);
+  // Finalizes once all transfers are through; so must the other end.
+  void Close(PeerId peer, Done done);
+  // Ends all that is under way with `why`.
+  void Abort(PeerId peer, absl::Status why);
+  // The peer has shown that it lives.
+  void PeerAlive(PeerId peer);
+
+  WorkerStats stats() const { return {live_.load(), reclaiming_.load()}; }
+  const WorkerOptions& options() const { return options_; }
+  int nccl_version() const { return api_->version(); }
+
+ private:
+  Worker(std::shared_ptr<const Api> api, const DeviceApi& device_api, WorkerOptions options);
+
+  void Run();
+  // On its thread, all of them.
+  void StepAll();
+  Communicator* Find(PeerId peer);
+  void Lose(PeerId peer, const absl::Status& why);
+  void GiveBackLost();
+  absl::Duration NextWait() const;
+
+  const std::shared_ptr<const Api> api_;
+  const DeviceApi device_api_;
+  const WorkerOptions options_;
+  const std::shared_ptr<Inbox> inbox_ = std::make_shared<Inbox>();
+  std::atomic<int> live_ = 0;
+  std::atomic<int> reclaiming_ = 0;
+  Reclaimer reclaimer_;
+
+  // Its thread's alone.
+  absl::flat_hash_map<PeerId, std::unique_ptr<Communicator>> communicators_;
+  std::vector<Remains> lost_;
+  bool stopping_ = false;
+
+  std::thread thread_;
+};
+
+}  // namespace structkv::nccl
