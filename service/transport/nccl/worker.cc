@@ -61,11 +61,7 @@ Worker::Worker(std::shared_ptr<const Api> api, const DeviceApi& device_api, Work
       reclaimer_(api_, device_api_, options_.device,
                  [inbox = inbox_, this](const std::vector<PeerId>& peers) {
                    // Dropped where this worker is gone.
-                   inbox->Post([this, peers] {
-                     reclaiming_ -= static_cast<int>(peers.size());
-                     if (!options_.on_gone) return;
-                     for (PeerId peer : peers) options_.on_gone(peer);
-                   });
+                   inbox->Post([this, peers] { Gone(peers); });
                  }) {}
 
 Worker::~Worker() {
@@ -86,23 +82,27 @@ void Worker::MakeId(absl::AnyInvocable<void(absl::StatusOr<UniqueId>)> done) {
   });
 }
 
-void Worker::Connect(PeerId peer, const UniqueId& id, int rank, Done done) {
-  inbox_->Post([this, peer, id, rank, done = std::move(done)]() mutable {
+void Worker::Connect(PeerId peer, const UniqueId& id, int rank, PeerEvents events) {
+  inbox_->Post([this, peer, id, rank, events = std::move(events)]() mutable {
     if (live_ + reclaiming_ >= options_.max_communicators) {
-      done(absl::ResourceExhaustedError(
+      events.connected(absl::ResourceExhaustedError(
           absl::StrCat("all ", options_.max_communicators, " NCCL communicators of device ",
                        options_.device, " are taken, ", reclaiming_.load(),
                        " of them are being given back")));
       return;
     }
-    auto [place, added] = communicators_.try_emplace(peer);
-    if (!added) {
-      done(absl::AlreadyExistsError(absl::StrCat("NCCL pair ", peer, " has a communicator")));
+    if (peers_.contains(peer) || on_gone_.contains(peer)) {
+      events.connected(
+          absl::AlreadyExistsError(absl::StrCat("NCCL pair ", peer, " has a communicator")));
       return;
     }
-    place->second = std::make_unique<Communicator>(api_.get(), &device_api_, &options_, peer);
+    auto communicator =
+        std::make_unique<Communicator>(api_.get(), &device_api_, &options_, peer);
+    Communicator* const connecting = communicator.get();
+    Done connected = std::move(events.connected);
+    peers_.emplace(peer, Peer{std::move(communicator), std::move(events)});
     ++live_;
-    absl::Status status = place->second->Connect(id, rank, std::move(done));
+    absl::Status status = connecting->Connect(id, rank, std::move(connected));
     if (!status.ok()) Lose(peer, status);
   });
 }
@@ -152,8 +152,8 @@ void Worker::Run() {
   // What was posted before the end gets its answer too.
   for (Inbox::Job& job : inbox_->Take(absl::ZeroDuration())) job();
   inbox_->Close();
-  while (!communicators_.empty()) {
-    Lose(communicators_.begin()->first, absl::UnavailableError("the NCCL transport shuts down"));
+  while (!peers_.empty()) {
+    Lose(peers_.begin()->first, absl::UnavailableError("the NCCL transport shuts down"));
   }
   GiveBackLost();
 }
@@ -161,43 +161,56 @@ void Worker::Run() {
 void Worker::StepAll() {
   std::vector<std::pair<PeerId, absl::Status>> failed;
   std::vector<Remains> closed;
-  for (const auto& [peer, communicator] : communicators_) {
-    absl::Status status = communicator->Step();
-    status.Update(communicator->CheckPeer());
+  for (const auto& [id, peer] : peers_) {
+    absl::Status status = peer.communicator->Step();
+    status.Update(peer.communicator->CheckPeer());
     if (!status.ok()) {
-      failed.emplace_back(peer, std::move(status));
-    } else if (communicator->closed()) {
-      closed.push_back(communicator->TakeClosed());
+      failed.emplace_back(id, std::move(status));
+    } else if (peer.communicator->closed()) {
+      closed.push_back(peer.communicator->TakeClosed());
     }
   }
-  for (const auto& [peer, status] : failed) Lose(peer, status);
-  for (const Remains& remains : closed) communicators_.erase(remains.peer);
+  for (const auto& [id, status] : failed) Lose(id, status);
+  for (const Remains& remains : closed) {
+    on_gone_.emplace(remains.peer, std::move(peers_.extract(remains.peer).mapped().events.gone));
+  }
   live_ -= static_cast<int>(closed.size());
   reclaiming_ += static_cast<int>(closed.size());
   reclaimer_.Take(std::move(closed));
 }
 
 Communicator* Worker::Find(PeerId peer) {
-  const auto found = communicators_.find(peer);
-  return found == communicators_.end() ? nullptr : found->second.get();
+  const auto found = peers_.find(peer);
+  return found == peers_.end() ? nullptr : found->second.communicator.get();
 }
 
 void Worker::Lose(PeerId peer, const absl::Status& why) {
-  auto communicator = communicators_.extract(peer);
-  if (communicator.empty()) return;
+  auto lost = peers_.extract(peer);
+  if (lost.empty()) return;
+  auto& [communicator, events] = lost.mapped();
   const absl::Status unavailable = absl::UnavailableError(why.message());
   --live_;
   ++reclaiming_;
-  lost_.push_back(communicator.mapped()->Fail(unavailable));
-  if (options_.on_lost) options_.on_lost(peer, unavailable);
+  lost_.push_back(communicator->Fail(unavailable));
+  on_gone_.emplace(peer, std::move(events.gone));
+  if (events.lost) events.lost(unavailable);
 }
 
 // All that were lost in one round: as one group.
 void Worker::GiveBackLost() { reclaimer_.Take(std::exchange(lost_, {})); }
 
+void Worker::Gone(const std::vector<PeerId>& peers) {
+  reclaiming_ -= static_cast<int>(peers.size());
+  for (PeerId peer : peers) {
+    auto gone = on_gone_.extract(peer);
+    if (gone.mapped()) gone.mapped()();
+  }
+}
+
 absl::Duration Worker::NextWait() const {
-  const bool busy = std::any_of(communicators_.begin(), communicators_.end(),
-                                [](const auto& entry) { return entry.second->busy(); });
+  const bool busy = std::any_of(peers_.begin(), peers_.end(), [](const auto& entry) {
+    return entry.second.communicator->busy();
+  });
   return busy ? options_.poll_interval : options_.tick_interval;
 }
 

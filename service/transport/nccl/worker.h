@@ -22,6 +22,16 @@ struct WorkerStats {
   bool operator==(const WorkerStats&) const = default;
 };
 
+// What a caller learns of a communicator, each at most once; all but `connected` may be empty.
+struct PeerEvents {
+  // How Connect ended.
+  Communicator::Done connected;
+  // It failed or was aborted; its transfers were told just before.
+  Communicator::Done lost;
+  // Nothing is left of it: it was closed, or its abort has returned. Not where the worker goes.
+  absl::AnyInvocable<void()> gone;
+};
+
 // Thread-safe. Its functions return at once. Callbacks come on its thread, without a lock; every one
 // is called once. What fails is UNAVAILABLE unless said otherwise, and fails alone: the
 // communicators of other peers go on. A failed communicator is aborted.
@@ -38,11 +48,14 @@ class Worker {
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
 
+  // Names a communicator to be; never given twice.
+  PeerId NewPeer() { return ++last_peer_; }
   // A new id. NCCL listens for its two ranks, with a thread and a descriptor, until both came: for
   // ever, where one never does.
   void MakeId(absl::AnyInvocable<void(absl::StatusOr<UniqueId>)> done);
-  // Joins as rank 0 or 1. RESOURCE_EXHAUSTED at `max_communicators`.
-  void Connect(PeerId peer, const UniqueId& id, int rank, Done done);
+  // Joins as rank 0 or 1. RESOURCE_EXHAUSTED at `max_communicators`, ALREADY_EXISTS for a peer that
+  // is connected: then `connected` alone is called.
+  void Connect(PeerId peer, const UniqueId& id, int rank, PeerEvents events);
   // Appends a transfer. Both ends must submit the same ones in the same order. May come before
   // Connect is done.
   void Submit(PeerId peer, Transfer transfer);
@@ -62,22 +75,30 @@ class Worker {
 
   void Run();
   // On its thread, all of them.
+  struct Peer {
+    std::unique_ptr<Communicator> communicator;
+    PeerEvents events;
+  };
+
   void StepAll();
   Communicator* Find(PeerId peer);
   void Lose(PeerId peer, const absl::Status& why);
   void GiveBackLost();
+  void Gone(const std::vector<PeerId>& peers);
   absl::Duration NextWait() const;
 
   const std::shared_ptr<const Api> api_;
   const DeviceApi device_api_;
   const WorkerOptions options_;
   const std::shared_ptr<Inbox> inbox_ = std::make_shared<Inbox>();
+  std::atomic<PeerId> last_peer_ = 0;
   std::atomic<int> live_ = 0;
   std::atomic<int> reclaiming_ = 0;
   Reclaimer reclaimer_;
 
   // Its thread's alone.
-  absl::flat_hash_map<PeerId, std::unique_ptr<Communicator>> communicators_;
+  absl::flat_hash_map<PeerId, Peer> peers_;
+  absl::flat_hash_map<PeerId, absl::AnyInvocable<void()>> on_gone_;  // of those being given back
   std::vector<Remains> lost_;
   bool stopping_ = false;
 

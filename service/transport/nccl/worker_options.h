@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <functional>
 
-#include "absl/status/status.h"
 #include "absl/time/time.h"
 
 namespace structkv::nccl {
@@ -40,10 +39,6 @@ struct WorkerOptions {
   absl::Duration tick_interval = absl::Seconds(1);
 
   // Called on the GPU's thread, without a lock; may be empty, must not block.
-  // A communicator failed or was aborted; its transfers were told just before.
-  std::function<void(PeerId, const absl::Status&)> on_lost;
-  // A communicator of which nothing is left: closed, or its abort has returned.
-  std::function<void(PeerId)> on_gone;
   std::function<void()> on_tick;
 };
 

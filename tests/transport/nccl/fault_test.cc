@@ -74,11 +74,6 @@ class NcclFaultTest : public ::testing::Test {
   }
 
   void Start(WorkerOptions options = QuickOptions()) {
-    options.on_lost = [this](PeerId peer, const absl::Status&) {
-      EXPECT_NE(peer, kGood);
-      ++lost_;
-    };
-    options.on_gone = [this](PeerId) { ++gone_; };
     worker_ = StartWorker(options);
     other_ = StartWorker();
     ConnectPair(worker_.get(), other_.get(), kGood);
@@ -111,8 +106,12 @@ class NcclFaultTest : public ::testing::Test {
     for (int64_t length : kLengths) command.push_back(std::to_string(length));
     peer_ = std::make_unique<Process>(command);
     Outcome connected;
-    worker_->Connect(peer, id, 0, connected.Setter());
+    worker_->Connect(peer, id, 0, Events(connected));
     return connected;
+  }
+
+  PeerEvents Events(const Outcome& connected) {
+    return {connected.Setter(), [this](const absl::Status&) { ++lost_; }, [this] { ++gone_; }};
   }
 
   // A transfer whose buffers are kept by its `hold`.
@@ -238,7 +237,7 @@ TEST_F(NcclFaultTest, AbortsWhatFailsTogetherAsOneGroup) {
   // One job, and so one round of the worker's.
   Outcome all;
   worker_->MakeId([&, set = all.Setter()](const absl::StatusOr<UniqueId>& id) mutable {
-    for (int i = 0; i < 3; ++i) worker_->Connect(i, ids[i], 0, never[i].Setter());
+    for (int i = 0; i < 3; ++i) worker_->Connect(i, ids[i], 0, Events(never[i]));
     for (int i = 0; i < 3; ++i) worker_->Abort(i, absl::CancelledError("not wanted"));
     set(id.status());
   });

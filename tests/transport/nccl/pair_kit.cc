@@ -100,8 +100,8 @@ void ConnectPair(Worker* a, Worker* b, PeerId peer) {
   const UniqueId id = MakeId(b);
   Outcome first;
   Outcome second;
-  a->Connect(peer, id, 0, first.Setter());
-  b->Connect(peer, id, 1, second.Setter());
+  a->Connect(peer, id, 0, {first.Setter(), {}, {}});
+  b->Connect(peer, id, 1, {second.Setter(), {}, {}});
   ASSERT_EQ(first.Wait(), absl::OkStatus());
   ASSERT_EQ(second.Wait(), absl::OkStatus());
 }

@@ -33,7 +33,7 @@ int Main(const std::vector<std::string>& arguments) {
   options.connect_limit = options.group_limit = absl::Seconds(30);
   auto worker = StartWorker(options);
   Outcome connected;
-  worker->Connect(1, id, std::stoi(arguments[1]), connected.Setter());
+  worker->Connect(1, id, std::stoi(arguments[1]), {connected.Setter(), {}, {}});
   if (!Report("connected", connected.Wait())) return 1;
   const Data expected(lengths, seed);
   Data data(lengths, send ? seed : 0);

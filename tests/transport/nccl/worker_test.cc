@@ -147,11 +147,11 @@ TEST_F(WorkerTest, RefusesMoreThanItsCommunicators) {
   auto b = StartWorker();
   ConnectPair(a.get(), b.get(), 1);
   Outcome second;
-  a->Connect(2, MakeId(b.get()), 0, second.Setter());
+  a->Connect(2, MakeId(b.get()), 0, {second.Setter(), {}, {}});
   EXPECT_EQ(second.Wait().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(second.Wait().message()), HasSubstr("all 1 NCCL communicators"));
   Outcome again;
-  b->Connect(1, MakeId(b.get()), 0, again.Setter());
+  b->Connect(1, MakeId(b.get()), 0, {again.Setter(), {}, {}});
   EXPECT_EQ(again.Wait().code(), absl::StatusCode::kAlreadyExists);
   Outcome unknown;
   Data data({1}, 1);
@@ -168,7 +168,7 @@ TEST_F(WorkerTest, EndsWhatIsUnderWayWhenItGoes) {
     auto a = StartWorker();
     ConnectPair(a.get(), b.get(), 1);
     a->Submit(1, MakeTransfer(Direction::kReceive, &data, waiting.Setter()));
-    a->Connect(2, MakeId(b.get()), 0, connecting.Setter());
+    a->Connect(2, MakeId(b.get()), 0, {connecting.Setter(), {}, {}});
   }
   EXPECT_EQ(waiting.Wait().code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(std::string(connecting.Wait().message()), HasSubstr("shuts down"));

@@ -1,0 +1,159 @@
+#include "service/transport/nccl/client_pair.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "service/transport/nccl/transfer_order.h"
+
+namespace structkv::nccl {
+
+std::shared_ptr<ClientPair> ClientPair::Start(Worker* worker, const Identity& identity,
+                                              Channel<ClientMessage> channel, Attached attached) {
+  std::shared_ptr<ClientPair> pair(
+      new ClientPair(worker, identity, std::move(channel), std::move(attached)));
+  pair->channel_.send(identity);
+  return pair;
+}
+
+void ClientPair::OnMessage(ServiceMessage message) {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (ended_) return;
+    if (peer_ != 0) worker_->PeerAlive(peer_);
+  }
+  std::visit([this](auto&& content) { Handle(std::move(content)); }, std::move(message));
+}
+
+void ClientPair::OnEnd(const absl::Status& why) {
+  Fail(absl::Status(why.ok() ? absl::StatusCode::kUnavailable : why.code(),
+                    absl::StrCat("the control stream ended: ", why.message())));
+}
+
+void ClientPair::End() { Fail(absl::CancelledError("the client ended the pair")); }
+
+void ClientPair::Offer(const std::string& key, Transfer transfer) {
+  nccl::Offer offer{key, transfer.direction, {}};
+  for (const Buffer& buffer : transfer.buffers) offer.lengths.push_back(buffer.bytes);
+  absl::Status status = CheckOffer(offer);
+  {
+    absl::MutexLock lock(&mutex_);
+    if (ended_) status.Update(absl::UnavailableError("the NCCL pair has ended"));
+    if (status.ok() && offers_.contains(key)) {
+      status = absl::AlreadyExistsError(absl::StrCat("transfer '", key, "' waits already"));
+    }
+    if (status.ok()) {
+      offers_.emplace(key, std::move(transfer));
+      channel_.send(std::move(offer));
+      return;
+    }
+  }
+  transfer.hold.reset();
+  transfer.done(status);
+}
+
+void ClientPair::Handle(Welcome welcome) {
+  absl::Status status = CheckPeer(identity_, welcome.identity);
+  const absl::Duration silence = worker_->options().silence_limit;
+  if (status.ok() && welcome.heartbeat_interval * 2 > silence) {
+    status = absl::FailedPreconditionError(absl::StrCat(
+        "heartbeat_interval is ", absl::FormatDuration(welcome.heartbeat_interval),
+        ", at most half of the silence_limit of ", absl::FormatDuration(silence), " is allowed"));
+  }
+  if (!status.ok()) return Fail(status);
+  Attached attached;
+  {
+    absl::MutexLock lock(&mutex_);
+    attached = std::exchange(attached_, nullptr);
+  }
+  if (attached) attached(welcome.pair);
+}
+
+void ClientPair::Handle(Connect connect) {
+  // The id is made here, not by the service: one that nobody comes to costs who made it.
+  worker_->MakeId([self = shared_from_this(),
+                   generation = connect.generation](const absl::StatusOr<UniqueId>& id) {
+    self->Join(generation, id);
+  });
+}
+
+void ClientPair::Join(uint64_t generation, const absl::StatusOr<UniqueId>& id) {
+  if (!id.ok()) return Fail(id.status());
+  const auto self = shared_from_this();
+  const auto fail = [self](const absl::Status& status) {
+    if (!status.ok()) self->Fail(status);
+  };
+  absl::MutexLock lock(&mutex_);
+  if (ended_) return;
+  generation_ = generation;
+  peer_ = worker_->NewPeer();
+  worker_->Connect(peer_, *id, /*rank=*/1, {fail, fail, {}});
+  channel_.send(nccl::Join{generation, *id});
+}
+
+void ClientPair::Handle(Order order) {
+  absl::Status status;
+  {
+    absl::MutexLock lock(&mutex_);
+    auto offer = offers_.extract(order.key);
+    if (!offer.empty() && order.generation == generation_ &&
+        order.sequence == last_sequence_ + 1) {
+      last_sequence_ = order.sequence;
+      Transfer& transfer = offer.mapped();
+      transfer.done = [self = shared_from_this(), sequence = order.sequence,
+                       done = std::move(transfer.done)](const absl::Status& result) mutable {
+        done(result);
+        if (result.ok()) self->channel_.send(Finished{sequence});
+      };
+      worker_->Submit(peer_, std::move(transfer));
+      return;
+    }
+    status = absl::InvalidArgumentError(absl::StrCat(
+        "the service ordered transfer '", order.key, "' of generation ", order.generation, " as ",
+        order.sequence, offer.empty() ? ", which was not offered" : "", "; generation ",
+        generation_, " and ", last_sequence_ + 1, " are due"));
+    if (!offer.empty()) offers_.insert(std::move(offer));
+  }
+  Fail(status);
+}
+
+void ClientPair::Handle(Refused refused) {
+  Transfer transfer;
+  {
+    absl::MutexLock lock(&mutex_);
+    auto offer = offers_.extract(refused.key);
+    if (offer.empty()) return;
+    transfer = std::move(offer.mapped());
+  }
+  transfer.hold.reset();
+  transfer.done(refused.why);
+}
+
+void ClientPair::Handle(Close close) {
+  absl::MutexLock lock(&mutex_);
+  if (ended_ || close.generation != generation_) return;
+  worker_->Close(std::exchange(peer_, 0), [](const absl::Status&) {});  // a failure is told as lost
+}
+
+void ClientPair::Handle(Heartbeat) { channel_.send(Heartbeat{}); }
+
+void ClientPair::Fail(const absl::Status& why) {
+  const absl::Status unavailable = absl::UnavailableError(why.message());
+  Attached attached;
+  absl::flat_hash_map<std::string, Transfer> offers;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (std::exchange(ended_, true)) return;
+    attached = std::exchange(attached_, nullptr);
+    offers = std::exchange(offers_, {});
+    if (peer_ != 0) worker_->Abort(peer_, unavailable);
+    channel_.send(Broken{std::string(why.message())});
+    channel_.end(why);
+  }
+  for (auto& [key, transfer] : offers) {
+    transfer.hold.reset();
+    transfer.done(unavailable);
+  }
+  if (attached) attached(why);
+}
+
+}  // namespace structkv::nccl

@@ -1,0 +1,340 @@
+#include "service/transport/nccl/hub.h"
+
+#include <random>
+
+#include "absl/strings/str_cat.h"
+
+namespace structkv::nccl {
+namespace {
+
+Hub::PairId NewPairId() {
+  std::random_device random;
+  return (uint64_t{random()} << 32) | random();
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Hub>> Hub::Start(std::shared_ptr<const Api> api,
+                                                const DeviceApi& device_api, HubOptions options) {
+  if (options.worker.tick_interval * 2 > options.worker.silence_limit) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("tick_interval is ", absl::FormatDuration(options.worker.tick_interval),
+                     ", at most half of the silence_limit of ",
+                     absl::FormatDuration(options.worker.silence_limit), " is allowed"));
+  }
+  absl::StatusOr<std::string> bus_id = device_api.bus_id(options.worker.device);
+  if (!bus_id.ok()) return bus_id.status();
+  std::unique_ptr<Hub> hub(new Hub(std::move(options)));
+  hub->identity_ = {kProtocolVersion, api->version(), hub->options_.host_id, *bus_id,
+                    hub->options_.worker.group_bytes};
+  WorkerOptions worker_options = hub->options_.worker;
+  worker_options.on_tick = [hub = hub.get()] { hub->Tick(); };
+  auto worker = Worker::Start(std::move(api), device_api, std::move(worker_options));
+  if (!worker.ok()) return worker.status();
+  hub->worker_ = *std::move(worker);
+  return hub;
+}
+
+Hub::~Hub() {
+  Told told;
+  {
+    absl::MutexLock lock(&mutex_);
+    while (!pairs_.empty()) {
+      End(pairs_.begin()->first, absl::UnavailableError("the NCCL transport shuts down"), &told);
+    }
+  }
+  Tell(std::move(told));
+}
+
+void Hub::Tell(Told told) {
+  for (auto& [transfer, status] : told) {
+    transfer.hold.reset();  // NCCL never had it
+    transfer.done(status);
+  }
+}
+
+Hub::PairId Hub::Attach(ServiceChannel channel) {
+  auto pair = std::make_unique<Pair>();
+  pair->channel = std::move(channel);
+  pair->deadline = Clock::now() + absl::ToChronoNanoseconds(options_.worker.connect_limit);
+  absl::MutexLock lock(&mutex_);
+  PairId id = NewPairId();
+  while (id == 0 || pairs_.contains(id)) id = NewPairId();
+  pairs_.emplace(id, std::move(pair));
+  return id;
+}
+
+void Hub::OnMessage(PairId id, ClientMessage message) {
+  Told told;
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto found = pairs_.find(id);
+    if (found == pairs_.end()) return;
+    Pair& pair = *found->second;
+    if (pair.peer != 0) worker_->PeerAlive(pair.peer);
+    if (pair.state == State::kHello && !std::holds_alternative<Hello>(message)) {
+      End(id, absl::InvalidArgumentError("the first message is not hello"), &told);
+    } else {
+      std::visit(
+          [&](auto&& content) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+            Handle(id, pair, std::move(content), &told);
+          },
+          std::move(message));
+    }
+  }
+  Tell(std::move(told));
+}
+
+void Hub::OnEnd(PairId id, const absl::Status& why) {
+  Told told;
+  {
+    absl::MutexLock lock(&mutex_);
+    End(id, absl::UnavailableError(absl::StrCat("the control stream ended: ", why.message())),
+        &told);
+  }
+  Tell(std::move(told));
+}
+
+void Hub::Submit(PairId id, const std::string& key, Transfer transfer) {
+  Told told;
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto found = pairs_.find(id);
+    if (found == pairs_.end()) {
+      told.emplace_back(std::move(transfer),
+                        absl::UnavailableError(absl::StrCat("NCCL pair ", id, " is not attached")));
+    } else if (absl::Status status = found->second->order.Add(key, transfer); !status.ok()) {
+      told.emplace_back(std::move(transfer), std::move(status));
+    } else {
+      Advance(id, *found->second, &told);
+    }
+  }
+  Tell(std::move(told));
+}
+
+bool Hub::Cancel(PairId id, const std::string& key) {
+  Told told;
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto found = pairs_.find(id);
+    if (found == pairs_.end()) return false;
+    absl::StatusOr<Transfer> transfer = found->second->order.Withdraw(key);
+    if (!transfer.ok()) return false;
+    told.emplace_back(*std::move(transfer),
+                      absl::CancelledError(absl::StrCat("transfer '", key, "' was cancelled")));
+  }
+  Tell(std::move(told));
+  return true;
+}
+
+HubStats Hub::stats() const {
+  absl::MutexLock lock(&mutex_);
+  return {static_cast<int>(pairs_.size()), worker_->stats()};
+}
+
+void Hub::Handle(PairId id, Pair& pair, Hello hello, Told* told) {
+  absl::Status status = pair.state == State::kHello
+                            ? CheckPeer(identity_, hello)
+                            : absl::InvalidArgumentError("hello came twice");
+  if (!status.ok()) return End(id, status, told);
+  pair.state = State::kIdle;
+  pair.channel.send(Welcome{identity_, id, options_.worker.tick_interval});
+  Advance(id, pair, told);
+}
+
+void Hub::Handle(PairId id, Pair& pair, Join join, Told* told) {
+  if (pair.state != State::kJoining || join.generation != pair.generation) {
+    return End(id,
+               absl::InvalidArgumentError(absl::StrCat("join of generation ", join.generation,
+                                                       " came, which was not asked for")),
+               told);
+  }
+  pair.state = State::kConnecting;
+  pair.peer = worker_->NewPeer();
+  worker_->Connect(pair.peer, join.id, /*rank=*/0,
+                   {[this, id](const absl::Status& status) { OnConnected(id, status); },
+                    [this, id](const absl::Status& why) { OnLost(id, why); },
+                    [this, id] { OnGone(id); }});
+}
+
+void Hub::Handle(PairId id, Pair& pair, Offer offer, Told* told) {
+  const std::string key = offer.key;
+  if (absl::Status status = pair.order.Add(std::move(offer)); !status.ok()) {
+    pair.channel.send(Refused{key, std::move(status)});
+  } else {
+    Advance(id, pair, told);
+  }
+}
+
+void Hub::Handle(PairId id, Pair& pair, Finished finished, Told* told) {
+  const uint64_t launched = pair.order.last_sequence() - pair.numbered.size();
+  if (finished.sequence != pair.client_finished + 1 || finished.sequence > launched) {
+    return End(id,
+               absl::InvalidArgumentError(absl::StrCat("finished of sequence ", finished.sequence,
+                                                       " came, of ", pair.client_finished + 1,
+                                                       " to ", launched, " is due")),
+               told);
+  }
+  pair.client_finished = finished.sequence;
+  EvictForThoseWhoWait();
+}
+
+void Hub::Handle(PairId, Pair&, Heartbeat, Told*) {}
+
+void Hub::Handle(PairId id, Pair&, Broken broken, Told* told) {
+  End(id, absl::UnavailableError(absl::StrCat("the client gave up: ", broken.why)), told);
+}
+
+void Hub::Advance(PairId id, Pair& pair, Told* told) {
+  TransferOrder::Decided decided = pair.order.Take();
+  for (TransferOrder::Numbered& one : decided.numbered) pair.numbered.push_back(std::move(one));
+  for (TransferOrder::Mismatch& one : decided.mismatched) {
+    pair.channel.send(Refused{one.key, one.why});
+    told->emplace_back(std::move(one.transfer), std::move(one.why));
+  }
+  if (pair.numbered.empty()) return;
+  if (pair.state == State::kConnected) {
+    Launch(id, pair);
+  } else if (pair.state == State::kIdle) {
+    if (cache_.Acquire(id)) {
+      StartJoining(pair);
+    } else {
+      pair.state = State::kWaiting;
+      EvictForThoseWhoWait();
+    }
+  }
+}
+
+void Hub::StartJoining(Pair& pair) {
+  pair.state = State::kJoining;
+  pair.deadline = Clock::now() + absl::ToChronoNanoseconds(options_.worker.connect_limit);
+  pair.channel.send(Connect{++pair.generation});
+}
+
+void Hub::Launch(PairId id, Pair& pair) {
+  cache_.Touch(id);
+  for (TransferOrder::Numbered& one : std::exchange(pair.numbered, {})) {
+    pair.channel.send(Order{pair.generation, one.sequence, std::move(one.key)});
+    one.transfer.done = [this, id, done = std::move(one.transfer.done)](
+                            const absl::Status& status) mutable {
+      done(status);
+      if (status.ok()) OnOwnFinished(id);
+    };
+    worker_->Submit(pair.peer, std::move(one.transfer));
+  }
+}
+
+void Hub::EvictForThoseWhoWait() {
+  const auto idle = [this](PairId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    const auto found = pairs_.find(id);
+    if (found == pairs_.end()) return false;
+    const Pair& pair = *found->second;
+    const uint64_t last = pair.order.last_sequence();
+    return pair.state == State::kConnected && pair.own_finished == last &&
+           pair.client_finished == last;
+  };
+  while (const std::optional<PairId> victim = cache_.Evict(idle)) {
+    Pair& pair = *pairs_.find(*victim)->second;
+    pair.state = State::kClosing;
+    pair.channel.send(Close{pair.generation});
+    worker_->Close(pair.peer, [](const absl::Status&) {});  // a failure is told by OnLost
+  }
+}
+
+void Hub::ReleasePlace(PairId id) {
+  const std::optional<PairId> next = cache_.Release(id);
+  if (next) StartJoining(*pairs_.find(*next)->second);
+}
+
+void Hub::End(PairId id, const absl::Status& why, Told* told) {
+  auto ended = pairs_.extract(id);
+  if (ended.empty()) return;
+  Pair& pair = *ended.mapped();
+  const absl::Status unavailable = absl::UnavailableError(why.message());
+  for (Transfer& transfer : pair.order.WithdrawAll()) {
+    told->emplace_back(std::move(transfer), unavailable);
+  }
+  for (TransferOrder::Numbered& one : pair.numbered) {
+    told->emplace_back(std::move(one.transfer), unavailable);
+  }
+  cache_.Quarantine(id);
+  if (pair.peer != 0) {
+    worker_->Abort(pair.peer, unavailable);  // OnGone gives the place back
+  } else {
+    ReleasePlace(id);
+  }
+  EvictForThoseWhoWait();
+  pair.channel.end(why);
+}
+
+void Hub::OnConnected(PairId id, const absl::Status& status) {
+  Told told;
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto found = pairs_.find(id);
+    if (found == pairs_.end()) return;
+    if (status.ok()) {
+      found->second->state = State::kConnected;
+      Advance(id, *found->second, &told);
+    } else {
+      End(id, status, &told);
+    }
+  }
+  Tell(std::move(told));
+}
+
+void Hub::OnLost(PairId id, const absl::Status& why) {
+  Told told;
+  {
+    absl::MutexLock lock(&mutex_);
+    End(id, why, &told);
+  }
+  Tell(std::move(told));
+}
+
+void Hub::OnGone(PairId id) {
+  Told told;
+  {
+    absl::MutexLock lock(&mutex_);
+    ReleasePlace(id);
+    if (const auto found = pairs_.find(id); found != pairs_.end()) {
+      Pair& pair = *found->second;
+      pair.state = State::kIdle;
+      pair.peer = 0;
+      Advance(id, pair, &told);
+    }
+  }
+  Tell(std::move(told));
+}
+
+void Hub::OnOwnFinished(PairId id) {
+  absl::MutexLock lock(&mutex_);
+  const auto found = pairs_.find(id);
+  if (found == pairs_.end()) return;
+  ++found->second->own_finished;
+  EvictForThoseWhoWait();
+}
+
+void Hub::Tick() {
+  Told told;
+  {
+    absl::MutexLock lock(&mutex_);
+    const Clock::time_point now = Clock::now();
+    std::vector<PairId> late;
+    for (const auto& [id, pair] : pairs_) {
+      if (pair->state != State::kHello) pair->channel.send(Heartbeat{});
+      const bool limited = pair->state == State::kHello || pair->state == State::kJoining;
+      if (limited && now > pair->deadline) late.push_back(id);
+    }
+    for (PairId id : late) {
+      End(id,
+          absl::UnavailableError(
+              absl::StrCat("the client was silent for longer than ",
+                           absl::FormatDuration(options_.worker.connect_limit))),
+          &told);
+    }
+  }
+  Tell(std::move(told));
+}
+
+}  // namespace structkv::nccl

@@ -1,0 +1,133 @@
+// The service's end of all pairs of one GPU: attaches clients, gives communicators to those that
+// have something to transfer, and assigns the order. client_pair.h is the other end.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "service/transport/nccl/communicator_cache.h"
+#include "service/transport/nccl/control.h"
+#include "service/transport/nccl/transfer_order.h"
+#include "service/transport/nccl/worker.h"
+
+namespace structkv::nccl {
+
+struct HubOptions {
+  // `tick_interval` is how often a heartbeat is sent: at most half of `silence_limit`. `on_tick` is
+  // the hub's own.
+  WorkerOptions worker;
+  std::string host_id = HostId();
+};
+
+struct HubStats {
+  int pairs = 0;
+  WorkerStats communicators;
+};
+
+// Thread-safe. What goes wrong with a pair ends that pair, its transfers and its control stream; the
+// others go on.
+class Hub {
+ public:
+  // Random, so that nobody uses another's.
+  using PairId = uint64_t;
+  using ServiceChannel = Channel<ServiceMessage>;
+
+  // INVALID_ARGUMENT for options out of range; otherwise as Worker::Start.
+  static absl::StatusOr<std::unique_ptr<Hub>> Start(std::shared_ptr<const Api> api,
+                                                    const DeviceApi& device_api,
+                                                    HubOptions options);
+  // Ends all pairs.
+  ~Hub();
+
+  // A control stream was opened. Its end is told by OnEnd, however it came about.
+  PairId Attach(ServiceChannel channel);
+  void OnMessage(PairId pair, ClientMessage message);
+  void OnEnd(PairId pair, const absl::Status& why);
+
+  // The service is ready for the transfer that the client offers, or will offer, under `key`. Any
+  // error but those of the pair itself (UNAVAILABLE): ALREADY_EXISTS for a key that waits,
+  // RESOURCE_EXHAUSTED where too many do, INVALID_ARGUMENT where the offer is of other lengths or of
+  // the same direction.
+  void Submit(PairId pair, const std::string& key, Transfer transfer);
+  // Takes a transfer back that the client has not offered yet; its `done` is called with CANCELLED.
+  // False where it is too late for that.
+  bool Cancel(PairId pair, const std::string& key);
+
+  HubStats stats() const;
+
+ private:
+  enum class State : uint8_t {
+    kHello,       // the client has not said who it is
+    kIdle,        // no communicator, and none is needed
+    kWaiting,     // for a place in the cache
+    kJoining,     // the client was asked to join
+    kConnecting,  // both do
+    kConnected,
+    kClosing,  // evicted
+  };
+
+  struct Pair {
+    ServiceChannel channel;
+    State state = State::kHello;
+    Clock::time_point deadline;  // of kHello and kJoining
+    uint64_t generation = 0;     // counts its communicators
+    PeerId peer = 0;             // from kConnecting to kClosing
+    TransferOrder order;
+    std::deque<TransferOrder::Numbered> numbered;  // not under way yet
+    uint64_t own_finished = 0;
+    uint64_t client_finished = 0;
+  };
+
+  // Callbacks of transfers, which are called without the lock.
+  using Told = std::vector<std::pair<Transfer, absl::Status>>;
+
+  explicit Hub(HubOptions options) : options_(std::move(options)), cache_(options_.worker.max_communicators) {}
+
+  static void Tell(Told told);
+
+  void Handle(PairId id, Pair& pair, Hello hello, Told* told)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Handle(PairId id, Pair& pair, Join join, Told* told) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Handle(PairId id, Pair& pair, Offer offer, Told* told)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Handle(PairId id, Pair& pair, Finished finished, Told* told)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Handle(PairId id, Pair& pair, Heartbeat, Told* told) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Handle(PairId id, Pair& pair, Broken broken, Told* told)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  // Goes as far as it can with what was numbered.
+  void Advance(PairId id, Pair& pair, Told* told) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void StartJoining(Pair& pair) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Launch(PairId id, Pair& pair) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void EvictForThoseWhoWait() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void ReleasePlace(PairId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void End(PairId id, const absl::Status& why, Told* told) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  // On the worker's thread.
+  void OnConnected(PairId id, const absl::Status& status);
+  void OnLost(PairId id, const absl::Status& why);
+  void OnGone(PairId id);
+  void OnOwnFinished(PairId id);
+  void Tick();
+
+  const HubOptions options_;
+  Identity identity_;
+
+  mutable absl::Mutex mutex_;
+  absl::flat_hash_map<PairId, std::unique_ptr<Pair>> pairs_ ABSL_GUARDED_BY(mutex_);
+  CommunicatorCache cache_ ABSL_GUARDED_BY(mutex_);
+
+  std::unique_ptr<Worker> worker_;  // the first to go
+};
+
+}  // namespace structkv::nccl

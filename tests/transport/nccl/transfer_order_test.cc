@@ -1,0 +1,104 @@
+#include "service/transport/nccl/transfer_order.h"
+
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace structkv::nccl {
+namespace {
+
+using ::testing::HasSubstr;
+
+Transfer Own(Direction direction, std::vector<int64_t> lengths) {
+  static std::byte byte;  // never touched
+  Transfer transfer;
+  transfer.direction = direction;
+  for (int64_t length : lengths) transfer.buffers.push_back({&byte, length});
+  return transfer;
+}
+
+absl::Status Add(TransferOrder& order, const std::string& key,
+                 std::vector<int64_t> lengths = {1}) {
+  Transfer transfer = Own(Direction::kReceive, lengths);
+  return order.Add(key, transfer);
+}
+
+absl::Status AddOffer(TransferOrder& order, const std::string& key,
+                      std::vector<int64_t> lengths = {1},
+                      Direction direction = Direction::kSend) {
+  return order.Add(Offer{key, direction, std::move(lengths)});
+}
+
+TEST(TransferOrderTest, NumbersInTheOrderInWhichBothAreReady) {
+  TransferOrder order;
+  EXPECT_EQ(Add(order, "a"), absl::OkStatus());
+  EXPECT_EQ(Add(order, "b"), absl::OkStatus());
+  EXPECT_EQ(AddOffer(order, "c"), absl::OkStatus());
+  EXPECT_TRUE(order.Take().numbered.empty());
+  EXPECT_EQ(AddOffer(order, "b"), absl::OkStatus());
+  EXPECT_EQ(Add(order, "c"), absl::OkStatus());
+  EXPECT_EQ(AddOffer(order, "a"), absl::OkStatus());
+  const TransferOrder::Decided decided = order.Take();
+  ASSERT_EQ(decided.numbered.size(), 3u);
+  for (uint64_t i = 0; i < 3; ++i) EXPECT_EQ(decided.numbered[i].sequence, i + 1);
+  EXPECT_EQ(decided.numbered[0].key, "b");
+  EXPECT_EQ(decided.numbered[1].key, "c");
+  EXPECT_EQ(decided.numbered[2].key, "a");
+  EXPECT_TRUE(order.Take().numbered.empty());
+  EXPECT_EQ(order.last_sequence(), 3u);
+  EXPECT_EQ(Add(order, "a"), absl::OkStatus());  // the key is free again
+}
+
+TEST(TransferOrderTest, SaysWhatDoesNotFit) {
+  TransferOrder order;
+  EXPECT_EQ(Add(order, "n", {1, 2}), absl::OkStatus());
+  EXPECT_EQ(AddOffer(order, "n", {1}), absl::OkStatus());
+  EXPECT_EQ(Add(order, "l", {1, 2}), absl::OkStatus());
+  EXPECT_EQ(AddOffer(order, "l", {1, 3}), absl::OkStatus());
+  EXPECT_EQ(Add(order, "d"), absl::OkStatus());
+  EXPECT_EQ(AddOffer(order, "d", {1}, Direction::kReceive), absl::OkStatus());
+  const TransferOrder::Decided decided = order.Take();
+  EXPECT_TRUE(decided.numbered.empty());
+  ASSERT_EQ(decided.mismatched.size(), 3u);
+  EXPECT_EQ(decided.mismatched[0].why,
+            absl::InvalidArgumentError("transfer 'n': 1 buffers were offered, 2 are needed"));
+  EXPECT_EQ(decided.mismatched[1].why,
+            absl::InvalidArgumentError("transfer 'l': buffer 1 has 3 bytes, 2 are needed"));
+  EXPECT_EQ(decided.mismatched[2].why,
+            absl::InvalidArgumentError("transfer 'd': both ends receive"));
+  EXPECT_EQ(order.last_sequence(), 0u);
+}
+
+TEST(TransferOrderTest, RefusesOffersOutOfRange) {
+  TransferOrder order;
+  const auto refused = [&](const Offer& offer, const char* text) {
+    const absl::Status status = order.Add(offer);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(std::string(status.message()), HasSubstr(text));
+  };
+  refused({"", Direction::kSend, {}}, "key has 0 bytes, 1 to 128");
+  refused({std::string(129, 'k'), Direction::kSend, {}}, "key has 129 bytes");
+  refused({"k", Direction::kSend, {-1}}, "a buffer of -1 bytes, 0 to 1099511627776");
+  refused({"k", Direction::kSend, {kMaxBufferBytes + 1}}, "a buffer of 1099511627777 bytes");
+  refused({"k", Direction::kSend, std::vector<int64_t>(4097)}, "has 4097 buffers, at most 4096");
+}
+
+TEST(TransferOrderTest, BoundsWhatWaits) {
+  TransferOrder order;
+  for (size_t i = 0; i < kMaxWaitingTransfers; ++i) {
+    ASSERT_EQ(AddOffer(order, "offer" + std::to_string(i)), absl::OkStatus());
+    ASSERT_EQ(Add(order, "own" + std::to_string(i)), absl::OkStatus());
+  }
+  EXPECT_EQ(AddOffer(order, "more").code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(Add(order, "more").code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(AddOffer(order, "offer0").code(), absl::StatusCode::kAlreadyExists);
+  EXPECT_EQ(Add(order, "own0").code(), absl::StatusCode::kAlreadyExists);
+  EXPECT_TRUE(order.Withdraw("own0").ok());
+  EXPECT_EQ(order.Withdraw("own0").status().code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(order.WithdrawAll().size(), kMaxWaitingTransfers - 1);
+}
+
+}  // namespace
+}  // namespace structkv::nccl
