@@ -13,7 +13,7 @@
 #include "service/session/session_impl.h"
 #include "service/session/session_plan.h"
 #include "service/session/session_registry.h"
-#include "service/session/shard_group.h"
+#include "service/session/shard_groups.h"
 
 namespace structkv::session {
 namespace {

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "service/session/session_plan.h"
+#include "service/session/shard_groups.h"
 
 namespace structkv::session {
 namespace {
@@ -149,15 +150,19 @@ bool ShardGroup::Release(const SessionCore* core) {
 }
 
 void ShardGroup::CheckWait(absl::Duration limit) {
-  if (absl::FromChrono(Clock::now() - made_) < limit) return;
   std::vector<size_t> missing;
   {
     const std::lock_guard lock(mutex_);
-    if (phase_ != Phase::kWaiting) return;
+    if (phase_ == Phase::kOver) return;
     for (size_t i = 0; i < members_.size(); ++i) {
       if (members_[i].core == nullptr) missing.push_back(i);
     }
   }
+  if (missing.empty()) {
+    Enqueue([this, limit] { CheckStandstill(limit); });
+    return;
+  }
+  if (absl::FromChrono(Clock::now() - made_) < limit) return;
   EndWait(absl::DeadlineExceededError(
       absl::StrCat("the group ", Name(), " waited longer than the limit of ",
                    absl::FormatDuration(limit), " for shard", missing.size() == 1 ? " " : "s ",
@@ -176,6 +181,7 @@ void ShardGroup::Offer(int64_t shard_index, engine::LayerInput part) {
       const std::lock_guard lock(mutex_);
       if (phase_ == Phase::kOver) return;
     }
+    still_since_.reset();
     const int64_t layer = part.layer;
     Parts& parts = parts_[layer];
     parts.insert_or_assign(shard_index, std::move(part));
@@ -214,6 +220,37 @@ void ShardGroup::Left(const SessionCore* core, const absl::Status& status) {
                                         " ended: ", absl::StatusCodeToString(status.code()), ": ",
                                         status.message())));
   });
+}
+
+// Whether every rank waits for its answer and no layer has come from all of them. A rank that owes
+// a message is its silence limit's, one that takes no results its stall limit's.
+bool ShardGroup::StandsStill() {
+  if (!begun_ || computing_ || parts_.empty() || !ready_.empty()) return false;
+  if (std::find(room_.begin(), room_.end(), false) != room_.end()) return false;
+  const std::lock_guard lock(mutex_);
+  return phase_ == Phase::kRunning &&
+         std::all_of(members_.begin(), members_.end(),
+                     [](const Member& member) { return member.core->turn() == Turn::kServers; });
+}
+
+void ShardGroup::CheckStandstill(absl::Duration limit) {
+  if (!StandsStill()) {
+    still_since_.reset();
+    return;
+  }
+  const Clock::time_point now = Clock::now();
+  if (!still_since_.has_value()) still_since_ = now;
+  if (absl::FromChrono(now - *still_since_) < limit) return;
+  std::vector<std::string> lacking;
+  for (const auto& [layer, parts] : parts_) {
+    int64_t shard = 0;
+    while (parts.count(shard) > 0) ++shard;
+    lacking.push_back(absl::StrCat("layer ", layer, " lacks shard ", shard));
+  }
+  const absl::Status status = absl::DeadlineExceededError(absl::StrCat(
+      "the ranks of the group ", Name(), " waited for one another longer than the limit of ",
+      absl::FormatDuration(limit), ": ", absl::StrJoin(lacking, ", ")));
+  End(Phase::kRunning, nullptr, status, status);
 }
 
 // Layers
@@ -356,47 +393,6 @@ std::vector<std::shared_ptr<SessionCore>> ShardGroup::TakeCores() {
     member.core = nullptr;
   }
   return cores;
-}
-
-// By id
-
-absl::StatusOr<std::shared_ptr<ShardGroup>> ShardGroups::Find(const SessionRequest& request,
-                                                              const SessionHost& host) {
-  const std::string& id = request.shard->group_id;
-  std::shared_ptr<ShardGroup> group;
-  if (!id.empty()) {
-    const std::lock_guard lock(mutex_);
-    if (!ended_.ok()) return ended_;
-    Entry& entry = groups_[id];
-    group = entry.weak.lock();
-    if (group == nullptr) {
-      group = std::make_shared<ShardGroup>(request, host);
-      entry = {.group = group.get(), .weak = group};
-      return group;
-    }
-  } else {
-    return std::make_shared<ShardGroup>(request, host);
-  }
-  if (absl::Status fits = group->Check(request); !fits.ok()) return fits;
-  return group;
-}
-
-void ShardGroups::Remove(const std::string& id, const ShardGroup* group) {
-  const std::lock_guard lock(mutex_);
-  const auto found = groups_.find(id);
-  if (found != groups_.end() && found->second.group == group) groups_.erase(found);
-}
-
-void ShardGroups::EndWaiting(const absl::Status& status) {
-  std::vector<std::shared_ptr<ShardGroup>> groups;
-  {
-    const std::lock_guard lock(mutex_);
-    ended_ = status;
-    for (const auto& [id, entry] : groups_) {
-      if (auto group = entry.weak.lock()) groups.push_back(std::move(group));
-    }
-  }
-  for (const std::shared_ptr<ShardGroup>& group : groups) group->EndWait(status);
 }
 
 }  // namespace structkv::session

@@ -13,7 +13,6 @@
 #include <string>
 #include <vector>
 
-#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
@@ -49,7 +48,9 @@ class ShardGroup : public std::enable_shared_from_this<ShardGroup> {
   // group waits no longer.
   bool Release(const SessionCore* core);
 
-  // Ends a group that still waits after `limit`, counted from its making, as DEADLINE_EXCEEDED.
+  // Ends as DEADLINE_EXCEEDED a group that still waits for a rank after `limit`, counted from its
+  // making, and one whose ranks have waited for one another that long, each for an answer to a
+  // layer that another one has not sent.
   void CheckWait(absl::Duration limit);
   // Ends a group that still waits.
   void EndWait(const absl::Status& status);
@@ -90,6 +91,8 @@ class ShardGroup : public std::enable_shared_from_this<ShardGroup> {
   void Advance();
   void OnComputed(Computed computed);
   void Finish();
+  bool StandsStill();
+  void CheckStandstill(absl::Duration limit);
   // Ends all members, once and where the phase is `from` at most: `culprit`, which may be null,
   // with `own`, the others with `others`.
   void End(Phase from, const SessionCore* culprit, const absl::Status& own,
@@ -119,6 +122,8 @@ class ShardGroup : public std::enable_shared_from_this<ShardGroup> {
   std::vector<bool> room_;          // by shard index
   std::vector<bool> done_;          // by shard index
   bool computing_ = false;          // a layer is with the scheduler
+  // When it was first seen to stand still, since the last part of a layer came.
+  std::optional<Clock::time_point> still_since_;
 
   // Used by the running computation; dropped once none runs.
   std::optional<engine::Prompt> prompt_;
@@ -126,28 +131,6 @@ class ShardGroup : public std::enable_shared_from_this<ShardGroup> {
   // The layer that waits for a thread. Taken back where the group ends first.
   std::mutex next_mutex_;
   std::optional<std::vector<engine::LayerInput>> next_;
-};
-
-// The groups of a server, by id. Thread-safe.
-class ShardGroups {
- public:
-  // The group that `request` may join, or a new one; as ShardGroup::Check. A nameless one is always
-  // new.
-  absl::StatusOr<std::shared_ptr<ShardGroup>> Find(const SessionRequest& request,
-                                                   const SessionHost& host);
-  // The id no longer leads to that group.
-  void Remove(const std::string& id, const ShardGroup* group);
-  // Ends those that wait, now and later.
-  void EndWaiting(const absl::Status& status);
-
- private:
-  struct Entry {
-    const ShardGroup* group = nullptr;
-    std::weak_ptr<ShardGroup> weak;
-  };
-  std::mutex mutex_;
-  absl::flat_hash_map<std::string, Entry> groups_;
-  absl::Status ended_;  // not OK: none may be made
 };
 
 }  // namespace structkv::session

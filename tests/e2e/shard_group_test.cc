@@ -516,6 +516,24 @@ TEST_F(ShardGroupTest, AGroupThatNeverFillsEndsAtTheLimit) {
   ExpectMemoryBack();
 }
 
+TEST_F(ShardGroupTest, RanksThatWaitForOneAnotherEndAtTheLimit) {
+  ServerOptions options = TestOptions();
+  options.streams.shard_group = absl::Milliseconds(500);
+  Start(options);
+  const std::vector<PromptData> parts =
+      SplitByRanks(PromptData(ShardOpen("layers_in_flight: 2"), 11), 2);
+  const auto zero = OpenRank(parts[0].open());
+  const auto one = OpenRank(parts[1].open());
+  zero->Send(LayerMessage(parts[0], 0));
+  one->Send(LayerMessage(parts[1], 1));
+  for (const auto* call : {&zero, &one}) {
+    ExpectFailure((*call)->Finish(), grpc::StatusCode::DEADLINE_EXCEEDED,
+                  {"'group'", "waited for one another", "500ms", "layer 0 lacks shard 1",
+                   "layer 1 lacks shard 0"});
+  }
+  ExpectMemoryBack();
+}
+
 TEST_F(ShardGroupTest, ARankThatIsKilledEndsTheOthers) {
   Start();
   const PromptData whole(ShardOpen(), 11);

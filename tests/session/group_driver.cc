@@ -223,8 +223,13 @@ void GroupDriver::DoWrong(int64_t rank) {
       return;
     case 6:
       Log(rank, "too late");
-      if (model_.waiting()) model_.EndWait(absl::StatusCode::kDeadlineExceeded);
-      session->CheckShardGroup(absl::ZeroDuration());
+      if (model_.waiting()) {
+        model_.EndWait(absl::StatusCode::kDeadlineExceeded);
+        session->CheckShardGroup(absl::ZeroDuration());
+      } else {
+        // Ranks that wait for one another, as here they may, are left alone.
+        session->CheckShardGroup(absl::InfiniteDuration());
+      }
       return;
     default:
       if (model_.committed(rank) || model_.sent(rank) == scenario_.layers()) return;

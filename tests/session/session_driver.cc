@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/backend_registry.h"
+#include "service/engine/query_heads.h"
 #include "service/session/session_plan.h"
 #include "structkv/v1/piece_codec.h"
 #include "tests/testing/engine_answer.h"
@@ -154,10 +155,12 @@ SessionDriver::SessionDriver(const Scenario& scenario, std::shared_ptr<Session> 
       faults_(std::move(faults)),
       random_(*random),
       model_(scenario.model) {
-  const int64_t tokens = scenario.request.spec.prompt_tokens;
+  const engine::PromptSpec& spec = scenario.request.spec;
+  const int64_t tokens = spec.prompt_tokens;
   const bool fails = scenario.failing_call.has_value();
+  const int64_t calls_of_layer = engine::TellsQueryHeadsApart(spec) ? spec.geometry.kv_heads : 1;
   faults_->OpenGate(tokens);  // one before it may have left it closed
-  faults_->FailSaliency(tokens, scenario.failing_call.value_or(0),
+  faults_->FailSaliency(tokens, scenario.failing_call.value_or(0) * calls_of_layer,
                         fails ? absl::InternalError("the device is on fire") : absl::OkStatus());
   CutTensors();
   absl::StrAppend(&log_, "start, layers in flight ", scenario.request.layers_in_flight,
