@@ -65,9 +65,13 @@ void ServiceTest::StartAlone(ServerOptions options, std::unique_ptr<Backend> bac
   channel_ = NewChannel(target_);
 }
 
-void ServiceTest::Restart(ServerOptions options) {
+void ServiceTest::Stop() {
   ExpectNothingHeld();
   server_.reset();
+}
+
+void ServiceTest::Restart(ServerOptions options) {
+  Stop();
   StartAlone(std::move(options));
 }
 

@@ -43,7 +43,9 @@ class ServiceTest : public ::testing::Test {
   // backend that the options name.
   void StartAlone(ServerOptions options, std::unique_ptr<Backend> backend = nullptr);
 
-  // Stops the server, which must hold nothing, and starts another.
+  // Stops the server, which must hold nothing.
+  void Stop();
+  // The same, and starts another.
   void Restart(ServerOptions options);
 
   // Ends the neighbour and checks that its result is the undisturbed one, to the byte, and that the
