@@ -232,6 +232,22 @@ std::set<std::string> FromEnvironment(const std::vector<std::string>& names) {
   return found;
 }
 
+// Where the file has the value that `error` refuses; empty where no file has it, or a flag goes
+// before the file's.
+std::string WhereInFile(const std::string& error, const std::vector<std::string>& names,
+                        const YamlConfig& file, int argc, const char* const* argv) {
+  for (const std::string& name : names) {
+    const std::string flag = "--" + name;
+    const size_t at = error.find(flag);
+    if (at == std::string::npos || error.find_first_of(": ", at) != at + flag.size()) continue;
+    const bool given = std::any_of(argv + 1, argv + argc, [&](const std::string& argument) {
+      return argument == flag || argument.rfind(flag + "=", 0) == 0;
+    });
+    return given ? std::string() : file.WhereIs(name);
+  }
+  return {};
+}
+
 }  // namespace
 
 std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
@@ -257,8 +273,8 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
   AddFiles(&schema, &config);
   AddLimits(&schema, &config);
   AddLog(&schema, &config);
-  app.config_formatter(
-      std::make_shared<YamlConfig>(schema.names(), FromEnvironment(schema.names())));
+  const auto yaml = std::make_shared<YamlConfig>(schema.names(), FromEnvironment(schema.names()));
+  app.config_formatter(yaml);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -268,7 +284,8 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
       app.exit(error, out, errors);
       return EarlyExit{0, out.str()};
     }
-    return EarlyExit{2, std::string("structkv-server: ") + error.what() + "\n"};
+    const std::string where = WhereInFile(error.what(), schema.names(), *yaml, argc, argv);
+    return EarlyExit{2, "structkv-server: " + where + error.what() + "\n"};
   }
   schema.Finish();
   return config;

@@ -94,9 +94,16 @@ std::vector<CLI::ConfigItem> YamlConfig::from_config(std::istream& input) const 
     CLI::ConfigItem item;
     item.name = key;
     item.inputs = Values(key, entry.second);
-    if (!overridden_.contains(key)) found.push_back(std::move(item));
+    if (overridden_.contains(key)) continue;
+    where_[key] = where;
+    found.push_back(std::move(item));
   }
   return found;
+}
+
+std::string YamlConfig::WhereIs(const std::string& name) const {
+  const auto found = where_.find(name);
+  return found == where_.end() ? std::string() : found->second;
 }
 
 }  // namespace structkv

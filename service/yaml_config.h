@@ -2,6 +2,7 @@
 #pragma once
 
 #include <istream>
+#include <map>
 #include <set>
 #include <string>
 #include <vector>
@@ -24,9 +25,13 @@ class YamlConfig : public CLI::Config {
                         std::string prefix) const override;
   std::vector<CLI::ConfigItem> from_config(std::istream& input) const override;
 
+  // "line 3: " where the file that was read has a value of that option, else empty.
+  std::string WhereIs(const std::string& name) const;
+
  private:
   const std::vector<std::string> known_;
   const std::set<std::string> overridden_;
+  mutable std::map<std::string, std::string> where_;  // of the options that were read
 };
 
 // The name closest to `name`, at most a third of its letters away; empty where none is.

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <string>
@@ -15,7 +16,7 @@
 namespace structkv::cli {
 namespace {
 
-absl::Status RunBench(const BenchFlags& flags) {
+absl::Status RunBench(BenchFlags flags) {
   if (flags.bytes) {
     absl::StatusOr<std::string> table = BytesTable(flags.geometry);
     if (table.ok()) std::printf("%s", table->c_str());
@@ -23,6 +24,9 @@ absl::Status RunBench(const BenchFlags& flags) {
   }
   absl::Status status = CheckBenchFlags(flags);
   if (!status.ok()) return status;
+  // No more at a time than there are.
+  flags.batch = std::min(flags.batch, flags.prompts);
+  flags.concurrency = std::min(flags.concurrency, (flags.prompts + flags.batch - 1) / flags.batch);
   std::vector<std::unique_ptr<Compressor>> compressors;
   for (uint32_t i = 0; i < BenchConnections(flags); ++i) {
     absl::StatusOr<std::unique_ptr<Compressor>> made = MakeCompressor(flags.connection);

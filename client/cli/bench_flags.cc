@@ -47,9 +47,9 @@ void AddBenchFlags(CLI::App* app, BenchFlags* flags) {
       ->capture_default_str()
       ->group(kPrompt);
   app->add_option("--statistic", flags->statistic,
-                  "What is sent for scoring: window-queries, saliency or saliency-per-kv-head")
+                  "What is sent for scoring: window-queries (default), saliency or "
+                  "saliency-per-kv-head (h2o's default)")
       ->check(CLI::IsMember({"window-queries", "saliency", "saliency-per-kv-head"}))
-      ->capture_default_str()
       ->group(kPrompt);
   CLI::Option* plan = app->add_flag("--plan", flags->plan, "Positions only")->group(kPrompt);
   app->add_flag("--pull", flags->pull,
@@ -122,6 +122,27 @@ std::vector<uint32_t> BatchTokens(const BenchFlags& flags) {
   return tokens;
 }
 
+namespace {
+
+// What `method` is sent for scoring; INVALID_ARGUMENT where it cannot be what the flags say.
+absl::StatusOr<v1::Statistic> BenchStatistic(const BenchFlags& flags, const v1::Method& method) {
+  const std::string given = flags.statistic.value_or("");
+  if (method.has_streaming_llm() || method.has_full()) {
+    if (given.empty()) return v1::STATISTIC_NONE;
+    return absl::InvalidArgumentError(
+        absl::StrCat("--statistic ", given, ": ", flags.method.method, " scores nothing"));
+  }
+  if (method.has_h2o() && given == "window-queries") {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--statistic ", given, ": h2o needs saliency or saliency-per-kv-head, of all queries"));
+  }
+  if (given == "saliency") return v1::STATISTIC_SALIENCY;
+  return given == "saliency-per-kv-head" || method.has_h2o() ? v1::STATISTIC_SALIENCY_PER_KV_HEAD
+                                                             : v1::STATISTIC_WINDOW_QUERIES;
+}
+
+}  // namespace
+
 absl::StatusOr<v1::Open> MakeBenchOpen(const BenchFlags& flags, uint32_t tokens) {
   absl::StatusOr<KnownModel> known = ModelByName(flags.geometry);
   if (!known.ok()) return known.status();
@@ -155,15 +176,9 @@ absl::StatusOr<v1::Open> MakeBenchOpen(const BenchFlags& flags, uint32_t tokens)
   open.set_layout(flags.layout == "token-head-dim" ? v1::LAYOUT_TOKEN_HEAD_DIM
                                                    : v1::LAYOUT_HEAD_TOKEN_DIM);
   if (flags.paged != 0) PageAtRandom(flags.paged, flags.seed, &open);
-  if (open.method().has_h2o()) {
-    open.set_statistic(flags.statistic == "saliency" ? v1::STATISTIC_SALIENCY
-                                                     : v1::STATISTIC_SALIENCY_PER_KV_HEAD);
-  } else if (!open.method().has_streaming_llm() && !open.method().has_full()) {
-    open.set_statistic(flags.statistic == "saliency" ? v1::STATISTIC_SALIENCY
-                       : flags.statistic == "saliency-per-kv-head"
-                           ? v1::STATISTIC_SALIENCY_PER_KV_HEAD
-                           : v1::STATISTIC_WINDOW_QUERIES);
-  }
+  const absl::StatusOr<v1::Statistic> statistic = BenchStatistic(flags, open.method());
+  if (!statistic.ok()) return statistic.status();
+  open.set_statistic(*statistic);
   open.set_output(flags.plan || open.method().has_gemfilter() ? v1::OUTPUT_PLAN
                                                               : v1::OUTPUT_COMPACT);
   SetRotary(flags.rotary, /*metadata=*/{}, &open);

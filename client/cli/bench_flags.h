@@ -25,7 +25,7 @@ struct BenchFlags {
   std::string dtype = "bf16";
   std::string kv_scales = "none";
   std::string layout = "head-token-dim";
-  std::string statistic = "window-queries";
+  std::optional<std::string> statistic;  // unset: the method's own
   MethodFlags method;
   RotaryFlags rotary;
   ConnectionFlags connection;

@@ -54,7 +54,7 @@ void PrintBenchText(const BenchFlags& flags, const std::vector<BenchPrompt>& pro
               : opened.has_rotary() ? ", keys turned"
                                     : "");
   std::printf("run         %u prompts, %u at a time, %s%s\n", flags.prompts,
-              flags.concurrency * flags.batch, StreamsText(flags).c_str(),
+              std::min(flags.prompts, flags.concurrency * flags.batch), StreamsText(flags).c_str(),
               DurationText(absl::Seconds(m->wall_seconds)).c_str());
   std::printf(
       "throughput  %s/s in, %s/s out, %.2f prompts/s, %.1f layers/s\n",

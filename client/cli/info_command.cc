@@ -132,12 +132,18 @@ void PrintServer(const Compressor& compressor, const v1::GetCapabilitiesResponse
                                 " tokens in steps of ", caps.block_tokens().step()));
   }
   const v1::Limits& limits = caps.limits();
-  line("limits",
-       absl::StrCat(CountText(limits.max_prompt_tokens()), " tokens, ",
-                    CountText(limits.max_layers()), " layers, ", CountText(limits.max_heads()),
-                    " heads, window of ", CountText(limits.max_window_tokens()), ", messages of ",
-                    BytesText(limits.max_message_bytes()), ", ", CountText(limits.max_sessions()),
-                    " sessions"));
+  std::string most =
+      absl::StrCat(CountText(limits.max_prompt_tokens()), " tokens, ",
+                   CountText(limits.max_layers()), " layers, ", CountText(limits.max_heads()),
+                   " heads, window of ", CountText(limits.max_window_tokens()));
+  // In this process there are no messages, no sessions and no budget.
+  const bool server = limits.max_message_bytes() > 0;
+  if (server) {
+    absl::StrAppend(&most, ", messages of ", BytesText(limits.max_message_bytes()), ", ",
+                    CountText(limits.max_sessions()), " sessions");
+  }
+  line("limits", most);
+  if (!server) return;
   line("memory", absl::StrCat(BytesText(limits.memory_available_bytes()), " of ",
                               BytesText(limits.memory_budget_bytes()), " free"));
 }

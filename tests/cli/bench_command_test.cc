@@ -132,6 +132,11 @@ TEST_F(BenchCommandTest, RunsSeveralPromptsInOneStream) {
   const Ran text = RunCommand(bench + " --pull --server " + address);
   ASSERT_EQ(text.code, 0) << text.output;
   EXPECT_THAT(text.output, HasSubstr("7 prompts, 3 at a time, streams of 3"));
+  const Ran few = RunCommand(
+      "bench --geometry tiny-llama --tokens 500 --prompts 2 --batch 3 --concurrency 4 --server " +
+      address);
+  ASSERT_EQ(few.code, 0) << few.output;
+  EXPECT_THAT(few.output, HasSubstr("2 prompts, 2 at a time, streams of 2"));
   const Ran other = RunCommand(bench + " --json --seed 2 --server " + address);
   ASSERT_EQ(other.code, 0) << other.output;
   EXPECT_NE(nlohmann::json::parse(other.output).at("batch_tokens"), json.at("batch_tokens"));
@@ -142,6 +147,21 @@ TEST_F(BenchCommandTest, RunsSeveralPromptsInOneStream) {
   const Ran ranks = RunCommand(bench + " --shards 2 --server " + address);
   EXPECT_NE(ranks.code, 0);
   EXPECT_THAT(ranks.output, HasSubstr("--batch 3 and --shards 2"));
+}
+
+TEST_F(BenchCommandTest, RefusesAStatisticThatTheMethodCannotTake) {
+  const std::string bench = "bench --geometry tiny-llama --tokens 100 --prompts 1 --in-process ";
+  for (const auto& [flags, refusal] : std::vector<std::pair<std::string, std::string>>{
+           {"--method full --statistic saliency", "--statistic saliency: full scores nothing"},
+           {"--method h2o --statistic window-queries",
+            "--statistic window-queries: h2o needs saliency or saliency-per-kv-head"}}) {
+    const Ran ran = RunCommand(bench + flags);
+    EXPECT_NE(ran.code, 0) << flags;
+    EXPECT_THAT(ran.output, HasSubstr(refusal));
+  }
+  for (const char* flags : {"--method h2o", "--method full", "--statistic saliency"}) {
+    EXPECT_EQ(RunCommand(bench + flags).code, 0) << flags;
+  }
 }
 
 }  // namespace

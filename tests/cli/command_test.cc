@@ -347,6 +347,15 @@ TEST_F(CommandTest, InfoAndPlotReadWhatCompressWrote) {
   }
 }
 
+// There are no sessions and no memory budget without a server.
+TEST_F(CommandTest, InfoSaysWhatThisProcessCanDo) {
+  const Ran info = RunCommand("info --in-process");
+  EXPECT_EQ(info.code, 0) << info.output;
+  EXPECT_THAT(info.output, HasSubstr("512 layers, 1,024 heads, window of 64\n"));
+  EXPECT_THAT(info.output, ::testing::Not(HasSubstr("sessions")));
+  EXPECT_THAT(info.output, ::testing::Not(HasSubstr("memory")));
+}
+
 TEST_F(CommandTest, ComparesTheMethods) {
   const Ran ran = RunCommand(std::string("compare ") + kCapture + " --in-process");
   EXPECT_EQ(ran.code, 0) << ran.output;

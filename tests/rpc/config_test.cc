@@ -20,6 +20,7 @@ namespace {
 
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 class ConfigTest : public ::testing::Test {
  protected:
@@ -222,6 +223,18 @@ TEST_F(ConfigTest, RefusesAFileByLineAndName) {
   EXPECT_THAT(refusal("- threads\n"), HasSubstr("the file must be a mapping"));
   EXPECT_THAT(refusal("threads: [1\n"), HasSubstr("not YAML"));
   EXPECT_THAT(refusal("[1]: 2\n"), HasSubstr("unknown key '?'"));
+}
+
+TEST_F(ConfigTest, RefusesAFilesValuesByLine) {
+  const std::string file = File("log-format: json\nthreads: 2000\nmemory-budget: 1GiB\n");
+  EXPECT_THAT(Refusal({"--config", file}), HasSubstr("line 2: --threads: Value 2000 not in range"));
+  EXPECT_THAT(Refusal({"--config", File("\nmemory-budget: 1KiB\n")}),
+              HasSubstr("line 2: --memory-budget"));
+  EXPECT_THAT(Refusal({"--config", File("threads: some\n")}), HasSubstr("line 1: "));
+  // What stands in no file has no line.
+  EXPECT_THAT(Refusal({"--config", file, "--threads=3000"}), Not(HasSubstr("line")));
+  EXPECT_THAT(Refusal({"--config", File("threads: 2\n"), "--max-layers", "0"}),
+              Not(HasSubstr("line")));
 }
 
 // A wrong value of an option, and what the refusal says beside the option's name.
