@@ -26,6 +26,11 @@ class HeldFailureTest : public HeldTest {
  protected:
   int64_t held_bytes() { return server().sessions().held_caches().budget().reserved_bytes(); }
   size_t buffer_bytes() { return server().sessions().buffers().in_use_bytes(); }
+  // Those of the neighbour, once its last piece has come.
+  size_t NeighbourBuffers() {
+    EXPECT_TRUE(Eventually([&] { return buffer_bytes() > 0; }));
+    return buffer_bytes();
+  }
   void ExpectOpenRefused(const v1::Open& open, grpc::StatusCode code,
                          const std::vector<std::string>& texts) {
     ExpectFailure(Run({OpenMessage(open)}), code, texts);
@@ -33,7 +38,7 @@ class HeldFailureTest : public HeldTest {
   }
   // Long enough for a reader that stays away to hold its stream up.
   static v1::Open LongOpen() {
-    v1::Open open = WideOpen(8192);
+    v1::Open open = WideOpen(8000);
     open.mutable_method()->mutable_full();
     return open;
   }
@@ -193,15 +198,18 @@ TEST_F(HeldFailureTest, ReleasedOrExpiredWhileItIsRead) {
 
 TEST_F(HeldFailureTest, AReaderThatGoesAwayLeavesNothing) {
   Start(HoldOptions());
+  NeighbourBuffers();
   const PromptData data(LongOpen(), 5);
   const std::string handle = Hold(data).summary->held().handle();
+  ExpectMemoryBack();
   const size_t buffers = buffer_bytes();
   for (const uint32_t heads : {0U, 1U}) {
     v1::FetchCacheRequest request = FetchRequest(handle);
     request.set_kv_head_count(heads);
     FetchCall reader(NewChannel(target()), request);
     ASSERT_TRUE(reader.ReadOne());
-    EXPECT_EQ(server().active_streams(), 2) << "the neighbour's too";
+    EXPECT_TRUE(Eventually([&] { return server().active_streams() == 2; }))  // the neighbour's too
+        << server().active_streams();
     reader.Cancel();
     EXPECT_EQ(reader.Finish().status.error_code(), grpc::StatusCode::CANCELLED);
     ExpectMemoryBack();
@@ -289,7 +297,7 @@ TEST_F(HeldFailureTest, AFetchOfSomeHeadsNeedsRoomForItsCopies) {
 
 TEST_F(HeldFailureTest, SessionsThatFailLeaveNothing) {
   Start(HoldOptions());
-  const size_t buffers = buffer_bytes();
+  const size_t buffers = NeighbourBuffers();
   const PromptData data(Held(WideOpen()), 1);
   const auto expect_nothing = [&] {
     ExpectMemoryBack();
