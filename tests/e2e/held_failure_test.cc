@@ -17,6 +17,7 @@ namespace structkv::testkit {
 namespace {
 
 using std::chrono::milliseconds;
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 
 const Metadata kAlice = {{"structkv-tenant", "alice"}};
@@ -371,6 +372,16 @@ TEST_F(HeldFailureTest, WhatNobodyWasToldOfIsDropped) {
   call.Cancel();
   ExpectFailure(call.Finish(), grpc::StatusCode::CANCELLED, {});
   EXPECT_TRUE(Eventually([&] { return held_bytes() == 0; }));
+}
+
+TEST_F(HeldFailureTest, TheDefaultLeaseLiesWithinTheLongest) {
+  ServerOptions options = HoldOptions();
+  options.sessions.hold.default_lease = absl::Seconds(20);
+  options.sessions.hold.max_lease = absl::Seconds(10);
+  const absl::Status status = Server::Start(options).status();
+  EXPECT_TRUE(absl::IsInvalidArgument(status));
+  EXPECT_THAT(std::string(status.message()),
+              AllOf(HasSubstr("hold-lease is 20s"), HasSubstr("max-hold-lease (10s)")));
 }
 
 TEST_F(HeldFailureTest, ADrainingServerHandsOutNoMore) {

@@ -109,6 +109,11 @@ void AddWire(const Corpus& corpus) {
     corpus.Add("decode_response", "of_batch" + Number(i), cuts + response.SerializeAsString());
   }
   corpus.Add("decode_response", "failed", cuts + Failed().SerializeAsString());
+  for (size_t i = 0; i < 8; ++i) {
+    v1::FetchCacheResponse response = wire::testing::RandomFetchResponse(&random);
+    if (response.has_layer()) Shorten(response.mutable_layer()->mutable_pieces());
+    corpus.Add("decode_fetch", "response" + Number(i), cuts + response.SerializeAsString());
+  }
 }
 
 void AddOpen(const Corpus& corpus) {

@@ -68,6 +68,19 @@ TEST(DecodeRequestTest, GivesWhatProtobufWrote) {
   }
 }
 
+TEST(DecodeFetchResponseTest, GivesWhatProtobufWrote) {
+  Random random(3);
+  for (int i = 0; i < 500; ++i) {
+    const v1::FetchCacheResponse response = testing::RandomFetchResponse(&random);
+    const absl::StatusOr<FetchResponse> decoded =
+        DecodeFetchResponse(CutRandomly(response.SerializeAsString(), &random));
+    ASSERT_TRUE(decoded.ok()) << decoded.status();
+    EXPECT_EQ(decoded->message.layer().pieces_size(), 0);
+    EXPECT_EQ(Normalized(testing::ToProto(*decoded)), Normalized(response)) << "message " << i;
+    EXPECT_TRUE(testing::RunsLieInSlices(decoded->pieces));
+  }
+}
+
 TEST(DecodeResponseTest, GivesWhatProtobufWrote) {
   Random random(2);
   for (int i = 0; i < 500; ++i) {

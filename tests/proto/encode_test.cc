@@ -96,6 +96,21 @@ TEST(EncodeResponseTest, ProtobufReadsIt) {
   }
 }
 
+TEST(EncodeFetchedLayerTest, ProtobufReadsIt) {
+  Random random(12);
+  for (int i = 0; i < 300; ++i) {
+    const v1::FetchCacheResponse response = testing::RandomFetchResponse(&random);
+    if (!response.has_layer()) continue;
+    v1::LayerResult header = response.layer();
+    header.clear_pieces();
+    const std::string bytes =
+        Flatten(EncodeFetchedLayer(header, Outgoing(response.layer().pieces(), &random)));
+    v1::FetchCacheResponse parsed;
+    ASSERT_TRUE(parsed.ParseFromString(bytes)) << "message " << i;
+    EXPECT_EQ(Normalized(parsed), Normalized(response)) << "message " << i;
+  }
+}
+
 TEST(EncodeTest, WritesAnyMessage) {
   v1::CompressRequest request;
   request.mutable_commit()->set_layer_count(32);

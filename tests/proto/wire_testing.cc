@@ -162,6 +162,14 @@ v1::CompressResponse ToProto(const Response& response) {
   return message;
 }
 
+v1::FetchCacheResponse ToProto(const FetchResponse& response) {
+  v1::FetchCacheResponse message = response.message;
+  for (const Piece& piece : response.pieces.pieces) {
+    *message.mutable_layer()->add_pieces() = ToProto(piece);
+  }
+  return message;
+}
+
 std::string Normalized(v1::CompressRequest request) {
   request.DiscardUnknownFields();
   if (request.has_pieces()) DropEmptyData(request.mutable_pieces()->mutable_pieces());
@@ -173,6 +181,12 @@ std::string Normalized(v1::CompressResponse response) {
   if (response.has_layer()) DropEmptyData(response.mutable_layer()->mutable_pieces());
   if (response.has_pivot()) DropEmptyData(response.mutable_pivot()->mutable_pieces());
   if (response.has_pull()) DropEmptyData(response.mutable_pull()->mutable_pieces());
+  return response.SerializeAsString();
+}
+
+std::string Normalized(v1::FetchCacheResponse response) {
+  response.DiscardUnknownFields();
+  if (response.has_layer()) DropEmptyData(response.mutable_layer()->mutable_pieces());
   return response.SerializeAsString();
 }
 
@@ -247,6 +261,24 @@ v1::CompressResponse RandomResponse(Random* random) {
   }
   if (random->Chance(50)) {
     response.set_prompt(static_cast<uint32_t>(RandomNumber(random, UINT32_MAX)));
+  }
+  return response;
+}
+
+v1::FetchCacheResponse RandomFetchResponse(Random* random) {
+  v1::FetchCacheResponse response;
+  switch (random->Between(0, 5)) {
+    case 0:
+      break;
+    case 1:
+      response.mutable_info()->add_kept_tokens(static_cast<uint32_t>(random->Next()));
+      response.mutable_info()->set_total_bytes(random->Next());
+      break;
+    case 2:
+      response.mutable_summary()->set_sent_bytes(random->Next());
+      break;
+    default:
+      FillLayer(random, response.mutable_layer());
   }
   return response;
 }

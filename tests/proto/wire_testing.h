@@ -27,11 +27,13 @@ std::string Flatten(const grpc::ByteBuffer& buffer);
 // What was decoded, as protobuf's message.
 v1::CompressRequest ToProto(const Request& request);
 v1::CompressResponse ToProto(const Response& response);
+v1::FetchCacheResponse ToProto(const FetchResponse& response);
 
 // What the codec tells of a message: without unknown fields, and without the difference between no
 // data and empty data. Serialized, so that two can be compared.
 std::string Normalized(v1::CompressRequest request);
 std::string Normalized(v1::CompressResponse response);
+std::string Normalized(v1::FetchCacheResponse response);
 
 // Whether every run lies in a slice of the message.
 bool RunsLieInSlices(const Pieces& pieces);
@@ -41,5 +43,6 @@ v1::TensorPiece RandomPiece(testkit::Random* random);
 v1::CompressRequest RandomPieces(testkit::Random* random);
 // A response with any member of its oneof, or none.
 v1::CompressResponse RandomResponse(testkit::Random* random);
+v1::FetchCacheResponse RandomFetchResponse(testkit::Random* random);
 
 }  // namespace structkv::wire::testing
