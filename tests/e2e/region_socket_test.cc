@@ -52,6 +52,7 @@ class RegionSocketTest : public RegionTest {
   v1::RegisterDescriptorRequest Wanted(uint64_t size = kBytes) {
     v1::RegisterDescriptorRequest request;
     request.set_size_bytes(size);
+    request.set_writable(true);
     return request;
   }
 

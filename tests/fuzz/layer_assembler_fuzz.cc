@@ -1,5 +1,7 @@
 // The service's assembler against a model that keeps a byte map: the same verdict on every piece,
-// the same bytes in every layer.
+// the same bytes in every layer, from messages and from shared memory.
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -12,8 +14,10 @@
 #include <vector>
 
 #include "service/session/layer_assembler.h"
+#include "service/transport/shared_memory.h"
 #include "structkv/v1/piece_codec.h"
 #include "tests/fuzz/fuzz_input.h"
+#include "tests/testing/shared_region.h"
 
 namespace structkv::session {
 namespace {
@@ -21,7 +25,8 @@ namespace {
 using fuzz::FuzzInput;
 using Taken = LayerAssembler::Taken;
 
-engine::PromptSpec MakeSpec(FuzzInput* input) {
+// `shared`: over shared memory.
+engine::PromptSpec MakeSpec(FuzzInput* input, bool* shared) {
   engine::PromptSpec spec;
   spec.geometry = {.layers = input->Between(1, 4), .query_heads = 2, .kv_heads = 1, .key_dim = 2};
   spec.geometry.value_dim = input->Between(1, 3);
@@ -36,6 +41,7 @@ engine::PromptSpec MakeSpec(FuzzInput* input) {
   }
   spec.window_lse = (flags & 4) != 0 && spec.statistic == engine::Statistic::kWindowQueries;
   spec.plan_only = (flags & 8) != 0;
+  *shared = (flags & 32) != 0;
   if ((flags & 16) != 0) {  // layers of skeleton rows may come, of fewer tokens than the prompt
     spec.method.pivot.mode = method::PivotMode::kFixed;
     spec.method.window = 1;
@@ -44,11 +50,47 @@ engine::PromptSpec MakeSpec(FuzzInput* input) {
   return spec;
 }
 
+// A client's memory, with bytes that differ.
+class PeerMemory {
+ public:
+  static constexpr uint64_t kBytes = 1024;
+
+  PeerMemory() {
+    for (uint64_t i = 0; i < kBytes; ++i) file_->data()[i] = static_cast<char>(i * i / 7);
+    transport::FileDescriptor file(dup(file_->fd()));
+    const auto region = registry_.AddDescriptor(std::move(file), {.size_bytes = kBytes});
+    FUZZ_CHECK(region.ok());
+    handle_ = region->handle;
+  }
+
+  std::shared_ptr<const transport::Transport> Granted() {
+    return *transport::GrantSharedMemory(registry_, {.regions = {handle_}}, {});
+  }
+  static bool Has(const transport::RegionRange& range) {
+    return range.region == 0 && range.size_bytes > 0 && range.offset_bytes < kBytes &&
+           range.size_bytes <= kBytes - range.offset_bytes;
+  }
+  std::string Bytes(const transport::RegionRange& range) const {
+    return Has(range) ? std::string(file_->data() + range.offset_bytes, range.size_bytes) : "";
+  }
+
+ private:
+  const std::unique_ptr<testkit::SharedFile> file_ = testkit::SharedFile::Sealed(kBytes);
+  transport::RegionRegistry registry_{transport::RegionOptions{}};
+  std::string handle_;
+};
+
+PeerMemory& Peer() {
+  static auto* const memory = new PeerMemory();
+  return *memory;
+}
+
 // One tensor of one layer.
 struct ModelTensor {
   std::string bytes;
   std::vector<int> piece_of;                     // of each byte; 0: did not come
   std::set<std::pair<int64_t, int64_t>> pieces;  // offset, size
+  std::optional<transport::RegionRange> range;   // of a tensor in place
 
   int64_t missing() const { return std::count(piece_of.begin(), piece_of.end(), 0); }
 };
@@ -57,8 +99,9 @@ constexpr auto kPositions = engine::InputTensor::kPositions;
 
 class Model {
  public:
-  Model(const engine::PromptSpec& spec, int64_t layers_in_flight)
+  Model(const engine::PromptSpec& spec, int64_t layers_in_flight, bool shared)
       : spec_(spec),
+        shared_(shared),
         layers_in_flight_(layers_in_flight),
         layers_(static_cast<size_t>(spec.geometry.layers)),
         is_skeleton_(layers_.size()) {
@@ -111,6 +154,15 @@ class Model {
         piece.offset_bytes + size > static_cast<int64_t>(tensor->bytes.size())) {
       return absl::StatusCode::kInvalidArgument;
     }
+    const bool in_place = shared_ && (piece.tensor == engine::InputTensor::kKeys ||
+                                      piece.tensor == engine::InputTensor::kValues);
+    if (piece.range.has_value() && (!shared_ || !PeerMemory::Has(*piece.range))) {
+      return absl::StatusCode::kInvalidArgument;
+    }
+    if (in_place && (!piece.range.has_value() || piece.offset_bytes != 0 ||
+                     data.size() != tensor->bytes.size() || piece.range->offset_bytes % 64 != 0)) {
+      return absl::StatusCode::kInvalidArgument;
+    }
     const auto at = static_cast<size_t>(piece.offset_bytes);
     const bool known = tensor->pieces.contains({piece.offset_bytes, size});
     if (!known) {
@@ -126,10 +178,16 @@ class Model {
         return absl::StatusCode::kOk;
       }
     }
-    if (piece.xxh3_64.has_value() && *piece.xxh3_64 != wire::Checksum(piece.data)) {
+    const absl::Span<const std::byte> all(reinterpret_cast<const std::byte*>(data.data()),
+                                          data.size());
+    if (piece.xxh3_64.has_value() && *piece.xxh3_64 != wire::Checksum({all})) {
       return absl::StatusCode::kDataLoss;
     }
     *taken = Taken::kYes;
+    if (known && in_place) {
+      return tensor->range == piece.range ? absl::StatusCode::kOk
+                                          : absl::StatusCode::kAlreadyExists;
+    }
     if (known) {
       // Pieces are shorter than what is sampled of those without a checksum.
       return tensor->bytes.compare(at, data.size(), data) == 0 ? absl::StatusCode::kOk
@@ -144,6 +202,7 @@ class Model {
       BecomeSkeleton(piece.layer);
       tensor = const_cast<ModelTensor*>(Find(piece.layer, piece.tensor));
     }
+    if (in_place) tensor->range = piece.range;
     tensor->pieces.insert({piece.offset_bytes, size});
     std::fill_n(tensor->piece_of.begin() + piece.offset_bytes, size, 1);
     tensor->bytes.replace(at, data.size(), data);
@@ -180,6 +239,7 @@ class Model {
   }
 
   const engine::PromptSpec& spec_;
+  const bool shared_;
   const int64_t layers_in_flight_;
   std::vector<std::map<engine::InputTensor, ModelTensor>> layers_;
   std::vector<bool> is_skeleton_;  // of each layer
@@ -210,11 +270,14 @@ void CheckLayer(const Model& model, engine::LayerInput input) {
 }
 
 void Run(FuzzInput input) {
-  const engine::PromptSpec spec = MakeSpec(&input);
+  bool shared = false;
+  const engine::PromptSpec spec = MakeSpec(&input, &shared);
+  const std::shared_ptr<const transport::Transport> transport =
+      shared ? Peer().Granted() : transport::InlineTransport();
   const int64_t layers_in_flight = input.Between(1, spec.geometry.layers);
   engine::BufferPool pool(1 << 20);
-  LayerAssembler assembler(&spec, &pool, layers_in_flight);
-  Model model(spec, layers_in_flight);
+  LayerAssembler assembler(&spec, &pool, layers_in_flight, transport.get());
+  Model model(spec, layers_in_flight, shared);
   const std::atomic<bool> stop{false};
   std::map<int64_t, bool> holders;  // layers with buffers; true: popped
   if (spec.RequiredTensors().empty()) {
@@ -266,10 +329,24 @@ void Run(FuzzInput input) {
       const auto at = static_cast<size_t>(std::max<int64_t>(piece.offset_bytes, 0));
       if (at < skeleton.size()) data.replace(0, data.size(), skeleton, at, data.size());
     }
-    const absl::Span<const std::byte> all(reinterpret_cast<const std::byte*>(data.data()),
-                                          data.size());
+    absl::Span<const std::byte> all(reinterpret_cast<const std::byte*>(data.data()), data.size());
     const size_t cut = std::min<size_t>(input.Byte(), data.size());
     piece.data = {all.subspan(0, cut), all.subspan(cut)};
+    if ((op & 8) != 0) {  // mostly a whole tensor, aligned
+      piece.data.clear();
+      piece.range = {static_cast<uint32_t>(input.Byte() / 255), input.Byte() / 16 * uint64_t{64},
+                     data.size()};
+      const ModelTensor* tensor =
+          piece.layer < model.layers() ? model.Find(piece.layer, piece.tensor) : nullptr;
+      if (op < 192 && tensor != nullptr) {
+        piece.range->size_bytes = tensor->bytes.size();
+        if (op < 128) piece.offset_bytes = 0;
+      } else {
+        piece.range->offset_bytes += input.Byte();
+      }
+      data = Peer().Bytes(*piece.range);
+      all = {reinterpret_cast<const std::byte*>(data.data()), data.size()};
+    }
     if ((op & 16) != 0) piece.xxh3_64 = wire::Checksum({all});
     if ((op & 16) != 0 && (op & 96) == 96) *piece.xxh3_64 ^= 1;
 

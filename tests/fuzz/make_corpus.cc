@@ -253,6 +253,27 @@ void AddAssemblers(const Corpus& corpus) {
              first + positions.substr(0, 6) + rest.substr(0, 6));
   corpus.Add("layer_assembler", "skeleton_wrong", first + std::string{'\x82', 1, 5, 0, 8, 0});
 
+  // The first prompt over shared memory: keys and values as whole ranges, queries either way. A
+  // range: op, layer, tensor, offset, three that do not count, 64 bytes for each 16 of the last
+  // one.
+  const std::string shared_head("\x01\x01\x01\x20\x01", 5);
+  const auto range = [](char op, char layer, char tensor, char at) {
+    return std::string{op, layer, tensor, 0, 0, 0, 0, at};
+  };
+  std::string shared = shared_head;
+  for (char layer : {0, 1}) {
+    shared += range(10, layer, 0, 32) + range(10, layer, 1, 64);
+    shared += layer == 0 ? range(10, layer, 2, 16) : std::string{2, layer, 2, 0, 16, 9};
+    shared += std::string{8, 1};
+  }
+  corpus.Add("layer_assembler", "shared", shared);
+  corpus.Add("layer_assembler", "shared_again", shared + range(10, 0, 0, 32));
+  corpus.Add("layer_assembler", "shared_elsewhere", shared + range(10, 0, 0, 48));
+  corpus.Add("layer_assembler", "shared_checksum", shared_head + range(26, 0, 0, 32));
+  corpus.Add("layer_assembler", "shared_data", shared_head + whole.substr(5));
+  corpus.Add("layer_assembler", "shared_odd",
+             shared_head + std::string{'\xca', 0, 0, 0, 8, 0, 0, 0, 8});
+
   std::string pieces("\xff\x00", 2);
   for (int i = 0; i < 20; ++i) pieces += std::string{static_cast<char>(16 + 10 * i), 0, 10};
   corpus.Add("piece_map", "row", pieces);
