@@ -36,7 +36,7 @@ class LayerAssembler {
   // transport is in place, keys and values are not copied: a layer holds what they lie in, and the
   // same piece again is the same range.
   LayerAssembler(const engine::PromptSpec* spec, engine::BufferPool* pool, int64_t layers_in_flight,
-                 const transport::Transport* transport);
+                 const transport::Transport* transport = transport::InlineTransport().get());
 
   enum class Taken : uint8_t {
     kYes,       // copied, or known already

@@ -80,7 +80,16 @@ absl::Status CheckDescriptor(int fd, int64_t size) {
         "once it has its size");
   }
   struct stat status = {};
-  if (fstat(fd, &status) != 0) return absl::InvalidArgumentError(ErrorText(errno));
+  struct statfs system = {};
+  if (fstat(fd, &status) != 0 || fstatfs(fd, &system) != 0) {
+    return absl::InvalidArgumentError(ErrorText(errno));
+  }
+  // Of huge pages a part can be neither unmapped nor replaced.
+  if (system.f_type == HUGETLBFS_MAGIC && size % system.f_bsize != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("size_bytes is ", size,
+                                                   "; the file has huge pages, and multiples of ",
+                                                   system.f_bsize, " bytes are allowed"));
+  }
   return CheckSize(status.st_size, size);
 }
 

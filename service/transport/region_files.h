@@ -17,8 +17,9 @@ inline constexpr char kRegionPrefix[] = "structkv.";
 inline constexpr size_t kMaxRegionNameBytes = 200;  // behind the prefix
 inline constexpr char kRegionDirectory[] = "/dev/shm";
 
-// Whether a descriptor may become a region of `size` bytes: a file of a tmpfs, sealed against
-// shrinking, and at least so long. INVALID_ARGUMENT, FAILED_PRECONDITION without the seal.
+// Whether a descriptor may become a region of `size` bytes: a file of a tmpfs, or of whole huge
+// pages, sealed against shrinking, and at least so long. INVALID_ARGUMENT, FAILED_PRECONDITION
+// without the seal.
 absl::Status CheckDescriptor(int fd, int64_t size);
 
 // A file that was opened by its name.

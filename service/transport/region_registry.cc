@@ -1,5 +1,6 @@
 #include "service/transport/region_registry.h"
 
+#include <fcntl.h>
 #include <sys/random.h>
 
 #include <algorithm>
@@ -180,7 +181,7 @@ absl::StatusOr<RegisteredRegion> RegionRegistry::AddName(const std::string& name
       OpenNamed(options().directory, name, region.size_bytes, region.writable);
   if (!named.ok()) return named.status();
   region.owner = absl::StrCat("uid ", named->owner);
-  FileDescriptor file(dup(named->file.get()));
+  const FileDescriptor file(fcntl(named->file.get(), F_DUPFD_CLOEXEC, 0));
   absl::StatusOr<std::unique_ptr<Mapping>> mapping =
       Mapping::Map(std::move(named->file), region.size_bytes, region.writable, /*sealed=*/false);
   if (!mapping.ok()) return mapping.status();

@@ -2,6 +2,7 @@
 #include "service/transport/region_files.h"
 
 #include <fcntl.h>
+#include <linux/memfd.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -39,6 +40,17 @@ TEST(CheckDescriptorTest, NeedsTheSealAndTheSize) {
     ExpectRefused(CheckDescriptor(SharedFile::WithSeals(8192, seals)->fd(), 1),
                   absl::StatusCode::kFailedPrecondition, "F_SEAL_SHRINK");
   }
+}
+
+TEST(CheckDescriptorTest, HugePagesAreTakenWhole) {
+  constexpr int64_t kHugePage = 2 << 20;
+  const FileDescriptor file(
+      memfd_create("structkv-test", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB | MFD_HUGE_2MB));
+  if (!file.valid() || ftruncate(file.get(), 2 * kHugePage) != 0) GTEST_SKIP() << "no huge pages";
+  ASSERT_EQ(fcntl(file.get(), F_ADD_SEALS, F_SEAL_SHRINK), 0);
+  EXPECT_TRUE(CheckDescriptor(file.get(), 2 * kHugePage).ok());
+  ExpectRefused(CheckDescriptor(file.get(), kHugePage + 4096), absl::StatusCode::kInvalidArgument,
+                "multiples of 2097152 bytes are allowed");
 }
 
 TEST(CheckDescriptorTest, TakesNothingButFilesOfATmpfs) {
