@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 tests=(gpu_saliency_test gpu_select_test gpu_gather_test gpu_rotation_test gpu_conformance_test)
-programs=("${tests[@]}" structkv_gpu_bench)
+programs=("${tests[@]}" gpu_nccl_test structkv_gpu_bench)
 # A few cases of each: a kernel runs some hundred times longer under compute-sanitizer.
 declare -A sanitized=(
   [gpu_saliency_test]='*bf16_bf16*:*f32_f8_e4m3*:CudaSaliencyInputTest.Depends*'
@@ -90,6 +90,16 @@ for test in "${tests[@]}"; do
     fi
   done
 done
+
+# Not under compute-sanitizer: NCCL's own kernels wait for each other.
+if [[ -x $bin/gpu_nccl_test ]]; then
+  check gpu_nccl_test "$out/gpu_nccl_test.log" timeout 300 "$bin/gpu_nccl_test"
+  while IFS= read -r line; do
+    note "${line%%: *}" "${line#*: }"
+  done < <(sed -n 's/^result: //p' "$out/gpu_nccl_test.log")
+else
+  note gpu_nccl_test "not run: not built"
+fi
 
 bench=null
 if "$bin/structkv_gpu_bench" --table "$out/table.md" >"$out/bench.json"; then

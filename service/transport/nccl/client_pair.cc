@@ -11,7 +11,11 @@ std::shared_ptr<ClientPair> ClientPair::Start(Worker* worker, const Identity& id
                                               Channel<ClientMessage> channel, Attached attached) {
   std::shared_ptr<ClientPair> pair(
       new ClientPair(worker, identity, std::move(channel), std::move(attached)));
-  pair->channel_.send(identity);
+  {
+    absl::MutexLock lock(&pair->mutex_);
+    pair->Send(identity);
+  }
+  pair->outbox_.Run();
   return pair;
 }
 
@@ -22,6 +26,7 @@ void ClientPair::OnMessage(ServiceMessage message) {
     if (peer_ != 0) worker_->PeerAlive(peer_);
   }
   std::visit([this](auto&& content) { Handle(std::move(content)); }, std::move(message));
+  outbox_.Run();
 }
 
 void ClientPair::OnEnd(const absl::Status& why) {
@@ -43,12 +48,12 @@ void ClientPair::Offer(const std::string& key, Transfer transfer) {
     }
     if (status.ok()) {
       offers_.emplace(key, std::move(transfer));
-      channel_.send(std::move(offer));
-      return;
+      Send(std::move(offer));
+    } else {
+      Tell(std::move(transfer), std::move(status));
     }
   }
-  transfer.hold.reset();
-  transfer.done(status);
+  outbox_.Run();
 }
 
 void ClientPair::Handle(Welcome welcome) {
@@ -60,12 +65,11 @@ void ClientPair::Handle(Welcome welcome) {
         ", at most half of the silence_limit of ", absl::FormatDuration(silence), " is allowed"));
   }
   if (!status.ok()) return Fail(status);
-  Attached attached;
-  {
-    absl::MutexLock lock(&mutex_);
-    attached = std::exchange(attached_, nullptr);
-  }
-  if (attached) attached(welcome.pair);
+  absl::MutexLock lock(&mutex_);
+  if (!attached_) return;
+  outbox_.Add([attached = std::exchange(attached_, nullptr), name = welcome.pair]() mutable {
+    attached(name);
+  });
 }
 
 void ClientPair::Handle(Connect connect) {
@@ -78,16 +82,18 @@ void ClientPair::Handle(Connect connect) {
 
 void ClientPair::Join(uint64_t generation, const absl::StatusOr<UniqueId>& id) {
   if (!id.ok()) return Fail(id.status());
-  const auto self = shared_from_this();
-  const auto fail = [self](const absl::Status& status) {
+  const auto fail = [self = shared_from_this()](const absl::Status& status) {
     if (!status.ok()) self->Fail(status);
   };
-  absl::MutexLock lock(&mutex_);
-  if (ended_) return;
-  generation_ = generation;
-  peer_ = worker_->NewPeer();
-  worker_->Connect(peer_, *id, /*rank=*/1, {fail, fail, {}});
-  channel_.send(nccl::Join{generation, *id});
+  {
+    absl::MutexLock lock(&mutex_);
+    if (ended_) return;
+    generation_ = generation;
+    peer_ = worker_->NewPeer();
+    worker_->Connect(peer_, *id, /*rank=*/1, {fail, fail, {}});
+    Send(nccl::Join{generation, *id});
+  }
+  outbox_.Run();
 }
 
 void ClientPair::Handle(Order order) {
@@ -102,7 +108,7 @@ void ClientPair::Handle(Order order) {
       transfer.done = [self = shared_from_this(), sequence = order.sequence,
                        done = std::move(transfer.done)](const absl::Status& result) mutable {
         done(result);
-        if (result.ok()) self->channel_.send(Finished{sequence});
+        if (result.ok()) self->Finish(sequence);
       };
       worker_->Submit(peer_, std::move(transfer));
       return;
@@ -116,16 +122,18 @@ void ClientPair::Handle(Order order) {
   Fail(status);
 }
 
-void ClientPair::Handle(Refused refused) {
-  Transfer transfer;
+void ClientPair::Finish(uint64_t sequence) {
   {
     absl::MutexLock lock(&mutex_);
-    auto offer = offers_.extract(refused.key);
-    if (offer.empty()) return;
-    transfer = std::move(offer.mapped());
+    Send(Finished{sequence});
   }
-  transfer.hold.reset();
-  transfer.done(refused.why);
+  outbox_.Run();
+}
+
+void ClientPair::Handle(Refused refused) {
+  absl::MutexLock lock(&mutex_);
+  auto offer = offers_.extract(refused.key);
+  if (!offer.empty()) Tell(std::move(offer.mapped()), refused.why);
 }
 
 void ClientPair::Handle(Close close) {
@@ -134,26 +142,42 @@ void ClientPair::Handle(Close close) {
   worker_->Close(std::exchange(peer_, 0), [](const absl::Status&) {});  // a failure is told as lost
 }
 
-void ClientPair::Handle(Heartbeat) { channel_.send(Heartbeat{}); }
+void ClientPair::Handle(Heartbeat) {
+  absl::MutexLock lock(&mutex_);
+  Send(Heartbeat{});
+}
 
 void ClientPair::Fail(const absl::Status& why) {
-  const absl::Status unavailable = absl::UnavailableError(why.message());
-  Attached attached;
-  absl::flat_hash_map<std::string, Transfer> offers;
   {
     absl::MutexLock lock(&mutex_);
-    if (std::exchange(ended_, true)) return;
-    attached = std::exchange(attached_, nullptr);
-    offers = std::exchange(offers_, {});
+    if (ended_) return;
+    const absl::Status unavailable = absl::UnavailableError(why.message());
     if (peer_ != 0) worker_->Abort(peer_, unavailable);
-    channel_.send(Broken{std::string(why.message())});
-    channel_.end(why);
+    for (auto& [key, transfer] : std::exchange(offers_, {})) {
+      Tell(std::move(transfer), unavailable);
+    }
+    Send(Broken{std::string(why.message())});
+    ended_ = true;
+    outbox_.Add([self = shared_from_this(), why] { self->channel_.end(why); });
+    if (attached_) {
+      outbox_.Add([attached = std::exchange(attached_, nullptr), why]() mutable { attached(why); });
+    }
   }
-  for (auto& [key, transfer] : offers) {
-    transfer.hold.reset();
-    transfer.done(unavailable);
-  }
-  if (attached) attached(why);
+  outbox_.Run();
+}
+
+void ClientPair::Send(ClientMessage message) {
+  if (ended_) return;
+  outbox_.Add([self = shared_from_this(), message = std::move(message)]() mutable {
+    self->channel_.send(std::move(message));
+  });
+}
+
+void ClientPair::Tell(Transfer transfer, absl::Status status) {
+  outbox_.Add([transfer = std::move(transfer), status = std::move(status)]() mutable {
+    transfer.hold.reset();  // NCCL never had it
+    transfer.done(status);
+  });
 }
 
 }  // namespace structkv::nccl

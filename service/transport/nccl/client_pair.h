@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "service/transport/nccl/control.h"
+#include "service/transport/nccl/outbox.h"
 #include "service/transport/nccl/worker.h"
 
 namespace structkv::nccl {
@@ -53,12 +54,17 @@ class ClientPair : public std::enable_shared_from_this<ClientPair> {
   void Handle(Close close);
   void Handle(Heartbeat heartbeat);
   void Join(uint64_t generation, const absl::StatusOr<UniqueId>& id);
+  void Finish(uint64_t sequence);
   void Fail(const absl::Status& why);
+  // What leaves the pair does so through the outbox. Nothing is sent after the end.
+  void Send(ClientMessage message) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Tell(Transfer transfer, absl::Status status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   Worker* const worker_;
   const Identity identity_;
   const Channel<ClientMessage> channel_;
 
+  Outbox outbox_;
   absl::Mutex mutex_;
   Attached attached_ ABSL_GUARDED_BY(mutex_);
   bool ended_ ABSL_GUARDED_BY(mutex_) = false;

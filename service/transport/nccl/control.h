@@ -68,8 +68,8 @@ struct Close {
 };
 using ServiceMessage = std::variant<Welcome, Connect, Order, Refused, Close, Heartbeat>;
 
-// One end's way to the other, in order. Neither function blocks or calls back; both are called from any
-// thread. What is sent after `end` is dropped.
+// One end's way to the other, in order. Neither function blocks; both are called from any thread, one
+// at a time, without a lock. What is sent after `end` is dropped.
 template <typename Message>
 struct Channel {
   std::function<void(Message)> send;

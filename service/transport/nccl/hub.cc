@@ -35,95 +35,88 @@ absl::StatusOr<std::unique_ptr<Hub>> Hub::Start(std::shared_ptr<const Api> api,
   return hub;
 }
 
-Hub::~Hub() {
-  Told told;
+Hub::~Hub() { EndAll(absl::UnavailableError("the NCCL transport shuts down")); }
+
+void Hub::EndAll(const absl::Status& why) {
   {
     absl::MutexLock lock(&mutex_);
-    while (!pairs_.empty()) {
-      End(pairs_.begin()->first, absl::UnavailableError("the NCCL transport shuts down"), &told);
-    }
+    closed_ = why;
+    while (!pairs_.empty()) End(pairs_.begin()->first, why);
   }
-  Tell(std::move(told));
-}
-
-void Hub::Tell(Told told) {
-  for (auto& [transfer, status] : told) {
-    transfer.hold.reset();  // NCCL never had it
-    transfer.done(status);
-  }
+  outbox_.Run();
 }
 
 Hub::PairId Hub::Attach(ServiceChannel channel) {
   auto pair = std::make_unique<Pair>();
-  pair->channel = std::move(channel);
+  pair->channel = std::make_shared<const ServiceChannel>(std::move(channel));
   pair->deadline = Clock::now() + absl::ToChronoNanoseconds(options_.worker.connect_limit);
-  absl::MutexLock lock(&mutex_);
   PairId id = NewPairId();
-  while (id == 0 || pairs_.contains(id)) id = NewPairId();
-  pairs_.emplace(id, std::move(pair));
+  {
+    absl::MutexLock lock(&mutex_);
+    while (id == 0 || pairs_.contains(id)) id = NewPairId();
+    pairs_.emplace(id, std::move(pair));
+    if (!closed_.ok()) End(id, closed_);
+  }
+  outbox_.Run();
   return id;
 }
 
 void Hub::OnMessage(PairId id, ClientMessage message) {
-  Told told;
   {
     absl::MutexLock lock(&mutex_);
     const auto found = pairs_.find(id);
     if (found == pairs_.end()) return;
     Pair& pair = *found->second;
+    pair.heard = Clock::now();
     if (pair.peer != 0) worker_->PeerAlive(pair.peer);
     if (pair.state == State::kHello && !std::holds_alternative<Hello>(message)) {
-      End(id, absl::InvalidArgumentError("the first message is not hello"), &told);
+      End(id, absl::InvalidArgumentError("the first message is not hello"));
     } else {
       std::visit(
           [&](auto&& content) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-            Handle(id, pair, std::move(content), &told);
+            Handle(id, pair, std::move(content));
           },
           std::move(message));
     }
   }
-  Tell(std::move(told));
+  outbox_.Run();
 }
 
 void Hub::OnEnd(PairId id, const absl::Status& why) {
-  Told told;
   {
     absl::MutexLock lock(&mutex_);
-    End(id, absl::UnavailableError(absl::StrCat("the control stream ended: ", why.message())),
-        &told);
+    End(id, absl::UnavailableError(absl::StrCat("the control stream ended: ", why.message())));
   }
-  Tell(std::move(told));
+  outbox_.Run();
 }
 
 void Hub::Submit(PairId id, const std::string& key, Transfer transfer) {
-  Told told;
   {
     absl::MutexLock lock(&mutex_);
     const auto found = pairs_.find(id);
     if (found == pairs_.end()) {
-      told.emplace_back(std::move(transfer),
-                        absl::UnavailableError(absl::StrCat("NCCL pair ", id, " is not attached")));
+      Tell(std::move(transfer),
+           absl::UnavailableError(absl::StrCat("NCCL pair ", id, " is not attached")));
     } else if (absl::Status status = found->second->order.Add(key, transfer); !status.ok()) {
-      told.emplace_back(std::move(transfer), std::move(status));
+      Tell(std::move(transfer), std::move(status));
     } else {
-      Advance(id, *found->second, &told);
+      Advance(id, *found->second);
     }
   }
-  Tell(std::move(told));
+  outbox_.Run();
 }
 
 bool Hub::Cancel(PairId id, const std::string& key) {
-  Told told;
   {
     absl::MutexLock lock(&mutex_);
     const auto found = pairs_.find(id);
     if (found == pairs_.end()) return false;
     absl::StatusOr<Transfer> transfer = found->second->order.Withdraw(key);
     if (!transfer.ok()) return false;
-    told.emplace_back(*std::move(transfer),
-                      absl::CancelledError(absl::StrCat("transfer '", key, "' was cancelled")));
+    Tell(*std::move(transfer),
+         absl::CancelledError(absl::StrCat("transfer '", key, "' was cancelled")));
   }
-  Tell(std::move(told));
+  outbox_.Run();
   return true;
 }
 
@@ -132,22 +125,34 @@ HubStats Hub::stats() const {
   return {static_cast<int>(pairs_.size()), worker_->stats()};
 }
 
-void Hub::Handle(PairId id, Pair& pair, Hello hello, Told* told) {
+void Hub::Send(Pair& pair, ServiceMessage message) {
+  outbox_.Add([channel = pair.channel, message = std::move(message)]() mutable {
+    channel->send(std::move(message));
+  });
+}
+
+void Hub::Tell(Transfer transfer, absl::Status status) {
+  outbox_.Add([transfer = std::move(transfer), status = std::move(status)]() mutable {
+    transfer.hold.reset();  // NCCL never had it
+    transfer.done(status);
+  });
+}
+
+void Hub::Handle(PairId id, Pair& pair, Hello hello) {
   absl::Status status = pair.state == State::kHello
                             ? CheckPeer(identity_, hello)
                             : absl::InvalidArgumentError("hello came twice");
-  if (!status.ok()) return End(id, status, told);
+  if (!status.ok()) return End(id, status);
   pair.state = State::kIdle;
-  pair.channel.send(Welcome{identity_, id, options_.worker.tick_interval});
-  Advance(id, pair, told);
+  Send(pair, Welcome{identity_, id, options_.worker.tick_interval});
+  Advance(id, pair);
 }
 
-void Hub::Handle(PairId id, Pair& pair, Join join, Told* told) {
+void Hub::Handle(PairId id, Pair& pair, Join join) {
   if (pair.state != State::kJoining || join.generation != pair.generation) {
     return End(id,
                absl::InvalidArgumentError(absl::StrCat("join of generation ", join.generation,
-                                                       " came, which was not asked for")),
-               told);
+                                                       " came, which was not asked for")));
   }
   pair.state = State::kConnecting;
   pair.peer = worker_->NewPeer();
@@ -157,40 +162,39 @@ void Hub::Handle(PairId id, Pair& pair, Join join, Told* told) {
                     [this, id] { OnGone(id); }});
 }
 
-void Hub::Handle(PairId id, Pair& pair, Offer offer, Told* told) {
+void Hub::Handle(PairId id, Pair& pair, Offer offer) {
   const std::string key = offer.key;
   if (absl::Status status = pair.order.Add(std::move(offer)); !status.ok()) {
-    pair.channel.send(Refused{key, std::move(status)});
+    Send(pair, Refused{key, std::move(status)});
   } else {
-    Advance(id, pair, told);
+    Advance(id, pair);
   }
 }
 
-void Hub::Handle(PairId id, Pair& pair, Finished finished, Told* told) {
+void Hub::Handle(PairId id, Pair& pair, Finished finished) {
   const uint64_t launched = pair.order.last_sequence() - pair.numbered.size();
   if (finished.sequence != pair.client_finished + 1 || finished.sequence > launched) {
     return End(id,
                absl::InvalidArgumentError(absl::StrCat("finished of sequence ", finished.sequence,
                                                        " came, of ", pair.client_finished + 1,
-                                                       " to ", launched, " is due")),
-               told);
+                                                       " to ", launched, " is due")));
   }
   pair.client_finished = finished.sequence;
   EvictForThoseWhoWait();
 }
 
-void Hub::Handle(PairId, Pair&, Heartbeat, Told*) {}
+void Hub::Handle(PairId, Pair&, Heartbeat) {}
 
-void Hub::Handle(PairId id, Pair&, Broken broken, Told* told) {
-  End(id, absl::UnavailableError(absl::StrCat("the client gave up: ", broken.why)), told);
+void Hub::Handle(PairId id, Pair&, Broken broken) {
+  End(id, absl::UnavailableError(absl::StrCat("the client gave up: ", broken.why)));
 }
 
-void Hub::Advance(PairId id, Pair& pair, Told* told) {
+void Hub::Advance(PairId id, Pair& pair) {
   TransferOrder::Decided decided = pair.order.Take();
   for (TransferOrder::Numbered& one : decided.numbered) pair.numbered.push_back(std::move(one));
   for (TransferOrder::Mismatch& one : decided.mismatched) {
-    pair.channel.send(Refused{one.key, one.why});
-    told->emplace_back(std::move(one.transfer), std::move(one.why));
+    Send(pair, Refused{one.key, one.why});
+    Tell(std::move(one.transfer), std::move(one.why));
   }
   if (pair.numbered.empty()) return;
   if (pair.state == State::kConnected) {
@@ -208,13 +212,13 @@ void Hub::Advance(PairId id, Pair& pair, Told* told) {
 void Hub::StartJoining(Pair& pair) {
   pair.state = State::kJoining;
   pair.deadline = Clock::now() + absl::ToChronoNanoseconds(options_.worker.connect_limit);
-  pair.channel.send(Connect{++pair.generation});
+  Send(pair, Connect{++pair.generation});
 }
 
 void Hub::Launch(PairId id, Pair& pair) {
   cache_.Touch(id);
   for (TransferOrder::Numbered& one : std::exchange(pair.numbered, {})) {
-    pair.channel.send(Order{pair.generation, one.sequence, std::move(one.key)});
+    Send(pair, Order{pair.generation, one.sequence, std::move(one.key)});
     one.transfer.done = [this, id, done = std::move(one.transfer.done)](
                             const absl::Status& status) mutable {
       done(status);
@@ -236,7 +240,7 @@ void Hub::EvictForThoseWhoWait() {
   while (const std::optional<PairId> victim = cache_.Evict(idle)) {
     Pair& pair = *pairs_.find(*victim)->second;
     pair.state = State::kClosing;
-    pair.channel.send(Close{pair.generation});
+    Send(pair, Close{pair.generation});
     worker_->Close(pair.peer, [](const absl::Status&) {});  // a failure is told by OnLost
   }
 }
@@ -246,16 +250,16 @@ void Hub::ReleasePlace(PairId id) {
   if (next) StartJoining(*pairs_.find(*next)->second);
 }
 
-void Hub::End(PairId id, const absl::Status& why, Told* told) {
+void Hub::End(PairId id, const absl::Status& why) {
   auto ended = pairs_.extract(id);
   if (ended.empty()) return;
   Pair& pair = *ended.mapped();
   const absl::Status unavailable = absl::UnavailableError(why.message());
   for (Transfer& transfer : pair.order.WithdrawAll()) {
-    told->emplace_back(std::move(transfer), unavailable);
+    Tell(std::move(transfer), unavailable);
   }
   for (TransferOrder::Numbered& one : pair.numbered) {
-    told->emplace_back(std::move(one.transfer), unavailable);
+    Tell(std::move(one.transfer), unavailable);
   }
   cache_.Quarantine(id);
   if (pair.peer != 0) {
@@ -264,36 +268,33 @@ void Hub::End(PairId id, const absl::Status& why, Told* told) {
     ReleasePlace(id);
   }
   EvictForThoseWhoWait();
-  pair.channel.end(why);
+  outbox_.Add([channel = pair.channel, why] { channel->end(why); });
 }
 
 void Hub::OnConnected(PairId id, const absl::Status& status) {
-  Told told;
   {
     absl::MutexLock lock(&mutex_);
     const auto found = pairs_.find(id);
     if (found == pairs_.end()) return;
     if (status.ok()) {
       found->second->state = State::kConnected;
-      Advance(id, *found->second, &told);
+      Advance(id, *found->second);
     } else {
-      End(id, status, &told);
+      End(id, status);
     }
   }
-  Tell(std::move(told));
+  outbox_.Run();
 }
 
 void Hub::OnLost(PairId id, const absl::Status& why) {
-  Told told;
   {
     absl::MutexLock lock(&mutex_);
-    End(id, why, &told);
+    End(id, why);
   }
-  Tell(std::move(told));
+  outbox_.Run();
 }
 
 void Hub::OnGone(PairId id) {
-  Told told;
   {
     absl::MutexLock lock(&mutex_);
     ReleasePlace(id);
@@ -301,40 +302,45 @@ void Hub::OnGone(PairId id) {
       Pair& pair = *found->second;
       pair.state = State::kIdle;
       pair.peer = 0;
-      Advance(id, pair, &told);
+      Advance(id, pair);
     }
   }
-  Tell(std::move(told));
+  outbox_.Run();
 }
 
 void Hub::OnOwnFinished(PairId id) {
-  absl::MutexLock lock(&mutex_);
-  const auto found = pairs_.find(id);
-  if (found == pairs_.end()) return;
-  ++found->second->own_finished;
-  EvictForThoseWhoWait();
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto found = pairs_.find(id);
+    if (found == pairs_.end()) return;
+    ++found->second->own_finished;
+    EvictForThoseWhoWait();
+  }
+  outbox_.Run();
 }
 
 void Hub::Tick() {
-  Told told;
   {
     absl::MutexLock lock(&mutex_);
     const Clock::time_point now = Clock::now();
-    std::vector<PairId> late;
+    const auto silence = absl::ToChronoNanoseconds(options_.worker.silence_limit);
+    std::vector<std::pair<PairId, absl::Duration>> late;
     for (const auto& [id, pair] : pairs_) {
-      if (pair->state != State::kHello) pair->channel.send(Heartbeat{});
+      if (pair->state != State::kHello) Send(*pair, Heartbeat{});
       const bool limited = pair->state == State::kHello || pair->state == State::kJoining;
-      if (limited && now > pair->deadline) late.push_back(id);
+      if (limited && now > pair->deadline) {
+        late.emplace_back(id, options_.worker.connect_limit);
+      } else if (now - pair->heard > silence) {
+        late.emplace_back(id, options_.worker.silence_limit);
+      }
     }
-    for (PairId id : late) {
+    for (const auto& [id, limit] : late) {
       End(id,
-          absl::UnavailableError(
-              absl::StrCat("the client was silent for longer than ",
-                           absl::FormatDuration(options_.worker.connect_limit))),
-          &told);
+          absl::UnavailableError(absl::StrCat("the client was silent for longer than ",
+                                              absl::FormatDuration(limit))));
     }
   }
-  Tell(std::move(told));
+  outbox_.Run();
 }
 
 }  // namespace structkv::nccl

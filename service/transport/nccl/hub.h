@@ -16,6 +16,7 @@
 #include "absl/synchronization/mutex.h"
 #include "service/transport/nccl/communicator_cache.h"
 #include "service/transport/nccl/control.h"
+#include "service/transport/nccl/outbox.h"
 #include "service/transport/nccl/transfer_order.h"
 #include "service/transport/nccl/worker.h"
 
@@ -62,6 +63,9 @@ class Hub {
   // False where it is too late for that.
   bool Cancel(PairId pair, const std::string& key);
 
+  // Ends all pairs, and from now on every new one at once, with `why`.
+  void EndAll(const absl::Status& why);
+
   HubStats stats() const;
 
  private:
@@ -76,7 +80,7 @@ class Hub {
   };
 
   struct Pair {
-    ServiceChannel channel;
+    std::shared_ptr<const ServiceChannel> channel;
     State state = State::kHello;
     Clock::time_point deadline;  // of kHello and kJoining
     uint64_t generation = 0;     // counts its communicators
@@ -85,33 +89,32 @@ class Hub {
     std::deque<TransferOrder::Numbered> numbered;  // not under way yet
     uint64_t own_finished = 0;
     uint64_t client_finished = 0;
+    Clock::time_point heard = Clock::now();
   };
-
-  // Callbacks of transfers, which are called without the lock.
-  using Told = std::vector<std::pair<Transfer, absl::Status>>;
 
   explicit Hub(HubOptions options) : options_(std::move(options)), cache_(options_.worker.max_communicators) {}
 
-  static void Tell(Told told);
-
-  void Handle(PairId id, Pair& pair, Hello hello, Told* told)
+  void Handle(PairId id, Pair& pair, Hello hello)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Handle(PairId id, Pair& pair, Join join, Told* told) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Handle(PairId id, Pair& pair, Offer offer, Told* told)
+  void Handle(PairId id, Pair& pair, Join join) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Handle(PairId id, Pair& pair, Offer offer)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Handle(PairId id, Pair& pair, Finished finished, Told* told)
+  void Handle(PairId id, Pair& pair, Finished finished)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Handle(PairId id, Pair& pair, Heartbeat, Told* told) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Handle(PairId id, Pair& pair, Broken broken, Told* told)
+  void Handle(PairId id, Pair& pair, Heartbeat) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Handle(PairId id, Pair& pair, Broken broken)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
+  // What leaves the hub does so through the outbox.
+  void Send(Pair& pair, ServiceMessage message) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Tell(Transfer transfer, absl::Status status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Goes as far as it can with what was numbered.
-  void Advance(PairId id, Pair& pair, Told* told) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Advance(PairId id, Pair& pair) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void StartJoining(Pair& pair) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Launch(PairId id, Pair& pair) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void EvictForThoseWhoWait() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void ReleasePlace(PairId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void End(PairId id, const absl::Status& why, Told* told) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void End(PairId id, const absl::Status& why) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   // On the worker's thread.
   void OnConnected(PairId id, const absl::Status& status);
@@ -123,9 +126,11 @@ class Hub {
   const HubOptions options_;
   Identity identity_;
 
+  Outbox outbox_;
   mutable absl::Mutex mutex_;
   absl::flat_hash_map<PairId, std::unique_ptr<Pair>> pairs_ ABSL_GUARDED_BY(mutex_);
   CommunicatorCache cache_ ABSL_GUARDED_BY(mutex_);
+  absl::Status closed_ ABSL_GUARDED_BY(mutex_);  // why no pair is taken any more
 
   std::unique_ptr<Worker> worker_;  // the first to go
 };

@@ -25,9 +25,11 @@ std::string Environment(const char* name, const char* otherwise) {
 std::mutex next_fault_mutex;
 std::string next_fault;
 
-Fault TakeFault() {
+Fault TakeFault(int rank) {
   std::lock_guard lock(next_fault_mutex);
-  const std::string fault = std::exchange(next_fault, "");
+  const size_t at = next_fault.find('@');
+  if (at != std::string::npos && std::stoi(next_fault.substr(at + 1)) != rank) return Fault::kNone;
+  const std::string fault = std::exchange(next_fault, "").substr(0, at);
   return ParseFault(fault.empty() ? Environment("FAKE_NCCL_FAULT", "") : fault);
 }
 
@@ -102,7 +104,7 @@ Result ncclCommInitRankConfig(Comm** comm, int ranks, UniqueId id, int rank, Con
     return Result::kInvalidArgument;
   }
   ++fake::live_comms;
-  *comm = new Comm(id, ranks, rank, fake::TakeFault());
+  *comm = new Comm(id, ranks, rank, fake::TakeFault(rank));
   return Result::kInProgress;
 }
 

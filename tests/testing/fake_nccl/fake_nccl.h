@@ -20,7 +20,7 @@ std::shared_ptr<const Api> FakeApi();
 // One device, of host memory.
 DeviceApi FakeDeviceApi();
 
-// The next communicator of this process, alone.
+// Of the next communicator of this process, alone; "hang@0": of the next one that joins as rank 0.
 void FaultNext(const std::string& fault);
 int LiveComms();
 int LiveStreams();
