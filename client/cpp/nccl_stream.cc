@@ -27,19 +27,18 @@ absl::StatusOr<std::unique_ptr<NcclStream>> NcclStream::Attach(
   stream->channel_ = std::move(channel);
   const std::weak_ptr<NcclCall> weak = stream->call_;
   const auto word = std::make_shared<Word>();
-  stream->pair_ = nccl::ClientPair::Start(
-      worker, identity,
-      {[weak](const nccl::ClientMessage& message) {
-         if (const auto call = weak.lock()) call->Send(message);
-       },
-       [weak](const absl::Status&) {
-         if (const auto call = weak.lock()) call->Finish();
-       }},
-      [word](const absl::StatusOr<uint64_t>& name) {
-        absl::MutexLock lock(&word->mutex);
-        word->came = true;
-        word->name = name;
-      });
+  stream->pair_ = nccl::ClientPair::Start(worker, identity,
+                                          {[weak](const nccl::ClientMessage& message) {
+                                             if (const auto call = weak.lock()) call->Send(message);
+                                           },
+                                           [weak](const absl::Status&) {
+                                             if (const auto call = weak.lock()) call->Finish();
+                                           }},
+                                          [word](const absl::StatusOr<uint64_t>& name) {
+                                            absl::MutexLock lock(&word->mutex);
+                                            word->came = true;
+                                            word->name = name;
+                                          });
   stream->call_->Start(stream->channel_.get(), stream->pair_);
   absl::StatusOr<uint64_t> name = 0;
   {
@@ -59,12 +58,12 @@ NcclStream::~NcclStream() {
 
 void NcclCall::Start(grpc::Channel* channel, std::shared_ptr<nccl::ClientPair> pair) {
   pair_ = std::move(pair);
-  AddHold();  // writes come from other threads than gRPC's
   // The stub needs the channel for the call's start alone.
   v1::NcclTransport::NewStub(
       std::shared_ptr<grpc::Channel>(std::shared_ptr<grpc::Channel>(), channel))
       ->async()
       ->Attach(&context_, this);
+  AddHold();  // writes come from other threads than gRPC's
   StartRead(&incoming_);
   StartCall();
   {
@@ -149,8 +148,8 @@ void NcclCall::OnWriteDone(bool ok) {
 }
 
 void NcclCall::OnDone(const grpc::Status& status) {
-  pair_->OnEnd(absl::Status(static_cast<absl::StatusCode>(status.error_code()),
-                            status.error_message()));
+  pair_->OnEnd(
+      absl::Status(static_cast<absl::StatusCode>(status.error_code()), status.error_message()));
   absl::MutexLock lock(&mutex_);  // the last touch: whoever waits destroys this
   done_ = true;
 }

@@ -18,8 +18,8 @@ class Refusal final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::Byt
 grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* NcclService::Attach(
     grpc::CallbackServerContext* context) {
   if (hub_ != nullptr) return NcclReactor::Start(hub_, context);
-  return new Refusal(ToGrpc(
-      absl::UnavailableError(absl::StrCat("no NCCL transport here: ", why_.message()))));
+  return new Refusal(
+      ToGrpc(absl::UnavailableError(absl::StrCat("no NCCL transport here: ", why_.message()))));
 }
 
 }  // namespace structkv::rpc

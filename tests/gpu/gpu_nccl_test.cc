@@ -1,5 +1,5 @@
-// What of the NCCL transport can be tried on one GPU, and which of it works: the real library and the
-// real CUDA streams under the transport's own code.
+// What of the NCCL transport can be tried on one GPU, and which of it works: the real library and
+// the real CUDA streams under the transport's own code.
 //
 //   gpu_nccl_test                          the tests
 //   gpu_nccl_test --peer ID RANK SEED      the other process of the last one
@@ -151,14 +151,14 @@ TEST_F(GpuNcclTest, SendsToItself) {
   ASSERT_TRUE(stream.ok()) << stream.status();
   ASSERT_TRUE(api_->ToStatus(call.group_start(), "group", comm).ok());
   for (const Buffer& buffer : from.buffers()) {
-    status.Update(api_->ToStatus(call.send(buffer.data, static_cast<size_t>(buffer.bytes), kBytes,
-                                           0, comm, *stream),
-                                 "send", comm));
+    status.Update(api_->ToStatus(
+        call.send(buffer.data, static_cast<size_t>(buffer.bytes), kBytes, 0, comm, *stream), "send",
+        comm));
   }
   for (const Buffer& buffer : to.buffers()) {
-    status.Update(api_->ToStatus(call.receive(buffer.data, static_cast<size_t>(buffer.bytes),
-                                              kBytes, 0, comm, *stream),
-                                 "receive", comm));
+    status.Update(api_->ToStatus(
+        call.receive(buffer.data, static_cast<size_t>(buffer.bytes), kBytes, 0, comm, *stream),
+        "receive", comm));
   }
   status.Update(api_->ToStatus(call.group_end(), "group", comm));
   ASSERT_TRUE(status.ok()) << status;

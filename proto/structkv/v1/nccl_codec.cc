@@ -20,15 +20,14 @@ void EncodeIdentity(const Identity& identity, v1::NcclHello* hello) {
 
 // What does not fit is as wrong as the largest that does.
 int64_t Clamp(uint64_t value) {
-  return static_cast<int64_t>(
-      std::min<uint64_t>(value, std::numeric_limits<int64_t>::max()));
+  return static_cast<int64_t>(std::min<uint64_t>(value, std::numeric_limits<int64_t>::max()));
 }
 
 Identity DecodeIdentity(const v1::NcclHello& hello) {
   Identity identity;
   identity.protocol_version = hello.protocol_version();
-  identity.nccl_version = static_cast<int>(
-      std::min<uint32_t>(hello.nccl_version(), std::numeric_limits<int>::max()));
+  identity.nccl_version =
+      static_cast<int>(std::min<uint32_t>(hello.nccl_version(), std::numeric_limits<int>::max()));
   identity.host_id = hello.host_id();
   identity.bus_id = hello.bus_id();
   identity.group_bytes = Clamp(hello.group_bytes());
@@ -44,26 +43,25 @@ absl::Status NothingSet(const char* message) {
 v1::AttachRequest Encode(const ClientMessage& message) {
   v1::AttachRequest encoded;
   std::visit(
-      Overloaded{
-          [&](const Hello& hello) { EncodeIdentity(hello, encoded.mutable_hello()); },
-          [&](const Join& join) {
-            encoded.mutable_join()->set_generation(join.generation);
-            encoded.mutable_join()->set_unique_id(join.id.bytes, sizeof(join.id.bytes));
-          },
-          [&](const Offer& offer) {
-            encoded.mutable_offer()->set_key(offer.key);
-            encoded.mutable_offer()->set_direction(offer.direction == Direction::kSend
-                                                       ? v1::NCCL_DIRECTION_SEND
-                                                       : v1::NCCL_DIRECTION_RECEIVE);
-            for (int64_t length : offer.lengths) {
-              encoded.mutable_offer()->add_buffer_bytes(static_cast<uint64_t>(length));
-            }
-          },
-          [&](const Finished& finished) {
-            encoded.mutable_finished()->set_sequence(finished.sequence);
-          },
-          [&](const Heartbeat&) { encoded.mutable_heartbeat(); },
-          [&](const Broken& broken) { encoded.mutable_broken()->set_why(broken.why); }},
+      Overloaded{[&](const Hello& hello) { EncodeIdentity(hello, encoded.mutable_hello()); },
+                 [&](const Join& join) {
+                   encoded.mutable_join()->set_generation(join.generation);
+                   encoded.mutable_join()->set_unique_id(join.id.bytes, sizeof(join.id.bytes));
+                 },
+                 [&](const Offer& offer) {
+                   encoded.mutable_offer()->set_key(offer.key);
+                   encoded.mutable_offer()->set_direction(offer.direction == Direction::kSend
+                                                              ? v1::NCCL_DIRECTION_SEND
+                                                              : v1::NCCL_DIRECTION_RECEIVE);
+                   for (int64_t length : offer.lengths) {
+                     encoded.mutable_offer()->add_buffer_bytes(static_cast<uint64_t>(length));
+                   }
+                 },
+                 [&](const Finished& finished) {
+                   encoded.mutable_finished()->set_sequence(finished.sequence);
+                 },
+                 [&](const Heartbeat&) { encoded.mutable_heartbeat(); },
+                 [&](const Broken& broken) { encoded.mutable_broken()->set_why(broken.why); }},
       message);
   return encoded;
 }
@@ -115,8 +113,8 @@ absl::StatusOr<ClientMessage> Decode(const v1::AttachRequest& message) {
       }
       Offer decoded;
       decoded.key = offer.key();
-      decoded.direction = offer.direction() == v1::NCCL_DIRECTION_SEND ? Direction::kSend
-                                                                       : Direction::kReceive;
+      decoded.direction =
+          offer.direction() == v1::NCCL_DIRECTION_SEND ? Direction::kSend : Direction::kReceive;
       for (uint64_t bytes : offer.buffer_bytes()) decoded.lengths.push_back(Clamp(bytes));
       return decoded;
     }
@@ -140,8 +138,7 @@ absl::StatusOr<ServiceMessage> Decode(const v1::AttachResponse& message) {
     case v1::AttachResponse::kConnect:
       return Connect{message.connect().generation()};
     case v1::AttachResponse::kOrder:
-      return Order{message.order().generation(), message.order().sequence(),
-                   message.order().key()};
+      return Order{message.order().generation(), message.order().sequence(), message.order().key()};
     case v1::AttachResponse::kRefused: {
       const auto code = static_cast<absl::StatusCode>(message.refused().code());
       return Refused{message.refused().key(),

@@ -74,10 +74,8 @@ void ClientPair::Handle(Welcome welcome) {
 
 void ClientPair::Handle(Connect connect) {
   // The id is made here, not by the service: one that nobody comes to costs who made it.
-  worker_->MakeId([self = shared_from_this(),
-                   generation = connect.generation](const absl::StatusOr<UniqueId>& id) {
-    self->Join(generation, id);
-  });
+  worker_->MakeId([self = shared_from_this(), generation = connect.generation](
+                      const absl::StatusOr<UniqueId>& id) { self->Join(generation, id); });
 }
 
 void ClientPair::Join(uint64_t generation, const absl::StatusOr<UniqueId>& id) {
@@ -101,8 +99,7 @@ void ClientPair::Handle(Order order) {
   {
     absl::MutexLock lock(&mutex_);
     auto offer = offers_.extract(order.key);
-    if (!offer.empty() && order.generation == generation_ &&
-        order.sequence == last_sequence_ + 1) {
+    if (!offer.empty() && order.generation == generation_ && order.sequence == last_sequence_ + 1) {
       last_sequence_ = order.sequence;
       Transfer& transfer = offer.mapped();
       transfer.done = [self = shared_from_this(), sequence = order.sequence,

@@ -100,10 +100,9 @@ absl::Status Communicator::PostGroup() {
   const int peer_rank = 1 - rank_;
   for (const Piece& piece : groups_[next_group_]) {
     const size_t bytes = static_cast<size_t>(piece.bytes);
-    const Result result =
-        transfer.direction == Direction::kSend
-            ? call.send(piece.data, bytes, kBytes, peer_rank, comm_, stream_)
-            : call.receive(piece.data, bytes, kBytes, peer_rank, comm_, stream_);
+    const Result result = transfer.direction == Direction::kSend
+                              ? call.send(piece.data, bytes, kBytes, peer_rank, comm_, stream_)
+                              : call.receive(piece.data, bytes, kBytes, peer_rank, comm_, stream_);
     status.Update(api_->ToStatus(result, Name("ncclSend or ncclRecv"), comm_));
   }
   // Also after an error: the group is the thread's, and other communicators share it.

@@ -1,5 +1,5 @@
-// One end of a pair: a 2-rank, non-blocking communicator with a stream of its own, so that a hung one
-// holds up no other.
+// One end of a pair: a 2-rank, non-blocking communicator with a stream of its own, so that a hung
+// one holds up no other.
 #pragma once
 
 #include <deque>
@@ -82,8 +82,8 @@ class Communicator {
   Clock::time_point deadline_;
   Clock::time_point heard_ = Clock::now();
   Done connected_;
-  Done closing_;  // set: finalizes when the queue is empty
-  bool posted_ = false;  // the front transfer's event was waited for
+  Done closing_;                            // set: finalizes when the queue is empty
+  bool posted_ = false;                     // the front transfer's event was waited for
   std::vector<std::vector<Piece>> groups_;  // of the front transfer
   size_t next_group_ = 0;
   std::deque<Transfer> queue_;

@@ -10,7 +10,8 @@
 
 namespace structkv::nccl {
 
-// Keeps account alone: the caller connects and closes. A pair has one place at most. Not thread-safe.
+// Keeps account alone: the caller connects and closes. A pair has one place at most. Not
+// thread-safe.
 class CommunicatorCache {
  public:
   using PairId = uint64_t;
@@ -21,8 +22,8 @@ class CommunicatorCache {
   bool Acquire(PairId pair);
   // It was used just now.
   void Touch(PairId pair);
-  // The least recently used pair that is idle, where pairs wait in vain: it must be closed. Its place
-  // stays taken until Release.
+  // The least recently used pair that is idle, where pairs wait in vain: it must be closed. Its
+  // place stays taken until Release.
   std::optional<PairId> Evict(absl::FunctionRef<bool(PairId)> idle);
   // The pair failed: its place stays taken, until its abort has returned and Release is called. A
   // pair that waits waits no more.

@@ -1,5 +1,5 @@
-// What the two ends of a pair say to each other beside the data: proto/structkv/v1/nccl.proto without
-// protobuf. See there for what each message means.
+// What the two ends of a pair say to each other beside the data: proto/structkv/v1/nccl.proto
+// without protobuf. See there for what each message means.
 #pragma once
 
 #include <cstddef>
@@ -68,13 +68,13 @@ struct Close {
 };
 using ServiceMessage = std::variant<Welcome, Connect, Order, Refused, Close, Heartbeat>;
 
-// One end's way to the other, in order. Neither function blocks; both are called from any thread, one
-// at a time, without a lock. What is sent after `end` is dropped.
+// One end's way to the other, in order. Neither function blocks; both are called from any thread,
+// one at a time, without a lock. What is sent after `end` is dropped.
 template <typename Message>
 struct Channel {
   std::function<void(Message)> send;
-  // Ends the control stream after what was sent. The client learns the service's status, the service
-  // that it is over.
+  // Ends the control stream after what was sent. The client learns the service's status, the
+  // service that it is over.
   std::function<void(const absl::Status&)> end;
 };
 

@@ -35,9 +35,9 @@ absl::Status CheckPeer(const Identity& own, const Identity& peer) {
                      VersionText(own.nccl_version), "; both must have the same NCCL"));
   }
   if (peer.group_bytes != own.group_bytes) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("group_bytes is ", peer.group_bytes, ", the other end has ", own.group_bytes,
-                     "; both must cut transfers alike"));
+    return absl::FailedPreconditionError(absl::StrCat("group_bytes is ", peer.group_bytes,
+                                                      ", the other end has ", own.group_bytes,
+                                                      "; both must cut transfers alike"));
   }
   absl::Status status = CheckName("host_id", peer.host_id);
   status.Update(CheckName("bus_id", peer.bus_id));
@@ -53,8 +53,8 @@ absl::Status CheckPeer(const Identity& own, const Identity& peer) {
 absl::StatusOr<UniqueId> ParseUniqueId(std::string_view bytes) {
   UniqueId id;
   if (bytes.size() != sizeof(id.bytes)) {
-    return absl::InvalidArgumentError(absl::StrCat("unique_id has ", bytes.size(), " bytes, ",
-                                                   sizeof(id.bytes), " are needed"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("unique_id has ", bytes.size(), " bytes, ", sizeof(id.bytes), " are needed"));
   }
   std::memcpy(id.bytes, bytes.data(), bytes.size());
   return id;

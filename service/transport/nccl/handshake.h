@@ -31,7 +31,8 @@ struct Identity {
 std::string HostId();
 
 // FAILED_PRECONDITION where protocol, NCCL's version (NCCL itself takes equal ones alone) or
-// `group_bytes` differ, or where both are the same GPU; INVALID_ARGUMENT for names that are empty or too long.
+// `group_bytes` differ, or where both are the same GPU; INVALID_ARGUMENT for names that are empty
+// or too long.
 absl::Status CheckPeer(const Identity& own, const Identity& peer);
 
 // INVALID_ARGUMENT where it is not as long as NCCL's id.

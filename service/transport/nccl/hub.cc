@@ -72,11 +72,9 @@ void Hub::OnMessage(PairId id, ClientMessage message) {
     if (pair.state == State::kHello && !std::holds_alternative<Hello>(message)) {
       End(id, absl::InvalidArgumentError("the first message is not hello"));
     } else {
-      std::visit(
-          [&](auto&& content) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-            Handle(id, pair, std::move(content));
-          },
-          std::move(message));
+      std::visit([&](auto&& content) ABSL_EXCLUSIVE_LOCKS_REQUIRED(
+                     mutex_) { Handle(id, pair, std::move(content)); },
+                 std::move(message));
     }
   }
   outbox_.Run();
@@ -85,7 +83,8 @@ void Hub::OnMessage(PairId id, ClientMessage message) {
 void Hub::OnEnd(PairId id, const absl::Status& why) {
   {
     absl::MutexLock lock(&mutex_);
-    End(id, absl::UnavailableError(absl::StrCat("the control stream ended: ", why.message())));
+    (void)Forget(id,
+                 absl::UnavailableError(absl::StrCat("the control stream ended: ", why.message())));
   }
   outbox_.Run();
 }
@@ -150,16 +149,15 @@ void Hub::Handle(PairId id, Pair& pair, Hello hello) {
 
 void Hub::Handle(PairId id, Pair& pair, Join join) {
   if (pair.state != State::kJoining || join.generation != pair.generation) {
-    return End(id,
-               absl::InvalidArgumentError(absl::StrCat("join of generation ", join.generation,
-                                                       " came, which was not asked for")));
+    return End(id, absl::InvalidArgumentError(absl::StrCat("join of generation ", join.generation,
+                                                           " came, which was not asked for")));
   }
   pair.state = State::kConnecting;
   pair.peer = worker_->NewPeer();
-  worker_->Connect(pair.peer, join.id, /*rank=*/0,
-                   {[this, id](const absl::Status& status) { OnConnected(id, status); },
-                    [this, id](const absl::Status& why) { OnLost(id, why); },
-                    [this, id] { OnGone(id); }});
+  worker_->Connect(
+      pair.peer, join.id, /*rank=*/0,
+      {[this, id](const absl::Status& status) { OnConnected(id, status); },
+       [this, id](const absl::Status& why) { OnLost(id, why); }, [this, id] { OnGone(id); }});
 }
 
 void Hub::Handle(PairId id, Pair& pair, Offer offer) {
@@ -174,10 +172,9 @@ void Hub::Handle(PairId id, Pair& pair, Offer offer) {
 void Hub::Handle(PairId id, Pair& pair, Finished finished) {
   const uint64_t launched = pair.order.last_sequence() - pair.numbered.size();
   if (finished.sequence != pair.client_finished + 1 || finished.sequence > launched) {
-    return End(id,
-               absl::InvalidArgumentError(absl::StrCat("finished of sequence ", finished.sequence,
-                                                       " came, of ", pair.client_finished + 1,
-                                                       " to ", launched, " is due")));
+    return End(id, absl::InvalidArgumentError(
+                       absl::StrCat("finished of sequence ", finished.sequence, " came, of ",
+                                    pair.client_finished + 1, " to ", launched, " is due")));
   }
   pair.client_finished = finished.sequence;
   EvictForThoseWhoWait();
@@ -219,8 +216,8 @@ void Hub::Launch(PairId id, Pair& pair) {
   cache_.Touch(id);
   for (TransferOrder::Numbered& one : std::exchange(pair.numbered, {})) {
     Send(pair, Order{pair.generation, one.sequence, std::move(one.key)});
-    one.transfer.done = [this, id, done = std::move(one.transfer.done)](
-                            const absl::Status& status) mutable {
+    one.transfer.done = [this, id,
+                         done = std::move(one.transfer.done)](const absl::Status& status) mutable {
       done(status);
       if (status.ok()) OnOwnFinished(id);
     };
@@ -251,8 +248,13 @@ void Hub::ReleasePlace(PairId id) {
 }
 
 void Hub::End(PairId id, const absl::Status& why) {
+  const std::shared_ptr<const ServiceChannel> channel = Forget(id, why);
+  if (channel != nullptr) outbox_.Add([channel, why] { channel->end(why); });
+}
+
+std::shared_ptr<const Hub::ServiceChannel> Hub::Forget(PairId id, const absl::Status& why) {
   auto ended = pairs_.extract(id);
-  if (ended.empty()) return;
+  if (ended.empty()) return nullptr;
   Pair& pair = *ended.mapped();
   const absl::Status unavailable = absl::UnavailableError(why.message());
   for (Transfer& transfer : pair.order.WithdrawAll()) {
@@ -268,7 +270,7 @@ void Hub::End(PairId id, const absl::Status& why) {
     ReleasePlace(id);
   }
   EvictForThoseWhoWait();
-  outbox_.Add([channel = pair.channel, why] { channel->end(why); });
+  return std::move(pair.channel);
 }
 
 void Hub::OnConnected(PairId id, const absl::Status& status) {
@@ -335,9 +337,8 @@ void Hub::Tick() {
       }
     }
     for (const auto& [id, limit] : late) {
-      End(id,
-          absl::UnavailableError(absl::StrCat("the client was silent for longer than ",
-                                              absl::FormatDuration(limit))));
+      End(id, absl::UnavailableError(absl::StrCat("the client was silent for longer than ",
+                                                  absl::FormatDuration(limit))));
     }
   }
   outbox_.Run();

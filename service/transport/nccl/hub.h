@@ -34,8 +34,8 @@ struct HubStats {
   WorkerStats communicators;
 };
 
-// Thread-safe. What goes wrong with a pair ends that pair, its transfers and its control stream; the
-// others go on.
+// Thread-safe. What goes wrong with a pair ends that pair, its transfers and its control stream;
+// the others go on.
 class Hub {
  public:
   // Random, so that nobody uses another's.
@@ -49,15 +49,16 @@ class Hub {
   // Ends all pairs.
   ~Hub();
 
-  // A control stream was opened. Its end is told by OnEnd, however it came about.
+  // A control stream was opened. OnEnd tells that it is over; the channel's `end` is not called
+  // then.
   PairId Attach(ServiceChannel channel);
   void OnMessage(PairId pair, ClientMessage message);
   void OnEnd(PairId pair, const absl::Status& why);
 
   // The service is ready for the transfer that the client offers, or will offer, under `key`. Any
   // error but those of the pair itself (UNAVAILABLE): ALREADY_EXISTS for a key that waits,
-  // RESOURCE_EXHAUSTED where too many do, INVALID_ARGUMENT where the offer is of other lengths or of
-  // the same direction.
+  // RESOURCE_EXHAUSTED where too many do, INVALID_ARGUMENT where the offer is of other lengths or
+  // of the same direction.
   void Submit(PairId pair, const std::string& key, Transfer transfer);
   // Takes a transfer back that the client has not offered yet; its `done` is called with CANCELLED.
   // False where it is too late for that.
@@ -92,18 +93,15 @@ class Hub {
     Clock::time_point heard = Clock::now();
   };
 
-  explicit Hub(HubOptions options) : options_(std::move(options)), cache_(options_.worker.max_communicators) {}
+  explicit Hub(HubOptions options)
+      : options_(std::move(options)), cache_(options_.worker.max_communicators) {}
 
-  void Handle(PairId id, Pair& pair, Hello hello)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Handle(PairId id, Pair& pair, Hello hello) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Handle(PairId id, Pair& pair, Join join) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Handle(PairId id, Pair& pair, Offer offer)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Handle(PairId id, Pair& pair, Finished finished)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Handle(PairId id, Pair& pair, Offer offer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Handle(PairId id, Pair& pair, Finished finished) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Handle(PairId id, Pair& pair, Heartbeat) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Handle(PairId id, Pair& pair, Broken broken)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Handle(PairId id, Pair& pair, Broken broken) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   // What leaves the hub does so through the outbox.
   void Send(Pair& pair, ServiceMessage message) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -115,6 +113,9 @@ class Hub {
   void EvictForThoseWhoWait() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void ReleasePlace(PairId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void End(PairId id, const absl::Status& why) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // As End, but for the channel, which is returned; null where there is no such pair.
+  std::shared_ptr<const ServiceChannel> Forget(PairId id, const absl::Status& why)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   // On the worker's thread.
   void OnConnected(PairId id, const absl::Status& status);

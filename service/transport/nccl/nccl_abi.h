@@ -1,5 +1,5 @@
-// The few types and values of NCCL's C interface that are used here, so that hosts without its header
-// build too. tests/transport/nccl_abi_test.cc compares them with nccl.h where there is one.
+// The few types and values of NCCL's C interface that are used here, so that hosts without its
+// header build too. tests/transport/nccl_abi_test.cc compares them with nccl.h where there is one.
 #pragma once
 
 #include <climits>

@@ -73,10 +73,9 @@ absl::StatusOr<std::shared_ptr<const Api>> Api::Load(const std::string& library)
 absl::Status Api::ToStatus(Result result, std::string_view what, Comm* comm) const {
   if (result == Result::kSuccess || result == Result::kInProgress) return absl::OkStatus();
   const char* const last = functions_.get_last_error(comm);
-  return absl::UnavailableError(
-      absl::StrCat(absl::string_view(what.data(), what.size()), ": ",
-                   functions_.get_error_string(result), last != nullptr && *last != 0 ? "; " : "",
-                   last != nullptr ? last : ""));
+  return absl::UnavailableError(absl::StrCat(
+      absl::string_view(what.data(), what.size()), ": ", functions_.get_error_string(result),
+      last != nullptr && *last != 0 ? "; " : "", last != nullptr ? last : ""));
 }
 
 }  // namespace structkv::nccl

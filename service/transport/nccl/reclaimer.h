@@ -1,6 +1,6 @@
-// Gives communicators back. NCCL does that in the calling thread, also for non-blocking ones, and an
-// abort may take its time: so it happens on short-lived threads, one for each group, to which the
-// GPU's thread has left its communicators.
+// Gives communicators back. NCCL does that in the calling thread, also for non-blocking ones, and
+// an abort may take its time: so it happens on short-lived threads, one for each group, to which
+// the GPU's thread has left its communicators.
 #pragma once
 
 #include <functional>

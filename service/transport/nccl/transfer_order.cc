@@ -7,9 +7,7 @@
 namespace structkv::nccl {
 namespace {
 
-const char* Name(Direction direction) {
-  return direction == Direction::kSend ? "send" : "receive";
-}
+const char* Name(Direction direction) { return direction == Direction::kSend ? "send" : "receive"; }
 
 // OK where the client's offer is the other end of the service's own transfer.
 absl::Status Compare(const std::string& key, const Transfer& own, const Offer& offer) {
@@ -24,9 +22,9 @@ absl::Status Compare(const std::string& key, const Transfer& own, const Offer& o
   }
   for (size_t i = 0; i < own.buffers.size(); ++i) {
     if (own.buffers[i].bytes != offer.lengths[i]) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("transfer '", key, "': buffer ", i, " has ", offer.lengths[i], " bytes, ",
-                       own.buffers[i].bytes, " are needed"));
+      return absl::InvalidArgumentError(absl::StrCat("transfer '", key, "': buffer ", i, " has ",
+                                                     offer.lengths[i], " bytes, ",
+                                                     own.buffers[i].bytes, " are needed"));
     }
   }
   return absl::OkStatus();
@@ -36,8 +34,8 @@ absl::Status Compare(const std::string& key, const Transfer& own, const Offer& o
 
 absl::Status CheckOffer(const Offer& offer) {
   if (offer.key.empty() || offer.key.size() > kMaxKeyBytes) {
-    return absl::InvalidArgumentError(absl::StrCat("key has ", offer.key.size(), " bytes, 1 to ",
-                                                   kMaxKeyBytes, " are allowed"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("key has ", offer.key.size(), " bytes, 1 to ", kMaxKeyBytes, " are allowed"));
   }
   if (offer.lengths.size() > kMaxBuffersPerTransfer) {
     return absl::InvalidArgumentError(absl::StrCat("transfer '", offer.key, "' has ",
@@ -46,9 +44,9 @@ absl::Status CheckOffer(const Offer& offer) {
   }
   for (int64_t length : offer.lengths) {
     if (length >= 0 && length <= kMaxBufferBytes) continue;
-    return absl::InvalidArgumentError(absl::StrCat("transfer '", offer.key,
-                                                   "' has a buffer of ", length, " bytes, 0 to ",
-                                                   kMaxBufferBytes, " are allowed"));
+    return absl::InvalidArgumentError(absl::StrCat("transfer '", offer.key, "' has a buffer of ",
+                                                   length, " bytes, 0 to ", kMaxBufferBytes,
+                                                   " are allowed"));
   }
   return absl::OkStatus();
 }

@@ -16,9 +16,9 @@ namespace structkv::nccl {
 // INVALID_ARGUMENT for a key or lengths out of range (control.h).
 absl::Status CheckOffer(const Offer& offer);
 
-// Transfers that one end is ready for and the other is not yet, by key. A transfer that both are ready
-// for gets the next number: so neither ever waits for the other's buffers with NCCL under way. Not
-// thread-safe.
+// Transfers that one end is ready for and the other is not yet, by key. A transfer that both are
+// ready for gets the next number: so neither ever waits for the other's buffers with NCCL under
+// way. Not thread-safe.
 class TransferOrder {
  public:
   struct Numbered {

@@ -85,10 +85,9 @@ void Worker::MakeId(absl::AnyInvocable<void(absl::StatusOr<UniqueId>)> done) {
 void Worker::Connect(PeerId peer, const UniqueId& id, int rank, PeerEvents events) {
   inbox_->Post([this, peer, id, rank, events = std::move(events)]() mutable {
     if (live_ + reclaiming_ >= options_.max_communicators) {
-      events.connected(absl::ResourceExhaustedError(
-          absl::StrCat("all ", options_.max_communicators, " NCCL communicators of device ",
-                       options_.device, " are taken, ", reclaiming_.load(),
-                       " of them are being given back")));
+      events.connected(absl::ResourceExhaustedError(absl::StrCat(
+          "all ", options_.max_communicators, " NCCL communicators of device ", options_.device,
+          " are taken, ", reclaiming_.load(), " of them are being given back")));
       return;
     }
     if (peers_.contains(peer) || on_gone_.contains(peer)) {
@@ -96,8 +95,7 @@ void Worker::Connect(PeerId peer, const UniqueId& id, int rank, PeerEvents event
           absl::AlreadyExistsError(absl::StrCat("NCCL pair ", peer, " has a communicator")));
       return;
     }
-    auto communicator =
-        std::make_unique<Communicator>(api_.get(), &device_api_, &options_, peer);
+    auto communicator = std::make_unique<Communicator>(api_.get(), &device_api_, &options_, peer);
     Communicator* const connecting = communicator.get();
     Done connected = std::move(events.connected);
     peers_.emplace(peer, Peer{std::move(communicator), std::move(events)});

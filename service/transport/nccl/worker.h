@@ -32,8 +32,8 @@ struct PeerEvents {
   absl::AnyInvocable<void()> gone;
 };
 
-// Thread-safe. Its functions return at once. Callbacks come on its thread, without a lock; every one
-// is called once. What fails is UNAVAILABLE unless said otherwise, and fails alone: the
+// Thread-safe. Its functions return at once. Callbacks come on its thread, without a lock; every
+// one is called once. What fails is UNAVAILABLE unless said otherwise, and fails alone: the
 // communicators of other peers go on. A failed communicator is aborted.
 class Worker {
  public:

@@ -183,8 +183,8 @@ bool Comm::Move(const Group& group) {
   while (!out.done() || !in.done()) {
     if (aborted()) return false;
     if (fault_ != Fault::kNone && out.moved() + in.moved() >= bytes / 2) return Misbehave();
-    pollfd ready{socket_, static_cast<int16_t>((out.done() ? 0 : POLLOUT) | (in.done() ? 0 : POLLIN)),
-                 0};
+    pollfd ready{socket_,
+                 static_cast<int16_t>((out.done() ? 0 : POLLOUT) | (in.done() ? 0 : POLLIN)), 0};
     if (poll(&ready, 1, 5) <= 0) continue;
     if ((ready.revents & POLLOUT) != 0) {
       const auto [data, most] = out.Next();

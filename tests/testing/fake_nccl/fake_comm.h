@@ -1,4 +1,5 @@
-// One communicator of the fake NCCL: a thread that stands for the GPU, and a unix socket for the wire.
+// One communicator of the fake NCCL: a thread that stands for the GPU, and a unix socket for the
+// wire.
 #pragma once
 
 #include <atomic>
@@ -44,8 +45,8 @@ struct Group {
   Stream* stream = nullptr;
 };
 
-// As cruel as NCCL may be: a group is on its stream only some time after ncclGroupEnd; a peer that is
-// gone is never noticed; another thread that uses a communicator aborts the program.
+// As cruel as NCCL may be: a group is on its stream only some time after ncclGroupEnd; a peer that
+// is gone is never noticed; another thread that uses a communicator aborts the program.
 struct Comm {
   Comm(const UniqueId& id, int ranks, int rank, Fault fault);
   // Waits for the thread: RequestAbort first, or after Finalize has succeeded.

@@ -1,6 +1,6 @@
 // A library that looks like NCCL and moves host memory over unix sockets, between threads or
-// processes, and that fails on command. libfake_nccl.so exports the functions of nccl.h that are used,
-// and a stand-in for CUDA's streams.
+// processes, and that fails on command. libfake_nccl.so exports the functions of nccl.h that are
+// used, and a stand-in for CUDA's streams.
 //
 //   FAKE_NCCL_FAULT          the fault of every communicator of the process (fake_comm.h)
 //   FAKE_NCCL_VERSION        the version that it says it is; 22809

@@ -37,14 +37,13 @@ static_assert(sizeof(Config) <= sizeof(ncclConfig_t));
 // The functions' types, with ours for NCCL's.
 static_assert(std::is_same_v<decltype(&ncclCommInitRankConfig),
                              ncclResult_t (*)(ncclComm_t*, int, ncclUniqueId, int, ncclConfig_t*)>);
-static_assert(std::is_same_v<decltype(&ncclSend),
-                             ncclResult_t (*)(const void*, size_t, ncclDataType_t, int, ncclComm_t,
-                                              cudaStream_t)>);
-static_assert(std::is_same_v<decltype(&ncclRecv),
-                             ncclResult_t (*)(void*, size_t, ncclDataType_t, int, ncclComm_t,
-                                              cudaStream_t)>);
-static_assert(std::is_same_v<decltype(&ncclCommGetAsyncError),
-                             ncclResult_t (*)(ncclComm_t, ncclResult_t*)>);
+static_assert(
+    std::is_same_v<decltype(&ncclSend), ncclResult_t (*)(const void*, size_t, ncclDataType_t, int,
+                                                         ncclComm_t, cudaStream_t)>);
+static_assert(std::is_same_v<decltype(&ncclRecv), ncclResult_t (*)(void*, size_t, ncclDataType_t,
+                                                                   int, ncclComm_t, cudaStream_t)>);
+static_assert(
+    std::is_same_v<decltype(&ncclCommGetAsyncError), ncclResult_t (*)(ncclComm_t, ncclResult_t*)>);
 static_assert(std::is_same_v<decltype(&ncclGetUniqueId), ncclResult_t (*)(ncclUniqueId*)>);
 static_assert(std::is_same_v<decltype(&ncclCommAbort), ncclResult_t (*)(ncclComm_t)>);
 static_assert(std::is_same_v<decltype(&ncclCommDestroy), ncclResult_t (*)(ncclComm_t)>);

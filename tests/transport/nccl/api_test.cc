@@ -1,5 +1,3 @@
-#include "service/transport/nccl/nccl_api.h"
-
 #include <unistd.h>
 
 #include <chrono>
@@ -9,6 +7,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "service/transport/nccl/nccl_api.h"
 
 namespace structkv::nccl {
 namespace {

@@ -1,5 +1,3 @@
-#include "structkv/v1/nccl_codec.h"
-
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -7,6 +5,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "structkv/v1/nccl_codec.h"
 
 namespace structkv::nccl {
 namespace {

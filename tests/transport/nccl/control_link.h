@@ -1,4 +1,5 @@
-// A control stream within one process: messages go through the wire's form, on a thread of the link.
+// A control stream within one process: messages go through the wire's form, on a thread of the
+// link.
 #pragma once
 
 #include <deque>

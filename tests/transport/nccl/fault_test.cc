@@ -200,9 +200,9 @@ TEST_F(NcclFaultTest, NcclReportsAnAsynchronousError) {
 TEST_F(NcclFaultTest, TheEndsDisagreeAboutTheLengths) {
   Start();
   ASSERT_EQ(ConnectPeer(1, "", "send").Wait(), absl::OkStatus());
-  ExpectLost(Submit(1, Direction::kReceive,
-                    std::make_shared<Data>(std::vector<int64_t>{kMiB, kMiB}, 0)),
-             "invalid usage", absl::Milliseconds(900));
+  ExpectLost(
+      Submit(1, Direction::kReceive, std::make_shared<Data>(std::vector<int64_t>{kMiB, kMiB}, 0)),
+      "invalid usage", absl::Milliseconds(900));
 }
 
 TEST_F(NcclFaultTest, AnAbortThatTakesLongHoldsUpNobody) {

@@ -1,5 +1,5 @@
-// What tests of NCCL pairs share: outcomes that are waited for, data that can be told apart, and what
-// must be as it was afterwards.
+// What tests of NCCL pairs share: outcomes that are waited for, data that can be told apart, and
+// what must be as it was afterwards.
 #pragma once
 
 #include <cstddef>

@@ -49,12 +49,11 @@ struct Client {
 struct Exchange {
   Exchange(Hub* hub, const Client& client, const std::string& key, Direction service,
            std::vector<int64_t> lengths, uint64_t seed)
-      : sent(std::make_shared<Data>(lengths, seed)),
-        received(std::make_shared<Data>(lengths, 0)) {
+      : sent(std::make_shared<Data>(lengths, seed)), received(std::make_shared<Data>(lengths, 0)) {
     const bool out = service == Direction::kSend;
     hub->Submit(client.pair(), key, Make(service, out ? sent : received, at_service));
-    client.link->client()->Offer(key, Make(out ? Direction::kReceive : Direction::kSend,
-                                           out ? received : sent, at_client));
+    client.link->client()->Offer(
+        key, Make(out ? Direction::kReceive : Direction::kSend, out ? received : sent, at_client));
   }
   static Transfer Make(Direction direction, std::shared_ptr<Data> data, const Outcome& outcome) {
     Transfer transfer = MakeTransfer(direction, data.get(), outcome.Setter());
@@ -237,10 +236,10 @@ TEST_F(NcclPairTest, MorePairsThanCommunicators) {
   std::vector<std::unique_ptr<Exchange>> exchanges;
   for (int round = 0; round < 4; ++round) {
     for (const auto& client : clients_) {
-      exchanges.push_back(std::make_unique<Exchange>(
-          hub_.get(), *client, std::to_string(round),
-          round % 2 == 0 ? Direction::kSend : Direction::kReceive,
-          std::vector<int64_t>{kMiB, 77}, exchanges.size() + 1));
+      exchanges.push_back(
+          std::make_unique<Exchange>(hub_.get(), *client, std::to_string(round),
+                                     round % 2 == 0 ? Direction::kSend : Direction::kReceive,
+                                     std::vector<int64_t>{kMiB, 77}, exchanges.size() + 1));
     }
     if (round == 1) {
       for (const auto& exchange : exchanges) exchange->ExpectDone();
@@ -306,8 +305,9 @@ TEST_F(NcclPairTest, BadMessagesEndThePair) {
   Outcome waiting;
   ordered.link->client()->Offer("k", MakeTransfer(Direction::kSend, &data, waiting.Setter()));
   ordered.link->client()->OnMessage(Order{0, 2, "k"});
-  EXPECT_THAT(std::string(waiting.Wait().message()),
-              HasSubstr("the service ordered transfer 'k' of generation 0 as 2; generation 0 and 1"));
+  EXPECT_THAT(
+      std::string(waiting.Wait().message()),
+      HasSubstr("the service ordered transfer 'k' of generation 0 as 2; generation 0 and 1"));
   const absl::Status ended = ordered.link->WaitEnded();
   EXPECT_EQ(ended.code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(std::string(ended.message()), HasSubstr("the client gave up: the service ordered"));
@@ -318,13 +318,13 @@ TEST_F(NcclPairTest, AClientThatDoesNotSayHello) {
   StartGood();
   absl::Status status;
   std::atomic<bool> ended = false;
-  hub_->Attach({[](const ServiceMessage&) {}, [&](const absl::Status& why) {
+  hub_->Attach({[](const ServiceMessage&) {},
+                [&](const absl::Status& why) {
                   status = why;
                   ended = true;
                 }});
   EXPECT_TRUE(Eventually([&] { return ended.load(); }));
-  EXPECT_EQ(status,
-            absl::UnavailableError("the client was silent for longer than 1s"));
+  EXPECT_EQ(status, absl::UnavailableError("the client was silent for longer than 1s"));
   EXPECT_EQ(hub_->stats().pairs, 1);
 }
 

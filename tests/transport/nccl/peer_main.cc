@@ -2,9 +2,9 @@
 //
 //   nccl_peer ID RANK send|receive SEED LENGTH...
 //
-// ID as the fake NCCL writes it. Connects, moves one transfer, compares what came with the data of the
-// seed, and closes; each step is a line of output. Fails after half a minute, so that the end under
-// test is the first to.
+// ID as the fake NCCL writes it. Connects, moves one transfer, compares what came with the data of
+// the seed, and closes; each step is a line of output. Fails after half a minute, so that the end
+// under test is the first to.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -38,8 +38,8 @@ int Main(const std::vector<std::string>& arguments) {
   const Data expected(lengths, seed);
   Data data(lengths, send ? seed : 0);
   Outcome moved;
-  worker->Submit(1, MakeTransfer(send ? Direction::kSend : Direction::kReceive, &data,
-                                 moved.Setter()));
+  worker->Submit(
+      1, MakeTransfer(send ? Direction::kSend : Direction::kReceive, &data, moved.Setter()));
   if (!Report("moved", moved.Wait())) return 1;
   if (!(data == expected)) return Report("compared", absl::DataLossError("other bytes"));
   Outcome closed;

@@ -1,4 +1,5 @@
-// The whole path over gRPC: the service's control streams, the library's, and data over the fake NCCL.
+// The whole path over gRPC: the service's control streams, the library's, and data over the fake
+// NCCL.
 #include <atomic>
 #include <memory>
 #include <string>
@@ -7,9 +8,9 @@
 
 #include "client/cpp/nccl_stream.h"
 #include "gmock/gmock.h"
-#include "grpcpp/server_builder.h"
 #include "grpcpp/create_channel.h"
 #include "grpcpp/security/server_credentials.h"
+#include "grpcpp/server_builder.h"
 #include "gtest/gtest.h"
 #include "service/rpc/nccl_reactor.h"
 #include "service/rpc/nccl_service.h"
@@ -84,10 +85,9 @@ class NcclStreamTest : public ::testing::Test {
     Data sent({bytes, 1}, seed);
     Data received({bytes, 1}, 0);
     Outcome outcomes[2];
-    server_->hub()->Submit(
-        stream->pair(), key,
-        MakeTransfer(to_client ? Direction::kSend : Direction::kReceive,
-                     to_client ? &sent : &received, outcomes[0].Setter()));
+    server_->hub()->Submit(stream->pair(), key,
+                           MakeTransfer(to_client ? Direction::kSend : Direction::kReceive,
+                                        to_client ? &sent : &received, outcomes[0].Setter()));
     stream->Offer(key, MakeTransfer(to_client ? Direction::kReceive : Direction::kSend,
                                     to_client ? &received : &sent, outcomes[1].Setter()));
     absl::Status status = outcomes[0].Wait();

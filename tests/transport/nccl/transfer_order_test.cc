@@ -19,15 +19,13 @@ Transfer Own(Direction direction, std::vector<int64_t> lengths) {
   return transfer;
 }
 
-absl::Status Add(TransferOrder& order, const std::string& key,
-                 std::vector<int64_t> lengths = {1}) {
+absl::Status Add(TransferOrder& order, const std::string& key, std::vector<int64_t> lengths = {1}) {
   Transfer transfer = Own(Direction::kReceive, lengths);
   return order.Add(key, transfer);
 }
 
 absl::Status AddOffer(TransferOrder& order, const std::string& key,
-                      std::vector<int64_t> lengths = {1},
-                      Direction direction = Direction::kSend) {
+                      std::vector<int64_t> lengths = {1}, Direction direction = Direction::kSend) {
   return order.Add(Offer{key, direction, std::move(lengths)});
 }
 

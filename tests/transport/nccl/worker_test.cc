@@ -128,8 +128,7 @@ TEST_F(WorkerTest, KeepsManyPairsApartAndTransfersInOrder) {
                                    }));
       outcomes.emplace_back();
       b->Submit(peer, MakeTransfer(out ? Direction::kReceive : Direction::kSend,
-                                   (out ? received : sent).back().get(),
-                                   outcomes.back().Setter()));
+                                   (out ? received : sent).back().get(), outcomes.back().Setter()));
     }
   }
   for (const Outcome& outcome : outcomes) ASSERT_EQ(outcome.Wait(), absl::OkStatus());
