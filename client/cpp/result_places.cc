@@ -5,7 +5,8 @@
 #include "structkv/arena.h"
 #include "structkv/sizes.h"
 
-namespace structkv::client::internal {
+namespace structkv::client {
+namespace internal {
 namespace {
 
 // Of a tensor of `kept` tokens.
@@ -20,10 +21,6 @@ uint64_t Stride(const v1::Open& open, uint32_t kept) {
 
 }  // namespace
 
-uint64_t MostResultBytes(const v1::Open& open) {
-  return open.geometry().layer_count() * Stride(open, MostKeptTokens(open));
-}
-
 uint64_t ResultOffset(const v1::Open& open, const v1::Opened& opened, uint32_t layer,
                       v1::Tensor tensor) {
   const auto& kept = opened.kept_tokens();
@@ -32,4 +29,10 @@ uint64_t ResultOffset(const v1::Open& open, const v1::Opened& opened, uint32_t l
   return layer * Stride(open, largest) + keys;
 }
 
-}  // namespace structkv::client::internal
+}  // namespace internal
+
+uint64_t MostResultBytes(const v1::Open& open) {
+  return open.geometry().layer_count() * internal::Stride(open, MostKeptTokens(open));
+}
+
+}  // namespace structkv::client

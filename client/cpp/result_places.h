@@ -7,9 +7,6 @@
 
 namespace structkv::client::internal {
 
-// Bytes of the range that a prompt of `open` may need, before `Opened` says how many it does.
-uint64_t MostResultBytes(const v1::Open& open);
-
 // Where a layer's kept TENSOR_KEYS or TENSOR_VALUES begin, from the range's begin.
 uint64_t ResultOffset(const v1::Open& open, const v1::Opened& opened, uint32_t layer,
                       v1::Tensor tensor);

@@ -5,7 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "client/cpp/result_places.h"
+#include "structkv/sizes.h"
 #include "structkv/v1/compression.grpc.pb.h"
 
 namespace structkv::client::internal {

@@ -24,6 +24,9 @@ inline client::LayerTensors TensorsOf(const PromptData& data, uint32_t layer) {
   tensors.keys = AsBytes(data.tensor(layer, v1::TENSOR_KEYS));
   tensors.values = AsBytes(data.tensor(layer, v1::TENSOR_VALUES));
   tensors.window_queries = AsBytes(data.tensor(layer, v1::TENSOR_WINDOW_QUERIES));
+  tensors.window_lse = AsBytes(data.tensor(layer, v1::TENSOR_WINDOW_LSE));
+  tensors.key_scales = AsBytes(data.tensor(layer, v1::TENSOR_KEY_SCALES));
+  tensors.value_scales = AsBytes(data.tensor(layer, v1::TENSOR_VALUE_SCALES));
   tensors.saliency = AsBytes(data.tensor(layer, v1::TENSOR_SALIENCY));
   tensors.positions = data.rows(layer);
   return tensors;

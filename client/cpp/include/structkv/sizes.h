@@ -24,6 +24,9 @@ v1::Granularity EffectiveGranularity(const v1::Method& method);
 // The most tokens that a layer of `open` may keep, before `Opened` says how many it does.
 uint32_t MostKeptTokens(const v1::Open& open);
 
+// Bytes that its results take of PromptOptions.results, at most.
+uint64_t MostResultBytes(const v1::Open& open);
+
 // Blocks of keys that a layer of `kept` tokens comes back in, or is held in; 0 where they are not
 // paged, or of a plan.
 uint32_t KeptBlocks(const v1::Open& open, uint32_t kept);
