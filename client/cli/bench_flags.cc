@@ -3,6 +3,7 @@
 #include <random>
 
 #include "absl/strings/str_cat.h"
+#include "client/cli/shared_memory.h"
 #include "client/cli/synthetic.h"
 
 namespace structkv::cli {
@@ -94,6 +95,7 @@ void AddBenchFlags(CLI::App* app, BenchFlags* flags) {
   AddMethodFlags(app, &flags->method);
   AddRotaryFlags(app, &flags->rotary);
   AddConnectionFlags(app, &flags->connection);
+  AddTransportFlag(app, &flags->connection);
   app->add_flag("--json", flags->json, "Print JSON");
 }
 

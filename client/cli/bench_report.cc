@@ -45,7 +45,8 @@ void PrintBenchText(const BenchFlags& flags, const std::vector<BenchPrompt>& pro
                     const std::string& where, BenchFigures* m) {
   const v1::ModelGeometry& g = prompts[0].open.geometry();
   const v1::Opened& opened = prompts[0].opened;
-  std::printf("%s, %s backend\n", where.c_str(), m->backend.c_str());
+  std::printf("%s, %s backend, %s%s%s\n", where.c_str(), m->backend.c_str(), m->transport.c_str(),
+              m->transport_reason.empty() ? "" : ": ", m->transport_reason.c_str());
   std::printf("prompt      %u layers, %s, %s tokens, %s, %s%s\n", g.layer_count(),
               HeadsText(g).c_str(), CountText(flags.tokens).c_str(), flags.dtype.c_str(),
               MethodKind(opened.method()).c_str(),
@@ -95,6 +96,8 @@ void PrintBenchJson(const BenchFlags& flags, const std::vector<BenchPrompt>& pro
   nlohmann::ordered_json json;
   json["where"] = where;
   json["backend"] = m->backend;
+  json["transport"] = m->transport;
+  json["transport_reason"] = m->transport_reason;
   json["layers"] = g.layer_count();
   json["query_heads"] = g.query_head_count();
   json["kv_heads"] = g.kv_head_count();

@@ -12,7 +12,9 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "absl/types/span.h"
+#include "client/cli/shared_memory.h"
 #include "client/cli/text.h"
+#include "structkv/sizes.h"
 
 namespace structkv::cli {
 namespace {
@@ -34,6 +36,7 @@ class Scratch {
 absl::StatusOr<v1::Opened> Probe(Compressor& compressor, const v1::Open& open,
                                  client::SessionOptions options) {
   std::optional<v1::Opened> opened;
+  options.transport = client::TransportChoice::kInline;
   options.on_opened = [&opened](const v1::Opened& o) { opened = o; };
   options.on_event = [](const client::Event&) {};
   const auto source = [](uint32_t) -> absl::StatusOr<client::LayerTensors> {
@@ -77,6 +80,8 @@ class Timed {
     return prompt_.tensors->Layer(layer);
   }
 
+  void OnOpened(const v1::Opened& opened) { transport_reason_ = opened.transport_reason(); }
+
   void OnEvent(const client::Event& event) {
     if (std::holds_alternative<v1::Summary>(event)) seconds_ = absl::Now() - start_;
     const auto* layer = std::get_if<client::LayerResult>(&event);
@@ -98,6 +103,8 @@ class Timed {
     figures->compute_micros += summary.timing().compute_micros();
     figures->queue_micros += summary.timing().queue_micros();
     figures->backend = summary.backend();
+    figures->transport = summary.transport();
+    figures->transport_reason = transport_reason_;
   }
 
  private:
@@ -108,6 +115,7 @@ class Timed {
   std::vector<std::atomic<int64_t>> sent_;
   std::vector<double> latencies_;
   absl::Duration seconds_;
+  std::string transport_reason_;
 };
 
 // Sends one prompt, or one batch, at a time.
@@ -145,6 +153,8 @@ class Worker {
     options.allocate = [own = &scratch_[i]](uint32_t, v1::Tensor tensor, size_t size) {
       return own->Get(tensor, size);
     };
+    UseArena(prompts_[i].arena, &options);
+    options.on_opened = [timed](const v1::Opened& opened) { timed->OnOpened(opened); };
     options.on_event = [timed](const client::Event& event) { timed->OnEvent(event); };
     return options;
   }
@@ -208,6 +218,29 @@ class Worker {
   std::vector<Scratch> scratch_;  // of each prompt
 };
 
+// Makes the tensors of `prompts`, in memory that a server can share where the flags allow.
+absl::Status MakeTensors(const BenchFlags& flags, std::vector<BenchPrompt>* prompts) {
+  uint64_t bytes = 0;
+  for (BenchPrompt& prompt : *prompts) {
+    // Results, and rows that are pulled, of each prompt that runs at a time.
+    bytes += SyntheticPrompt::SizeOf(prompt.open, WithPulledTensors(prompt.open, prompt.opened)) +
+             2 * flags.concurrency * client::MostResultBytes(prompt.open);
+  }
+  absl::StatusOr<std::shared_ptr<client::Arena>> arena = MakeArena(flags.connection, bytes);
+  if (!arena.ok()) return arena.status();
+  for (size_t i = 0; i < prompts->size(); ++i) {
+    BenchPrompt& prompt = (*prompts)[i];
+    prompt.arena = *arena;
+    const v1::Opened opened = WithPulledTensors(prompt.open, prompt.opened);
+    prompt.tensors = prompt.arena == nullptr
+                         ? std::make_unique<SyntheticPrompt>(prompt.open, opened, flags.seed + i)
+                         : std::make_unique<SyntheticPrompt>(
+                               prompt.open, opened, flags.seed + i,
+                               [&](size_t size) { return prompt.arena->Allocate(size).value(); });
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<std::vector<BenchPrompt>> MakeBenchPrompts(const BenchFlags& flags,
@@ -228,9 +261,8 @@ absl::StatusOr<std::vector<BenchPrompt>> MakeBenchPrompts(const BenchFlags& flag
       if (!opened.ok()) return opened.status();
       prompt.opened = *std::move(opened);
     }
-    prompt.tensors = std::make_unique<SyntheticPrompt>(
-        prompt.open, WithPulledTensors(*whole, prompt.opened), flags.seed + i);
   }
+  if (absl::Status status = MakeTensors(flags, &prompts); !status.ok()) return status;
   return prompts;
 }
 

@@ -12,6 +12,7 @@
 #include "client/cli/bench_flags.h"
 #include "client/cli/compressor.h"
 #include "client/cli/synthetic.h"
+#include "structkv/arena.h"
 #include "structkv/v1/compression.pb.h"
 
 namespace structkv::cli {
@@ -21,6 +22,7 @@ struct BenchPrompt {
   v1::Open open;
   v1::Opened opened;  // what the service answers to it
   std::unique_ptr<SyntheticPrompt> tensors;
+  std::shared_ptr<client::Arena> arena;  // of all prompts; null: none is shared
 };
 
 // What a worker sends at a time: the ranks of a prompt, each in a stream of its own, or the prompts
@@ -38,6 +40,8 @@ struct BenchFigures {
   uint64_t compute_micros = 0;
   uint64_t queue_micros = 0;
   std::string backend;
+  std::string transport;         // of the last prompt
+  std::string transport_reason;  // likewise: why not a better one
   absl::Status status;
   double wall_seconds = 0;
 };

@@ -20,6 +20,7 @@
 #include "client/cli/method_flags.h"
 #include "client/cli/output_file.h"
 #include "client/cli/rotary_flags.h"
+#include "client/cli/shared_memory.h"
 #include "client/cli/text.h"
 #include "nlohmann/json.hpp"
 #include "structkv/sizes.h"
@@ -161,9 +162,10 @@ void PrintOutcome(const CompressFlags& flags, const Capture& capture, const Outc
                 outcome.skeleton_layers, g.layer_count(),
                 BytesText(outcome.full_bytes - summary.input_bytes()).c_str());
   }
-  std::printf("time      %s, of which the %s backend computed %s\n",
+  std::printf("time      %s, of which the %s backend computed %s; transport %s\n",
               DurationText(outcome.elapsed).c_str(), summary.backend().c_str(),
-              DurationText(absl::Microseconds(summary.timing().compute_micros())).c_str());
+              DurationText(absl::Microseconds(summary.timing().compute_micros())).c_str(),
+              summary.transport().c_str());
   if (summary.has_held()) {
     std::printf("held      %s, %s for %s, fingerprint %s\n",
                 absl::BytesToHexString(summary.held().handle()).c_str(),
@@ -221,10 +223,19 @@ void PrintJson(const CompressFlags& flags, const Capture& capture, const Outcome
   }
   json["fingerprint"] = summary.fingerprint();
   json["backend"] = summary.backend();
+  json["transport"] = summary.transport();
+  json["transport_reason"] = outcome.opened.transport_reason();
   json["seconds"] = absl::ToDoubleSeconds(outcome.elapsed);
   json["compute_micros"] = summary.timing().compute_micros();
   json["queue_micros"] = summary.timing().queue_micros();
   std::printf("%s\n", json.dump(2).c_str());
+}
+
+// A few layers of keys and values on their way, and the results.
+uint64_t SharedBytes(const v1::Open& open, const Capture& capture) {
+  constexpr uint64_t kLayers = 5;
+  const uint64_t layer = capture.kv_bytes() / open.geometry().layer_count();
+  return kLayers * (layer + uint64_t{4096}) + client::MostResultBytes(open);
 }
 
 // The file has room for what `Opened` says, in every layer.
@@ -266,6 +277,9 @@ absl::Status RunCompress(const CompressFlags& flags) {
   uint32_t answered = 0;
   client::SessionOptions options = MakeSessionOptions(flags.connection);
   options.checksums = flags.checksums;
+  const auto arena = MakeArena(flags.connection, SharedBytes(*open, *capture));
+  if (!arena.ok()) return arena.status();
+  UseArena(*arena, &options);
   options.on_opened = [&](const v1::Opened& opened) {
     outcome.opened = opened;
     outcome.full_bytes = FullBytes(*open, opened);
@@ -333,6 +347,7 @@ Command AddCompress(CLI::App* app) {
   AddMethodFlags(sub, &flags->method);
   AddRotaryFlags(sub, &flags->rotary);
   AddConnectionFlags(sub, &flags->connection);
+  AddTransportFlag(sub, &flags->connection);
   sub->add_option("--column-sums", flags->column_sums,
                   "What h2o needs where the capture lacks it (safetensors)");
   CLI::Option* plan = sub->add_flag("--plan", flags->plan, "Positions only, no keys and values");

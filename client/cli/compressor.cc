@@ -129,6 +129,7 @@ std::vector<std::pair<std::string, std::string>> TenantMetadata(const Connection
 
 client::SessionOptions MakeSessionOptions(const ConnectionFlags& flags) {
   client::SessionOptions options;
+  options.transport = flags.transport;
   if (flags.timeout_seconds > 0) options.timeout = absl::Seconds(flags.timeout_seconds);
   options.metadata = TenantMetadata(flags);
   return options;

@@ -56,6 +56,7 @@ struct ConnectionFlags {
   std::string backend = "auto";
   int threads = 0;
   double timeout_seconds = 0;
+  client::TransportChoice transport = client::TransportChoice::kAuto;
 };
 
 // --server, --tenant and --timeout alone; returns --server.
@@ -65,7 +66,7 @@ void AddConnectionFlags(CLI::App* app, ConnectionFlags* flags);
 // The metadata that name the tenant.
 std::vector<std::pair<std::string, std::string>> TenantMetadata(const ConnectionFlags& flags);
 
-// The timeout and the tenant of the flags, on top of the defaults.
+// The timeout, tenant and transport of the flags, on top of the defaults.
 client::SessionOptions MakeSessionOptions(const ConnectionFlags& flags);
 
 // Connects, or sets up this process. Every call makes a connection of its own.

@@ -153,9 +153,12 @@ absl::StatusOr<std::shared_ptr<const void>> LocalPrompt::PullRows(
                     positions->size() * sizeof(int32_t), positions};
   summary_.set_output_bytes(summary_.output_bytes() + pull.positions.size());
   absl::StatusOr<client::PulledRows> rows =
-      options_.rows
-          ? options_.rows(pull)
-          : client::internal::GatherPulledRows(open_, tensors, tensors.positions, pull, &rows_);
+      options_.rows ? options_.rows(pull)
+                    : client::internal::GatherPulledRows(
+                          open_, tensors, tensors.positions, pull,
+                          [this](size_t size) -> absl::StatusOr<client::Bytes> {
+                            return rows_.Acquire(size);
+                          });
   if (!rows.ok()) return rows.status();
   const auto take = [&](absl::Span<const std::byte> data) {
     summary_.set_input_bytes(summary_.input_bytes() + data.size());

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <numeric>
 #include <random>
@@ -27,6 +28,10 @@ constexpr Known kKnown[] = {
     {"qwen2.5-7b", 28, 28, 4, 128, 128},   {"qwen2.5-14b", 48, 40, 8, 128, 128},
     {"qwen2.5-32b", 64, 40, 8, 128, 128},  {"deepseek-v3", 61, 128, 1, 576, 512, 192},
 };
+
+constexpr uint64_t kAlignment = 64;
+
+uint64_t RoundUp(uint64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 // xorshift64*: cheap, and good enough for tensors that nobody reads.
 class Random {
@@ -132,57 +137,71 @@ void PageAtRandom(uint32_t block_tokens, uint64_t seed, v1::Open* open) {
   paged->mutable_block_table()->Assign(table.begin(), table.end());
 }
 
-SyntheticPrompt::SyntheticPrompt(const v1::Open& open, const v1::Opened& opened, uint64_t seed)
-    : keys_bytes_(client::InputTensorBytes(open, opened, v1::TENSOR_KEYS)),
-      values_bytes_(client::InputTensorBytes(open, opened, v1::TENSOR_VALUES)),
-      queries_bytes_(client::InputTensorBytes(open, opened, v1::TENSOR_WINDOW_QUERIES)),
-      saliency_bytes_(client::InputTensorBytes(open, opened, v1::TENSOR_SALIENCY)),
-      scales_bytes_(client::InputTensorBytes(open, opened, v1::TENSOR_KEY_SCALES)),
-      value_scales_(client::InputTensorBytes(open, opened, v1::TENSOR_VALUE_SCALES) > 0) {
-  const uint32_t layers = open.geometry().layer_count();
-  total_bytes_ =
-      keys_bytes_ + values_bytes_ + saliency_bytes_ + scales_bytes_ + layers * queries_bytes_;
-  data_.reset(new std::byte[total_bytes_]);
+SyntheticPrompt::Sizes::Sizes(const v1::Open& open, const v1::Opened& opened)
+    : keys(client::InputTensorBytes(open, opened, v1::TENSOR_KEYS)),
+      values(client::InputTensorBytes(open, opened, v1::TENSOR_VALUES)),
+      saliency(client::InputTensorBytes(open, opened, v1::TENSOR_SALIENCY)),
+      scales(client::InputTensorBytes(open, opened, v1::TENSOR_KEY_SCALES)),
+      queries(client::InputTensorBytes(open, opened, v1::TENSOR_WINDOW_QUERIES)),
+      value_scales(client::InputTensorBytes(open, opened, v1::TENSOR_VALUE_SCALES) > 0) {}
+
+uint64_t SyntheticPrompt::SizeOf(const v1::Open& open, const v1::Opened& opened) {
+  const Sizes sizes(open, opened);
+  uint64_t bytes = open.geometry().layer_count() * RoundUp(sizes.queries);
+  for (const uint64_t size : {sizes.keys, sizes.values, sizes.saliency, sizes.scales}) {
+    bytes += RoundUp(size);
+  }
+  return bytes;
+}
+
+client::Bytes SyntheticPrompt::AllocateOnHeap(size_t size) {
+  auto* memory = static_cast<std::byte*>(std::aligned_alloc(kAlignment, RoundUp(size)));
+  return {memory, size, std::shared_ptr<void>(memory, [](void* data) { std::free(data); })};
+}
+
+// The tensor at `*at`, which becomes the next one's place.
+absl::Span<std::byte> SyntheticPrompt::Take(uint64_t* at, uint64_t size) const {
+  return data_.span().subspan(std::exchange(*at, *at + RoundUp(size)), size);
+}
+
+SyntheticPrompt::SyntheticPrompt(const v1::Open& open, const v1::Opened& opened, uint64_t seed,
+                                 const Allocator& allocate)
+    : sizes_(open, opened), data_(allocate(SizeOf(open, opened))) {
   Random random(seed);
-  std::byte* at = data_.get();
-  Fill(at, keys_bytes_, open.dtype(), 1.0F, &random);
-  at += keys_bytes_;
-  Fill(at, values_bytes_, open.dtype(), 1.0F, &random);
-  at += values_bytes_;
-  for (uint64_t i = 0; i < saliency_bytes_; i += sizeof(float)) {
-    const float value = 0.5F + 0.5F * random.Next();
-    std::memcpy(at + i, &value, sizeof value);
+  uint64_t at = 0;
+  const auto fill_floats = [&](uint64_t size, float middle, float spread) {
+    const absl::Span<std::byte> tensor = Take(&at, size);
+    for (uint64_t i = 0; i < size; i += sizeof(float)) {
+      const float value = middle + spread * random.Next();
+      std::memcpy(&tensor[i], &value, sizeof value);
+    }
+  };
+  for (const uint64_t size : {sizes_.keys, sizes_.values}) {
+    Fill(Take(&at, size).data(), size, open.dtype(), 1.0F, &random);
   }
-  at += saliency_bytes_;
-  for (uint64_t i = 0; i < scales_bytes_; i += sizeof(float)) {
-    const float value = 1.0F + 0.25F * random.Next();
-    std::memcpy(at + i, &value, sizeof value);
-  }
-  at += scales_bytes_;
-  for (uint32_t layer = 0; layer < layers; ++layer, at += queries_bytes_) {
+  fill_floats(sizes_.saliency, 0.5F, 0.5F);
+  fill_floats(sizes_.scales, 1.0F, 0.25F);
+  const uint32_t layers = open.geometry().layer_count();
+  for (uint32_t layer = 0; layer < layers; ++layer) {
     // Deeper layers attend more sharply, so that their metrics differ.
     const float depth = static_cast<float>(layer + 1) / static_cast<float>(layers);
-    Fill(at, queries_bytes_, client::QueryDType(open), 1.0F + 3.0F * depth, &random);
+    Fill(Take(&at, sizes_.queries).data(), sizes_.queries, client::QueryDType(open),
+         1.0F + 3.0F * depth, &random);
   }
 }
 
 client::LayerTensors SyntheticPrompt::Layer(uint32_t layer) const {
-  const std::byte* at = data_.get();
+  uint64_t at = 0;
   client::LayerTensors tensors;
-  tensors.keys = {at, keys_bytes_};
-  at += keys_bytes_;
-  tensors.values = {at, values_bytes_};
-  at += values_bytes_;
-  tensors.saliency = {at, saliency_bytes_};
-  at += saliency_bytes_;
-  tensors.key_scales = {at, scales_bytes_};
-  if (value_scales_) tensors.value_scales = tensors.key_scales;
-  at += scales_bytes_;
-  tensors.window_queries = {at + layer * queries_bytes_, queries_bytes_};
-  tensors.owner = data_;
+  tensors.keys = Take(&at, sizes_.keys);
+  tensors.values = Take(&at, sizes_.values);
+  tensors.saliency = Take(&at, sizes_.saliency);
+  tensors.key_scales = Take(&at, sizes_.scales);
+  if (sizes_.value_scales) tensors.value_scales = tensors.key_scales;
+  at += layer * RoundUp(sizes_.queries);
+  tensors.window_queries = Take(&at, sizes_.queries);
+  tensors.owner = data_.owner();
   return tensors;
 }
-
-uint64_t SyntheticPrompt::resident_bytes() const { return total_bytes_; }
 
 }  // namespace structkv::cli

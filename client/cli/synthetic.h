@@ -3,12 +3,15 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "structkv/bytes.h"
 #include "structkv/session.h"
 #include "structkv/v1/compression.pb.h"
 
@@ -33,21 +36,31 @@ void PageAtRandom(uint32_t block_tokens, uint64_t seed, v1::Open* open);
 // window queries differ from layer to layer. The window's log-sum-exp is not made. Immutable.
 class SyntheticPrompt {
  public:
-  SyntheticPrompt(const v1::Open& open, const v1::Opened& opened, uint64_t seed);
+  // Gives memory, aligned to 64 bytes, for tensors.
+  using Allocator = std::function<client::Bytes(size_t size)>;
+
+  // Bytes that the tensors take.
+  static uint64_t SizeOf(const v1::Open& open, const v1::Opened& opened);
+  // In memory that `allocate` gives.
+  SyntheticPrompt(const v1::Open& open, const v1::Opened& opened, uint64_t seed,
+                  const Allocator& allocate = AllocateOnHeap);
 
   client::LayerTensors Layer(uint32_t layer) const;
   // Memory that the tensors take.
-  uint64_t resident_bytes() const;
+  uint64_t resident_bytes() const { return data_.size(); }
 
  private:
-  uint64_t keys_bytes_;
-  uint64_t values_bytes_;
-  uint64_t queries_bytes_;  // of one layer
-  uint64_t saliency_bytes_;
-  uint64_t scales_bytes_;  // of keys; those of values are the same ones
-  bool value_scales_;
-  uint64_t total_bytes_;
-  std::shared_ptr<std::byte[]> data_;  // keys, values, saliency, scales, then each layer's queries
+  // Of each tensor of one layer; the scales of values are those of keys.
+  struct Sizes {
+    Sizes(const v1::Open& open, const v1::Opened& opened);
+    uint64_t keys, values, saliency, scales, queries;
+    bool value_scales;
+  };
+  static client::Bytes AllocateOnHeap(size_t size);
+  absl::Span<std::byte> Take(uint64_t* at, uint64_t size) const;
+
+  const Sizes sizes_;
+  client::Bytes data_;  // keys, values, saliency, scales, then each layer's queries
 };
 
 }  // namespace structkv::cli
