@@ -35,8 +35,8 @@ int64_t ServerProcess::peak_resident_bytes() const {
   return testkit::StatusBytes(process_.pid(), "VmHWM");
 }
 
-double ServerProcess::cpu_seconds() const {
-  std::ifstream file("/proc/" + std::to_string(process_.pid()) + "/stat");
+double ProcessCpuSeconds(pid_t pid) {
+  std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
   const std::string text((std::istreambuf_iterator<char>(file)), {});
   // The name, in parentheses, may hold anything; 11 fields lie between it and utime.
   std::istringstream fields(text.substr(text.rfind(')') + 1));

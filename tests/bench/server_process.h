@@ -11,6 +11,9 @@
 
 namespace structkv::bench {
 
+// User and system time of all threads of a process so far.
+double ProcessCpuSeconds(pid_t pid);
+
 class ServerProcess {
  public:
   // Listens on a unix socket of its own. Ends the program where the server does not start.
@@ -19,8 +22,7 @@ class ServerProcess {
   const std::string& address() const { return address_; }
   int64_t resident_bytes() const;       // now
   int64_t peak_resident_bytes() const;  // ever
-  // User and system time of all threads so far.
-  double cpu_seconds() const;
+  double cpu_seconds() const { return ProcessCpuSeconds(process_.pid()); }
 
  private:
   const testkit::TemporaryDirectory directory_;

@@ -14,6 +14,7 @@
 #include "tests/bench/wire_plan.h"
 #include "tests/bench/wire_round_trip.h"
 #include "tests/bench/wire_stream.h"
+#include "tests/bench/wire_transports.h"
 #include "tests/testing/process.h"
 
 namespace structkv::bench {
@@ -33,6 +34,8 @@ struct Flags {
   int prompts = 6;
   uint32_t tokens = 16384;  // 64 KiB of saliency
   int plan_prompts = 0;
+  int transport_prompts = 0;
+  uint32_t transport_tokens = 16384;
   uint32_t plan_piece_kib = 2048;  // as the client library sends
   std::string server = STRUCTKV_SERVER;
   std::string serve_bare;
@@ -46,7 +49,8 @@ class Servers {
   Servers(const char* self, const Flags& flags)
       : bare_({self, "--serve-bare", bare_tcp() + "," + bare_unix()}),
         server_({flags.server, "--listen", tcp(), "--listen", unix_socket(), "--max-message",
-                 "64MiB", "--memory-budget", "8GiB", "--hold-budget", "8GiB"}) {
+                 "64MiB", "--memory-budget", "8GiB", "--hold-budget", "8GiB", "--region-socket",
+                 directory_.Path("regions"), "--log-sessions", "false"}) {
     if (!bare_.WaitForLine("ready")) Die("the bare server does not start: " + bare_.error());
     if (!server_.WaitForLine("ready")) Die("structkv-server does not start: " + server_.error());
   }
@@ -54,6 +58,7 @@ class Servers {
   std::string bare_tcp() const { return "127.0.0.1:17412"; }
   std::string tcp() const { return "127.0.0.1:17411"; }
   std::string bare_unix() const { return "unix:" + directory_.Path("bare"); }
+  pid_t pid() const { return server_.pid(); }
   std::string unix_socket() const { return "unix:" + directory_.Path("structkv"); }
 
  private:
@@ -267,6 +272,13 @@ int Measure(const char* self, const Flags& flags) {
       }
     }
   }
+  if (flags.transport_prompts > 0) {
+    report["transports"] = MeasureTransports({servers.bare_tcp(), servers.bare_unix(),
+                                              servers.tcp(), servers.unix_socket(), servers.pid()},
+                                             flags.transport_tokens, flags.transport_prompts);
+    passed = passed && TransportsPass(report["transports"]);
+    if (!flags.json) PrintTransports(report["transports"]);
+  }
   report["passed"] = passed;
   if (flags.json) std::printf("%s\n", report.dump(2).c_str());
   return flags.check && !passed ? 1 : 0;
@@ -292,6 +304,11 @@ int Main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--plan-piece-kib", flags.plan_piece_kib, "KiB of statistics per message there")
       ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  app.add_option("--transports", flags.transport_prompts,
+                 "Prompts of 32 layers of keys and values over each transport; 0: none")
+      ->capture_default_str();
+  app.add_option("--transport-tokens", flags.transport_tokens, "Tokens of those")
       ->capture_default_str();
   app.add_option("--server", flags.server, "The server program")->capture_default_str();
   app.add_flag("--json", flags.json, "Print JSON");
