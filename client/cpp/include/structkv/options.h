@@ -91,7 +91,7 @@ struct StreamOptions {
   // of a batch as they come: a stream that is read too late stalls, and the server ends it as
   // ABORTED.
   size_t max_buffered_result_bytes = 0;
-  // Send an XXH3 checksum with every piece.
+  // Send an XXH3 checksum with every piece whose data are in a message.
   bool checksums = false;
   RetryPolicy retry;
   TransportChoice transport = TransportChoice::kAuto;
