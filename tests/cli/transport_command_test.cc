@@ -1,0 +1,92 @@
+// --transport of `structkv compress` and `bench`, with a real server.
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+#include "tests/cli/run_command.h"
+#include "tests/testing/process.h"
+
+namespace structkv::cli {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr char kCapture[] = STRUCTKV_TEST_DATA "/capture-tiny-llama-1000.safetensors";
+
+std::string Read(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+class TransportCommandTest : public CommandTest {
+ protected:
+  void Start(bool regions) {
+    std::vector<std::string> command = {STRUCTKV_SERVER, "--listen", address_};
+    if (regions) {
+      command.insert(command.end(), {"--region-socket", directory_.Path("regions")});
+    }
+    server_ = std::make_unique<testkit::Process>(command);
+    ASSERT_TRUE(server_->WaitForLine("ready")) << server_->error();
+  }
+
+  // What `compress` prints, and the file that it writes.
+  std::pair<nlohmann::json, std::string> Compress(const std::string& flags) {
+    const std::string out = directory_.Path("out.safetensors");
+    const Ran ran = RunCommand(std::string("compress ") + kCapture + " --json --server " +
+                               address_ + " --out " + out + " " + flags);
+    EXPECT_EQ(ran.code, 0) << ran.output;
+    return {nlohmann::json::parse(ran.output), Read(out)};
+  }
+
+  const std::string address_ = "unix:" + directory_.Path("socket");
+  std::unique_ptr<testkit::Process> server_;
+};
+
+TEST_F(TransportCommandTest, CompressesTheSameOverEach) {
+  Start(/*regions=*/true);
+  for (const std::string more : {"", "--pull", "--plan", "--pivot online --skeleton-layers"}) {
+    SCOPED_TRACE(more);
+    const auto [json, file] = Compress(more + " --transport inline");
+    EXPECT_EQ(json.at("transport"), "inline");
+    EXPECT_FALSE(file.empty());
+    for (const std::string transport : {"", "--transport shm"}) {
+      const auto [shared, same] = Compress(more + " " + transport);
+      EXPECT_EQ(shared.at("transport"), "shared_memory");
+      EXPECT_TRUE(same == file);
+    }
+  }
+}
+
+TEST_F(TransportCommandTest, AutoSaysWhyNotSharedMemory) {
+  Start(/*regions=*/false);
+  const auto [json, file] = Compress("");
+  EXPECT_EQ(json.at("transport"), "inline");
+  EXPECT_THAT(json.at("transport_reason").get<std::string>(),
+              HasSubstr("the server has no shared memory"));
+  const Ran refused =
+      RunCommand(std::string("compress ") + kCapture + " --transport shm --server " + address_ +
+                 " --out " + directory_.Path("none"));
+  EXPECT_NE(refused.code, 0);
+  EXPECT_THAT(refused.output, HasSubstr("the server has no shared memory"));
+}
+
+TEST_F(TransportCommandTest, BenchesOverSharedMemory) {
+  Start(/*regions=*/true);
+  for (const std::string more :
+       {"--concurrency 2", "--batch 2", "--shards 2", "--pull", "--paged 16"}) {
+    const Ran ran = RunCommand(
+        "bench --geometry tiny-llama --tokens 500 --prompts 4 --json --transport shm --server " +
+        address_ + " " + more);
+    ASSERT_EQ(ran.code, 0) << more << ": " << ran.output;
+    EXPECT_EQ(nlohmann::json::parse(ran.output).at("transport"), "shared_memory") << more;
+  }
+}
+
+}  // namespace
+}  // namespace structkv::cli
