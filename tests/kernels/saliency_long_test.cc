@@ -66,6 +66,14 @@ TEST_P(SaliencyLongTest, AgreesWithTheOracle) {
   }
 }
 
+// Over more than a block of rows.
+TEST_P(SaliencyLongTest, TakesTheLargestOfTheWindow) {
+  const Shape shape = {1, 1, 70001, 32, 37};
+  std::mt19937_64 random = testing::Random(13);
+  const Inputs inputs(shape, DType::kBF16, Layout::kHeadTokenDim, random);
+  Check("largest", testing::WindowMaxOf(inputs.params()));
+}
+
 // From one tile of 240 tokens to the next by more than float16's range, and by less.
 TEST_P(SaliencyLongTest, FollowsScoresThatRiseOrFall) {
   const Shape& shape = kShapes[0];
