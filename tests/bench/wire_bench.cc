@@ -95,7 +95,7 @@ nlohmann::json MeasureStreams(const Flags& flags, const std::string& name, const
 }
 
 // A cache that is left in the server and fetched from there, each beside a bare stream that carries
-// as many bytes the same way.
+// as many bytes the same way; and beside a prompt of as many bytes of which little is kept.
 nlohmann::json MeasureHold(const Flags& flags, const std::string& name, const std::string& bare,
                            const std::string& held) {
   struct Way {
@@ -114,15 +114,18 @@ nlohmann::json MeasureHold(const Flags& flags, const std::string& name, const st
               {"median_ratio_of_pairs", ratios[ratios.size() / 2]}};
     }
   };
+  Way send;
   Way hold;
   Way fetch;
   for (int i = 0; i <= flags.holds; ++i) {  // the first to warm up
     std::string handle;
     const double up = BareUploadSeconds(bare, flags.stream);
+    const double sent = SendSeconds(held, flags.stream);
     const double held_seconds = HoldSeconds(held, flags.stream, &handle);
     const double down = BareDownloadSeconds(bare, flags.stream);
     const double fetched = FetchSeconds(held, flags.stream, handle);
     if (i == 0) continue;
+    send.Add(up, sent);
     hold.Add(up, held_seconds);
     fetch.Add(down, fetched);
   }
@@ -130,13 +133,14 @@ nlohmann::json MeasureHold(const Flags& flags, const std::string& name, const st
   return {{"socket", name},
           {"bytes", flags.stream.total_bytes},
           {"chunk_bytes", flags.stream.chunk_bytes},
+          {"send", send.Report(bytes)},
           {"hold", hold.Report(bytes)},
           {"fetch", fetch.Report(bytes)},
           {"bar", kThroughputBar}};
 }
 
 void PrintHold(const nlohmann::json& result) {
-  for (const char* way : {"hold", "fetch"}) {
+  for (const char* way : {"send", "hold", "fetch"}) {
     std::printf("%-5s %6.2f GB/s bare  %6.2f GB/s %-5s  median ratio of pairs %.3f (bar %.2f)\n",
                 result["socket"].get<std::string>().c_str(),
                 result[way]["bare_gb_per_s"].get<double>(), result[way]["gb_per_s"].get<double>(),

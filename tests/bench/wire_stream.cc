@@ -191,6 +191,16 @@ double BareDownloadSeconds(const std::string& address, const StreamOptions& opti
                            options.chunk_bytes);
 }
 
+double SendSeconds(const std::string& address, const StreamOptions& options) {
+  v1::Open open = FullOpen(options);
+  open.mutable_method()->mutable_streaming_llm()->mutable_kv_budget()->set_ratio(1e-6);
+  uint64_t received = 0;
+  v1::Summary summary;
+  const double seconds = RunPrompt(address, open, options, &received, &summary);
+  if (received == 0 || received > options.total_bytes / 100) Die("Compress: not a few tokens");
+  return seconds;
+}
+
 double HoldSeconds(const std::string& address, const StreamOptions& options, std::string* handle) {
   v1::Open open = FullOpen(options);
   open.set_output(v1::OUTPUT_HOLD);

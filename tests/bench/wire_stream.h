@@ -21,6 +21,9 @@ double CompressStreamSeconds(const std::string& address, const StreamOptions& op
 // One way alone, in messages of a chunk each: to the bare service, and from it.
 double BareUploadSeconds(const std::string& address, const StreamOptions& options);
 double BareDownloadSeconds(const std::string& address, const StreamOptions& options);
+// The same bytes through Compress to the server, which keeps and returns a few tokens of each
+// layer.
+double SendSeconds(const std::string& address, const StreamOptions& options);
 // The same bytes to the server, to be held: as CompressStreamSeconds, with positions alone back.
 double HoldSeconds(const std::string& address, const StreamOptions& options, std::string* handle);
 // And from there, all of it, counted. Releases the cache afterwards.
