@@ -25,6 +25,12 @@ class MessageRoom {
     free_ -= take + kPiece;
     return take;
   }
+  // Whether there is room for a piece without data, which is taken.
+  bool TakeRange() {
+    if (free_ < kPiece) return false;
+    free_ -= kPiece;
+    return true;
+  }
 
  private:
   static constexpr auto kPiece = static_cast<int64_t>(wire::kPieceOverheadBytes);

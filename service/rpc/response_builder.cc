@@ -55,13 +55,12 @@ class Cutter {
     MessageRoom room(max_, *header);
     for (const OutgoingTensor& tensor : tensors) {
       if (tensor.range.has_value()) {
-        if (free_ < kPiece) {
+        while (!room.TakeRange()) {
           Flush(*header);
           start(header);
-          Room(*header);
+          room = MessageRoom(max_, *header);
         }
         pieces_.push_back({.layer = layer_, .tensor = tensor.tensor, .range = tensor.range});
-        free_ -= kPiece;
         continue;
       }
       int64_t offset = 0;
