@@ -60,7 +60,9 @@ INSTANTIATE_TEST_SUITE_P(
                 "open.layout is 3; allowed: LAYOUT_HEAD_TOKEN_DIM, "
                 "LAYOUT_TOKEN_HEAD_DIM"},
         BadOpen{"output: 4", "open.output is 4; allowed: OUTPUT_COMPACT, OUTPUT_PLAN, OUTPUT_HOLD"},
-        BadOpen{"hold {}", "open.hold is set; it needs the output OUTPUT_HOLD"},
+        BadOpen{"hold {}",
+                "open.hold is set; it needs the output OUTPUT_HOLD, but that is "
+                "OUTPUT_UNSPECIFIED (0)"},
         BadOpen{"layers_in_flight: 9",
                 "open.layers_in_flight is 9; 1 to layer_count (8) are allowed"},
         BadOpen{"layers_in_flight: 4294967295",
