@@ -73,12 +73,12 @@ TEST(BusGuardTest, ManyThreadsInManyRanges) {
     for (int i = 0; i < 8; ++i) {
       threads.emplace_back([&, i] {
         std::byte* data = mappings[static_cast<size_t>(i) % 4]->data();
-        std::vector<std::byte> copy(kBytes);
+        std::vector<std::byte> copy(kBytes / 2);
         bool last = false;
         while (true) {  // once more after the cut
           last = cut.load();
           if (i < 4) {
-            std::memcpy(copy.data(), data, kBytes);
+            std::memcpy(copy.data(), data, kBytes / 2);
           } else {
             std::memset(data + kBytes / 2, i, kBytes / 2);
           }
