@@ -12,7 +12,7 @@ std::shared_ptr<ClientPair> ClientPair::Start(Worker* worker, const Identity& id
   std::shared_ptr<ClientPair> pair(
       new ClientPair(worker, identity, std::move(channel), std::move(attached)));
   {
-    absl::MutexLock lock(&pair->mutex_);
+    std::lock_guard lock(pair->mutex_);
     pair->Send(identity);
   }
   pair->outbox_.Run();
@@ -21,7 +21,7 @@ std::shared_ptr<ClientPair> ClientPair::Start(Worker* worker, const Identity& id
 
 void ClientPair::OnMessage(ServiceMessage message) {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     if (ended_) return;
     if (peer_ != 0) worker_->PeerAlive(peer_);
   }
@@ -41,7 +41,7 @@ void ClientPair::Offer(const std::string& key, Transfer transfer) {
   for (const Buffer& buffer : transfer.buffers) offer.lengths.push_back(buffer.bytes);
   absl::Status status = CheckOffer(offer);
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     if (ended_) status.Update(absl::UnavailableError("the NCCL pair has ended"));
     if (status.ok() && offers_.contains(key)) {
       status = absl::AlreadyExistsError(absl::StrCat("transfer '", key, "' waits already"));
@@ -65,7 +65,7 @@ void ClientPair::Handle(Welcome welcome) {
         ", at most half of the silence_limit of ", absl::FormatDuration(silence), " is allowed"));
   }
   if (!status.ok()) return Fail(status);
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard lock(mutex_);
   if (!attached_) return;
   outbox_.Add([attached = std::exchange(attached_, nullptr), name = welcome.pair]() mutable {
     attached(name);
@@ -84,7 +84,7 @@ void ClientPair::Join(uint64_t generation, const absl::StatusOr<UniqueId>& id) {
     if (!status.ok()) self->Fail(status);
   };
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     if (ended_) return;
     generation_ = generation;
     peer_ = worker_->NewPeer();
@@ -97,7 +97,7 @@ void ClientPair::Join(uint64_t generation, const absl::StatusOr<UniqueId>& id) {
 void ClientPair::Handle(Order order) {
   absl::Status status;
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     auto offer = offers_.extract(order.key);
     if (!offer.empty() && order.generation == generation_ && order.sequence == last_sequence_ + 1) {
       last_sequence_ = order.sequence;
@@ -121,32 +121,32 @@ void ClientPair::Handle(Order order) {
 
 void ClientPair::Finish(uint64_t sequence) {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     Send(Finished{sequence});
   }
   outbox_.Run();
 }
 
 void ClientPair::Handle(Refused refused) {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard lock(mutex_);
   auto offer = offers_.extract(refused.key);
   if (!offer.empty()) Tell(std::move(offer.mapped()), refused.why);
 }
 
 void ClientPair::Handle(Close close) {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard lock(mutex_);
   if (ended_ || close.generation != generation_) return;
   worker_->Close(std::exchange(peer_, 0), [](const absl::Status&) {});  // a failure is told as lost
 }
 
 void ClientPair::Handle(Heartbeat) {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard lock(mutex_);
   Send(Heartbeat{});
 }
 
 void ClientPair::Fail(const absl::Status& why) {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     if (ended_) return;
     const absl::Status unavailable = absl::UnavailableError(why.message());
     if (peer_ != 0) worker_->Abort(peer_, unavailable);

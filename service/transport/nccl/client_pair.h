@@ -3,14 +3,13 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/functional/any_invocable.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "service/transport/nccl/control.h"
 #include "service/transport/nccl/outbox.h"
 #include "service/transport/nccl/worker.h"
@@ -56,22 +55,23 @@ class ClientPair : public std::enable_shared_from_this<ClientPair> {
   void Join(uint64_t generation, const absl::StatusOr<UniqueId>& id);
   void Finish(uint64_t sequence);
   void Fail(const absl::Status& why);
-  // What leaves the pair does so through the outbox. Nothing is sent after the end.
-  void Send(ClientMessage message) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Tell(Transfer transfer, absl::Status status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // What leaves the pair does so through the outbox. Nothing is sent after
+  // the end. With the lock held.
+  void Send(ClientMessage message);
+  void Tell(Transfer transfer, absl::Status status);
 
   Worker* const worker_;
   const Identity identity_;
   const Channel<ClientMessage> channel_;
 
   Outbox outbox_;
-  absl::Mutex mutex_;
-  Attached attached_ ABSL_GUARDED_BY(mutex_);
-  bool ended_ ABSL_GUARDED_BY(mutex_) = false;
-  uint64_t generation_ ABSL_GUARDED_BY(mutex_) = 0;
-  PeerId peer_ ABSL_GUARDED_BY(mutex_) = 0;  // the generation's
-  uint64_t last_sequence_ ABSL_GUARDED_BY(mutex_) = 0;
-  absl::flat_hash_map<std::string, Transfer> offers_ ABSL_GUARDED_BY(mutex_);
+  std::mutex mutex_;  // guards what follows
+  Attached attached_;
+  bool ended_ = false;
+  uint64_t generation_ = 0;
+  PeerId peer_ = 0;  // the generation's
+  uint64_t last_sequence_ = 0;
+  absl::flat_hash_map<std::string, Transfer> offers_;
 };
 
 }  // namespace structkv::nccl

@@ -39,7 +39,7 @@ Hub::~Hub() { EndAll(absl::UnavailableError("the NCCL transport shuts down")); }
 
 void Hub::EndAll(const absl::Status& why) {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     closed_ = why;
     while (!pairs_.empty()) End(pairs_.begin()->first, why);
   }
@@ -52,7 +52,7 @@ Hub::PairId Hub::Attach(ServiceChannel channel) {
   pair->deadline = Clock::now() + absl::ToChronoNanoseconds(options_.worker.connect_limit);
   PairId id = NewPairId();
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     while (id == 0 || pairs_.contains(id)) id = NewPairId();
     pairs_.emplace(id, std::move(pair));
     if (!closed_.ok()) End(id, closed_);
@@ -63,7 +63,7 @@ Hub::PairId Hub::Attach(ServiceChannel channel) {
 
 void Hub::OnMessage(PairId id, ClientMessage message) {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     const auto found = pairs_.find(id);
     if (found == pairs_.end()) return;
     Pair& pair = *found->second;
@@ -82,7 +82,7 @@ void Hub::OnMessage(PairId id, ClientMessage message) {
 
 void Hub::OnEnd(PairId id, const absl::Status& why) {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     (void)Forget(id,
                  absl::UnavailableError(absl::StrCat("the control stream ended: ", why.message())));
   }
@@ -91,7 +91,7 @@ void Hub::OnEnd(PairId id, const absl::Status& why) {
 
 void Hub::Submit(PairId id, const std::string& key, Transfer transfer) {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     const auto found = pairs_.find(id);
     if (found == pairs_.end()) {
       Tell(std::move(transfer),
@@ -107,7 +107,7 @@ void Hub::Submit(PairId id, const std::string& key, Transfer transfer) {
 
 bool Hub::Cancel(PairId id, const std::string& key) {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     const auto found = pairs_.find(id);
     if (found == pairs_.end()) return false;
     absl::StatusOr<Transfer> transfer = found->second->order.Withdraw(key);
@@ -120,7 +120,7 @@ bool Hub::Cancel(PairId id, const std::string& key) {
 }
 
 HubStats Hub::stats() const {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard lock(mutex_);
   return {static_cast<int>(pairs_.size()), worker_->stats()};
 }
 
@@ -226,7 +226,7 @@ void Hub::Launch(PairId id, Pair& pair) {
 }
 
 void Hub::EvictForThoseWhoWait() {
-  const auto idle = [this](PairId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  const auto idle = [this](PairId id) {
     const auto found = pairs_.find(id);
     if (found == pairs_.end()) return false;
     const Pair& pair = *found->second;
@@ -275,7 +275,7 @@ std::shared_ptr<const Hub::ServiceChannel> Hub::Forget(PairId id, const absl::St
 
 void Hub::OnConnected(PairId id, const absl::Status& status) {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     const auto found = pairs_.find(id);
     if (found == pairs_.end()) return;
     if (status.ok()) {
@@ -290,7 +290,7 @@ void Hub::OnConnected(PairId id, const absl::Status& status) {
 
 void Hub::OnLost(PairId id, const absl::Status& why) {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     End(id, why);
   }
   outbox_.Run();
@@ -298,7 +298,7 @@ void Hub::OnLost(PairId id, const absl::Status& why) {
 
 void Hub::OnGone(PairId id) {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     ReleasePlace(id);
     if (const auto found = pairs_.find(id); found != pairs_.end()) {
       Pair& pair = *found->second;
@@ -312,7 +312,7 @@ void Hub::OnGone(PairId id) {
 
 void Hub::OnOwnFinished(PairId id) {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     const auto found = pairs_.find(id);
     if (found == pairs_.end()) return;
     ++found->second->own_finished;
@@ -323,7 +323,7 @@ void Hub::OnOwnFinished(PairId id) {
 
 void Hub::Tick() {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     const Clock::time_point now = Clock::now();
     const auto silence = absl::ToChronoNanoseconds(options_.worker.silence_limit);
     std::vector<std::pair<PairId, absl::Duration>> late;

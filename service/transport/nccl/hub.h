@@ -5,15 +5,14 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "service/transport/nccl/communicator_cache.h"
 #include "service/transport/nccl/control.h"
 #include "service/transport/nccl/outbox.h"
@@ -96,26 +95,26 @@ class Hub {
   explicit Hub(HubOptions options)
       : options_(std::move(options)), cache_(options_.worker.max_communicators) {}
 
-  void Handle(PairId id, Pair& pair, Hello hello) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Handle(PairId id, Pair& pair, Join join) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Handle(PairId id, Pair& pair, Offer offer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Handle(PairId id, Pair& pair, Finished finished) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Handle(PairId id, Pair& pair, Heartbeat) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Handle(PairId id, Pair& pair, Broken broken) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // With the lock held, all of these.
+  void Handle(PairId id, Pair& pair, Hello hello);
+  void Handle(PairId id, Pair& pair, Join join);
+  void Handle(PairId id, Pair& pair, Offer offer);
+  void Handle(PairId id, Pair& pair, Finished finished);
+  void Handle(PairId id, Pair& pair, Heartbeat);
+  void Handle(PairId id, Pair& pair, Broken broken);
 
   // What leaves the hub does so through the outbox.
-  void Send(Pair& pair, ServiceMessage message) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Tell(Transfer transfer, absl::Status status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Send(Pair& pair, ServiceMessage message);
+  void Tell(Transfer transfer, absl::Status status);
   // Goes as far as it can with what was numbered.
-  void Advance(PairId id, Pair& pair) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void StartJoining(Pair& pair) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Launch(PairId id, Pair& pair) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void EvictForThoseWhoWait() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void ReleasePlace(PairId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void End(PairId id, const absl::Status& why) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Advance(PairId id, Pair& pair);
+  void StartJoining(Pair& pair);
+  void Launch(PairId id, Pair& pair);
+  void EvictForThoseWhoWait();
+  void ReleasePlace(PairId id);
+  void End(PairId id, const absl::Status& why);
   // As End, but for the channel, which is returned; null where there is no such pair.
-  std::shared_ptr<const ServiceChannel> Forget(PairId id, const absl::Status& why)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  std::shared_ptr<const ServiceChannel> Forget(PairId id, const absl::Status& why);
 
   // On the worker's thread.
   void OnConnected(PairId id, const absl::Status& status);
@@ -128,10 +127,10 @@ class Hub {
   Identity identity_;
 
   Outbox outbox_;
-  mutable absl::Mutex mutex_;
-  absl::flat_hash_map<PairId, std::unique_ptr<Pair>> pairs_ ABSL_GUARDED_BY(mutex_);
-  CommunicatorCache cache_ ABSL_GUARDED_BY(mutex_);
-  absl::Status closed_ ABSL_GUARDED_BY(mutex_);  // why no pair is taken any more
+  mutable std::mutex mutex_;  // guards the following three
+  absl::flat_hash_map<PairId, std::unique_ptr<Pair>> pairs_;
+  CommunicatorCache cache_;
+  absl::Status closed_;  // why no pair is taken any more
 
   std::unique_ptr<Worker> worker_;  // the first to go
 };

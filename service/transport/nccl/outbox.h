@@ -2,11 +2,10 @@
 #pragma once
 
 #include <deque>
+#include <mutex>
 #include <utility>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/functional/any_invocable.h"
-#include "absl/synchronization/mutex.h"
 
 namespace structkv::nccl {
 
@@ -18,31 +17,31 @@ class Outbox {
 
   // Under the owner's lock: calls are made in the order in which they were added.
   void Add(Call call) {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     calls_.push_back(std::move(call));
   }
 
   // Without the owner's lock, after each time that it was held. Makes all calls, unless another
   // thread, or an outer call of this one, is at it: that one then makes them.
   void Run() {
-    absl::MutexLock lock(&mutex_);
+    std::unique_lock lock(mutex_);
     if (running_) return;
     running_ = true;
     while (!calls_.empty()) {
       Call call = std::move(calls_.front());
       calls_.pop_front();
-      mutex_.Unlock();
+      lock.unlock();
       call();
       call = nullptr;  // what it holds may do anything when it goes
-      mutex_.Lock();
+      lock.lock();
     }
     running_ = false;
   }
 
  private:
-  absl::Mutex mutex_;
-  bool running_ ABSL_GUARDED_BY(mutex_) = false;
-  std::deque<Call> calls_ ABSL_GUARDED_BY(mutex_);
+  std::mutex mutex_;
+  bool running_ = false;
+  std::deque<Call> calls_;
 };
 
 }  // namespace structkv::nccl

@@ -1,9 +1,9 @@
 #include "service/transport/nccl/reclaimer.h"
 
+#include <condition_variable>
+#include <mutex>
 #include <thread>
 #include <utility>
-
-#include "absl/synchronization/mutex.h"
 
 namespace structkv::nccl {
 
@@ -13,8 +13,9 @@ struct Reclaimer::Shared {
   int device;
   std::function<void(const std::vector<PeerId>&)> on_gone;
 
-  absl::Mutex mutex;
-  int threads ABSL_GUARDED_BY(mutex) = 0;
+  std::mutex mutex;
+  std::condition_variable ended;
+  int threads = 0;
 
   void GiveBack(std::vector<Remains> group);
 };
@@ -31,22 +32,21 @@ Reclaimer::Reclaimer(std::shared_ptr<const Api> api, const DeviceApi& device_api
 void Reclaimer::Take(std::vector<Remains> group) {
   if (group.empty()) return;
   {
-    absl::MutexLock lock(&shared_->mutex);
+    std::lock_guard lock(shared_->mutex);
     ++shared_->threads;
   }
   std::thread([shared = shared_, group = std::move(group)]() mutable {
     shared->GiveBack(std::move(group));
-    absl::MutexLock lock(&shared->mutex);
+    std::lock_guard lock(shared->mutex);
     --shared->threads;
+    shared->ended.notify_all();
   }).detach();
 }
 
 bool Reclaimer::WaitUntilEmpty(absl::Duration limit) {
-  absl::MutexLock lock(&shared_->mutex);
-  const auto empty = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(shared_->mutex) {
-    return shared_->threads == 0;
-  };
-  return shared_->mutex.AwaitWithTimeout(absl::Condition(&empty), limit);
+  std::unique_lock lock(shared_->mutex);
+  return shared_->ended.wait_for(lock, absl::ToChronoNanoseconds(limit),
+                                 [this] { return shared_->threads == 0; });
 }
 
 // Errors change nothing: there is no other way to give a communicator back.

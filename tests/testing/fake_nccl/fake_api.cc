@@ -61,7 +61,7 @@ void AbortAll(std::vector<Comm*> comms) {
   }
   if (slow) {
     std::this_thread::sleep_for(
-        std::chrono::milliseconds(std::stoi(Environment("FAKE_NCCL_ABORT_MILLIS", "1500"))));
+        std::chrono::milliseconds(std::stoi(Environment("FAKE_NCCL_ABORT_MILLIS", "4000"))));
   }
   for (Comm* comm : comms) delete comm;
   live_comms -= static_cast<int>(comms.size());

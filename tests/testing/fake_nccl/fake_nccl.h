@@ -4,7 +4,7 @@
 //
 //   FAKE_NCCL_FAULT          the fault of every communicator of the process (fake_comm.h)
 //   FAKE_NCCL_VERSION        the version that it says it is; 22809
-//   FAKE_NCCL_ABORT_MILLIS   how long a slow abort takes; 1500
+//   FAKE_NCCL_ABORT_MILLIS   how long a slow abort takes; 4000
 #pragma once
 
 #include <memory>

@@ -1,5 +1,6 @@
 #include "tests/transport/nccl/control_link.h"
 
+#include <chrono>
 #include <utility>
 
 #include "gtest/gtest.h"
@@ -19,9 +20,10 @@ ControlLink::ControlLink(Hub* hub, Worker* client, const Identity& identity) : h
   to_client.end = [this](const absl::Status& status) {
     Post([this, status] {
       {
-        absl::MutexLock lock(&mutex_);
+        std::lock_guard lock(mutex_);
         ended_set_ = true;
         ended_ = status;
+        changed_.notify_all();
       }
       client_->OnEnd(status);
     });
@@ -34,9 +36,10 @@ ControlLink::ControlLink(Hub* hub, Worker* client, const Identity& identity) : h
   pair_ = hub_->Attach(std::move(to_client));
   client_ = ClientPair::Start(client, identity, std::move(to_service),
                               [this](const absl::StatusOr<uint64_t>& attached) {
-                                absl::MutexLock lock(&mutex_);
+                                std::lock_guard lock(mutex_);
                                 attached_set_ = true;
                                 attached_ = attached;
+                                changed_.notify_all();
                               });
   thread_ = std::thread([this] { Run(); });
 }
@@ -45,30 +48,31 @@ ControlLink::~ControlLink() {
   hub_->OnEnd(pair_, absl::CancelledError("the test is over"));
   client_->End();
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     stopping_ = true;
+    changed_.notify_all();
   }
   thread_.join();
 }
 
 absl::StatusOr<uint64_t> ControlLink::WaitAttached() {
-  absl::MutexLock lock(&mutex_);
-  if (!mutex_.AwaitWithTimeout(absl::Condition(&attached_set_), absl::Seconds(10))) {
+  std::unique_lock lock(mutex_);
+  if (!changed_.wait_for(lock, std::chrono::seconds(10), [this] { return attached_set_; })) {
     return absl::DeadlineExceededError("neither attached nor refused");
   }
   return attached_;
 }
 
 absl::Status ControlLink::WaitEnded() {
-  absl::MutexLock lock(&mutex_);
-  if (!mutex_.AwaitWithTimeout(absl::Condition(&ended_set_), absl::Seconds(10))) {
+  std::unique_lock lock(mutex_);
+  if (!changed_.wait_for(lock, std::chrono::seconds(10), [this] { return ended_set_; })) {
     return absl::DeadlineExceededError("the stream goes on");
   }
   return ended_;
 }
 
 void ControlLink::Cut() {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard lock(mutex_);
   cut_ = true;
 }
 
@@ -87,19 +91,17 @@ void ControlLink::SendAsClient(ClientMessage message) {
 }
 
 void ControlLink::Post(std::function<void()> deliver) {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard lock(mutex_);
   if (!cut_) queue_.push_back(std::move(deliver));
+  changed_.notify_all();
 }
 
 void ControlLink::Run() {
   for (;;) {
     std::function<void()> deliver;
     {
-      absl::MutexLock lock(&mutex_);
-      const auto ready = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-        return stopping_ || !queue_.empty();
-      };
-      mutex_.Await(absl::Condition(&ready));
+      std::unique_lock lock(mutex_);
+      changed_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
       if (queue_.empty()) return;
       deliver = std::move(queue_.front());
       queue_.pop_front();

@@ -2,12 +2,13 @@
 // link.
 #pragma once
 
+#include <condition_variable>
 #include <deque>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 
-#include "absl/synchronization/mutex.h"
 #include "service/transport/nccl/client_pair.h"
 #include "service/transport/nccl/hub.h"
 
@@ -41,14 +42,15 @@ class ControlLink {
   Hub::PairId pair_ = 0;
   std::shared_ptr<ClientPair> client_;
 
-  absl::Mutex mutex_;
-  std::deque<std::function<void()>> queue_ ABSL_GUARDED_BY(mutex_);
-  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
-  bool cut_ ABSL_GUARDED_BY(mutex_) = false;
-  bool attached_set_ ABSL_GUARDED_BY(mutex_) = false;
-  bool ended_set_ ABSL_GUARDED_BY(mutex_) = false;
-  absl::StatusOr<uint64_t> attached_ ABSL_GUARDED_BY(mutex_) = absl::UnknownError("");
-  absl::Status ended_ ABSL_GUARDED_BY(mutex_);
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::function<void()>> queue_;
+  bool stopping_ = false;
+  bool cut_ = false;
+  bool attached_set_ = false;
+  bool ended_set_ = false;
+  absl::StatusOr<uint64_t> attached_ = absl::UnknownError("");
+  absl::Status ended_;
 
   std::thread thread_;
 };

@@ -23,7 +23,8 @@ using ::testing::HasSubstr;
 
 constexpr int64_t kMiB = int64_t{1} << 20;
 constexpr PeerId kGood = 1000;
-const std::vector<int64_t> kLengths = {24 * kMiB, 1, 16 * kMiB - 1, 24 * kMiB};
+const std::vector<int64_t> kLengths = {4 * kMiB, 1, 3 * kMiB - 1, 5 * kMiB};
+const std::vector<int64_t> kLarge = {24 * kMiB, 1, 16 * kMiB - 1, 24 * kMiB};
 
 // A pair that moves 3 MiB there and back, again and again, and compares every byte.
 class Background {
@@ -99,11 +100,12 @@ class NcclFaultTest : public ::testing::Test {
   }
 
   // Starts the process; the outcome of our own end's Connect.
-  Outcome ConnectPeer(PeerId peer, const std::string& fault, const std::string& direction) {
+  Outcome ConnectPeer(PeerId peer, const std::string& fault, const std::string& direction,
+                      const std::vector<int64_t>& lengths = kLengths) {
     const UniqueId id = MakeId(worker_.get());
     std::vector<std::string> command = {
         "/usr/bin/env", "FAKE_NCCL_FAULT=" + fault, NCCL_PEER, id.bytes, "1", direction, "7"};
-    for (int64_t length : kLengths) command.push_back(std::to_string(length));
+    for (int64_t length : lengths) command.push_back(std::to_string(length));
     peer_ = std::make_unique<Process>(command);
     Outcome connected;
     worker_->Connect(peer, id, 0, Events(connected));
@@ -142,17 +144,17 @@ class NcclFaultTest : public ::testing::Test {
 
 TEST_F(NcclFaultTest, NoneMovesBetweenProcesses) {
   Start();
-  EXPECT_EQ(ConnectPeer(1, "", "receive").Wait(), absl::OkStatus());
-  EXPECT_EQ(Submit(1, Direction::kSend, std::make_shared<Data>(kLengths, 7)).Wait(),
+  EXPECT_EQ(ConnectPeer(1, "", "receive", kLarge).Wait(), absl::OkStatus());
+  EXPECT_EQ(Submit(1, Direction::kSend, std::make_shared<Data>(kLarge, 7)).Wait(),
             absl::OkStatus());
   Outcome closed;
   worker_->Close(1, closed.Setter());
   EXPECT_EQ(closed.Wait(), absl::OkStatus());
   EXPECT_EQ(peer_->Wait(), 0) << peer_->output();
-  EXPECT_EQ(ConnectPeer(2, "", "send").Wait(), absl::OkStatus());
-  const auto data = std::make_shared<Data>(kLengths, 0);
+  EXPECT_EQ(ConnectPeer(2, "", "send", kLarge).Wait(), absl::OkStatus());
+  const auto data = std::make_shared<Data>(kLarge, 0);
   EXPECT_EQ(Submit(2, Direction::kReceive, data).Wait(), absl::OkStatus());
-  EXPECT_TRUE(*data == Data(kLengths, 7));
+  EXPECT_TRUE(*data == Data(kLarge, 7));
   Outcome closed_again;
   worker_->Close(2, closed_again.Setter());
   EXPECT_EQ(closed_again.Wait(), absl::OkStatus());
@@ -160,33 +162,32 @@ TEST_F(NcclFaultTest, NoneMovesBetweenProcesses) {
 }
 
 TEST_F(NcclFaultTest, ThePeerNeverJoins) {
-  Start();
+  Start(ImpatientOptions());
   const Outcome connected = ConnectPeer(1, "never_join", "receive");
   const Outcome early = Submit(1, Direction::kSend, std::make_shared<Data>(kLengths, 7));
-  ExpectLost(connected, "NCCL pair 1: connecting took longer than 1s", absl::Seconds(3));
-  ExpectLost(early, "connecting took longer", absl::Seconds(1));
+  ExpectLost(connected, "NCCL pair 1: connecting took longer than 3s", absl::Seconds(15));
+  ExpectLost(early, "connecting took longer", absl::Seconds(15));
   EXPECT_TRUE(Eventually([this] { return lost_ == 1 && gone_ == 1; }));
 }
 
 TEST_F(NcclFaultTest, ThePeerDiesInMidTransfer) {
-  Start();
+  Start(ImpatientOptions());
   ASSERT_EQ(ConnectPeer(1, "die", "receive").Wait(), absl::OkStatus());
   const Outcome moved = Submit(1, Direction::kSend, std::make_shared<Data>(kLengths, 7));
   EXPECT_EQ(peer_->Wait(), 9);
-  ExpectLost(moved, "a group of transfers took longer than 1s", absl::Seconds(3));
+  ExpectLost(moved, "a group of transfers took longer than 3s", absl::Seconds(15));
   ExpectLost(Submit(1, Direction::kSend, std::make_shared<Data>(kLengths, 7)), "pair 1 is closed",
-             absl::Seconds(1));
+             absl::Seconds(15));
 }
 
 TEST_F(NcclFaultTest, ThePeerStopsAndIsSilent) {
   WorkerOptions options = QuickOptions();
-  options.group_limit = absl::Seconds(60);
-  options.silence_limit = absl::Milliseconds(500);
+  options.silence_limit = absl::Seconds(3);
   Start(options);
   ASSERT_EQ(ConnectPeer(1, "hang", "receive").Wait(), absl::OkStatus());
   const Outcome moved = Submit(1, Direction::kSend, std::make_shared<Data>(kLengths, 7));
   peer_->Signal(SIGSTOP);
-  ExpectLost(moved, "the peer was silent for longer than 500ms", absl::Seconds(3));
+  ExpectLost(moved, "the peer was silent for longer than 3s", absl::Seconds(15));
 }
 
 TEST_F(NcclFaultTest, NcclReportsAnAsynchronousError) {
@@ -194,7 +195,7 @@ TEST_F(NcclFaultTest, NcclReportsAnAsynchronousError) {
   FaultNext("async_error");
   ASSERT_EQ(ConnectPeer(1, "", "send").Wait(), absl::OkStatus());
   ExpectLost(Submit(1, Direction::kReceive, std::make_shared<Data>(kLengths, 0)),
-             "NCCL pair 1: transferring: remote process exited", absl::Milliseconds(900));
+             "NCCL pair 1: transferring: remote process exited", absl::Seconds(15));
 }
 
 TEST_F(NcclFaultTest, TheEndsDisagreeAboutTheLengths) {
@@ -202,17 +203,17 @@ TEST_F(NcclFaultTest, TheEndsDisagreeAboutTheLengths) {
   ASSERT_EQ(ConnectPeer(1, "", "send").Wait(), absl::OkStatus());
   ExpectLost(
       Submit(1, Direction::kReceive, std::make_shared<Data>(std::vector<int64_t>{kMiB, kMiB}, 0)),
-      "invalid usage", absl::Milliseconds(900));
+      "invalid usage", absl::Seconds(15));
 }
 
 TEST_F(NcclFaultTest, AnAbortThatTakesLongHoldsUpNobody) {
-  Start();
+  Start(ImpatientOptions());
   FaultNext("slow_abort");
   ASSERT_EQ(ConnectPeer(1, "", "send").Wait(), absl::OkStatus());
   auto data = std::make_shared<Data>(kLengths, 0);
   const std::weak_ptr<Data> held = data;
   const Outcome moved = Submit(1, Direction::kReceive, std::move(data));
-  ExpectLost(moved, "a group of transfers took longer than 1s", absl::Seconds(3));
+  ExpectLost(moved, "a group of transfers took longer than 3s", absl::Seconds(15));
   // The caller knows; the memory stays until NCCL has let go of it.
   EXPECT_FALSE(held.expired());
   EXPECT_EQ(worker_->stats(), (WorkerStats{1, 1}));
@@ -222,7 +223,7 @@ TEST_F(NcclFaultTest, AnAbortThatTakesLongHoldsUpNobody) {
   EXPECT_EQ(ConnectPeer(2, "", "receive").Wait(absl::Seconds(1)), absl::OkStatus());
   EXPECT_EQ(Submit(2, Direction::kSend, std::make_shared<Data>(kLengths, 7)).Wait(),
             absl::OkStatus());
-  EXPECT_FALSE(held.expired()) << "too slow a machine to see it";
+  EXPECT_FALSE(held.expired());
   EXPECT_TRUE(Eventually([&] { return held.expired() && gone_ == 1; }));
   Outcome closed;
   worker_->Close(2, closed.Setter());
@@ -242,7 +243,7 @@ TEST_F(NcclFaultTest, AbortsWhatFailsTogetherAsOneGroup) {
     set(id.status());
   });
   EXPECT_EQ(all.Wait(), absl::OkStatus());
-  for (const Outcome& outcome : never) ExpectLost(outcome, "not wanted", absl::Seconds(1));
+  for (const Outcome& outcome : never) ExpectLost(outcome, "not wanted", absl::Seconds(15));
   EXPECT_TRUE(Eventually([this] { return gone_ == 3; }));
   EXPECT_EQ(LargestAbort(), 3);
 }

@@ -44,8 +44,10 @@ class Data {
 // `data` must outlive the transfer.
 Transfer MakeTransfer(Direction direction, Data* data, Worker::Done done);
 
-// Limits that fit tests: everything fails within about a second.
+// Small groups, and limits that a slow machine does not come near.
 WorkerOptions QuickOptions();
+// As those, but connecting and a group may take 3 seconds alone.
+WorkerOptions ImpatientOptions();
 std::unique_ptr<Worker> StartWorker(WorkerOptions options = QuickOptions());
 UniqueId MakeId(Worker* worker);
 // Connects two ends, which need not be of different workers' processes.

@@ -29,9 +29,7 @@ int Main(const std::vector<std::string>& arguments) {
   const uint64_t seed = std::stoull(arguments[3]);
   std::vector<int64_t> lengths;
   for (size_t i = 4; i < arguments.size(); ++i) lengths.push_back(std::stoll(arguments[i]));
-  WorkerOptions options = QuickOptions();
-  options.connect_limit = options.group_limit = absl::Seconds(30);
-  auto worker = StartWorker(options);
+  auto worker = StartWorker();
   Outcome connected;
   worker->Connect(1, id, std::stoi(arguments[1]), {connected.Setter(), {}, {}});
   if (!Report("connected", connected.Wait())) return 1;
