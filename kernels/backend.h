@@ -25,6 +25,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -32,7 +33,9 @@
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "kernels/imported_memory.h"
 #include "kernels/rotation.h"
 #include "kernels/tensor.h"
 
@@ -198,6 +201,13 @@ class Backend {
     std::memset(to, 0, static_cast<size_t>(bytes));
     return absl::OkStatus();
   }
+
+  // Opens memory that a process has exported, so that tensors may lie in it. May outlive the
+  // backend. FAILED_PRECONDITION without BackendCapabilities::device_memory, and where the memory
+  // cannot be opened; INVALID_ARGUMENT for a GPU that does not compute here, and for a size that
+  // the allocation has not.
+  virtual absl::StatusOr<std::unique_ptr<ImportedMemory>> Import(
+      const ExportedMemory& exported) const;
 };
 
 }  // namespace structkv

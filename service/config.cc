@@ -164,10 +164,10 @@ void AddSharedMemory(Schema* schema, Config* config) {
   schema
       ->Add(kGroup, "region-socket", &regions.socket.path,
             "Path of the unix socket at which clients of this host register memory; none: there is "
-            "no shared memory")
+            "neither shared memory nor CUDA IPC")
       ->option_text("PATH");
   schema->Bytes(kGroup, "shared-memory-limit", &regions.regions.max_bytes, kMiB, 64 * kTiB,
-                "Memory of clients that may be mapped at once");
+                "Memory of clients, of the host and of GPUs, that may be mapped at once");
   schema->Millis(kGroup, "region-lease", &regions.regions.lease, 100, kDayMillis,
                  "Life of a named region that is not renewed, where its client does not say");
   schema->Millis(kGroup, "region-lease-limit", &regions.regions.max_lease, 100, kDayMillis,

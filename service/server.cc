@@ -20,6 +20,7 @@
 #include "service/rpc/held_caches_service.h"
 #include "service/rpc/region_service.h"
 #include "service/rpc/stream_set.h"
+#include "service/transport/cuda_ipc.h"
 #include "service/transport/shared_memory.h"
 #include "service/unix_socket.h"
 
@@ -77,14 +78,20 @@ absl::Status CheckOptions(const ServerOptions& options) {
   return absl::OkStatus();
 }
 
-// The options with what the sessions need of shared memory, where `registry` is not null.
+// The options with what the sessions need of regions, where `registry` is not null.
 ServerOptions WithRegions(ServerOptions options,
-                          const std::shared_ptr<transport::RegionRegistry>& registry) {
+                          const std::shared_ptr<transport::RegionRegistry>& registry,
+                          const Backend& backend) {
   if (registry == nullptr) return options;
-  options.sessions.transports[transport::Kind::kSharedMemory] =
-      [registry](const transport::TransportRequest& request, const transport::ResultSizes& sizes) {
-        return transport::GrantSharedMemory(*registry, request, sizes);
-      };
+  const auto offer = [&](transport::Kind kind, auto grant) {
+    options.sessions.transports[kind] = [registry, grant](const auto& request, const auto& sizes) {
+      return grant(*registry, request, sizes);
+    };
+  };
+  offer(transport::Kind::kSharedMemory, transport::GrantSharedMemory);
+  if (backend.capabilities().device_memory) {
+    offer(transport::Kind::kCudaIpc, transport::GrantCudaIpc);
+  }
   options.regions.warn = [log = options.warnings](const std::string& text) {
     if (log != nullptr) log->Write("warning", {{"regions", text}});
   };
@@ -130,13 +137,13 @@ class Server::Impl {
  public:
   Impl(ServerOptions options, ChosenBackend backend)
       : regions_(MakeRegistry(options)),
-        options_(WithRegions(std::move(options), regions_)),
+        options_(WithRegions(std::move(options), regions_, *backend.backend)),
         backend_reason_(std::move(backend.reason)),
         sessions_(options_.sessions, std::move(backend.backend)),
         streams_(TickFor(options_.streams), [this] { sessions_.held_caches().DropExpired(); }),
         service_(Shared()),
         held_caches_service_(Shared()),
-        region_service_(regions_) {}
+        region_service_(regions_, &sessions_.backend()) {}
 
   ~Impl() { Shutdown(); }
 
@@ -216,7 +223,7 @@ class Server::Impl {
     server_->Wait();
   }
 
-  const std::shared_ptr<transport::RegionRegistry> regions_;  // null: no shared memory
+  const std::shared_ptr<transport::RegionRegistry> regions_;  // null: none
   const ServerOptions options_;
   const std::string backend_reason_;
   session::SessionManager sessions_;

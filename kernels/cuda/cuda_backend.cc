@@ -9,6 +9,7 @@
 #include "kernels/cuda/cuda_backend_parts.h"
 #include "kernels/cuda/devices.h"
 #include "kernels/cuda/gather_call.h"
+#include "kernels/cuda/ipc_memory.h"
 #include "kernels/cuda/saliency_call.h"
 #include "kernels/cuda/vector_calls.h"
 #include "kernels/saliency_checks.h"
@@ -22,7 +23,10 @@ class CudaBackend final : public Backend {
  public:
   CudaBackend(std::unique_ptr<Devices> devices, std::unique_ptr<Backend> host,
               std::function<void(const absl::Status&)> fell_back)
-      : devices_(std::move(devices)), host_(std::move(host)), fell_back_(std::move(fell_back)) {}
+      : devices_(std::move(devices)),
+        imports_(std::make_shared<IpcImports>(*devices_)),
+        host_(std::move(host)),
+        fell_back_(std::move(fell_back)) {}
 
   std::string_view name() const override { return "cuda"; }
   std::string device() const override {
@@ -119,6 +123,12 @@ class CudaBackend final : public Backend {
                               : host_->Zero(to, bytes);
   }
 
+  absl::StatusOr<std::unique_ptr<ImportedMemory>> Import(
+      const ExportedMemory& exported) const override {
+    if (absl::Status status = Health(); !status.ok()) return status;
+    return imports_->Import(exported);
+  }
+
  private:
   // What a call keeps on the heap, and more.
   static constexpr int64_t kCallBytes = 4096;
@@ -141,6 +151,7 @@ class CudaBackend final : public Backend {
   }
 
   const std::unique_ptr<Devices> devices_;
+  const std::shared_ptr<IpcImports> imports_;
   // Does what a device has no room for.
   const std::unique_ptr<Backend> host_;
   const std::function<void(const absl::Status&)> fell_back_;

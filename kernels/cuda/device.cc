@@ -46,6 +46,7 @@ absl::Status Device::Init() {
     return status;
   }
   model_ = properties.name;
+  uuid_.assign(properties.uuid.bytes, sizeof(properties.uuid.bytes));
   if (properties.major < kLeastMajor) {
     return absl::FailedPreconditionError(
         absl::StrCat(name_, ": ", model_, " has compute capability ", properties.major, ".",

@@ -132,6 +132,8 @@ class Device {
   const std::string& name() const { return name_; }
   // "NVIDIA H200"
   const std::string& model() const { return model_; }
+  // kDeviceUuidBytes.
+  const std::string& uuid() const { return uuid_; }
   const SelectLimits& limits() const { return limits_; }
   int64_t pool_bytes() const { return pool_->bytes(); }
   int64_t free_bytes() const { return pool_->free_bytes(); }
@@ -159,6 +161,7 @@ class Device {
   Loss* const loss_;
   std::string name_;
   std::string model_;
+  std::string uuid_;
   SelectLimits limits_;
   std::unique_ptr<DevicePool> pool_;
   std::vector<std::unique_ptr<Lane>> lanes_;

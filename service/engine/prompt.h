@@ -22,7 +22,8 @@ namespace structkv::engine {
 // One layer's tensors, in the spec's layout, keys and values dense or paged; each of the size that
 // PromptSpec::InputBytes says, empty where that is 0. A layer of skeleton rows has `positions`, and
 // in place of N the skeleton's tokens; PromptSpec::SkeletonInputBytes says its sizes. Keys and
-// values may be lent; the others are looked at more than once, and may not.
+// values may be lent, and may then lie in a GPU's memory (kernels/backend.h), as the room for what
+// is kept of them may; the others are looked at more than once, and may not.
 struct LayerInput {
   int64_t layer = 0;
   Buffer keys;            // [kv_heads, N, key_dim] or the other layout

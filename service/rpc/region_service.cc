@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "service/rpc/status_mapping.h"
 #include "service/rpc/tenant.h"
+#include "service/transport/cuda_ipc.h"
 
 namespace structkv::rpc {
 namespace {
@@ -17,6 +18,29 @@ absl::Status CheckHandle(const std::string& handle) {
   if (handle.size() == transport::kHandleBytes) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat("handle has ", handle.size(), " bytes; ",
                                                  transport::kHandleBytes, " are allowed"));
+}
+
+absl::Status CheckBytes(absl::string_view field, const std::string& bytes, size_t allowed) {
+  if (bytes.size() == allowed) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("cuda_ipc.", field, " has ", bytes.size(), " bytes; ", allowed, " are allowed"));
+}
+
+absl::StatusOr<ExportedMemory> Decode(const v1::CudaIpcMemory& memory, int64_t bytes) {
+  absl::Status valid = CheckBytes("memory_handle", memory.memory_handle(), kIpcHandleBytes);
+  valid.Update(CheckBytes("device_uuid", memory.device_uuid(), kDeviceUuidBytes));
+  valid.Update(CheckBytes("exporter_id", memory.exporter_id(), kProcessIdBytes));
+  if (!memory.event_handle().empty()) {
+    valid.Update(CheckBytes("event_handle", memory.event_handle(), kIpcHandleBytes));
+  }
+  if (!valid.ok()) return valid;
+  return ExportedMemory{.memory_handle = memory.memory_handle(),
+                        .bytes = bytes,
+                        .device_uuid = memory.device_uuid(),
+                        .exporter = memory.exporter_id(),
+                        .base_address = memory.base_address(),
+                        .event_address = memory.event_address(),
+                        .event_handle = memory.event_handle()};
 }
 
 std::optional<absl::Duration> Lease(uint64_t millis) {
@@ -37,8 +61,7 @@ v1::RegionState StateOf(const transport::RegionInfo& info) {
 
 template <typename Call>
 grpc::ServerUnaryReactor* RegionService::Answer(grpc::CallbackServerContext* context, Call call) {
-  absl::Status status =
-      absl::UnimplementedError("this server has no shared memory (--region-socket)");
+  absl::Status status = absl::UnimplementedError("this server has no regions (--region-socket)");
   if (registry_ != nullptr) {
     const absl::StatusOr<std::string> tenant = TenantOf(*context);
     status = tenant.ok() ? call(*registry_, *tenant) : tenant.status();
@@ -52,17 +75,34 @@ grpc::ServerUnaryReactor* RegionService::RegisterRegion(grpc::CallbackServerCont
                                                         const v1::RegisterRegionRequest* request,
                                                         v1::RegisterRegionResponse* response) {
   return Answer(context, [&](RegionRegistry& registry, const std::string& tenant) {
-    const absl::StatusOr<transport::RegisteredRegion> region = registry.AddName(
-        request->name(),
-        {.size_bytes = static_cast<int64_t>(request->size_bytes()),  // above 2^63: below 1, refused
-         .writable = request->writable(),
-         .lease = Lease(request->lease_millis()),
-         .tenant = tenant});
+    const transport::NewRegion wanted = {
+        .size_bytes = static_cast<int64_t>(request->size_bytes()),  // above 2^63: below 1, refused
+        .writable = request->writable(),
+        .lease = Lease(request->lease_millis()),
+        .tenant = tenant};
+    if (request->has_cuda_ipc() && !request->name().empty()) {
+      return absl::InvalidArgumentError("name and cuda_ipc are both set; one of them is allowed");
+    }
+    const absl::StatusOr<transport::RegisteredRegion> region =
+        request->has_cuda_ipc() ? RegisterGpuMemory(request->cuda_ipc(), wanted)
+                                : registry.AddName(request->name(), wanted);
     if (!region.ok()) return region.status();
     response->set_handle(region->handle);
     response->set_lease_millis(Millis(*region->lease));
     return absl::OkStatus();
   });
+}
+
+absl::StatusOr<transport::RegisteredRegion> RegionService::RegisterGpuMemory(
+    const v1::CudaIpcMemory& memory, const transport::NewRegion& wanted) {
+  absl::StatusOr<ExportedMemory> exported = Decode(memory, wanted.size_bytes);
+  if (!exported.ok()) return exported.status();
+  absl::StatusOr<std::unique_ptr<ImportedMemory>> imported = backend_.Import(*exported);
+  if (!imported.ok()) return imported.status();
+  transport::NewRegion region = wanted;
+  region.owner = absl::StrCat("GPU ", (*imported)->gpu());
+  return registry_->AddMemory(
+      transport::GpuRegion(*std::move(imported), wanted.size_bytes, wanted.writable), region);
 }
 
 grpc::ServerUnaryReactor* RegionService::GetRegion(grpc::CallbackServerContext* context,

@@ -4,6 +4,7 @@
 #include <memory>
 #include <utility>
 
+#include "kernels/backend.h"
 #include "service/transport/region_registry.h"
 #include "structkv/v1/region.grpc.pb.h"
 
@@ -11,9 +12,10 @@ namespace structkv::rpc {
 
 class RegionService final : public v1::Regions::CallbackService {
  public:
-  // Null: the server has no shared memory, and every call is UNIMPLEMENTED.
-  explicit RegionService(std::shared_ptr<transport::RegionRegistry> registry)
-      : registry_(std::move(registry)) {}
+  // Null: the server has no regions, and every call is UNIMPLEMENTED. `backend`, which outlives the
+  // object, opens memory of GPUs.
+  RegionService(std::shared_ptr<transport::RegionRegistry> registry, const Backend* backend)
+      : registry_(std::move(registry)), backend_(*backend) {}
 
   grpc::ServerUnaryReactor* RegisterRegion(grpc::CallbackServerContext* context,
                                            const v1::RegisterRegionRequest* request,
@@ -33,7 +35,11 @@ class RegionService final : public v1::Regions::CallbackService {
   template <typename Call>
   grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, Call call);
 
+  absl::StatusOr<transport::RegisteredRegion> RegisterGpuMemory(const v1::CudaIpcMemory& memory,
+                                                                const transport::NewRegion& wanted);
+
   const std::shared_ptr<transport::RegionRegistry> registry_;
+  const Backend& backend_;
 };
 
 }  // namespace structkv::rpc

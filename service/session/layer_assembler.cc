@@ -129,6 +129,9 @@ absl::StatusOr<engine::Buffer> LayerAssembler::ResolveRange(const InputPiece& pi
   } else if (!piece.range.has_value()) {
     buffer = absl::InvalidArgumentError(
         "the piece has `data`; the transport reads keys and values in place, from a `range`");
+  } else if (piece.xxh3_64.has_value() && !transport_.host_readable()) {
+    buffer = absl::InvalidArgumentError(
+        "the piece has a checksum, and its range lies in a GPU's memory, where it is not verified");
   } else if (piece.offset_bytes != 0 ||
              piece.range->size_bytes != static_cast<uint64_t>(tensor_bytes)) {
     buffer = absl::InvalidArgumentError(

@@ -288,8 +288,15 @@ void SessionCore::ComputeLayer(Clock::time_point posted, ParallelFor parallel) {
     input.swap(next_);
   }
   if (!input.has_value()) return;  // the session ended
+  const absl::Status ready = transport_->Await();
   const Clock::time_point begin = Clock::now();
-  Answer answer = {.output = prompt_->CompressLayer(*std::exchange(input, std::nullopt), parallel)};
+  Answer answer = {.output = absl::InternalError("a layer was not computed")};
+  if (ready.ok()) {
+    answer.output = prompt_->CompressLayer(*std::move(input), parallel);
+  } else {
+    answer.output = ready;
+  }
+  input.reset();
   if (answer.output.ok()) answer.pivot = prompt_->TakePivot();
   if (answer.pivot.has_value()) answer.skeleton = prompt_->skeleton();
   answer.queued = begin - posted;

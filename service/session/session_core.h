@@ -75,6 +75,8 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   transport::Kind transport() const { return transport_kind_; }
   const std::string& transport_reason() const { return transport_reason_; }
   const transport::ResultPlace& result_place() const { return result_place_; }
+  // Transport::Await(), for a group that computes a layer of this rank.
+  absl::Status AwaitInput() const { return transport_->Await(); }
   Turn turn() const { return turn_.load(); }
 
   // As those of Session.

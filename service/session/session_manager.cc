@@ -40,7 +40,8 @@ transport::ResultSizes SizesOf(const SessionRequest& request) {
   const engine::PromptSpec own = OwnSpec(request);
   return {.layers = own.geometry.layers,
           .key_bytes = own.KeptBytes(engine::InputTensor::kKeys),
-          .value_bytes = own.KeptBytes(engine::InputTensor::kValues)};
+          .value_bytes = own.KeptBytes(engine::InputTensor::kValues),
+          .pulled = own.pull != engine::Pull::kNone};
 }
 
 int Threads(int wanted) {

@@ -296,13 +296,33 @@ void ShardGroup::Compute(Clock::time_point posted, ParallelFor parallel) {
   if (!inputs.has_value()) return;  // the group ended
   const Clock::time_point begin = Clock::now();
   Computed computed = {.outputs = absl::InternalError("a layer was not computed")};
-  computed.outputs =
-      prompt_->CompressShards(*std::exchange(inputs, std::nullopt), parallel, &computed.culprit);
+  const absl::Status ready = AwaitInputs(&computed.culprit);
+  if (ready.ok()) {
+    computed.outputs = prompt_->CompressShards(*std::move(inputs), parallel, &computed.culprit);
+  } else {
+    computed.outputs = ready;
+  }
+  inputs.reset();
   if (computed.outputs.ok()) computed.pivot = prompt_->TakePivot();
   if (computed.pivot.has_value()) computed.skeleton = prompt_->skeleton();
   computed.queued = begin - posted;
   computed.computed = Clock::now() - begin;
   Enqueue([this, computed = std::move(computed)]() mutable { OnComputed(std::move(computed)); });
+}
+
+absl::Status ShardGroup::AwaitInputs(int64_t* culprit) {
+  std::vector<std::shared_ptr<SessionCore>> ranks;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const Member& member : members_) ranks.push_back(member.core);
+  }
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    absl::Status ready = ranks[i]->AwaitInput();
+    if (ready.ok()) continue;
+    *culprit = static_cast<int64_t>(i);
+    return ready;
+  }
+  return absl::OkStatus();
 }
 
 void ShardGroup::OnComputed(Computed computed) {

@@ -103,6 +103,8 @@ class ShardGroup : public std::enable_shared_from_this<ShardGroup> {
 
   // On a thread of the scheduler.
   void Compute(Clock::time_point posted, ParallelFor parallel);
+  // Transport::Await() of all ranks; `culprit` is set where it fails.
+  absl::Status AwaitInputs(int64_t* culprit);
 
   const SessionRequest first_;
   const SessionHost host_;

@@ -28,6 +28,7 @@ struct ResultSizes {
   // Of the layer that keeps most; both 0 for a plan, values also where they are a part of the keys.
   int64_t key_bytes = 0;
   int64_t value_bytes = 0;
+  bool pulled = false;  // the client sends the rows that are kept, once it is told which
 };
 
 // Grants a transport. FAILED_PRECONDITION: it cannot be had, and the next wish may be tried; any

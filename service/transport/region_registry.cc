@@ -53,15 +53,15 @@ struct RegionRegistry::Region {
   std::string tenant;
   std::string owner;
   int64_t connection = 0;
-  std::unique_ptr<Mapping> mapping;
-  // Under the mutex:
+  int64_t size = 0;
+  // Under the mutex, but for whoever is counted as a use:
+  std::unique_ptr<RegionMemory> memory;  // null: it is being unmapped
   std::optional<Clock::time_point> expires;
   bool leaving = false;  // unregistered
   int64_t uses = 0;
 };
 
-// What regions' uses share with the registry. Regions are let go of without the lock held, since
-// that unmaps them.
+// What regions' uses share with the registry.
 class RegionRegistry::State {
  public:
   using RegionPtr = std::shared_ptr<Region>;
@@ -78,13 +78,15 @@ class RegionRegistry::State {
     return CheckLease(*wanted.lease, options.max_lease);
   }
 
-  absl::StatusOr<RegisteredRegion> Add(std::unique_ptr<Mapping> mapping, const NewRegion& wanted) {
+  absl::StatusOr<RegisteredRegion> Add(std::unique_ptr<RegionMemory> memory,
+                                       const NewRegion& wanted) {
     auto region = std::make_shared<Region>();
     region->handle = NewHandle();
     region->tenant = wanted.tenant;
     region->owner = wanted.owner;
     region->connection = wanted.connection;
-    region->mapping = std::move(mapping);
+    region->size = wanted.size_bytes;
+    region->memory = std::move(memory);
     if (wanted.lease.has_value()) {
       region->expires = options.now() + absl::ToChronoNanoseconds(*wanted.lease);
     }
@@ -110,27 +112,45 @@ class RegionRegistry::State {
     return found->second;
   }
 
-  // Under the mutex. What the caller lets go of afterwards; null while the region is in use.
-  RegionPtr Leave(Region& region) {
-    region.leaving = true;
-    if (region.uses > 0) return nullptr;
-    const auto found = regions.find(region.handle);
-    if (found == regions.end()) return nullptr;
-    RegionPtr gone = std::move(found->second);
-    regions.erase(found);
-    mapped_bytes -= region.mapping->size();
-    return gone;
+  // A region on its way out: its memory goes without the lock held, since that takes time, and then
+  // the region, so that whoever no longer finds it knows that the memory was let go of.
+  class Leaving {
+   public:
+    Leaving(State* state, RegionPtr region)
+        : state_(state), region_(std::move(region)), memory_(std::move(region_->memory)) {}
+    Leaving(const Leaving&) = delete;
+    Leaving& operator=(const Leaving&) = delete;
+    ~Leaving() {
+      memory_.reset();
+      const std::lock_guard lock(state_->mutex);
+      state_->mapped_bytes -= region_->size;
+      state_->regions.erase(region_->handle);
+    }
+
+   private:
+    State* const state_;
+    const RegionPtr region_;
+    std::unique_ptr<RegionMemory> memory_;
+  };
+
+  // Under the mutex. What the caller lets go of once it has unlocked; null while the region is in
+  // use, or where somebody else lets go of it.
+  std::unique_ptr<Leaving> Leave(const RegionPtr& region) {
+    region->leaving = true;
+    if (region->uses > 0 || region->memory == nullptr) return nullptr;
+    return std::make_unique<Leaving>(this, region);
   }
+
+  // Under the mutex. Being unmapped is one.
+  static int64_t Uses(const Region& region) { return region.memory == nullptr ? 1 : region.uses; }
 
   template <typename Which>
   void LeaveAll(Which which) {
-    std::vector<RegionPtr> gone;
+    std::vector<std::unique_ptr<Leaving>> gone;
     const std::lock_guard lock(mutex);
-    std::vector<RegionPtr> all;
     for (const auto& [handle, region] : regions) {
-      if (!region->leaving && which(*region)) all.push_back(region);
+      if (!region->leaving && which(*region)) gone.push_back(Leave(region));
     }
-    for (const RegionPtr& region : all) gone.push_back(Leave(*region));
   }
 
   const RegionOptions options;
@@ -147,16 +167,13 @@ struct RegionUse::Parts {
 RegionUse::RegionUse(std::unique_ptr<Parts> parts) : parts_(std::move(parts)) {}
 
 RegionUse::~RegionUse() {
-  std::shared_ptr<RegionRegistry::Region> gone;
+  std::unique_ptr<RegionRegistry::State::Leaving> gone;
   const std::lock_guard lock(parts_->state->mutex);
   --parts_->region->uses;
-  if (parts_->region->leaving) gone = parts_->state->Leave(*parts_->region);
+  if (parts_->region->leaving) gone = parts_->state->Leave(parts_->region);
 }
 
-std::byte* RegionUse::data() const { return parts_->region->mapping->data(); }
-int64_t RegionUse::size() const { return parts_->region->mapping->size(); }
-bool RegionUse::writable() const { return parts_->region->mapping->writable(); }
-absl::Status RegionUse::Check() const { return parts_->region->mapping->Check(); }
+const RegionMemory& RegionUse::memory() const { return *parts_->region->memory; }
 
 RegionRegistry::RegionRegistry(RegionOptions options)
     : state_(std::make_shared<State>(std::move(options))) {}
@@ -170,6 +187,14 @@ absl::StatusOr<RegisteredRegion> RegionRegistry::AddDescriptor(FileDescriptor fi
       Mapping::Map(std::move(file), wanted.size_bytes, wanted.writable, /*sealed=*/true);
   if (!mapping.ok()) return mapping.status();
   return state_->Add(*std::move(mapping), wanted);
+}
+
+absl::StatusOr<RegisteredRegion> RegionRegistry::AddMemory(std::unique_ptr<RegionMemory> memory,
+                                                           const NewRegion& wanted) {
+  NewRegion region = wanted;
+  if (!region.lease.has_value()) region.lease = options().lease;
+  if (absl::Status valid = state_->Check(region); !valid.ok()) return valid;
+  return state_->Add(std::move(memory), region);
 }
 
 absl::StatusOr<RegisteredRegion> RegionRegistry::AddName(const std::string& name,
@@ -195,23 +220,21 @@ absl::StatusOr<RegisteredRegion> RegionRegistry::AddName(const std::string& name
 
 absl::StatusOr<RegionInfo> RegionRegistry::Get(const std::string& handle,
                                                const std::string& tenant) const {
-  State::RegionPtr region;
+  const std::lock_guard lock(state_->mutex);
+  const State::RegionPtr region = state_->Find(handle, tenant);
+  if (region == nullptr) return NotFound(handle);
   RegionInfo info;
-  {
-    const std::lock_guard lock(state_->mutex);
-    region = state_->Find(handle, tenant);
-    if (region == nullptr) return NotFound(handle);
-    info.unregistering = region->leaving;
-    info.uses = region->uses;
-    if (region->expires.has_value()) {
-      info.lease_left =
-          std::max(absl::ZeroDuration(), absl::FromChrono(*region->expires - options().now()));
-    }
-  }
-  info.size_bytes = region->mapping->size();
-  info.writable = region->mapping->writable();
-  info.broken = !region->mapping->Check().ok();
+  info.size_bytes = region->size;
+  info.unregistering = region->leaving;
+  info.uses = State::Uses(*region);
   info.owner = region->owner;
+  if (region->expires.has_value()) {
+    info.lease_left =
+        std::max(absl::ZeroDuration(), absl::FromChrono(*region->expires - options().now()));
+  }
+  if (region->memory == nullptr) return info;
+  info.writable = region->memory->writable();
+  info.broken = !region->memory->Check().ok();
   return info;
 }
 
@@ -229,13 +252,12 @@ absl::StatusOr<std::optional<absl::Duration>> RegionRegistry::Renew(
 
 absl::StatusOr<int64_t> RegionRegistry::Unregister(const std::string& handle,
                                                    const std::string& tenant) {
-  State::RegionPtr region;
-  State::RegionPtr gone;
+  std::unique_ptr<State::Leaving> gone;
   const std::lock_guard lock(state_->mutex);
-  region = state_->Find(handle, tenant);
+  const State::RegionPtr region = state_->Find(handle, tenant);
   if (region == nullptr) return NotFound(handle);
-  gone = state_->Leave(*region);
-  return region->uses;
+  gone = state_->Leave(region);
+  return gone != nullptr ? 0 : State::Uses(*region);
 }
 
 absl::StatusOr<std::shared_ptr<const RegionUse>> RegionRegistry::Use(const std::string& handle,
@@ -250,7 +272,7 @@ absl::StatusOr<std::shared_ptr<const RegionUse>> RegionRegistry::Use(const std::
     parts->state = state_;
   }
   std::shared_ptr<const RegionUse> use(new RegionUse(std::move(parts)));
-  if (absl::Status whole = use->Check(); !whole.ok()) return whole;
+  if (absl::Status whole = use->memory().Check(); !whole.ok()) return whole;
   return use;
 }
 

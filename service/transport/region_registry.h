@@ -15,6 +15,7 @@
 #include "absl/time/time.h"
 #include "service/transport/file_descriptor.h"
 #include "service/transport/region_files.h"
+#include "service/transport/region_memory.h"
 
 namespace structkv::transport {
 
@@ -71,11 +72,7 @@ class RegionUse {
   RegionUse(const RegionUse&) = delete;
   RegionUse& operator=(const RegionUse&) = delete;
 
-  std::byte* data() const;
-  int64_t size() const;
-  bool writable() const;
-  // As Mapping::Check().
-  absl::Status Check() const;
+  const RegionMemory& memory() const;
 
  private:
   friend class RegionRegistry;
@@ -93,16 +90,22 @@ class RegionRegistry {
   // Maps a file and gives it a handle. INVALID_ARGUMENT for sizes and leases out of range, and
   // descriptors that CheckDescriptor refuses; RESOURCE_EXHAUSTED beyond the limits.
   absl::StatusOr<RegisteredRegion> AddDescriptor(FileDescriptor file, const NewRegion& wanted);
+  // Likewise of memory that is not a file's, and lives by a lease. `memory` has the size that is
+  // wanted, and is not held where this fails.
+  absl::StatusOr<RegisteredRegion> AddMemory(std::unique_ptr<RegionMemory> memory,
+                                             const NewRegion& wanted);
   // Likewise of a name, which is gone afterwards; also what OpenNamed and RemoveName return.
   absl::StatusOr<RegisteredRegion> AddName(const std::string& name, const NewRegion& wanted);
 
+  // NOT_FOUND only once the region is unmapped.
   absl::StatusOr<RegionInfo> Get(const std::string& handle, const std::string& tenant) const;
   // The lease in force, from now; none: the region had none, and none was asked for. NOT_FOUND also
   // once the region is unregistered.
   absl::StatusOr<std::optional<absl::Duration>> Renew(const std::string& handle,
                                                       const std::string& tenant,
                                                       std::optional<absl::Duration> lease);
-  // Returns the uses that are left; the last one's end unmaps the region.
+  // Returns the uses that are left; the last one's end unmaps the region. 0: it is unmapped; being
+  // unmapped counts as a use.
   absl::StatusOr<int64_t> Unregister(const std::string& handle, const std::string& tenant);
   // NOT_FOUND also once the region is unregistered; FAILED_PRECONDITION where it is broken.
   absl::StatusOr<std::shared_ptr<const RegionUse>> Use(const std::string& handle,

@@ -59,6 +59,9 @@ class Transport {
   // Whether keys and values come as ranges, each as a whole, and are read where they lie. What
   // comes of other tensors is copied, from messages or ranges.
   virtual bool in_place() const = 0;
+  // Whether the host can read what is in place. It cannot where that lies in a GPU's memory, as
+  // does then the room of GiveRoom(): the backend alone touches it.
+  virtual bool host_readable() const { return true; }
 
   // The bytes of a range that the peer named. They belong to the peer: who checks values before
   // using them must copy them first. INVALID_ARGUMENT, with the numbers, where the range does not
@@ -72,6 +75,10 @@ class Transport {
   virtual void GiveRoom(engine::LayerInput* input) const = 0;
   virtual ResultPlace result_place() const = 0;
 
+  // Waits until what the peer has named can be read; to be called before a layer is computed, on
+  // the thread that computes. DEADLINE_EXCEEDED, after a few seconds, where the peer has not
+  // written it.
+  virtual absl::Status Await() const { return absl::OkStatus(); }
   // Whether all memory is still there; FAILED_PRECONDITION names the region. To be asked after each
   // use: what was read before is not to be trusted otherwise.
   virtual absl::Status Check() const = 0;

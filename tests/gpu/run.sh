@@ -9,7 +9,7 @@
 # and nvcc are, the benchmark alone is. What could not run is in the report as "not run", with the reason.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-tests=(gpu_saliency_test gpu_select_test gpu_gather_test gpu_rotation_test gpu_conformance_test)
+tests=(gpu_saliency_test gpu_select_test gpu_gather_test gpu_rotation_test gpu_conformance_test gpu_ipc_test)
 programs=("${tests[@]}" gpu_nccl_test structkv_gpu_bench)
 # A few cases of each: a kernel runs some hundred times longer under compute-sanitizer.
 declare -A sanitized=(
@@ -17,7 +17,8 @@ declare -A sanitized=(
   [gpu_select_test]='*Many*:*LongRow*:*SumsAre*:*StatisticsAre*:*Pools*'
   [gpu_gather_test]='*Alignment*:*AnyNumber*:*PartOfEachRow*'
   [gpu_rotation_test]='*Alignment*:*DoesNotMove*'
-  [gpu_conformance_test]='*PagedSaliency*bf16_bf16_q4*:*GathersRows*:*MovesKeysInBlocks*')
+  [gpu_conformance_test]='*PagedSaliency*bf16_bf16_q4*:*GathersRows*:*MovesKeysInBlocks*'
+  [gpu_ipc_test]='*OfThisProcess')
 
 build() {
   cmake --preset cuda >&2

@@ -62,8 +62,8 @@ TEST_F(RegionRegistryTest, IsReadWhereItLies) {
     const auto use = registry_->Use(region.handle, "name:a");
     ASSERT_TRUE(use.ok());
     file->data()[5] = 'x';
-    EXPECT_EQ((*use)->data()[5], std::byte{'x'});
-    (*use)->data()[6] = std::byte{'y'};
+    EXPECT_EQ((*use)->memory().data()[5], std::byte{'x'});
+    (*use)->memory().data()[6] = std::byte{'y'};
     EXPECT_EQ(file->data()[6], 'y');
     const auto info = registry_->Get(region.handle, "name:a");
     ASSERT_TRUE(info.ok());
@@ -122,7 +122,7 @@ TEST_F(RegionRegistryTest, AUseOutlivesTheRegistry) {
   file->data()[0] = 'x';
   auto use = *registry_->Use(Add(*file, Wanted(*file)).handle, "name:a");
   registry_.reset();
-  EXPECT_EQ(use->data()[0], std::byte{'x'});
+  EXPECT_EQ(use->memory().data()[0], std::byte{'x'});
 }
 
 TEST_F(RegionRegistryTest, ALeaseEnds) {
@@ -217,7 +217,7 @@ TEST_F(RegionRegistryTest, ANameIsGoneOnceItIsRegistered) {
   ASSERT_TRUE(region.ok()) << region.status();
   EXPECT_EQ(region->lease, absl::Seconds(30)) << "a name always has one";
   EXPECT_FALSE(file->HasName());
-  EXPECT_EQ((*registry_->Use(region->handle, "name:a"))->data()[0], std::byte{'x'});
+  EXPECT_EQ((*registry_->Use(region->handle, "name:a"))->memory().data()[0], std::byte{'x'});
   EXPECT_EQ(registry_->Get(region->handle, "name:a")->owner, "uid " + std::to_string(getuid()));
   ASSERT_TRUE(file->Truncate(100));
   EXPECT_TRUE(registry_->Get(region->handle, "name:a")->broken);

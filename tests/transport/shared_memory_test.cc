@@ -6,6 +6,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "service/transport/region_transport.h"
 #include "tests/transport/region_makers.h"
 
 namespace structkv::transport {

@@ -1,7 +1,8 @@
 # The CUDA backend's host side on a runtime without a GPU; needs CUDA's headers alone. Objects, so that what they define
 # comes before what libraries do: the list of backends, the launchers, the runtime.
 add_library(structkv_cuda_fake OBJECT
-  cuda/fake_api.cc cuda/fake_backend.cc cuda/fake_backends.cc cuda/fake_launch.cc cuda/fake_runtime.cc cuda/on_device.cc)
+  cuda/fake_api.cc cuda/fake_backend.cc cuda/fake_backends.cc cuda/fake_events.cc cuda/fake_ipc.cc cuda/fake_launch.cc
+  cuda/fake_runtime.cc cuda/on_device.cc)
 target_link_libraries(structkv_cuda_fake
   PUBLIC structkv_cuda_emulation structkv_cuda_backend
   PRIVATE structkv_options)
@@ -10,6 +11,7 @@ structkv_test(kernels_cuda_arena_test SOURCES cuda/arena_test.cc
   LIBS structkv_cuda_backend structkv_kernels_tools LABELS thread)
 structkv_test(kernels_cuda_backend_test SOURCES cuda/cuda_backend_test.cc cuda/fake_runtime_test.cc
   LIBS structkv_cuda_fake)
+structkv_test(kernels_cuda_ipc_test SOURCES cuda/ipc_exporter.cc cuda/ipc_test.cc LIBS structkv_cuda_fake)
 
 # The conformance suite. Emulated blocks take their time: shapes that are long, or wide under many heads, and some pairs of
 # types and layouts are left to gpu_conformance_test; pinned keys, keys on a device and sanitizers get fewer still.

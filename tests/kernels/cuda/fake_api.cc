@@ -21,14 +21,18 @@ cudaError_t Allocate(void** data, size_t size, bool on_device) {
   if (on_device && bytes > r.gpus.memory_bytes - TakenBytes(current_device)) {
     return Failed(cudaErrorMemoryAllocation);
   }
-  void* const at = mmap(nullptr, size, on_device ? PROT_NONE : PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (at == MAP_FAILED) Die("mmap");
   if (on_device && r.accesses > 0) Die("an allocation while work runs");
+  Allocation made = {.bytes = bytes, .device = current_device};
+  if (on_device) {
+    made.file = MakeShared(bytes, PROT_NONE);
+    *data = made.file.data;
+  } else {
+    *data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (*data == MAP_FAILED) Die("mmap");
+  }
   Allocations& all = on_device ? r.device_memory : r.pinned_memory;
-  all.emplace(static_cast<std::byte*>(at), Allocation{bytes, current_device});
+  all.emplace(static_cast<std::byte*>(*data), made);
   (on_device ? r.held.device_bytes : r.held.pinned_bytes) += bytes;
-  *data = at;
   return cudaSuccess;
 }
 
@@ -36,7 +40,12 @@ cudaError_t Release(Allocations* all, void* data, int64_t* held) {
   const std::lock_guard lock(The().mutex);
   const auto found = all->find(static_cast<std::byte*>(data));
   if (found == all->end()) Die("what is freed was not allocated");
-  munmap(data, static_cast<size_t>(found->second.bytes));
+  if (all == &The().pinned_memory) {
+    munmap(data, static_cast<size_t>(found->second.bytes));
+  } else {
+    if (found->second.file.imported()) Die("what is freed belongs to another process");
+    if (Drop(found->second.file)) ++The().freed_while_open;
+  }
   *held -= found->second.bytes;
   all->erase(found);
   return The().sticky;
@@ -59,6 +68,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   *properties = {};
   std::snprintf(properties->name, sizeof(properties->name), "Fake GPU");
   properties->major = The().gpus.major;
+  std::memset(properties->uuid.bytes, 0xF0 + device, sizeof(properties->uuid.bytes));
   return cudaSuccess;
 }
 
@@ -129,42 +139,6 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   RunUpTo(*stream, stream->queued);
   const std::lock_guard lock(The().mutex);
   return Enter();
-}
-
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned /*flags*/) {
-  const std::lock_guard lock(The().mutex);
-  if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
-  *event = new CUevent_st();
-  ++The().held.events;
-  return cudaSuccess;
-}
-
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  delete event;
-  const std::lock_guard lock(The().mutex);
-  --The().held.events;
-  return The().sticky;
-}
-
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  {
-    const std::lock_guard lock(The().mutex);
-    if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
-  }
-  const std::lock_guard lock(stream->mutex);
-  event->stream = stream;
-  event->position = stream->queued;
-  return cudaSuccess;
-}
-
-cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  {
-    const std::lock_guard lock(The().mutex);
-    if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
-  }
-  if (event->stream != nullptr) RunUpTo(*event->stream, event->position);
-  const std::lock_guard lock(The().mutex);
-  return Failed(The().sticky);
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind,

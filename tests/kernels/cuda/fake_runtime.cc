@@ -81,7 +81,7 @@ bool IsPinned(const void* data, int64_t bytes) {
 int64_t TakenBytes(int device) {
   int64_t taken = 0;
   for (const auto& [begin, allocation] : The().device_memory) {
-    if (allocation.device == device) taken += allocation.bytes;
+    if (allocation.device == device && !allocation.file.imported()) taken += allocation.bytes;
   }
   return taken;
 }
@@ -134,6 +134,7 @@ void FakeCuda::Reset(const FakeGpus& gpus) {
   r.kernels.assign(static_cast<size_t>(gpus.count), 0);
   r.call_failure = r.launch_failure = r.allocation_failure = {};
   r.count_error = r.sticky = cudaSuccess;
+  r.freed_while_open = 0;
   r.hook = nullptr;
   last_error = cudaSuccess;
 }
@@ -141,6 +142,10 @@ void FakeCuda::Reset(const FakeGpus& gpus) {
 FakeHeld FakeCuda::held() {
   const std::lock_guard lock(The().mutex);
   return The().held;
+}
+int64_t FakeCuda::freed_while_open() {
+  const std::lock_guard lock(The().mutex);
+  return The().freed_while_open;
 }
 int64_t FakeCuda::calls() {
   const std::lock_guard lock(The().mutex);

@@ -6,6 +6,10 @@
 // sooner. Device memory can be touched by what runs on streams alone; the host's touch is a
 // segmentation fault. Copies abort the program where their host side is not pinned or their device
 // side is not of one allocation, and so do launches from another device than the stream's.
+//
+// Device memory and events go from process to process (CUDA IPC) as long as the exporting one
+// lives. As with CUDA nothing is opened in the process that exported it; opening it twice, which
+// CUDA counts, aborts.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -28,6 +32,7 @@ struct FakeHeld {
   int64_t pinned_bytes = 0;
   int64_t streams = 0;
   int64_t events = 0;
+  int64_t imports = 0;  // allocations of other processes
   bool operator==(const FakeHeld&) const = default;
 };
 
@@ -47,6 +52,8 @@ class FakeCuda {
   static void FailDeviceCount(cudaError_t error);
   // Kernels that ran on `device`.
   static int64_t kernels(int device);
+  // Allocations that were freed while another process had them open, which is undefined with CUDA.
+  static int64_t freed_while_open();
   // Called before each piece of work of a stream, on the thread that waits; null: nothing is.
   static void SetHook(std::function<void()> hook);
 

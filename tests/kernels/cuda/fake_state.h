@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -12,6 +13,28 @@
 #include <vector>
 
 #include "tests/kernels/cuda/fake_runtime.h"
+
+namespace structkv::testing::fake {
+// A file that processes map. Its last page says who it is and who else has it open.
+struct SharedFile {
+  struct Owner {
+    uint64_t number;  // unlike that of any other file
+    std::atomic<int32_t> importers;
+  };
+
+  int fd = -1;  // of the process that made it
+  void* data = nullptr;
+  int64_t bytes = 0;  // before the last page
+  Owner* owner = nullptr;
+
+  bool imported() const { return fd < 0; }
+};
+// What the processes that have an event share of it.
+struct SharedEvent {
+  std::atomic<int64_t> recorded;
+  std::atomic<int64_t> reached;
+};
+}  // namespace structkv::testing::fake
 
 // Names that the runtime's headers declare.
 struct CUstream_st {
@@ -24,6 +47,9 @@ struct CUstream_st {
 struct CUevent_st {
   cudaStream_t stream = nullptr;
   int64_t position = 0;  // work of the stream that lies before it
+  // Of an event between processes:
+  structkv::testing::fake::SharedFile file;
+  structkv::testing::fake::SharedEvent* shared = nullptr;  // at the file's begin
 };
 
 namespace structkv::testing::fake {
@@ -39,6 +65,7 @@ struct Failure {
 struct Allocation {
   int64_t bytes = 0;
   int device = 0;
+  SharedFile file;  // of a device's
 };
 using Allocations = std::map<std::byte*, Allocation>;
 
@@ -54,6 +81,7 @@ struct Runtime {
   cudaError_t count_error = cudaSuccess;
   cudaError_t sticky = cudaSuccess;
   int accesses = 0;  // of work that runs now
+  int64_t freed_while_open = 0;
   std::function<void()> hook;
 };
 Runtime& The();
@@ -69,6 +97,11 @@ extern thread_local cudaError_t last_error;
 cudaError_t Failed(cudaError_t error);
 // At the begin of each call.
 cudaError_t Enter();
+
+// A new file, mapped with that protection. Dies where that fails.
+SharedFile MakeShared(int64_t bytes, int protection);
+// Unmaps, and closes. Whether another process still has the file.
+bool Drop(const SharedFile& file);
 
 bool IsDevice(const void* data, int64_t bytes);
 // Of memory of a device.
