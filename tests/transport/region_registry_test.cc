@@ -111,7 +111,7 @@ TEST_F(RegionRegistryTest, StaysMappedWhileItIsUsed) {
   EXPECT_TRUE(registry_->Get(region.handle, "name:a")->unregistering);
   one.reset();
   EXPECT_EQ(registry_->mapped_bytes(), static_cast<int64_t>(kBytes));
-  EXPECT_EQ(other->data()[0], std::byte{'x'});
+  EXPECT_EQ(other->memory().data()[0], std::byte{'x'});
   other.reset();
   EXPECT_EQ(registry_->mapped_bytes(), 0);
   ExpectNotFound(region.handle, "name:a");
@@ -240,7 +240,7 @@ TEST_F(RegionRegistryTest, ManyThreads) {
         const auto use = registry_->Use(region->handle, "name:a");
         if (i % 3 == 0) registry_->EndConnection(1 + i % 4);
         if (i % 5 == 0) registry_->Expire();
-        EXPECT_TRUE(!use.ok() || (*use)->Check().ok());
+        EXPECT_TRUE(!use.ok() || (*use)->memory().Check().ok());
         registry_->Unregister(region->handle, "name:a").status().IgnoreError();
       }
     });

@@ -45,7 +45,7 @@ void Write(const SharedFile& file, Bytes* to) {
 template <class Bytes>
 cudaError_t Import(const Bytes& bytes, int protection, SharedFile* file) {
   Handle handle;
-  std::memcpy(&handle, &bytes, sizeof(handle));
+  std::memcpy(static_cast<void*>(&handle), &bytes, sizeof(handle));
   if (handle.process == getpid()) return cudaErrorDeviceUninitialized;
   const std::string path =
       "/proc/" + std::to_string(handle.process) + "/fd/" + std::to_string(handle.fd);
