@@ -245,8 +245,8 @@ TEST_F(CudaIpcTest, PromptsThatAreRefused) {
   constexpr auto kInvalid = grpc::StatusCode::INVALID_ARGUMENT;
   constexpr auto kPrecondition = grpc::StatusCode::FAILED_PRECONDITION;
   const auto piece = [](std::vector<v1::CompressRequest>* all, v1::Tensor tensor) {
-    for (v1::TensorPiece& piece : *(*all)[1].mutable_pieces()->mutable_pieces()) {
-      if (piece.tensor() == tensor) return &piece;
+    for (v1::TensorPiece& each : *(*all)[1].mutable_pieces()->mutable_pieces()) {
+      if (each.tensor() == tensor) return &each;
     }
     return static_cast<v1::TensorPiece*>(nullptr);
   };
