@@ -129,6 +129,33 @@ TEST_F(CudaIpcTest, KeysThatAreTurned) {
   ExpectSame(prompt, Run(prompt.Messages()), Inline(data));
 }
 
+TEST_F(CudaIpcTest, OfSkeletonRows) {
+  v1::Open open = SmallOpen(120);
+  v1::Pivot* pivot = open.mutable_method()->mutable_structkv()->mutable_pivot();
+  pivot->set_mode(v1::PIVOT_MODE_FIXED);
+  pivot->set_fixed_layer(1);
+  PromptData data(open, 5);
+  Call first(channel());
+  for (const v1::CompressRequest& message : AllMessages(data)) first.Send(message);
+  ASSERT_TRUE(first.WaitForLayer(1));
+  const std::vector<int32_t> skeleton = first.Skeleton();
+  ASSERT_FALSE(skeleton.empty());
+  for (uint32_t layer = 2; layer < data.layers(); ++layer) data.KeepRows(layer, skeleton);
+  const auto in_order = [&](const std::vector<v1::CompressRequest>& messages) {
+    Call call(channel());
+    for (size_t i = 0; i < messages.size(); ++i) {
+      call.Send(messages[i]);
+      const bool answered = i != 2 || call.WaitForLayer(1);
+      EXPECT_TRUE(answered);
+    }
+    call.HalfClose();
+    return call.Finish();
+  };
+  const std::string expected = ResultBytes(Assemble(in_order(AllMessages(data))));
+  GpuPrompt& prompt = Place(data);
+  ExpectSame(prompt, in_order(prompt.Messages()), expected);
+}
+
 // Each on a GPU of its own.
 TEST_F(CudaIpcTest, OfTensorParallelRanks) {
   const PromptData whole(SmallOpen(120), 3);
@@ -164,6 +191,19 @@ TEST_F(CudaIpcTest, AnotherProcessExports) {
   EXPECT_THAT(client->output(), HasSubstr("same"));
 }
 
+// Its kernels never come to the event: that prompt fails, and others do not notice.
+TEST_F(CudaIpcTest, AnotherProcessDoesNotWriteWhatItNamed) {
+  const PromptData other(SmallOpen(150), 8);
+  const std::string undisturbed = Inline(other);
+  Neighbour neighbour(NewChannel(target()), &other);
+  const auto client = Client("stuck");
+  EXPECT_EQ(client->Wait(), 0) << client->output() << client->error();
+  EXPECT_THAT(client->output(),
+              HasSubstr(std::to_string(grpc::StatusCode::DEADLINE_EXCEEDED) +
+                        ": open.regions[0]: the exporter's event was not reached"));
+  EXPECT_TRUE(ResultBytes(Assemble(neighbour.Finish())) == undisturbed);
+}
+
 // What it read and wrote is closed within the lease, and others do not notice.
 TEST_F(CudaIpcTest, AnotherProcessIsKilled) {
   const PromptData other(SmallOpen(150), 8);
@@ -177,8 +217,7 @@ TEST_F(CudaIpcTest, AnotherProcessIsKilled) {
   EXPECT_EQ(client->Wait(), 128 + SIGKILL);
   EXPECT_TRUE(Eventually([&] { return FakeCuda::held() == held_; }));
   EXPECT_EQ(mapped_bytes(), 0);
-  const Outcome outcome = neighbour.Finish();
-  EXPECT_TRUE(ResultBytes(Assemble(outcome)) == undisturbed);
+  EXPECT_TRUE(ResultBytes(Assemble(neighbour.Finish())) == undisturbed);
 }
 
 // The lease ends under the running prompt: it goes on, and the memory is held until it is over.
