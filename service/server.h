@@ -29,7 +29,7 @@ struct ServerOptions {
   int64_t device_memory_bytes = 0;
   session::SessionManagerOptions sessions;
   rpc::StreamLimits streams;
-  // Shared memory; none where the socket's path is empty.
+  // Shared memory, and CUDA IPC where the backend has it; none where the socket's path is empty.
   rpc::RegionHostOptions regions;
   // Streams at once on one connection; more wait at the client.
   int max_streams_per_connection = 256;
@@ -66,7 +66,7 @@ class Server {
   // The port of the first TCP address; 0 where there is none.
   int port() const;
   session::SessionManager& sessions();
-  // Null where there is no shared memory.
+  // Null where there are no regions.
   const transport::RegionRegistry* regions() const;
   // Why it has the backend that it has, for people.
   const std::string& backend_reason() const;
