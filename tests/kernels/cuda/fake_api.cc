@@ -21,10 +21,9 @@ cudaError_t Allocate(void** data, size_t size, bool on_device) {
   if (on_device && bytes > r.gpus.memory_bytes - TakenBytes(current_device)) {
     return Failed(cudaErrorMemoryAllocation);
   }
-  if (on_device && r.accesses > 0) Die("an allocation while work runs");
   Allocation made = {.bytes = bytes, .device = current_device};
   if (on_device) {
-    made.file = MakeShared(bytes, PROT_NONE);
+    made.file = MakeShared(bytes, Protection());
     *data = made.file.data;
   } else {
     *data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -122,8 +122,7 @@ cudaError_t cudaIpcOpenMemHandle(void** data, cudaIpcMemHandle_t handle, unsigne
   if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
   if (flags != cudaIpcMemLazyEnablePeerAccess) Die("a handle is opened without its flag");
   Allocation opened = {.device = current_device};
-  const cudaError_t error =
-      Import(handle, The().accesses > 0 ? PROT_READ | PROT_WRITE : PROT_NONE, &opened.file);
+  const cudaError_t error = Import(handle, Protection(), &opened.file);
   if (error != cudaSuccess) return Failed(error);
   for (const auto& [begin, allocation] : The().device_memory) {
     if (allocation.file.owner->number == opened.file.owner->number) Die("a handle is opened twice");

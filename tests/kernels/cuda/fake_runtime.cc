@@ -70,6 +70,8 @@ cudaError_t Enter() {
   return Failed(r.call_failure.Next());
 }
 
+int Protection() { return The().accesses > 0 ? PROT_READ | PROT_WRITE : PROT_NONE; }
+
 bool IsDevice(const void* data, int64_t bytes) { return IsIn(The().device_memory, data, bytes); }
 int DeviceOf(const void* data) {
   auto* at = static_cast<std::byte*>(const_cast<void*>(data));

@@ -98,6 +98,9 @@ cudaError_t Failed(cudaError_t error);
 // At the begin of each call.
 cudaError_t Enter();
 
+// Of device memory, now that work runs or does not.
+int Protection();
+
 // A new file, mapped with that protection. Dies where that fails.
 SharedFile MakeShared(int64_t bytes, int protection);
 // Unmaps, and closes. Whether another process still has the file.
