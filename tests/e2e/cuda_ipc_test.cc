@@ -225,7 +225,7 @@ TEST_F(CudaIpcTest, TheLeaseEndsUnderARunningPrompt) {
   const PromptData data(SmallOpen(100), 6);
   const std::string expected = Inline(data);
   GpuPrompt& prompt = *prompts_.emplace_back(std::make_unique<GpuPrompt>(data, true));
-  ASSERT_TRUE(prompt.region().Register(channel(), ProcessId(), 1500).ok());
+  ASSERT_TRUE(prompt.region().Register(channel(), ProcessId(), 3000).ok());
   const std::vector<v1::CompressRequest> messages = prompt.Messages();
   Call call(channel());
   for (size_t i = 0; i + 2 < messages.size(); ++i) call.Send(messages[i]);

@@ -38,7 +38,7 @@ int Main(const std::string& target, const std::string& mode) {
     GpuPrompt prompt(data, true);
     GpuRegion& region = prompt.region();
     const grpc::Status status =
-        region.Register(channel, ProcessId(), mode == "hang" ? 300 : 30'000);
+        region.Register(channel, ProcessId(), mode == "hang" ? 2000 : 30'000);
     if (!status.ok()) return Fail(status.error_message().c_str());
     const std::vector<v1::CompressRequest> messages = prompt.Messages();
     Call call(channel);
