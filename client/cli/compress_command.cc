@@ -364,11 +364,13 @@ Command AddCompress(CLI::App* app) {
           ->excludes(sub->get_option("--in-process"));
   sub->add_option("--hold-lease", flags->hold_lease_seconds,
                   "Seconds that it stays without a renewal; 0: the server's default")
-      ->check(CLI::NonNegativeNumber)
+      ->check(CLI::Range(0.0, 1e9))
       ->needs(hold);
   CLI::Option* saliency =
-      sub->add_flag("--saliency", flags->saliency, "Also write each layer's saliency");
-  sub->add_flag("--centrality", flags->centrality, "Also write the centrality at the pivot");
+      sub->add_flag("--saliency", flags->saliency, "Also write each layer's saliency")
+          ->excludes(hold);
+  sub->add_flag("--centrality", flags->centrality, "Also write the centrality at the pivot")
+      ->excludes(hold);
   sub->add_flag("--checksums", flags->checksums, "Send a checksum with every piece");
   sub->add_flag("--skeleton-layers", flags->skeleton_layers,
                 "Layer by layer, as a worker that cuts its prefill: skeleton rows alone past the "

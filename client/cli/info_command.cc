@@ -146,6 +146,9 @@ void PrintServer(const Compressor& compressor, const v1::GetCapabilitiesResponse
   if (!server) return;
   line("memory", absl::StrCat(BytesText(limits.memory_available_bytes()), " of ",
                               BytesText(limits.memory_budget_bytes()), " free"));
+  if (limits.hold_budget_bytes() == 0) return;
+  line("held caches", absl::StrCat(BytesText(limits.hold_available_bytes()), " of ",
+                                   BytesText(limits.hold_budget_bytes()), " free"));
 }
 
 absl::Status RunInfo(const InfoFlags& flags) {

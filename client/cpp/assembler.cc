@@ -124,6 +124,11 @@ absl::Status Assembler::AddOpened(v1::Opened opened) {
     return Broken("Opened.transport is ", v1::Transport_Name(opened.transport()),
                   ", which Open did not name");
   }
+  if (!results_.empty() && opened.transport() == v1::TRANSPORT_SHARED_MEMORY &&
+      ResultBytes(open_, opened) > results_.size()) {
+    return Broken("Opened.kept_tokens need ", ResultBytes(open_, opened),
+                  " bytes of Open.result_range, which has ", results_.size());
+  }
   opened_ = std::move(opened);
   return absl::OkStatus();
 }

@@ -52,6 +52,7 @@ FetchAssembler::FetchAssembler(ResultAllocator allocate, BytesPool* pool,
 
 void FetchAssembler::StartStream() {
   stream_has_info_ = false;
+  has_summary_ = false;  // the stream before may have broken behind it
   skipped_ = received_bytes_;
 }
 
@@ -164,6 +165,10 @@ absl::Status FetchAssembler::AddPiece(const wire::Piece& piece) {
       size > due_[tensor_].size - offset_) {
     return Broken("a piece of tensor ", piece.tensor, " of layer ", piece.layer, " at ",
                   piece.offset_bytes, " of ", size, " bytes is out of place");
+  }
+  if (piece.range.has_value()) {
+    return Broken("a piece of tensor ", piece.tensor, " of layer ", piece.layer,
+                  " is a range, which no fetch asked for");
   }
   if (piece.xxh3_64.has_value() && *piece.xxh3_64 != wire::Checksum(piece.data)) {
     return absl::DataLossError(absl::StrCat(v1::Tensor_Name(due_[tensor_].tensor), " of layer ",

@@ -19,14 +19,22 @@ uint64_t Stride(const v1::Open& open, uint32_t kept) {
   return Room(open, v1::TENSOR_KEYS, kept) + Room(open, v1::TENSOR_VALUES, kept);
 }
 
+uint32_t LargestKept(const v1::Opened& opened) {
+  const auto& kept = opened.kept_tokens();
+  return kept.empty() ? 0 : *std::max_element(kept.begin(), kept.end());
+}
+
 }  // namespace
 
 uint64_t ResultOffset(const v1::Open& open, const v1::Opened& opened, uint32_t layer,
                       v1::Tensor tensor) {
-  const auto& kept = opened.kept_tokens();
-  const uint32_t largest = kept.empty() ? 0 : *std::max_element(kept.begin(), kept.end());
+  const uint32_t largest = LargestKept(opened);
   const uint64_t keys = tensor == v1::TENSOR_VALUES ? Room(open, v1::TENSOR_KEYS, largest) : 0;
   return layer * Stride(open, largest) + keys;
+}
+
+uint64_t ResultBytes(const v1::Open& open, const v1::Opened& opened) {
+  return open.geometry().layer_count() * Stride(open, LargestKept(opened));
 }
 
 }  // namespace internal

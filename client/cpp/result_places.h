@@ -11,4 +11,7 @@ namespace structkv::client::internal {
 uint64_t ResultOffset(const v1::Open& open, const v1::Opened& opened, uint32_t layer,
                       v1::Tensor tensor);
 
+// Bytes of the range that the results of all layers take.
+uint64_t ResultBytes(const v1::Open& open, const v1::Opened& opened);
+
 }  // namespace structkv::client::internal

@@ -6,6 +6,11 @@
 
 namespace structkv::client::internal {
 
+RetiredBlocks& RetiredBlocks::All() {
+  static auto* const all = new RetiredBlocks();
+  return *all;
+}
+
 void RetiredBlocks::Add(Bytes block, RegionServer server, std::string handle) {
   absl::MutexLock lock(&mutex_);
   retired_.push_back({std::move(block), std::move(server), std::move(handle)});

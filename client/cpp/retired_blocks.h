@@ -16,6 +16,9 @@ namespace structkv::client::internal {
 // Rooms for results of prompts that failed or were cancelled. Thread-safe.
 class RetiredBlocks {
  public:
+  // Those of the process: a block outlives the client whose prompt it was. Never destroyed.
+  static RetiredBlocks& All();
+
   // A block in the region that `server` knows as `handle`.
   void Add(Bytes block, RegionServer server, std::string handle);
   // Asks the servers, and lets go of the blocks in regions that no prompt uses any more.

@@ -124,8 +124,7 @@ absl::StatusOr<Offer> TransportChooser::MakeOffer(absl::Span<const BatchPrompt> 
   }
   if (status.ok()) {
     offer.server = *server;
-    offer.retired = retired_;
-    if (retired_->size() > 0) retired_->Release(deadline);
+    if (RetiredBlocks::All().size() > 0) RetiredBlocks::All().Release(deadline);
     return offer;
   }
   if (must) return status;
@@ -170,10 +169,8 @@ absl::StatusOr<SharedPlace> PlacePrompt(const Offer& offer, const StreamOptions&
   if (results->empty()) return place;
   place.results = *std::move(results);
   place.result_range = *place.Find(place.results.span());
-  place.retire = [retired = offer.retired, server = offer.server,
-                  handle = offer.handles[place.result_range.region]](const Bytes& block) {
-    retired->Add(block, server, handle);
-  };
+  place.retire = [server = offer.server, handle = offer.handles[place.result_range.region]](
+                     const Bytes& block) { RetiredBlocks::All().Add(block, server, handle); };
   open->mutable_result_range()->set_region(place.result_range.region);
   open->mutable_result_range()->set_offset_bytes(place.result_range.offset_bytes);
   open->mutable_result_range()->set_size_bytes(place.result_range.size_bytes);

@@ -30,7 +30,6 @@ struct Offer {
   std::vector<std::string> handles;
   std::string reason;   // why nothing
   RegionServer server;  // that the handles are of
-  std::shared_ptr<RetiredBlocks> retired;
 };
 
 // An empty one.
@@ -72,7 +71,6 @@ class TransportChooser {
   absl::StatusOr<RegionServer> Server(const std::string& tenant, absl::Time deadline);
 
   const std::shared_ptr<grpc::Channel> channel_;
-  const std::shared_ptr<RetiredBlocks> retired_ = std::make_shared<RetiredBlocks>();
   absl::Mutex mutex_;
   std::string socket_ ABSL_GUARDED_BY(mutex_);  // empty: not asked yet
 };

@@ -62,9 +62,10 @@ absl::StatusOr<Place> Devices::PlaceOf(const void* data) {
   return place;
 }
 
-bool Devices::CanHold(int64_t bytes) const {
-  return std::any_of(all_.begin(), all_.end(),
-                     [bytes](const auto& device) { return device->CanHold(bytes); });
+bool Devices::CanHold(int64_t bytes, int index) const {
+  return std::any_of(all_.begin(), all_.end(), [bytes, index](const auto& device) {
+    return (index < 0 || device->index() == index) && device->CanHold(bytes);
+  });
 }
 
 }  // namespace structkv::cuda

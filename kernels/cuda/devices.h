@@ -31,8 +31,8 @@ class Devices {
   absl::StatusOr<Lease> AcquireOn(int index, int64_t bytes);
   // Where a tensor lies. UNAVAILABLE where the backend is lost.
   absl::StatusOr<Place> PlaceOf(const void* data);
-  // Whether any of them can ever hold so much.
-  bool CanHold(int64_t bytes) const;
+  // Whether the one of that index, or with -1 any of them, can ever hold so much.
+  bool CanHold(int64_t bytes, int index = -1) const;
 
   const std::vector<std::unique_ptr<Device>>& all() const { return all_; }
   // UNAVAILABLE once any of them is lost.

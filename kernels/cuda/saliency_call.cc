@@ -165,7 +165,8 @@ absl::Status Saliency(Devices& devices, const SaliencyParams& params, float* out
   const int64_t heads = params.keys.heads;
   const int64_t group_rows = params.queries.heads / heads * params.queries.tokens;
   int64_t step = std::min<int64_t>(heads, kMaxKvHeads);
-  while (step > 1 && !devices.CanHold(Places(HeadsOf(params, 0, step), *keys_at).parts.bytes())) {
+  while (step > 1 && !devices.CanHold(Places(HeadsOf(params, 0, step), *keys_at).parts.bytes(),
+                                      keys_at->device)) {
     step = (step + 1) / 2;
   }
   SaliencyFlags flags = {kNothingBad, kNothingBad, kNothingBad};

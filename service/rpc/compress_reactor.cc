@@ -373,6 +373,7 @@ void CompressReactor::SendSummary(Slot& slot, const session::SessionSummary& sum
     slot.held = summary.held->handle;
   }
   SendTerminal(response);
+  if (summary.held.has_value() && IsGone() && !is_batch()) ReleaseHeld();
 }
 
 void CompressReactor::SendTerminal(const v1::CompressResponse& response) {
@@ -535,6 +536,11 @@ void CompressReactor::LogEnd(const Slot* slot, const session::Session* session) 
                        {"error", status.error_message()}});
 }
 
+bool CompressReactor::IsGone() const {
+  absl::MutexLock lock(&session_mutex_);
+  return gone_;
+}
+
 void CompressReactor::ReleaseHeld() {
   std::vector<std::pair<std::string, std::string>> held;  // tenant, handle
   {
@@ -550,8 +556,15 @@ void CompressReactor::ReleaseHeld() {
 }
 
 void CompressReactor::OnGone() {
-  // In a batch a prompt's summary counts whatever becomes of the others.
-  if (!is_batch() && (context()->IsCancelled() || !end_status().ok())) ReleaseHeld();
+  // In a batch a prompt's summary counts whatever becomes of the others. A summary that comes later
+  // finds that the stream is gone.
+  if (!is_batch() && (context()->IsCancelled() || !end_status().ok())) {
+    {
+      absl::MutexLock lock(&session_mutex_);
+      gone_ = true;
+    }
+    ReleaseHeld();
+  }
   std::vector<std::shared_ptr<session::Session>> done(slots_.size());
   {
     absl::MutexLock lock(&session_mutex_);

@@ -117,6 +117,7 @@ class CompressReactor final : public StreamIo, public Stream {
   void Queue(Slot& slot, std::vector<OutgoingMessage> messages);
   // Nobody was told what is held: drops it.
   void ReleaseHeld();
+  bool IsGone() const;
   // One line of the log; null where there was no prompt.
   void LogEnd(const Slot* slot, const session::Session* session) const;
 
@@ -137,6 +138,7 @@ class CompressReactor final : public StreamIo, public Stream {
 
   mutable absl::Mutex session_mutex_;
   bool ended_ ABSL_GUARDED_BY(session_mutex_) = false;
+  bool gone_ ABSL_GUARDED_BY(session_mutex_) = false;  // without its summary, for good
   bool half_closed_ ABSL_GUARDED_BY(session_mutex_) = false;
   size_t unfinished_ ABSL_GUARDED_BY(session_mutex_) = 0;  // prompts without a last message
   int sending_ ABSL_GUARDED_BY(session_mutex_) = 0;        // threads that send one

@@ -98,6 +98,9 @@ Packet Receive(int fd) {
     for (size_t i = 0; i < count; ++i) {
       int file = -1;
       std::memcpy(&file, CMSG_DATA(header) + i * sizeof(int), sizeof(int));
+      // Closing a socket that lingers would wait for its peer. Of another file this is an error.
+      const linger at_once = {.l_onoff = 1, .l_linger = 0};
+      (void)setsockopt(file, SOL_SOCKET, SO_LINGER, &at_once, sizeof(at_once));
       packet.files.emplace_back(file);
     }
   }
@@ -128,7 +131,7 @@ class RegionSocket::Impl {
 
  private:
   struct Connection {
-    Connection(boost::asio::io_context& io, int fd) : socket(io, fd), idle(io) {}
+    explicit Connection(boost::asio::io_context& io) : socket(io), idle(io) {}
     Descriptor socket;
     boost::asio::steady_timer idle;
     std::string owner;
@@ -157,10 +160,14 @@ class RegionSocket::Impl {
     ucred peer = {};
     socklen_t size = sizeof(peer);
     if (getsockopt(file.get(), SOL_SOCKET, SO_PEERCRED, &peer, &size) != 0) return;
-    const int64_t id = ++last_id_;
-    auto& connection = connections_[id];
-    connection = std::make_unique<Connection>(io_, file.Release());
+    auto connection = std::make_unique<Connection>(io_);
+    Error error;
+    connection->socket.assign(file.get(), error);
+    if (error) return;
+    (void)file.Release();
     connection->owner = absl::StrCat("pid ", peer.pid, ", uid ", peer.uid);
+    const int64_t id = ++last_id_;
+    connections_[id] = std::move(connection);
     AwaitPacket(id);
     AwaitIdle(id);
   }

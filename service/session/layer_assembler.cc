@@ -38,8 +38,8 @@ template <typename Step>
 bool ForEachPart(const InputPiece& piece, const std::atomic<bool>& stop, Step step) {
   int64_t offset = 0;
   for (absl::Span<const std::byte> run : piece.data) {
-    if (stop.load(std::memory_order_relaxed)) return false;
     while (!run.empty()) {
+      if (stop.load(std::memory_order_relaxed)) return false;
       const auto size =
           std::min(static_cast<int64_t>(run.size()), kStepBytes - offset % kStepBytes);
       step(run.subspan(0, static_cast<size_t>(size)), offset);
@@ -329,11 +329,12 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Place(const InputPiece& pi
     }
   }
   PieceDigest digest;
-  const bool looked_at = !in_place || piece.xxh3_64.has_value();
+  // What came before is told by its range, however long it is.
+  const bool looked_at = !in_place || (piece.xxh3_64.has_value() && !known->has_value());
   if (looked_at && !CopyAndHash(piece, !piece.xxh3_64.has_value(), to, stop, &digest)) {
     return Taken::kStopped;
   }
-  if (piece.xxh3_64.has_value() && *piece.xxh3_64 != digest.xxh3) {
+  if (looked_at && piece.xxh3_64.has_value() && *piece.xxh3_64 != digest.xxh3) {
     return absl::DataLossError(absl::StrFormat(
         "%s: the piece of %d bytes at offset_bytes %d has the checksum 0x%016x, its xxh3_64 says "
         "0x%016x",

@@ -277,7 +277,9 @@ void SessionCore::StartLayer() {
   layer_runs_ = true;
   engine::Scheduler::Job job = [self = shared_from_this(), posted = Clock::now()](
                                    ParallelFor parallel) { self->ComputeLayer(posted, parallel); };
-  if (plan_.small && host_.scheduler->TryRunHere(lane_, job)) return;
+  // Who waits for a GPU's event must not hold up the thread that reads streams.
+  const bool here = plan_.small && transport_->host_readable();
+  if (here && host_.scheduler->TryRunHere(lane_, job)) return;
   host_.scheduler->Post(lane_, plan_.small, std::move(job));
 }
 
@@ -410,8 +412,8 @@ void SessionCore::Finish() {
     HeldTicket& ticket = summary_.held.emplace();
     ticket.size_bytes = holding_.cache->size_bytes;
     ticket.lease = holding_.lease;
-    ticket.handle = host_.held_caches->Publish(std::move(holding_.cache),
-                                               std::move(holding_.tenant), holding_.lease);
+    ticket.handle =
+        host_.held_caches->Publish(std::move(holding_.cache), holding_.tenant, holding_.lease);
   }
   Drop();
   host_.registry->ForgetKey(id_);
@@ -421,7 +423,12 @@ void SessionCore::Finish() {
   auto finished = std::move(callbacks_.finished);
   callbacks_ = {};
   ReleaseIfFree();
-  if (finished && !cancelled_.load()) finished(summary_);
+  if (finished && !cancelled_.load()) {
+    finished(summary_);
+  } else if (summary_.held.has_value()) {
+    // Nobody will learn the handle. It may have expired.
+    host_.held_caches->Release(summary_.held->handle, holding_.tenant).IgnoreError();
+  }
 }
 
 void SessionCore::DoFail(const absl::Status& status) {

@@ -134,6 +134,12 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
   }
   if (wanted.hold.has_value()) {
     if (valid = impl_->held_caches.CheckEnabled(); !valid.ok()) return valid;
+    valid = impl_->held_caches.Lease(wanted.hold->lease_millis, "open.hold.lease_millis").status();
+    if (!valid.ok()) return valid;
+    if (wanted.transport.results.has_value()) {
+      return absl::InvalidArgumentError(
+          "open.result_range is set; what is held stays in the server's own memory");
+    }
   }
   SessionRequest request = wanted;
   impl_->pivot_profile->Resolve(&request.spec);

@@ -36,13 +36,12 @@ struct sigaction previous;
 // but the bare system call takes no lock of this process and allocates nothing in it, and the
 // interrupted code is one that touches the range.
 bool Replace(Slot& slot, uintptr_t begin, size_t size) {
+  slot.hit.store(true);  // before others can read zeros; where this fails the process ends
   const int saved = errno;
   const long mapped = syscall(SYS_mmap, begin, size, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
   errno = saved;
-  if (static_cast<uintptr_t>(mapped) != begin) return false;
-  slot.hit.store(true);
-  return true;
+  return static_cast<uintptr_t>(mapped) == begin;
 }
 
 void Handle(int signal, siginfo_t* info, void* context) {

@@ -100,9 +100,10 @@ absl::StatusOr<NamedFile> OpenNamed(const std::string& directory, const std::str
   FileDescriptor file(
       open(path.c_str(), (writable ? O_RDWR : O_RDONLY) | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
   if (!file.valid()) {
-    const std::string text = absl::StrCat(path, ": ", ErrorText(errno));
-    if (errno == ENOENT) return absl::NotFoundError(text);
-    if (errno == EACCES || errno == EPERM) return absl::PermissionDeniedError(text);
+    const int error = errno;
+    const std::string text = absl::StrCat(path, ": ", ErrorText(error));
+    if (error == ENOENT) return absl::NotFoundError(text);
+    if (error == EACCES || error == EPERM) return absl::PermissionDeniedError(text);
     return absl::InvalidArgumentError(text);
   }
   struct stat status = {};

@@ -207,6 +207,10 @@ absl::StatusOr<RegisteredRegion> RegionRegistry::AddName(const std::string& name
   if (!named.ok()) return named.status();
   region.owner = absl::StrCat("uid ", named->owner);
   const FileDescriptor file(fcntl(named->file.get(), F_DUPFD_CLOEXEC, 0));
+  if (!file.valid()) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(name, ": the server has no descriptor left for it"));
+  }
   absl::StatusOr<std::unique_ptr<Mapping>> mapping =
       Mapping::Map(std::move(named->file), region.size_bytes, region.writable, /*sealed=*/false);
   if (!mapping.ok()) return mapping.status();

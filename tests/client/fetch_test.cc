@@ -180,6 +180,18 @@ TEST(FetchTest, GoesOnWhereItBroke) {
   EXPECT_EQ(fetched->attempts, static_cast<int>(Honest().size()) - 1);
 }
 
+// The stream may break between the summary and its status.
+TEST(FetchTest, GoesOnBehindTheSummary) {
+  FakeHeldCaches server([](int attempt, grpc::ServerContext*, const v1::FetchCacheRequest& request,
+                           Writer* writer) {
+    for (const auto& response : Honest(request.skip_bytes())) writer->Write(response);
+    return attempt == 1 ? grpc::Status(grpc::StatusCode::UNAVAILABLE, "gone") : grpc::Status::OK;
+  });
+  const auto fetched = server.client().FetchCache("handle", Quick(3));
+  ExpectGood(fetched);
+  EXPECT_EQ(fetched->attempts, 2);
+}
+
 TEST(FetchTest, GivesUpWithoutProgressAndOnOtherErrors) {
   const auto fails = [](grpc::StatusCode code, bool pushback) {
     return
@@ -249,6 +261,13 @@ INSTANTIATE_TEST_SUITE_P(
            (*r)[1].mutable_layer()->mutable_pieces(0)->set_data(std::string(13, 'x'));
          },
          "out of place"},
+        {"Range",
+         [](Responses* r) {
+           v1::TensorPiece* piece = (*r)[2].mutable_layer()->mutable_pieces(0);
+           const uint64_t size = piece->data().size();
+           piece->mutable_range()->set_size_bytes(size);
+         },
+         "is a range"},
         {"HugeOffset",
          [](Responses* r) {
            (*r)[2].mutable_layer()->mutable_pieces(0)->set_offset_bytes(~uint64_t{0});

@@ -18,7 +18,7 @@ constexpr int64_t kAlignment = 256;
 // Bytes from a view's data to the end of its last vector.
 template <class View>
 int64_t SpanBytes(const View& view, const int32_t* table) {
-  if (view.heads == 0 || view.tokens == 0) return 0;
+  if (view.heads == 0 || view.tokens == 0 || view.block_tokens < 0) return 0;
   int64_t last_token = (view.tokens - 1) * view.token_stride;
   if (view.paged()) {
     const int64_t blocks = (view.tokens + view.block_tokens - 1) / view.block_tokens;

@@ -44,7 +44,7 @@ struct FetchOptions : HeldCallOptions {
   uint32_t layer_count = 0;
   uint32_t first_kv_head = 0;
   uint32_t kv_head_count = 0;
-  // Tensor bytes per message, at most; cut to the server's limit.
+  // Bytes of a message, at most: 64 KiB to the server's limit, otherwise INVALID_ARGUMENT.
   uint32_t max_message_bytes = 0;  // 0: the server's default
   // Have the server send an XXH3 checksum with every piece.
   bool checksums = false;
