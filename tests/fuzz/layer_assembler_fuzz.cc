@@ -180,13 +180,13 @@ class Model {
     }
     const absl::Span<const std::byte> all(reinterpret_cast<const std::byte*>(data.data()),
                                           data.size());
-    if (piece.xxh3_64.has_value() && *piece.xxh3_64 != wire::Checksum({all})) {
-      return absl::StatusCode::kDataLoss;
-    }
     *taken = Taken::kYes;
     if (known && in_place) {
       return tensor->range == piece.range ? absl::StatusCode::kOk
                                           : absl::StatusCode::kAlreadyExists;
+    }
+    if (piece.xxh3_64.has_value() && *piece.xxh3_64 != wire::Checksum({all})) {
+      return absl::StatusCode::kDataLoss;
     }
     if (known) {
       // Pieces are shorter than what is sampled of those without a checksum.

@@ -36,16 +36,18 @@ class DeviceCopy {
   DeviceCopy(const void* data, int64_t bytes)
       : bytes_(bytes),
         begin_(static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) % kAlignment)) {
-    if (bytes == 0) return;
+    host_ = const_cast<void*>(data);
+    if (bytes <= 0) return;
     EXPECT_EQ(cudaSetDevice(0), cudaSuccess);
     device_ = *cuda::MakeDeviceBytes(begin_ + bytes);
     pinned_ = *cuda::MakePinnedBytes(bytes);
     std::memcpy(pinned_.get(), data, static_cast<size_t>(bytes));
     Copy(this->data(), pinned_.get());
   }
-  void* data() const { return device_ == nullptr ? nullptr : device_.get() + begin_; }
+  // What there is nothing of, as in shapes that make no sense, stays where it is.
+  void* data() const { return device_ == nullptr ? host_ : device_.get() + begin_; }
   void CopyBack(void* to) const {
-    if (bytes_ == 0) return;
+    if (bytes_ <= 0) return;
     Copy(pinned_.get(), data());
     std::memcpy(to, pinned_.get(), static_cast<size_t>(bytes_));
   }
@@ -62,6 +64,7 @@ class DeviceCopy {
 
   const int64_t bytes_;
   const int64_t begin_;
+  void* host_ = nullptr;
   cuda::DeviceBytes device_;
   cuda::PinnedBytes pinned_;
 };
