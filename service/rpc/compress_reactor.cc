@@ -269,7 +269,7 @@ void CompressReactor::SendOpened(Slot& slot, const session::Session& session) {
   slot.summary.set_values_in_keys(spec.geometry.values_in_keys);
 
   std::vector<OutgoingMessage> messages;
-  messages.push_back({wire::Encode(response), 0, slot.index});
+  messages.push_back({.bytes = wire::Encode(response), .prompt = slot.index});
   Send(std::move(messages));
 }
 
@@ -391,7 +391,7 @@ void CompressReactor::SendTerminal(const v1::CompressResponse& response) {
   }
   if (!last) {
     std::vector<OutgoingMessage> messages;
-    messages.push_back({bytes, 0, prompt});
+    messages.push_back({.bytes = bytes, .prompt = prompt});
     Send(std::move(messages));
     absl::MutexLock lock(&session_mutex_);
     --sending_;
