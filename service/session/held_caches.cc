@@ -1,32 +1,9 @@
 #include "service/session/held_caches.h"
 
-#include <sys/random.h>
-
-#include <cerrno>
-#include <cstdio>
-#include <cstdlib>
-
 #include "absl/strings/str_cat.h"
+#include "service/transport/handle.h"
 
 namespace structkv::session {
-namespace {
-
-// Random bits of the system's: whoever can guess a handle can read a prompt.
-std::string NewHandle() {
-  std::string handle(kHandleBytes, '\0');
-  size_t filled = 0;
-  while (filled < handle.size()) {
-    const ssize_t got = getrandom(handle.data() + filled, handle.size() - filled, 0);
-    if (got < 0 && errno != EINTR) {
-      std::perror("structkv: getrandom");
-      std::abort();
-    }
-    if (got > 0) filled += static_cast<size_t>(got);
-  }
-  return handle;
-}
-
-}  // namespace
 
 HeldCaches::HeldCaches(const HoldOptions& options, std::shared_ptr<const Clock> clock)
     : options_(options),
@@ -65,7 +42,7 @@ absl::StatusOr<Reservation> HeldCaches::Reserve(int64_t bytes) {
 std::string HeldCaches::Publish(std::shared_ptr<const HeldCache> cache, std::string tenant,
                                 absl::Duration lease) {
   Entry entry = {std::move(cache), std::move(tenant), lease, ExpiryOf(lease)};
-  std::string handle = NewHandle();
+  std::string handle = transport::NewHandle();
   const std::lock_guard lock(mutex_);
   by_expiry_.emplace(entry.expires, handle);
   entries_.emplace(handle, std::move(entry));
@@ -75,9 +52,9 @@ std::string HeldCaches::Publish(std::shared_ptr<const HeldCache> cache, std::str
 absl::StatusOr<HeldCaches::Entries::const_iterator> HeldCaches::FindLocked(
     absl::string_view handle, absl::string_view tenant) const {
   if (absl::Status enabled = CheckEnabled(); !enabled.ok()) return enabled;
-  if (handle.size() != kHandleBytes) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("handle is ", handle.size(), " bytes long; ", kHandleBytes, " are needed"));
+  if (handle.size() != transport::kHandleBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("handle is ", handle.size(), " bytes long; ",
+                                                   transport::kHandleBytes, " are needed"));
   }
   const auto found = entries_.find(handle);
   if (found == entries_.end() || found->second.tenant != tenant ||

@@ -27,9 +27,6 @@ struct HoldOptions {
   absl::Duration max_lease = absl::Minutes(10);
 };
 
-// A handle is so many random bytes.
-inline constexpr size_t kHandleBytes = 16;
-
 // Thread-safe. Caches that were found may outlive it, and their expiry and release: their memory
 // comes back with the last share.
 class HeldCaches {
@@ -54,7 +51,7 @@ class HeldCaches {
                       absl::Duration lease);
 
   // The following are NOT_FOUND, in the same words, where the handle is unknown, released, expired
-  // or another tenant's; INVALID_ARGUMENT where it is not kHandleBytes long.
+  // or another tenant's; INVALID_ARGUMENT where it is not transport::kHandleBytes long.
 
   // Whoever reads the cache keeps the share. Leaves the lease as it is.
   absl::StatusOr<std::shared_ptr<const HeldCache>> Find(absl::string_view handle,

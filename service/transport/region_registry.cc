@@ -1,7 +1,6 @@
 #include "service/transport/region_registry.h"
 
 #include <fcntl.h>
-#include <sys/random.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -18,15 +17,6 @@ namespace structkv::transport {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-std::string NewHandle() {
-  std::string handle(kHandleBytes, '\0');
-  // So few bytes are never cut short, and nothing goes on without them.
-  if (getrandom(handle.data(), handle.size(), 0) != static_cast<ssize_t>(handle.size())) {
-    std::abort();
-  }
-  return handle;
-}
 
 absl::Status NotFound(const std::string& handle) {
   return absl::NotFoundError(absl::StrCat(

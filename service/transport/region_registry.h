@@ -14,6 +14,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "service/transport/file_descriptor.h"
+#include "service/transport/handle.h"
 #include "service/transport/region_files.h"
 #include "service/transport/region_memory.h"
 
@@ -34,7 +35,6 @@ struct RegionOptions {
 };
 
 inline constexpr absl::Duration kMinLease = absl::Milliseconds(100);
-inline constexpr size_t kHandleBytes = 16;
 
 // What a client asked for; what no duration holds is infinite, and refused as too long.
 absl::Duration LeaseOf(uint64_t millis);

@@ -4,65 +4,41 @@
 #include <string>
 #include <utility>
 
+#include "tests/kernels/forwarding_backend.h"
+
 namespace structkv::session {
 namespace {
 
-class FaultBackend final : public Backend {
+class FaultBackend final : public testing::ForwardingBackend {
  public:
   FaultBackend(std::unique_ptr<Backend> real, std::shared_ptr<Faults> faults)
-      : real_(std::move(real)), faults_(std::move(faults)) {}
+      : ForwardingBackend(std::move(real)), faults_(std::move(faults)) {}
 
-  std::string_view name() const override { return real_->name(); }
-  std::string device() const override { return real_->device(); }
-  const BackendCapabilities& capabilities() const override { return real_->capabilities(); }
   absl::Status Health() const override { return faults_->Health(); }
-  int64_t SaliencyScratchBytes(const SaliencyParams& params) const override {
-    return real_->SaliencyScratchBytes(params);
-  }
   absl::Status Saliency(const SaliencyParams& params, float* out, BadStatistic* bad,
                         ParallelFor parallel) const override {
     faults_->Pass(params.keys.tokens);
     absl::Status status = faults_->SaliencyStatus(params.keys.tokens);
-    return status.ok() ? real_->Saliency(params, out, bad, parallel) : status;
-  }
-  void SumHeads(const float* per_head, int64_t heads, int64_t tokens, float* out,
-                ParallelFor parallel) const override {
-    real_->SumHeads(per_head, heads, tokens, out, parallel);
+    return status.ok() ? real().Saliency(params, out, bad, parallel) : status;
   }
   std::optional<BadStatistic> FindBad(const float* values, int64_t heads, int64_t tokens,
                                       ParallelFor parallel) const override {
     faults_->Pass(tokens);
-    return real_->FindBad(values, heads, tokens, parallel);
-  }
-  void Pool(const float* in, int64_t tokens, Pooling pooling, int64_t kernel,
-            float* out) const override {
-    real_->Pool(in, tokens, pooling, kernel, out);
-  }
-  SaliencySums Sums(const float* scores, int64_t tokens, int64_t top_count,
-                    ParallelFor parallel) const override {
-    return real_->Sums(scores, tokens, top_count, parallel);
-  }
-  void Accumulate(float decay, const float* saliency, float* centrality, int64_t tokens,
-                  ParallelFor parallel) const override {
-    real_->Accumulate(decay, saliency, centrality, tokens, parallel);
-  }
-  void Select(const SelectParams& params, int32_t* positions) const override {
-    real_->Select(params, positions);
+    return real().FindBad(values, heads, tokens, parallel);
   }
   absl::Status Gather(const TensorView& source, const int32_t* positions, bool per_head,
                       const MutableTensorView& destination, ParallelFor parallel) const override {
     faults_->Pass(source.tokens);
-    return real_->Gather(source, positions, per_head, destination, parallel);
+    return real().Gather(source, positions, per_head, destination, parallel);
   }
   absl::Status GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
                              const RotationParams& rotation, const MutableTensorView& destination,
                              ParallelFor parallel) const override {
     faults_->Pass(source.tokens);
-    return real_->GatherRotated(source, rows, per_head, rotation, destination, parallel);
+    return real().GatherRotated(source, rows, per_head, rotation, destination, parallel);
   }
 
  private:
-  const std::unique_ptr<Backend> real_;
   const std::shared_ptr<Faults> faults_;
 };
 

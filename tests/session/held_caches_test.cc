@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "service/transport/handle.h"
 #include "tests/testing/fake_clock.h"
 #include "tests/testing/numbers.h"
 
@@ -51,7 +52,7 @@ class HeldCachesTest : public ::testing::Test {
 
 TEST_F(HeldCachesTest, IsFoundUntilItsLeaseRunsOut) {
   const std::string handle = *Hold(100);
-  EXPECT_EQ(handle.size(), kHandleBytes);
+  EXPECT_EQ(handle.size(), transport::kHandleBytes);
   clock_->Advance(milliseconds(99));
   EXPECT_TRUE(Finds(handle));
   EXPECT_EQ((*caches_.Find(handle, "a"))->size_bytes, 100);
@@ -101,7 +102,8 @@ TEST_F(HeldCachesTest, UnknownReleasedExpiredAndAnothersAreTheSame) {
   const std::string expired = *Hold(10, "a", absl::Milliseconds(1));
   ASSERT_TRUE(caches_.Release(released, "a").ok());
   clock_->Advance(milliseconds(1));
-  const absl::Status unknown = caches_.Find(std::string(kHandleBytes, 'x'), "a").status();
+  const absl::Status unknown =
+      caches_.Find(std::string(transport::kHandleBytes, 'x'), "a").status();
   EXPECT_TRUE(absl::IsNotFound(unknown)) << unknown;
   EXPECT_EQ(caches_.Find(handle, "b").status(), unknown);
   EXPECT_EQ(caches_.Find(handle, "").status(), unknown);
@@ -211,7 +213,7 @@ TEST_P(HeldCachesRandomTest, AgreesWithItsModel) {
   };
   for (int step = 0; step < 3000; ++step) {
     const std::string tenant = random.Chance(50) ? "a" : "b";
-    std::string handle(kHandleBytes, '?');
+    std::string handle(transport::kHandleBytes, '?');
     if (!model.empty() && random.Chance(95)) {
       handle = std::next(model.begin(), random.Between(0, static_cast<int64_t>(model.size()) - 1))
                    ->first;

@@ -9,6 +9,7 @@
 
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/tensor_runs.h"
+#include "tests/kernels/forwarding_backend.h"
 
 namespace structkv::testing {
 namespace {
@@ -69,20 +70,10 @@ class DeviceCopy {
   cuda::PinnedBytes pinned_;
 };
 
-class OnDeviceBackend final : public Backend {
+class OnDeviceBackend final : public ForwardingBackend {
  public:
-  explicit OnDeviceBackend(std::unique_ptr<Backend> real) : real_(std::move(real)) {}
+  using ForwardingBackend::ForwardingBackend;
 
-  std::string_view name() const override { return real_->name(); }
-  std::string device() const override { return real_->device(); }
-  const BackendCapabilities& capabilities() const override { return real_->capabilities(); }
-  absl::Status Health() const override { return real_->Health(); }
-  bool KeepsHalfWeights(const SaliencyParams& params) const override {
-    return real_->KeepsHalfWeights(params);
-  }
-  int64_t SaliencyScratchBytes(const SaliencyParams& params) const override {
-    return real_->SaliencyScratchBytes(params);
-  }
   absl::Status Saliency(const SaliencyParams& params, float* out, BadStatistic* bad,
                         ParallelFor parallel) const override {
     const DeviceCopy queries(params.queries.data, SpanBytes(params.queries, nullptr));
@@ -90,47 +81,24 @@ class OnDeviceBackend final : public Backend {
     SaliencyParams on_device = params;
     on_device.queries.data = queries.data();
     on_device.keys.data = keys.data();
-    return real_->Saliency(on_device, out, bad, parallel);
-  }
-  void SumHeads(const float* per_head, int64_t heads, int64_t tokens, float* out,
-                ParallelFor parallel) const override {
-    real_->SumHeads(per_head, heads, tokens, out, parallel);
-  }
-  std::optional<BadStatistic> FindBad(const float* values, int64_t heads, int64_t tokens,
-                                      ParallelFor parallel) const override {
-    return real_->FindBad(values, heads, tokens, parallel);
-  }
-  void Pool(const float* in, int64_t tokens, Pooling pooling, int64_t kernel,
-            float* out) const override {
-    real_->Pool(in, tokens, pooling, kernel, out);
-  }
-  SaliencySums Sums(const float* scores, int64_t tokens, int64_t top_count,
-                    ParallelFor parallel) const override {
-    return real_->Sums(scores, tokens, top_count, parallel);
-  }
-  void Accumulate(float decay, const float* saliency, float* centrality, int64_t tokens,
-                  ParallelFor parallel) const override {
-    real_->Accumulate(decay, saliency, centrality, tokens, parallel);
-  }
-  void Select(const SelectParams& params, int32_t* positions) const override {
-    real_->Select(params, positions);
+    return real().Saliency(on_device, out, bad, parallel);
   }
   absl::Status Gather(const TensorView& source, const int32_t* positions, bool per_head,
                       const MutableTensorView& destination, ParallelFor parallel) const override {
     return OnCopies(source, destination, [&](const TensorView& from, const MutableTensorView& to) {
-      return real_->Gather(from, positions, per_head, to, parallel);
+      return real().Gather(from, positions, per_head, to, parallel);
     });
   }
   absl::Status GatherRotated(const TensorView& source, const int32_t* rows, bool per_head,
                              const RotationParams& rotation, const MutableTensorView& destination,
                              ParallelFor parallel) const override {
     return OnCopies(source, destination, [&](const TensorView& from, const MutableTensorView& to) {
-      return real_->GatherRotated(from, rows, per_head, rotation, to, parallel);
+      return real().GatherRotated(from, rows, per_head, rotation, to, parallel);
     });
   }
   absl::Status Zero(void* to, int64_t bytes) const override {
     const DeviceCopy copy(to, bytes);
-    absl::Status status = real_->Zero(copy.data(), bytes);
+    absl::Status status = real().Zero(copy.data(), bytes);
     copy.CopyBack(to);
     return status;
   }
@@ -149,8 +117,6 @@ class OnDeviceBackend final : public Backend {
     to.CopyBack(destination.data);
     return status;
   }
-
-  const std::unique_ptr<Backend> real_;
 };
 
 }  // namespace
