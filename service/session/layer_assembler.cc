@@ -12,6 +12,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "kernels/streaming_copy.h"
 
 namespace structkv::session {
 namespace {
@@ -59,8 +60,9 @@ bool CopyAndHash(const InputPiece& piece, bool sampled, std::byte* to,
     auto hashed = static_cast<int64_t>(part.size());
     if (sampled) hashed = std::min(hashed, kSampledBytes - offset % kStepBytes);
     if (hashed > 0) XXH3_64bits_update(&state, part.data(), static_cast<size_t>(hashed));
-    if (to != nullptr) std::memcpy(to + offset, part.data(), part.size());
+    if (to != nullptr) StreamingCopy(to + offset, part.data(), part.size());
   });
+  FinishStreamingCopies();
   *digest = {XXH3_64bits_digest(&state), sampled};
   return all;
 }
