@@ -5,12 +5,13 @@
 #   tests/gpu/run.sh --bundle DIR here: puts the programs and their libraries into DIR, to be brought along to a machine
 #                                 that has none of the packages; there: STRUCTKV_GPU_BUNDLE=DIR tests/gpu/run.sh
 #
+# The server and the client are among them: they compress a captured prompt and synthetic ones on the GPU (serve.py).
 # Without a bundle the programs are built from this tree (CMake, nvcc, the packages of scripts/setup); where only CMake
 # and nvcc are, the benchmark alone is. What could not run is in the report as "not run", with the reason.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 tests=(gpu_saliency_test gpu_select_test gpu_gather_test gpu_rotation_test gpu_conformance_test gpu_ipc_test)
-programs=("${tests[@]}" gpu_nccl_test structkv_gpu_bench)
+programs=("${tests[@]}" gpu_nccl_test structkv_gpu_bench structkv-server structkv)
 # A few cases of each: a kernel runs some hundred times longer under compute-sanitizer.
 declare -A sanitized=(
   [gpu_saliency_test]='*bf16_bf16*:*f32_f8_e4m3*:CudaSaliencyInputTest.Depends*'
@@ -102,6 +103,21 @@ else
   note gpu_nccl_test "not run: not built"
 fi
 
+serve=null
+if [[ -x $bin/structkv-server && -x $bin/structkv ]]; then
+  if python3 tests/gpu/serve.py --bin "$bin" --capture tests/data/capture-tiny-llama-1000.safetensors \
+    >"$out/serve.json" 2>"$out/serve.log"; then
+    note "server and client" passed
+    serve=$(<"$out/serve.json")
+  elif grep -qE 'no CUDA device|not built with CUDA' "$out/serve.log"; then
+    note "server and client" "not run: $(grep -oEm1 'no CUDA device|not built with CUDA' "$out/serve.log")"
+  else
+    note "server and client" FAILED
+  fi
+else
+  note "server and client" "not run: not built"
+fi
+
 bench=null
 if "$bin/structkv_gpu_bench" --table "$out/table.md" >"$out/bench.json"; then
   note benchmark passed
@@ -118,6 +134,6 @@ case $torch in
   *'"skipped"'*) note PyTorch "not run: $(sed -n 's/.*"skipped": "\([^"]*\)".*/\1/p' "$out/torch.json")" ;;
   *) note PyTorch passed ;;
 esac
-printf '{"checks": {%s},\n"bench": %s,\n"torch": %s}\n' "$checks" "$bench" "$torch" >"$out/report.json"
+printf '{"checks": {%s},\n"serve": %s,\n"bench": %s,\n"torch": %s}\n' "$checks" "$serve" "$bench" "$torch" >"$out/report.json"
 cat "$out/table.md"
 exit $failed
