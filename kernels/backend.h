@@ -202,6 +202,15 @@ class Backend {
     return absl::OkStatus();
   }
 
+  // The GPUs that compute, by CUDA's numbers; none without BackendCapabilities::device_memory.
+  virtual std::vector<int> gpus() const { return {}; }
+  // Memory of one of them that tensors may lie in, apart from what calls take for themselves, until
+  // the last share of it is gone, which may outlive the backend; begins at a multiple of 256.
+  // RESOURCE_EXHAUSTED, with the numbers, where not so much is free; waits for nothing.
+  virtual absl::StatusOr<std::shared_ptr<std::byte>> Reserve(int gpu, int64_t bytes) const;
+  // The most that Reserve can give at once, when nobody else has any.
+  virtual int64_t reservable_bytes(int /*gpu*/) const { return 0; }
+
   // Opens memory that a process has exported, so that tensors may lie in it. May outlive the
   // backend. FAILED_PRECONDITION without BackendCapabilities::device_memory, and where the memory
   // cannot be opened; INVALID_ARGUMENT for a GPU that does not compute here, and for a size that

@@ -13,7 +13,8 @@ namespace {
 #ifdef STRUCTKV_HAVE_CUDA
 constexpr bool kHasCuda = true;
 absl::StatusOr<std::unique_ptr<Backend>> CreateCuda(BackendOptions options) {
-  cuda::CudaOptions cuda = {.device_memory_bytes = options.device_memory_bytes};
+  cuda::CudaOptions cuda = {.device_memory_bytes = options.device_memory_bytes,
+                            .reserve_bytes = options.reserve_bytes};
   if (options.warn) {
     cuda.fell_back = [warn = std::move(options.warn)](const absl::Status& status) {
       warn(absl::StrCat("the CPU does what a GPU could not: ", status.message()));

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -19,6 +20,7 @@ std::vector<std::string_view> BackendNames();
 struct BackendOptions {
   // Memory taken of each GPU (kernels/cuda/cuda_backend.h); 0: half of what is free.
   int64_t device_memory_bytes = 0;
+  std::optional<int64_t> reserve_bytes;
   // Is told what an operator should know, on any thread; may be null.
   std::function<void(const std::string&)> warn;
 };

@@ -33,4 +33,9 @@ absl::StatusOr<std::unique_ptr<ImportedMemory>> Backend::Import(
       absl::StrCat("the backend ", std::string(name()), " computes in the host's memory"));
 }
 
+absl::StatusOr<std::shared_ptr<std::byte>> Backend::Reserve(int gpu, int64_t /*bytes*/) const {
+  return absl::FailedPreconditionError(
+      absl::StrCat("the backend ", std::string(name()), " does not compute on GPU ", gpu));
+}
+
 }  // namespace structkv

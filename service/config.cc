@@ -174,6 +174,21 @@ void AddSharedMemory(Schema* schema, Config* config) {
                  "Longest lease that a client may ask for");
 }
 
+void AddNccl(Schema* schema, Config* config) {
+  constexpr char kGroup[] = "NCCL";
+  rpc::NcclOptions& nccl = config->server.nccl;
+  schema
+      ->Add(kGroup, "nccl-library", &nccl.library,
+            "Name (libnccl.so.2) or path of NCCL, by which tensors come from GPUs of other hosts; "
+            "none: there is no NCCL transport. Needs the backend cuda")
+      ->option_text("PATH");
+  schema->Bytes(kGroup, "nccl-memory", &nccl.memory_bytes, 0, 64 * kTiB,
+                "Of device-memory, set apart for tensors on their way; 0: half of it");
+  schema->Number(kGroup, "nccl-communicators", &nccl.worker.max_communicators, 1, 1024,
+                 "Clients' GPUs at once with each GPU, some 50 MB of its memory each, beside "
+                 "device-memory; others wait for their turn");
+}
+
 void AddFiles(Schema* schema, Config* config) {
   schema
       ->Add(
@@ -270,6 +285,7 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
   AddNetwork(&schema, &config);
   AddCompute(&schema, &config);
   AddSharedMemory(&schema, &config);
+  AddNccl(&schema, &config);
   AddFiles(&schema, &config);
   AddLimits(&schema, &config);
   AddLog(&schema, &config);

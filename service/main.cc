@@ -52,12 +52,14 @@ int Serve(Config config) {
   // gRPC's own lines about an address would come on top of ours.
   gpr_set_log_verbosity(static_cast<gpr_log_severity>(GPR_LOG_SEVERITY_ERROR + 1));
   const std::string region_socket = config.server.regions.socket.path;
+  const std::string nccl_library = config.server.nccl.library;
   absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(std::move(config.server));
   if (!server.ok()) {
     std::fprintf(stderr, "structkv-server: %s\n", std::string(server.status().message()).c_str());
     return 1;
   }
   session::SessionManager& sessions = (*server)->sessions();
+  const std::string nccl = (*server)->nccl_status().ok() ? nccl_library : "";
   const std::string addresses = absl::StrJoin((*server)->addresses(), ",");
   log->Write("ready", {{"listen", addresses},
                        {"version", rpc::kVersion},
@@ -66,7 +68,8 @@ int Serve(Config config) {
                        {"backend_reason", (*server)->backend_reason()},
                        {"threads", sessions.threads()},
                        {"memory_budget_bytes", sessions.budget().limit_bytes()},
-                       {"region_socket", region_socket}});
+                       {"region_socket", region_socket},
+                       {"nccl", nccl}});
 
   const ServeEnd end = ServeUntilEnd(server->get(), signals, config.drain_limit, log.get());
   if (end.at_once) std::_Exit(end.exit_code);

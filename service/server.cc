@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <limits>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -78,15 +79,17 @@ absl::Status CheckOptions(const ServerOptions& options) {
   return absl::OkStatus();
 }
 
-// The options with what the sessions need of regions, where `registry` is not null.
-ServerOptions WithRegions(ServerOptions options,
-                          const std::shared_ptr<transport::RegionRegistry>& registry,
-                          const Backend& backend) {
+// The options with what the sessions need of regions and of NCCL, where these are not null.
+ServerOptions WithTransports(ServerOptions options,
+                             const std::shared_ptr<transport::RegionRegistry>& registry,
+                             const rpc::NcclHost* nccl, const Backend& backend) {
+  if (nccl != nullptr) options.sessions.transports[transport::Kind::kNccl] = nccl->Offer();
   if (registry == nullptr) return options;
   const auto offer = [&](transport::Kind kind, auto grant) {
-    options.sessions.transports[kind] = [registry, grant](const auto& request, const auto& sizes) {
-      return grant(*registry, request, sizes);
-    };
+    options.sessions.transports[kind] =
+        transport::Grant([registry, grant](const auto& request, const auto& sizes) {
+          return grant(*registry, request, sizes);
+        });
   };
   offer(transport::Kind::kSharedMemory, transport::GrantSharedMemory);
   if (backend.capabilities().device_memory) {
@@ -101,6 +104,16 @@ ServerOptions WithRegions(ServerOptions options,
 std::shared_ptr<transport::RegionRegistry> MakeRegistry(const ServerOptions& options) {
   if (options.regions.socket.path.empty()) return nullptr;
   return std::make_shared<transport::RegionRegistry>(options.regions.regions);
+}
+
+std::unique_ptr<rpc::NcclHost> MakeNccl(const ServerOptions& options, const Backend& backend) {
+  if (options.nccl.library.empty()) return nullptr;
+  auto host = std::make_unique<rpc::NcclHost>(options.nccl, options.streams.stall, backend);
+  if (!host->status().ok() && options.warnings != nullptr) {
+    const std::string text(host->status().message());
+    options.warnings->Write("warning", {{"nccl", text}});
+  }
+  return host;
 }
 
 void SetLimits(const ServerOptions& options, grpc::ServerBuilder* builder) {
@@ -137,7 +150,8 @@ class Server::Impl {
  public:
   Impl(ServerOptions options, ChosenBackend backend)
       : regions_(MakeRegistry(options)),
-        options_(WithRegions(std::move(options), regions_, *backend.backend)),
+        nccl_(MakeNccl(options, *backend.backend)),
+        options_(WithTransports(std::move(options), regions_, nccl_.get(), *backend.backend)),
         backend_reason_(std::move(backend.reason)),
         sessions_(options_.sessions, std::move(backend.backend)),
         streams_(TickFor(options_.streams), [this] { sessions_.held_caches().DropExpired(); }),
@@ -177,6 +191,7 @@ class Server::Impl {
     builder.RegisterService(&service_);
     builder.RegisterService(&held_caches_service_);
     builder.RegisterService(&region_service_);
+    if (nccl_ != nullptr) builder.RegisterService(&nccl_->service());
     server_ = builder.BuildAndStart();
     for (size_t i = 0; i < ports.size(); ++i) {
       if (server_ != nullptr && ports[i] > 0) continue;
@@ -206,6 +221,7 @@ class Server::Impl {
   void FailAll(const absl::Status& status, absl::Duration limit) {
     server_->GetHealthCheckService()->SetServingStatus(false);
     sessions_.StartDraining();
+    if (nccl_ != nullptr) nccl_->EndAll(status);
     streams_.EndAll(status);
     streams_.WaitUntilEmpty(limit);
   }
@@ -217,13 +233,16 @@ class Server::Impl {
       shut_down_ = true;
     }
     sessions_.StartDraining();
-    streams_.EndAll(absl::UnavailableError("the server is shutting down"));
+    const absl::Status why = absl::UnavailableError("the server is shutting down");
+    if (nccl_ != nullptr) nccl_->EndAll(why);
+    streams_.EndAll(why);
     server_->Shutdown(absl::ToChronoTime(absl::Now() + kShutdownLimit));
     streams_.WaitUntilEmpty(absl::InfiniteDuration());
     server_->Wait();
   }
 
   const std::shared_ptr<transport::RegionRegistry> regions_;  // null: none
+  const std::unique_ptr<rpc::NcclHost> nccl_;                 // null: none; outlives sessions_
   const ServerOptions options_;
   const std::string backend_reason_;
   session::SessionManager sessions_;
@@ -255,11 +274,17 @@ absl::StatusOr<std::shared_ptr<session::PivotProfile>> OpenPivotProfile(
                       absl::StrCat("pivot-profile: ", profile.status().message()));
 }
 
+std::optional<int64_t> ReserveBytes(const ServerOptions& options) {
+  if (options.nccl.library.empty()) return std::nullopt;
+  return options.nccl.memory_bytes;
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options) {
   absl::StatusOr<ChosenBackend> backend =
       ChooseBackend(options.backend, {.device_memory_bytes = options.device_memory_bytes,
+                                      .reserve_bytes = ReserveBytes(options),
                                       .warn = [log = options.warnings](const std::string& text) {
                                         if (log != nullptr)
                                           log->Write("warning", {{"backend", text}});
@@ -292,6 +317,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options,
 const std::vector<std::string>& Server::addresses() const { return impl_->addresses_; }
 int Server::port() const { return impl_->port_; }
 session::SessionManager& Server::sessions() { return impl_->sessions_; }
+absl::Status Server::nccl_status() const {
+  return impl_->nccl_ == nullptr ? absl::OkStatus() : impl_->nccl_->status();
+}
 const transport::RegionRegistry* Server::regions() const { return impl_->regions_.get(); }
 const std::string& Server::backend_reason() const { return impl_->backend_reason_; }
 int64_t Server::active_streams() const { return impl_->streams_.size(); }

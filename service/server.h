@@ -15,6 +15,7 @@
 #include "kernels/backend_registry.h"
 #include "service/rpc/compress_reactor.h"
 #include "service/rpc/log.h"
+#include "service/rpc/nccl_host.h"
 #include "service/rpc/region_host.h"
 #include "service/session/session.h"
 
@@ -31,6 +32,9 @@ struct ServerOptions {
   rpc::StreamLimits streams;
   // Shared memory, and CUDA IPC where the backend has it; none where the socket's path is empty.
   rpc::RegionHostOptions regions;
+  // NCCL, where the backend has GPUs; none where the library's name is empty. Where it cannot be
+  // had the server starts without it, and says why.
+  rpc::NcclOptions nccl;
   // Streams at once on one connection; more wait at the client.
   int max_streams_per_connection = 256;
   // A connection that has not finished its handshake by then is closed.
@@ -66,6 +70,8 @@ class Server {
   // The port of the first TCP address; 0 where there is none.
   int port() const;
   session::SessionManager& sessions();
+  // Why the NCCL transport that was asked for is not there; OK where it is, or nobody asked.
+  absl::Status nccl_status() const;
   // Null where there are no regions.
   const transport::RegionRegistry* regions() const;
   // Why it has the backend that it has, for people.

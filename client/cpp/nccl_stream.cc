@@ -22,7 +22,7 @@ struct Word {
 
 absl::StatusOr<std::unique_ptr<NcclStream>> NcclStream::Attach(
     std::shared_ptr<grpc::Channel> channel, nccl::Worker* worker, const nccl::Identity& identity,
-    absl::Duration limit) {
+    absl::Duration limit, const std::string& tenant) {
   std::unique_ptr<NcclStream> stream(new NcclStream());
   stream->channel_ = std::move(channel);
   const std::weak_ptr<NcclCall> weak = stream->call_;
@@ -39,7 +39,7 @@ absl::StatusOr<std::unique_ptr<NcclStream>> NcclStream::Attach(
                                             word->came = true;
                                             word->name = name;
                                           });
-  stream->call_->Start(stream->channel_.get(), stream->pair_);
+  stream->call_->Start(stream->channel_.get(), stream->pair_, tenant);
   absl::StatusOr<uint64_t> name = 0;
   {
     absl::MutexLock lock(&word->mutex);
@@ -56,8 +56,10 @@ NcclStream::~NcclStream() {
   call_->WaitUntilDone(kLeaveLimit);
 }
 
-void NcclCall::Start(grpc::Channel* channel, std::shared_ptr<nccl::ClientPair> pair) {
+void NcclCall::Start(grpc::Channel* channel, std::shared_ptr<nccl::ClientPair> pair,
+                     const std::string& tenant) {
   pair_ = std::move(pair);
+  if (!tenant.empty()) context_.AddMetadata("structkv-tenant", tenant);
   // The stub needs the channel for the call's start alone.
   v1::NcclTransport::NewStub(
       std::shared_ptr<grpc::Channel>(std::shared_ptr<grpc::Channel>(), channel))

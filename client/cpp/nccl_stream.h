@@ -24,7 +24,8 @@ namespace structkv::client::internal {
 // callbacks of its worker.
 class NcclCall final : public grpc::ClientBidiReactor<v1::AttachRequest, v1::AttachResponse> {
  public:
-  void Start(grpc::Channel* channel, std::shared_ptr<nccl::ClientPair> pair);
+  void Start(grpc::Channel* channel, std::shared_ptr<nccl::ClientPair> pair,
+             const std::string& tenant);
   // Dropped after Finish.
   void Send(const nccl::ClientMessage& message);
   // Half-closes once all is written.
@@ -57,11 +58,12 @@ class NcclCall final : public grpc::ClientBidiReactor<v1::AttachRequest, v1::Att
 class NcclStream {
  public:
   // Attaches a GPU to the service's. Waits up to `limit` for the service's word: DEADLINE_EXCEEDED,
-  // or why it refused. `worker` lives longer.
+  // or why it refused. `worker` lives longer. The pair is `tenant`'s.
   static absl::StatusOr<std::unique_ptr<NcclStream>> Attach(std::shared_ptr<grpc::Channel> channel,
                                                             nccl::Worker* worker,
                                                             const nccl::Identity& identity,
-                                                            absl::Duration limit);
+                                                            absl::Duration limit,
+                                                            const std::string& tenant = "");
   // Ends the pair, and waits for the end of the call.
   ~NcclStream();
 
@@ -71,6 +73,8 @@ class NcclStream {
   void Offer(const std::string& key, nccl::Transfer transfer) {
     pair_->Offer(key, std::move(transfer));
   }
+  // See nccl::ClientPair::Withdraw.
+  void Withdraw(const std::string& key) { pair_->Withdraw(key); }
 
  private:
   NcclStream() = default;

@@ -9,14 +9,20 @@ namespace {
 
 constexpr int64_t kGrain = 256;
 
+// What sizes from `bytes` on, up to the next power of two, are multiples of.
+int64_t StepAt(int64_t bytes) {
+  return std::max(kGrain, static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(bytes))) / 8);
+}
+
 }  // namespace
 
 int64_t ArenaSize(int64_t bytes) {
   if (bytes <= kGrain) return kGrain;
-  const auto power = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(bytes)));
-  const int64_t step = std::max(kGrain, power / 8);
+  const int64_t step = StepAt(bytes);
   return (bytes + step - 1) / step * step;
 }
+
+int64_t LargestBlock(int64_t bytes) { return bytes / StepAt(bytes) * StepAt(bytes); }
 
 Arena::Arena(int64_t bytes) : bytes_(bytes / kGrain * kGrain), free_bytes_(bytes_) {
   if (bytes_ > 0) gaps_.emplace(0, bytes_);

@@ -13,6 +13,9 @@ namespace structkv::cuda {
 // so that blocks of about one size fit into each other's gaps.
 int64_t ArenaSize(int64_t bytes);
 
+// The most bytes of a block that an arena of `bytes` has room for.
+int64_t LargestBlock(int64_t bytes);
+
 // Large blocks lie from the low end on, small ones from the high end on, each in the first gap, so
 // that small ones do not cut up the room of the large ones. Thread-safe.
 class Arena {

@@ -123,6 +123,22 @@ class CudaBackend final : public Backend {
                               : host_->Zero(to, bytes);
   }
 
+  std::vector<int> gpus() const override {
+    std::vector<int> indexes;
+    for (const std::unique_ptr<Device>& device : devices_->all()) {
+      indexes.push_back(device->index());
+    }
+    return indexes;
+  }
+  absl::StatusOr<std::shared_ptr<std::byte>> Reserve(int gpu, int64_t bytes) const override {
+    Device* const device = devices_->Find(gpu);
+    return device == nullptr ? Backend::Reserve(gpu, bytes) : device->Reserve(bytes);
+  }
+  int64_t reservable_bytes(int gpu) const override {
+    const Device* const device = devices_->Find(gpu);
+    return device == nullptr ? 0 : device->reservable_bytes();
+  }
+
   absl::StatusOr<std::unique_ptr<ImportedMemory>> Import(
       const ExportedMemory& exported) const override {
     if (absl::Status status = Health(); !status.ok()) return status;
@@ -175,8 +191,8 @@ std::unique_ptr<Backend> MakeCudaBackend(std::unique_ptr<Devices> devices,
 absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(CudaOptions options) {
   absl::StatusOr<std::unique_ptr<Backend>> host = cpu::CreateCpuBackend();
   if (!host.ok()) return host.status();
-  absl::StatusOr<std::unique_ptr<Devices>> devices =
-      Devices::Open({.memory_bytes = options.device_memory_bytes});
+  absl::StatusOr<std::unique_ptr<Devices>> devices = Devices::Open(
+      {.memory_bytes = options.device_memory_bytes, .reserve_bytes = options.reserve_bytes});
   if (!devices.ok()) return devices.status();
   return MakeCudaBackend(*std::move(devices), *std::move(host), std::move(options.fell_back));
 }

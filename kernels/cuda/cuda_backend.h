@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -16,6 +17,8 @@ struct CudaOptions {
   // Memory taken of each GPU at the start, at least 64 MiB; it never grows. 0: half of what is free
   // then.
   int64_t device_memory_bytes = 0;
+  // Of that, set apart for Backend::Reserve; 0: half. None: nothing can be reserved.
+  std::optional<int64_t> reserve_bytes;
   // Is told, on any thread, why an operation went to the CPU, the first time that one did; may be
   // null.
   std::function<void(const absl::Status&)> fell_back;

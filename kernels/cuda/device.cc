@@ -66,12 +66,16 @@ absl::Status Device::Init() {
   }
   const int64_t bytes =
       options_.memory_bytes > 0 ? options_.memory_bytes : static_cast<int64_t>(free / 2);
-  if (bytes < options_.least_memory_bytes || bytes > static_cast<int64_t>(free)) {
+  int64_t apart = options_.reserve_bytes.value_or(0);
+  if (options_.reserve_bytes == 0) apart = bytes / 2;
+  const int64_t least = options_.least_memory_bytes + apart;
+  if (bytes < least || bytes > static_cast<int64_t>(free)) {
     return absl::ResourceExhaustedError(
-        absl::StrCat(name_, ": device memory of ", bytes, " bytes, must be in [",
-                     options_.least_memory_bytes, ", ", free, "], what is free of ", total));
+        absl::StrCat(name_, ": device memory of ", bytes, " bytes, must be in [", least, ", ", free,
+                     "], what is free of ", total,
+                     apart == 0 ? "" : absl::StrCat("; ", apart, " of it are set apart")));
   }
-  absl::StatusOr<std::unique_ptr<DevicePool>> pool = DevicePool::Make(bytes);
+  absl::StatusOr<std::unique_ptr<DevicePool>> pool = DevicePool::Make(bytes, apart);
   if (!pool.ok()) {
     return absl::Status(pool.status().code(), absl::StrCat(name_, ": ", pool.status().message()));
   }
@@ -137,6 +141,21 @@ absl::StatusOr<Lease> Device::Acquire(int64_t bytes) {
   }
   return lease;
 }
+
+absl::StatusOr<std::shared_ptr<std::byte>> Device::Reserve(int64_t bytes) {
+  std::optional<Arena::Block> block = pool_->apart().Take(bytes);
+  if (!block.has_value()) {
+    return absl::ResourceExhaustedError(absl::StrCat(name_, ": no device memory to reserve for ",
+                                                     bytes, " bytes; ", pool_->apart().free_bytes(),
+                                                     " of ", pool_->apart().bytes(), " are free"));
+  }
+  std::byte* const memory = pool_->ApartAt(*block);
+  const auto held = std::make_shared<std::pair<std::shared_ptr<DevicePool>, Arena::Block>>(
+      pool_, *std::move(block));
+  return std::shared_ptr<std::byte>(held, memory);
+}
+
+int64_t Device::reservable_bytes() const { return LargestBlock(pool_->apart().bytes()); }
 
 void Device::GiveBack(Lane* lane, Arena::Block block) {
   const std::lock_guard lock(mutex_);

@@ -62,10 +62,10 @@ bool IsPinned(const void* data, int64_t bytes) {
   return true;
 }
 
-absl::StatusOr<std::unique_ptr<DevicePool>> DevicePool::Make(int64_t bytes) {
+absl::StatusOr<std::unique_ptr<DevicePool>> DevicePool::Make(int64_t bytes, int64_t apart_bytes) {
   absl::StatusOr<DeviceBytes> memory = MakeDeviceBytes(bytes);
   if (!memory.ok()) return memory.status();
-  return std::unique_ptr<DevicePool>(new DevicePool(*std::move(memory), bytes));
+  return std::unique_ptr<DevicePool>(new DevicePool(*std::move(memory), bytes, apart_bytes));
 }
 
 }  // namespace structkv::cuda

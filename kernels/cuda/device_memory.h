@@ -50,21 +50,32 @@ cudaError_t PlaceOf(const void* data, Place* place);
 // goes on, and read by a kernel at the address that the host uses.
 bool IsPinned(const void* data, int64_t bytes);
 
-// One allocation of the current device, made once, and who has which part of it. Thread-safe.
+// One allocation of the current device, made once, and who has which part of it. The last
+// `apart_bytes` of it are set apart: what is taken of them for long leaves calls their room.
+// Thread-safe.
 class DevicePool {
  public:
-  static absl::StatusOr<std::unique_ptr<DevicePool>> Make(int64_t bytes);
+  static absl::StatusOr<std::unique_ptr<DevicePool>> Make(int64_t bytes, int64_t apart_bytes = 0);
 
   std::optional<Arena::Block> Take(int64_t bytes) { return arena_.Take(bytes); }
   std::byte* At(const Arena::Block& block) const { return bytes_.get() + block.offset(); }
   int64_t bytes() const { return arena_.bytes(); }
   int64_t free_bytes() const { return arena_.free_bytes(); }
 
+  // The same of what is set apart.
+  Arena& apart() { return apart_; }
+  const Arena& apart() const { return apart_; }
+  std::byte* ApartAt(const Arena::Block& block) const {
+    return bytes_.get() + arena_.bytes() + block.offset();
+  }
+
  private:
-  DevicePool(DeviceBytes memory, int64_t bytes) : bytes_(std::move(memory)), arena_(bytes) {}
+  DevicePool(DeviceBytes memory, int64_t bytes, int64_t apart_bytes)
+      : bytes_(std::move(memory)), arena_(bytes - apart_bytes), apart_(apart_bytes) {}
 
   const DeviceBytes bytes_;
   Arena arena_;
+  Arena apart_;
 };
 
 }  // namespace structkv::cuda

@@ -46,11 +46,16 @@ absl::StatusOr<Lease> Devices::Acquire(absl::FunctionRef<int64_t(const Device&)>
 
 absl::StatusOr<Lease> Devices::AcquireOn(int index, int64_t bytes) {
   if (index < 0) return Acquire(bytes);
-  for (const std::unique_ptr<Device>& device : all_) {
-    if (device->index() == index) return device->Acquire(bytes);
-  }
+  if (Device* const device = Find(index)) return device->Acquire(bytes);
   return absl::InvalidArgumentError(absl::StrCat("a tensor lies in the memory of GPU ", index,
                                                  ", which is not among those that compute"));
+}
+
+Device* Devices::Find(int index) const {
+  for (const std::unique_ptr<Device>& device : all_) {
+    if (device->index() == index) return device.get();
+  }
+  return nullptr;
 }
 
 absl::StatusOr<Place> Devices::PlaceOf(const void* data) {

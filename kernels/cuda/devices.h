@@ -35,6 +35,8 @@ class Devices {
   bool CanHold(int64_t bytes, int index = -1) const;
 
   const std::vector<std::unique_ptr<Device>>& all() const { return all_; }
+  // The one of that index; null where it is none of these.
+  Device* Find(int index) const;
   // UNAVAILABLE once any of them is lost.
   absl::Status Health() const { return loss_.status(); }
 

@@ -36,6 +36,8 @@ class Buffer {
   size_t size() const { return size_; }
   bool empty() const { return size_ == 0; }
   bool is_lent() const { return owner_ != nullptr; }
+  // What keeps lent memory.
+  const std::shared_ptr<const void>& owner() const { return owner_; }
   template <typename T>
   T* as() const {
     return reinterpret_cast<T*>(data_);

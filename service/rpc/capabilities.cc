@@ -1,6 +1,7 @@
 #include "service/rpc/capabilities.h"
 
 #include <string>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/backend_registry.h"
@@ -52,7 +53,12 @@ v1::GetCapabilitiesResponse MakeCapabilities(const session::SessionManager& sess
   }
   response.add_transports(std::string(transport::KindName(transport::Kind::kInline)));
   for (const auto& [kind, grant] : sessions.options().transports) {
-    response.add_transports(std::string(transport::KindName(kind)));
+    std::string name(transport::KindName(kind));
+    if (grant.ok()) {
+      response.add_transports(std::move(name));
+    } else {
+      response.add_missing_transports(absl::StrCat(name, ": ", grant.status().message()));
+    }
   }
   response.set_region_socket(region_socket);
 

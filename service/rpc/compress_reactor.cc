@@ -41,7 +41,7 @@ absl::string_view MessageName(const wire::Request& request) {
   return "(none of open, pieces, commit)";
 }
 
-// Adds the pieces' sizes to `bytes`; those of ranges are what the caller says.
+// Adds the pieces' sizes to `bytes`; those of ranges and transfers are what the caller says.
 absl::StatusOr<session::InputMessage> ToInput(wire::Pieces pieces, uint64_t* bytes) {
   if (pieces.pieces.empty()) {
     return absl::InvalidArgumentError("pieces.pieces has 0 entries; at least 1 is allowed");
@@ -72,6 +72,9 @@ absl::StatusOr<session::InputMessage> ToInput(wire::Pieces pieces, uint64_t* byt
     taken.data = std::move(piece.data);
     if (piece.range.has_value()) {
       taken.range = {piece.range->region, piece.range->offset_bytes, piece.range->size_bytes};
+    }
+    if (piece.transfer.has_value()) {
+      taken.transfer = {std::move(piece.transfer->key), piece.transfer->size_bytes};
     }
   }
   message.owner = std::make_shared<std::vector<grpc::Slice>>(std::move(pieces.slices));
@@ -311,7 +314,7 @@ session::SessionCallbacks CompressReactor::Callbacks(Slot& slot) {
 void CompressReactor::Queue(Slot& slot, std::vector<OutgoingMessage> messages) {
   int64_t bytes = 0;
   for (const OutgoingMessage& message : messages) {
-    bytes += message.tensor_bytes + message.range_bytes;
+    bytes += message.tensor_bytes + message.elsewhere_bytes;
   }
   slot.output_bytes.fetch_add(bytes, std::memory_order_relaxed);
   owed_until_.store(SteadyNanos());
@@ -509,7 +512,7 @@ void CompressReactor::CheckLimits(int64_t now) {
     End(absl::DeadlineExceededError(
         absl::StrCat("the stream took longer than the limit of ", Seconds(limits.session))));
   } else {
-    for (const auto& running : sessions) running->CheckShardGroup(limits.shard_group);
+    for (const auto& running : sessions) running->CheckPeers(limits.shard_group);
   }
 }
 

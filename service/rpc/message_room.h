@@ -25,10 +25,11 @@ class MessageRoom {
     free_ -= take + kPiece;
     return take;
   }
-  // Whether there is room for a piece without data, which is taken.
-  bool TakeRange() {
-    if (free_ < kPiece) return false;
-    free_ -= kPiece;
+  // Whether there is room for a piece without data, with a key that long, which is taken.
+  bool TakeElsewhere(size_t key_bytes) {
+    const int64_t piece = kPiece + static_cast<int64_t>(key_bytes);
+    if (free_ < piece) return false;
+    free_ -= piece;
     return true;
   }
 

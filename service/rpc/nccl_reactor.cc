@@ -11,7 +11,8 @@
 
 namespace structkv::rpc {
 
-NcclReactor* NcclReactor::Start(nccl::Hub* hub, grpc::CallbackServerContext* context) {
+NcclReactor* NcclReactor::Start(nccl::Hub* hub, std::string tenant,
+                                grpc::CallbackServerContext* context) {
   auto reactor = std::make_shared<NcclReactor>(hub, context);
   reactor->HoldSelf();
   // The hub may keep the channel for longer than gRPC has the stream.
@@ -21,7 +22,8 @@ NcclReactor* NcclReactor::Start(nccl::Hub* hub, grpc::CallbackServerContext* con
                                 },
                                 [weak](const absl::Status& status) {
                                   if (const auto self = weak.lock()) self->EndWith(ToGrpc(status));
-                                }});
+                                }},
+                               std::move(tenant));
   reactor->WantMessage();
   return reactor.get();
 }

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <string>
 
 #include "service/rpc/stream_io.h"
 #include "service/transport/nccl/hub.h"
@@ -17,8 +18,9 @@ inline constexpr int64_t kMaxNcclUnreadBytes = int64_t{4} << 20;
 // Owns itself until gRPC's last reaction. Thread-safe.
 class NcclReactor final : public StreamIo {
  public:
-  // Attaches the stream. `hub` must be there until gRPC's last reaction.
-  static NcclReactor* Start(nccl::Hub* hub, grpc::CallbackServerContext* context);
+  // Attaches the stream for `tenant`. `hub` must be there until gRPC's last reaction.
+  static NcclReactor* Start(nccl::Hub* hub, std::string tenant,
+                            grpc::CallbackServerContext* context);
 
   NcclReactor(nccl::Hub* hub, grpc::CallbackServerContext* context)
       : StreamIo(context), hub_(hub) {}

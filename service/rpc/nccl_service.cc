@@ -1,8 +1,13 @@
 #include "service/rpc/nccl_service.h"
 
+#include <algorithm>
+#include <string>
+#include <utility>
+
 #include "absl/strings/str_cat.h"
 #include "service/rpc/nccl_reactor.h"
 #include "service/rpc/status_mapping.h"
+#include "service/rpc/tenant.h"
 
 namespace structkv::rpc {
 namespace {
@@ -17,9 +22,16 @@ class Refusal final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::Byt
 
 grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* NcclService::Attach(
     grpc::CallbackServerContext* context) {
-  if (hub_ != nullptr) return NcclReactor::Start(hub_, context);
-  return new Refusal(
-      ToGrpc(absl::UnavailableError(absl::StrCat("no NCCL transport here: ", why_.message()))));
+  if (!hubs_.ok()) {
+    return new Refusal(ToGrpc(absl::UnavailableError(
+        absl::StrCat("no NCCL transport here: ", hubs_.status().message()))));
+  }
+  absl::StatusOr<std::string> tenant = TenantOf(*context);
+  if (!tenant.ok()) return new Refusal(ToGrpc(tenant.status()));
+  nccl::Hub* const hub = *std::min_element(
+      hubs_->begin(), hubs_->end(),
+      [](nccl::Hub* one, nccl::Hub* other) { return one->stats().pairs < other->stats().pairs; });
+  return NcclReactor::Start(hub, *std::move(tenant), context);
 }
 
 }  // namespace structkv::rpc

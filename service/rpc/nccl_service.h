@@ -1,7 +1,10 @@
 // The NCCL transport's control streams as a gRPC service.
 #pragma once
 
+#include <vector>
+
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "service/transport/nccl/hub.h"
 #include "structkv/v1/nccl.grpc.pb.h"
 
@@ -11,17 +14,16 @@ namespace structkv::rpc {
 class NcclService final
     : public v1::NcclTransport::WithRawCallbackMethod_Attach<v1::NcclTransport::Service> {
  public:
-  // `hub` outlives the gRPC server. Before that server's shutdown Hub::EndAll ends the streams.
-  explicit NcclService(nccl::Hub* hub) : hub_(hub) {}
-  // On a host without NCCL: every stream fails as UNAVAILABLE with the text of `why`.
-  explicit NcclService(const absl::Status& why) : why_(why) {}
+  // `hubs`, one or more, outlive the gRPC server; a stream goes to the one that has the fewest
+  // pairs. Before that server's shutdown Hub::EndAll ends the streams. On a host without NCCL, why:
+  // every stream fails as UNAVAILABLE with its text.
+  explicit NcclService(absl::StatusOr<std::vector<nccl::Hub*>> hubs) : hubs_(std::move(hubs)) {}
 
   grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Attach(
       grpc::CallbackServerContext* context) override;
 
  private:
-  nccl::Hub* const hub_ = nullptr;
-  const absl::Status why_;
+  const absl::StatusOr<std::vector<nccl::Hub*>> hubs_;
 };
 
 }  // namespace structkv::rpc

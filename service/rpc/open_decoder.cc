@@ -206,6 +206,7 @@ absl::Status DecodeTransports(const v1::Open& open, transport::TransportRequest*
     request->wishes.push_back(*kind);
   }
   request->regions.assign(open.regions().begin(), open.regions().end());
+  request->nccl_pair = open.nccl_pair();
   if (open.has_result_range()) {
     const v1::RegionRange& range = open.result_range();
     request->results = {range.region(), range.offset_bytes(), range.size_bytes()};

@@ -20,18 +20,31 @@ struct OutgoingTensor {
   v1::Tensor tensor;
   absl::Span<const std::byte> data;
   wire::Keepalive owner;
-  std::optional<wire::Range> range;  // in place of `data`
+  // One of these in place of `data`.
+  std::optional<wire::Range> range;
+  std::optional<wire::Transfer> transfer;
+
+  bool elsewhere() const { return range.has_value() || transfer.has_value(); }
 };
 
-OutgoingTensor FromBuffer(v1::Tensor tensor, engine::Buffer buffer,
-                          const transport::ResultPlace& place = {}) {
-  if (const auto range = place.RangeOf(buffer.span()); range.has_value()) {
-    return {
-        tensor, {}, nullptr, wire::Range{range->region, range->offset_bytes, range->size_bytes}};
-  }
+OutgoingTensor FromBuffer(v1::Tensor tensor, engine::Buffer buffer) {
   auto owner = std::make_shared<engine::Buffer>(std::move(buffer));
   const absl::Span<const std::byte> data = owner->span();
-  return {tensor, data, std::move(owner), std::nullopt};
+  return {tensor, data, std::move(owner)};
+}
+
+// Kept rows of a layer.
+OutgoingTensor FromRows(v1::Tensor tensor, int64_t layer, engine::Buffer rows,
+                        const transport::ResultPlace& place) {
+  const transport::ResultSource source = place.SourceOf(layer, rows.span());
+  if (const auto* range = std::get_if<transport::RegionRange>(&source)) {
+    return {.tensor = tensor,
+            .range = wire::Range{range->region, range->offset_bytes, range->size_bytes}};
+  }
+  if (const auto* transfer = std::get_if<transport::PairTransfer>(&source)) {
+    return {.tensor = tensor, .transfer = wire::Transfer{transfer->key, transfer->size_bytes}};
+  }
+  return FromBuffer(tensor, std::move(rows));
 }
 
 template <typename T>
@@ -39,7 +52,7 @@ OutgoingTensor FromVector(v1::Tensor tensor, std::vector<T> values) {
   auto owner = std::make_shared<std::vector<T>>(std::move(values));
   const absl::Span<const std::byte> data(reinterpret_cast<const std::byte*>(owner->data()),
                                          owner->size() * sizeof(T));
-  return {tensor, data, std::move(owner), std::nullopt};
+  return {tensor, data, std::move(owner)};
 }
 
 // Fills messages to the limit, one after the other. `Start` resets the header for the next message,
@@ -54,13 +67,17 @@ class Cutter {
            Last last) {
     MessageRoom room(max_, *header);
     for (const OutgoingTensor& tensor : tensors) {
-      if (tensor.range.has_value()) {
-        while (!room.TakeRange()) {
+      if (tensor.elsewhere()) {
+        const size_t key_bytes = tensor.transfer.has_value() ? tensor.transfer->key.size() : 0;
+        while (!room.TakeElsewhere(key_bytes)) {
           Flush(*header);
           start(header);
           room = MessageRoom(max_, *header);
         }
-        pieces_.push_back({.layer = layer_, .tensor = tensor.tensor, .range = tensor.range});
+        pieces_.push_back({.layer = layer_,
+                           .tensor = tensor.tensor,
+                           .range = tensor.range,
+                           .transfer = tensor.transfer});
         continue;
       }
       int64_t offset = 0;
@@ -93,7 +110,10 @@ class Cutter {
     for (const wire::OutgoingPiece& piece : pieces_) {
       message.tensor_bytes += static_cast<int64_t>(piece.data.size());
       if (piece.range.has_value()) {
-        message.range_bytes += static_cast<int64_t>(piece.range->size_bytes);
+        message.elsewhere_bytes += static_cast<int64_t>(piece.range->size_bytes);
+      }
+      if (piece.transfer.has_value()) {
+        message.elsewhere_bytes += static_cast<int64_t>(piece.transfer->size_bytes);
       }
     }
     message.bytes = wire::EncodeResponse(header, pieces_);
@@ -122,8 +142,8 @@ std::vector<OutgoingMessage> BuildLayer(engine::LayerOutput output, int64_t max_
   }
   const OutgoingTensor tensors[] = {
       FromVector(v1::TENSOR_POSITIONS, std::move(output.positions)),
-      FromBuffer(v1::TENSOR_KEYS, std::move(output.keys), place),
-      FromBuffer(v1::TENSOR_VALUES, std::move(output.values), place),
+      FromRows(v1::TENSOR_KEYS, output.layer, std::move(output.keys), place),
+      FromRows(v1::TENSOR_VALUES, output.layer, std::move(output.values), place),
       FromBuffer(v1::TENSOR_KEY_SCALES, std::move(output.key_scales)),
       FromBuffer(v1::TENSOR_VALUE_SCALES, std::move(output.value_scales)),
       FromBuffer(v1::TENSOR_SALIENCY, std::move(output.saliency)),

@@ -15,14 +15,14 @@ struct OutgoingMessage {
   grpc::ByteBuffer bytes;
   // Bytes of tensor data in it.
   int64_t tensor_bytes = 0;
-  // Bytes of tensors that it says are in regions.
-  int64_t range_bytes = 0;
+  // Bytes of tensors that it says are in regions, or go by transfers.
+  int64_t elsewhere_bytes = 0;
   // Of a batch.
   uint32_t prompt = 0;
 };
 
 // `max_message_bytes`: kMinMessageBytes or more; no message is longer. What fits goes into one
-// message. Rows that lie in `place` stay there, and their ranges are sent.
+// message. Of rows that lie in `place` it is said where they are, or by which transfer they go.
 std::vector<OutgoingMessage> BuildLayer(engine::LayerOutput output, int64_t max_message_bytes,
                                         uint32_t prompt = 0,
                                         const transport::ResultPlace& place = {});

@@ -50,6 +50,7 @@ std::vector<std::pair<std::string, std::string>> AgreedFields(const v1::Open& op
   common.clear_transports();
   common.clear_regions();
   common.clear_result_range();
+  common.clear_nccl_pair();
   common.mutable_shard_group()->clear_shard_index();
   common.mutable_shard_group()->clear_kv_heads();
   common.mutable_shard_group()->clear_query_heads();

@@ -104,7 +104,7 @@ void StreamIo::Drop(uint32_t prompt) {
   std::vector<OutgoingMessage> dropped;  // released outside of the lock
   absl::MutexLock lock(&mutex_);
   for (OutgoingMessage& message : queue_) {
-    if (message.prompt == prompt && message.tensor_bytes + message.range_bytes > 0) {
+    if (message.prompt == prompt && message.tensor_bytes + message.elsewhere_bytes > 0) {
       dropped.push_back(std::move(message));
     } else {
       kept.push_back(std::move(message));

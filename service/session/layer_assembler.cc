@@ -20,6 +20,7 @@ namespace {
 int64_t SizeOf(const InputPiece& piece) {
   // What is too large for the type is too large for every tensor.
   if (piece.range.has_value()) return static_cast<int64_t>(piece.range->size_bytes);
+  if (piece.transfer.has_value()) return static_cast<int64_t>(piece.transfer->size_bytes);
   int64_t size = 0;
   for (const absl::Span<const std::byte> run : piece.data) {
     size += static_cast<int64_t>(run.size());
@@ -67,10 +68,21 @@ bool CopyAndHash(const InputPiece& piece, bool sampled, std::byte* to,
   return all;
 }
 
-// Of a tensor in place: its range, as its bytes are not looked at.
-PieceDigest DigestOfRange(const transport::RegionRange& range) {
-  const uint64_t place[] = {range.region, range.offset_bytes};
+// Of a tensor in place: its range or its transfer, as its bytes are not looked at.
+PieceDigest DigestOfSource(const InputPiece& piece) {
+  if (piece.transfer.has_value()) {
+    return {XXH3_64bits(piece.transfer->key.data(), piece.transfer->key.size()),
+            /*sampled=*/false};
+  }
+  const uint64_t place[] = {piece.range->region, piece.range->offset_bytes};
   return {XXH3_64bits(place, sizeof(place)), /*sampled=*/false};
+}
+
+// As it came: SizeOf() of what is too large is negative.
+std::string SizeText(const InputPiece& piece) {
+  return absl::StrCat(piece.range.has_value()      ? piece.range->size_bytes
+                      : piece.transfer.has_value() ? piece.transfer->size_bytes
+                                                   : static_cast<uint64_t>(SizeOf(piece)));
 }
 
 bool SameBytes(const InputPiece& piece, const std::byte* bytes) {
@@ -123,29 +135,56 @@ std::string LayerAssembler::Name(const InputPiece& piece) const {
   return absl::StrCat("layer ", piece.layer, ", ", absl::string_view(tensor.data(), tensor.size()));
 }
 
-absl::StatusOr<engine::Buffer> LayerAssembler::ResolveRange(const InputPiece& piece,
-                                                            int64_t tensor_bytes) const {
-  absl::StatusOr<engine::Buffer> buffer;
-  if (!InPlace(piece.tensor)) {
+absl::StatusOr<engine::Buffer> LayerAssembler::ResolveSource(const InputPiece& piece,
+                                                             int64_t tensor_bytes) const {
+  const bool transferred = InPlace(piece.tensor) && transport_.transfers() != nullptr;
+  absl::StatusOr<engine::Buffer> buffer = engine::Buffer();
+  if (piece.transfer.has_value() && !transferred) {
+    buffer = absl::InvalidArgumentError(
+        "the piece has a `transfer`; keys and values of the transport nccl alone have one");
+  } else if (!InPlace(piece.tensor)) {
     buffer = transport_.Resolve(*piece.range);
-  } else if (!piece.range.has_value()) {
+  } else if (transferred && !piece.transfer.has_value()) {
+    buffer = absl::InvalidArgumentError(
+        "the piece has no `transfer`, by which keys and values of the transport nccl come");
+  } else if (!transferred && !piece.range.has_value()) {
     buffer = absl::InvalidArgumentError(
         "the piece has `data`; the transport reads keys and values in place, from a `range`");
   } else if (piece.xxh3_64.has_value() && !transport_.host_readable()) {
     buffer = absl::InvalidArgumentError(
-        "the piece has a checksum, and its range lies in a GPU's memory, where it is not verified");
-  } else if (piece.offset_bytes != 0 ||
-             piece.range->size_bytes != static_cast<uint64_t>(tensor_bytes)) {
+        "the piece has a checksum, and its tensor lies in a GPU's memory, where it is not "
+        "verified");
+  } else if (piece.offset_bytes != 0 || SizeOf(piece) != tensor_bytes) {
     buffer = absl::InvalidArgumentError(
-        absl::StrCat("range.size_bytes is ", piece.range->size_bytes,
-                     " at the tensor's offset_bytes ", piece.offset_bytes,
-                     "; one range of the whole tensor, ", tensor_bytes, " bytes, is allowed"));
+        absl::StrCat(transferred ? "transfer" : "range", ".size_bytes is ", SizeText(piece),
+                     " at the tensor's offset_bytes ", piece.offset_bytes, "; one ",
+                     transferred ? "transfer" : "range", " of the whole tensor, ", tensor_bytes,
+                     " bytes, is allowed"));
+  } else if (transferred) {
+    const size_t key_bytes = piece.transfer->key.size();
+    if (key_bytes == 0 || key_bytes > transport::kMaxTransferKeyBytes) {
+      buffer =
+          absl::InvalidArgumentError(absl::StrCat("transfer.key has ", key_bytes, " bytes; 1 to ",
+                                                  transport::kMaxTransferKeyBytes, " are allowed"));
+    }
   } else {
     buffer = transport_.ResolveInPlace(*piece.range);
   }
   if (buffer.ok()) return buffer;
   return absl::Status(buffer.status().code(),
                       absl::StrCat(Name(piece), ": ", buffer.status().message()));
+}
+
+absl::Status LayerAssembler::JoinTransfer(const InputPiece& piece, engine::LayerInput& input) {
+  const auto [joined, first] = transfer_keys_.emplace(piece.layer, piece.transfer->key);
+  if (!first && joined->second != piece.transfer->key) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(Name(piece),
+                     ": transfer.key is another than that of the layer's other tensor; keys and "
+                     "values of a layer come by one transfer"));
+  }
+  BufferOf(input, piece.tensor).Truncate(static_cast<size_t>(piece.transfer->size_bytes));
+  return absl::OkStatus();
 }
 
 absl::Status LayerAssembler::CheckWindow(const InputPiece& piece) const {
@@ -296,14 +335,14 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Take(const InputPiece& pie
   }
   if (absl::Status order = CheckSkeletonOrder(piece, layer); !order.ok()) return order;
   const int64_t tensor_bytes = positions ? skeleton_bytes_[index] : TensorBytes(layer, index);
-  if (!InPlace(piece.tensor) && !piece.range.has_value()) {
+  if (!InPlace(piece.tensor) && !piece.range.has_value() && !piece.transfer.has_value()) {
     return Place(piece, tensor_bytes, {}, stop);
   }
-  absl::StatusOr<engine::Buffer> bytes = ResolveRange(piece, tensor_bytes);
+  absl::StatusOr<engine::Buffer> bytes = ResolveSource(piece, tensor_bytes);
   if (!bytes.ok()) return bytes.status();
-  InputPiece in_range = piece;
-  in_range.data = {bytes->span()};
-  absl::StatusOr<Taken> taken = Place(in_range, tensor_bytes, *std::move(bytes), stop);
+  InputPiece found = piece;
+  found.data = {bytes->span()};
+  absl::StatusOr<Taken> taken = Place(found, tensor_bytes, *std::move(bytes), stop);
   if (absl::Status whole = transport_.Check(); !whole.ok()) return whole;
   return taken;
 }
@@ -342,7 +381,7 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Place(const InputPiece& pi
         "0x%016x",
         Name(piece), size, piece.offset_bytes, digest.xxh3, *piece.xxh3_64));
   }
-  if (in_place) digest = DigestOfRange(*piece.range);
+  if (in_place) digest = DigestOfSource(piece);
   if (known->has_value()) {
     const std::optional<bool> same = IsKnownAgain(piece, **known, digest, stop);
     if (!same.has_value()) return Taken::kStopped;
@@ -351,7 +390,11 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Place(const InputPiece& pi
                                                  " bytes at offset_bytes ", piece.offset_bytes,
                                                  " came before with other bytes"));
   }
-  if (in_place) BufferOf(*input, piece.tensor) = std::move(lent);
+  if (piece.transfer.has_value()) {
+    if (absl::Status joined = JoinTransfer(piece, *input); !joined.ok()) return joined;
+  } else if (in_place) {
+    BufferOf(*input, piece.tensor) = std::move(lent);
+  }
   if (positions) {
     if (absl::Status values = CheckPositionValues(piece); !values.ok()) return values;
     if (!layer.skeleton) ++layer.missing;
@@ -365,13 +408,28 @@ absl::StatusOr<LayerAssembler::Taken> LayerAssembler::Place(const InputPiece& pi
 
 void LayerAssembler::Complete(int64_t layer) {
   Layer& record = layers_[static_cast<size_t>(layer)];
-  const auto found = partial_.find(layer);
-  (record.rows.has_value() ? complete_rows_ : complete_).push_back(std::move(found->second));
-  partial_.erase(found);
+  engine::LayerInput input = std::move(partial_.extract(layer).mapped());
+  if (auto key = transfer_keys_.extract(layer); !key.empty()) {
+    const auto incoming = incoming_.emplace(layer, std::move(input)).first;
+    told_.push_back({std::move(key.mapped()), &incoming->second});
+  } else {
+    (record.rows.has_value() ? complete_rows_ : complete_).push_back(std::move(input));
+  }
   if (spec_.pull != engine::Pull::kNone && !record.rows.has_value()) return;
   record.finished = true;
   ++received_layers_;
   SkipFinished();
+}
+
+std::optional<LayerAssembler::Incoming> LayerAssembler::PopIncoming() {
+  if (told_.empty()) return std::nullopt;
+  Incoming next = std::move(told_.front());
+  told_.pop_front();
+  return next;
+}
+
+void LayerAssembler::Arrived(int64_t layer) {
+  complete_.push_back(std::move(incoming_.extract(layer).mapped()));
 }
 
 std::optional<engine::LayerInput> LayerAssembler::PopComplete() {

@@ -53,6 +53,16 @@ class LayerAssembler {
   // Session::Append; after one the object is of no further use.
   absl::StatusOr<Taken> Take(const InputPiece& piece, const std::atomic<bool>& stop);
 
+  // A layer whose keys and values are to come by a transfer, and of which all else came.
+  struct Incoming {
+    std::string key;
+    const engine::LayerInput* input = nullptr;  // until Arrived()
+  };
+  // Each is told once.
+  std::optional<Incoming> PopIncoming();
+  // They came.
+  void Arrived(int64_t layer);
+
   // The next layer that is complete, in order of completion.
   std::optional<engine::LayerInput> PopComplete();
   bool has_complete() const { return !complete_.empty(); }
@@ -75,9 +85,9 @@ class LayerAssembler {
   // INVALID_ARGUMENT, naming what is missing, where the client's commit is not what came.
   absl::Status CheckCommit(int64_t layers, int64_t input_bytes);
 
-  // Bytes that came, each counted once.
+  // Bytes that came or were named, each counted once.
   int64_t received_bytes() const { return received_bytes_; }
-  // Layers of which all tensors, and the rows that are pulled, came.
+  // Layers of which all tensors, and the rows that are pulled, came or were named.
   int64_t received_layers() const { return received_layers_; }
 
   // Memory that the records may take.
@@ -101,8 +111,11 @@ class LayerAssembler {
   // where they lie in a range.
   absl::StatusOr<Taken> Place(const InputPiece& piece, int64_t tensor_bytes, engine::Buffer lent,
                               const std::atomic<bool>& stop);
-  // The bytes of a piece's range, of a tensor of so many bytes.
-  absl::StatusOr<engine::Buffer> ResolveRange(const InputPiece& piece, int64_t tensor_bytes) const;
+  // The bytes of a piece's range, of a tensor of so many bytes; none of a transfer.
+  absl::StatusOr<engine::Buffer> ResolveSource(const InputPiece& piece, int64_t tensor_bytes) const;
+  // Notes the transfer that the piece's tensor comes by. INVALID_ARGUMENT where the layer's others
+  // come by another one.
+  absl::Status JoinTransfer(const InputPiece& piece, engine::LayerInput& input);
   std::string Name(const InputPiece& piece) const;
   absl::Status CheckWindow(const InputPiece& piece) const;
   absl::Status CheckSkeletonOrder(const InputPiece& piece, const Layer& layer) const;
@@ -135,6 +148,9 @@ class LayerAssembler {
   int64_t lowest_unfinished_ = 0;  // layer; all below it were fully received
   int64_t buffers_used_ = 0;       // layers that hold buffers
   std::map<int64_t, engine::LayerInput> partial_;
+  std::map<int64_t, std::string> transfer_keys_;    // of layers in partial_
+  std::map<int64_t, engine::LayerInput> incoming_;  // by transfers
+  std::deque<Incoming> told_;                       // of these, to be told
   std::deque<engine::LayerInput> complete_;
   std::deque<engine::LayerInput> complete_rows_;
   int64_t received_bytes_ = 0;

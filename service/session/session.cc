@@ -28,6 +28,6 @@ void Session::EndOfInput() { impl_->core->EndOfInput(); }
 void Session::Fail(absl::Status status) { impl_->core->Fail(std::move(status)); }
 void Session::OutputSent(int64_t bytes) { impl_->core->OutputSent(bytes); }
 void Session::Cancel(absl::Status reason) { impl_->core->Cancel(std::move(reason)); }
-void Session::CheckShardGroup(absl::Duration limit) { impl_->core->CheckShardGroup(limit); }
+void Session::CheckPeers(absl::Duration group_limit) { impl_->core->CheckPeers(group_limit); }
 
 }  // namespace structkv::session

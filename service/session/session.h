@@ -53,14 +53,17 @@ struct SessionRequest {
   transport::TransportRequest transport;
 };
 
-// One piece of a received message. The data lie in the message, or in a range.
+// One piece of a received message. The data lie in the message, or in a range, or come by a
+// transfer.
 struct InputPiece {
   int64_t layer = 0;
   engine::InputTensor tensor = engine::InputTensor::kKeys;
   int64_t offset_bytes = 0;
   std::optional<uint64_t> xxh3_64;
   absl::InlinedVector<absl::Span<const std::byte>, 4> data;
-  std::optional<transport::RegionRange> range;  // in place of `data`
+  // One of these in place of `data`.
+  std::optional<transport::RegionRange> range;
+  std::optional<transport::PairTransfer> transfer;
 };
 
 // A received message: its pieces, and what keeps their bytes alive.
@@ -112,7 +115,7 @@ struct SessionCallbacks {
 enum class Turn : uint8_t {
   kNobodys,  // there are none, or all were answered
   kCallers,  // one is incomplete, or its rows were pulled and have not all come
-  kServers,  // all are complete, and one or more wait for their answers
+  kServers,  // all are complete, or come by transfers, and one or more wait for their answers
 };
 
 // Bytes of a result's tensors, which OutputSent() expects back; of those that were written into a
@@ -156,7 +159,8 @@ class Session : public std::enable_shared_from_this<Session> {
   //                     a sample of it
   //   DATA_LOSS         a checksum that does not match
   // With a transport that is in place, also INVALID_ARGUMENT for keys and values that are not one
-  // range of the whole tensor, and FAILED_PRECONDITION where memory of a region is gone.
+  // range or transfer of the whole tensor, and FAILED_PRECONDITION where memory of a region is
+  // gone. What a transfer fails with (transport::Transfers) is reported by `failed` too.
   void Append(InputMessage message);
 
   // The client's commit. INVALID_ARGUMENT by `failed` where layers or bytes disagree with what
@@ -174,13 +178,14 @@ class Session : public std::enable_shared_from_this<Session> {
   void Fail(absl::Status status);
 
   // Drops everything. Memory is free when this returns, or as soon as a layer that is being
-  // computed, a call on another thread or the calling callback ends. `reason` is what the other
-  // ranks of a shard group learn.
+  // computed, a call on another thread or the calling callback ends; a GPU's, with transfers, once
+  // these have let go of it. `reason` is what the other ranks of a shard group learn.
   void Cancel(absl::Status reason = absl::CancelledError("the session was cancelled"));
 
-  // Of a shard group that still waits for ranks: ends it where it has waited longer than `limit`,
-  // as DEADLINE_EXCEEDED by `failed`.
-  void CheckShardGroup(absl::Duration limit);
+  // To be called often. Ends the session by `failed` where the way to the client's memory is gone
+  // (transport::Transport::Check), and a shard group that still waits for ranks where it has waited
+  // longer than `group_limit`, as DEADLINE_EXCEEDED.
+  void CheckPeers(absl::Duration group_limit);
 
  private:
   friend class SessionManager;
@@ -215,8 +220,9 @@ class SessionManager {
   // comes back: that waits for a layer that is being computed, 2 seconds at most. Not to be called
   // from a callback of that session.
   //   INVALID_ARGUMENT    the spec; also what transport::Negotiate returns
-  //   RESOURCE_EXHAUSTED  the budget, that of held caches or the session limit is taken, or a whole
-  //                       budget is too small (payload kNeverFits)
+  //   RESOURCE_EXHAUSTED  the budget, that of held caches, the transport's own memory or the
+  //   session
+  //                       limit is taken, or a whole budget is too small (payload kNeverFits)
   //   UNIMPLEMENTED       a hold, where nothing is held
   //   UNAVAILABLE         draining
   absl::StatusOr<std::shared_ptr<Session>> Open(const SessionRequest& wanted);

@@ -184,8 +184,12 @@ void SessionCore::Cancel(absl::Status reason) {
 
 // The group
 
-void SessionCore::CheckShardGroup(absl::Duration limit) {
-  if (group_ != nullptr) group_->CheckWait(limit);
+void SessionCore::CheckPeers(absl::Duration group_limit) {
+  Enqueue([this] {
+    if (ended()) return;
+    if (absl::Status there = transport_->Check(); !there.ok()) DoFail(there);
+  });
+  if (group_ != nullptr) group_->CheckWait(group_limit);
 }
 
 void SessionCore::TakeGroupAnswer(Answer answer) {
@@ -242,6 +246,7 @@ void SessionCore::TakeMessage(Parked parked) {
     }
     if (*taken == LayerAssembler::Taken::kStopped) return;
     // A layer that this piece completed is computed while the next ones are copied.
+    ReceiveLayers();
     StartLayer();
     AnswerPulled();
     if (ended()) return;
@@ -260,6 +265,46 @@ void SessionCore::AskForMessage() {
   owes_ready_ = false;
   asked_ = true;
   if (callbacks_.ready && !cancelled_.load()) callbacks_.ready();
+}
+
+// Transfers
+
+void SessionCore::ReceiveLayers() {
+  while (const std::optional<LayerAssembler::Incoming> next = assembler_->PopIncoming()) {
+    transport_->transfers()->Receive(
+        next->key, *next->input,
+        [self = shared_from_this(), layer = next->input->layer](const absl::Status& status) {
+          self->Enqueue([core = self.get(), layer, status] { core->OnReceived(layer, status); });
+        });
+  }
+}
+
+void SessionCore::OnReceived(int64_t layer, const absl::Status& status) {
+  if (ended()) return;
+  if (!status.ok()) {
+    DoFail(status);
+    return;
+  }
+  assembler_->Arrived(layer);
+  GoOn();
+}
+
+void SessionCore::SendRows(const engine::LayerOutput& output) {
+  if (transport_->transfers() == nullptr || !output.keys.is_lent()) return;
+  ++sending_;
+  transport_->transfers()->Send(output, [self = shared_from_this()](const absl::Status& status) {
+    self->Enqueue([core = self.get(), status] { core->OnRowsSent(status); });
+  });
+}
+
+void SessionCore::OnRowsSent(const absl::Status& status) {
+  --sending_;
+  if (ended()) return;
+  if (!status.ok()) {
+    DoFail(status);
+    return;
+  }
+  GoOn();
 }
 
 // Layers
@@ -328,6 +373,7 @@ void SessionCore::OnAnswer(Answer answer) {
     pull = WaitForRows(*std::move(answer.output));
   } else {
     TakeAnswer(&*answer.output);
+    SendRows(*answer.output);
   }
   StartLayer();  // the next layer is computed while this one is handed out
   if (answer.pivot.has_value() && callbacks_.pivot && !cancelled_.load()) {
@@ -390,6 +436,7 @@ void SessionCore::GoOn() {
     AskForMessage();
   }
   if (state_ != State::kCommitted || summary_.layers < spec_.geometry.layers) return;
+  if (sending_ > 0) return;
   if (group_ == nullptr) {
     Finish();
   } else if (!told_done_) {

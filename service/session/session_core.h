@@ -86,7 +86,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   void EndOfInput();
   void OutputSent(int64_t bytes);
   void Cancel(absl::Status reason);
-  void CheckShardGroup(absl::Duration limit);
+  void CheckPeers(absl::Duration group_limit);
 
   // Ends the session by `failed`. `replaced`: another one takes its place, for which a group that
   // still waits goes on waiting.
@@ -112,11 +112,18 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   bool ended() const { return state_ == State::kFinished || state_ == State::kFailed; }
   bool pulls() const { return spec_.pull != engine::Pull::kNone; }
   bool output_full() const {
+    if (sending_ >= transport::Transfers::kMostSending) return true;
     const int64_t running = pulls() && layer_runs_ ? plan_.layer_output_bytes : 0;
     return unsent_bytes_ + running + plan_.layer_output_bytes > plan_.output_limit_bytes;
   }
   void TakeMessage(Parked parked);
   void AskForMessage();
+  // Begins the transfers that the client has named.
+  void ReceiveLayers();
+  void OnReceived(int64_t layer, const absl::Status& status);
+  // Sends the rows of an answer that go by a transfer.
+  void SendRows(const engine::LayerOutput& output);
+  void OnRowsSent(const absl::Status& status);
   void StartLayer();
   void OfferLayers();
   void LeaveGroup(const absl::Status& reason);
@@ -158,7 +165,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   SessionCallbacks callbacks_;
   std::optional<absl::Status> failed_before_start_;
   // Goes with the reservation: until then the peer's memory is in use.
-  std::shared_ptr<const transport::Transport> transport_;
+  std::shared_ptr<transport::Transport> transport_;
   std::optional<LayerAssembler> assembler_;
   std::optional<Parked> parked_;
   bool asked_ = false;        // `ready` was called, and no message came since
@@ -169,6 +176,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   bool told_done_ = false;    // the group knows that this rank is done
   bool told_room_ = false;    // the group knows that there is room for an answer
   int64_t unsent_bytes_ = 0;  // of results
+  int64_t sending_ = 0;       // layers whose rows go by a transfer
   std::map<int64_t, engine::LayerOutput> wait_for_rows_;  // by layer
   Reservation reservation_;
   engine::BufferAllowance allowance_;  // of the same bytes; goes first

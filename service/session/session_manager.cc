@@ -36,12 +36,16 @@ absl::StatusOr<int64_t> BytesToHold(const SessionRequest& request) {
   return HeldBytes(OwnSpec(request));
 }
 
-transport::ResultSizes SizesOf(const SessionRequest& request) {
+transport::PromptSizes SizesOf(const SessionRequest& request) {
   const engine::PromptSpec own = OwnSpec(request);
   return {.layers = own.geometry.layers,
+          .layers_in_flight = request.layers_in_flight,
+          .input_key_bytes = own.InputBytes(engine::InputTensor::kKeys),
+          .input_value_bytes = own.InputBytes(engine::InputTensor::kValues),
           .key_bytes = own.KeptBytes(engine::InputTensor::kKeys),
           .value_bytes = own.KeptBytes(engine::InputTensor::kValues),
-          .pulled = own.pull != engine::Pull::kNone};
+          .pulled = own.pull != engine::Pull::kNone,
+          .held = request.hold.has_value()};
 }
 
 int Threads(int wanted) {
@@ -181,6 +185,7 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
     }
     absl::StatusOr<Reservation> reservation = impl_->budget.Reserve(plan->reserved_bytes);
     if (!reservation.ok()) return reservation.status();
+    if (absl::Status taken = granted->transport->Reserve(); !taken.ok()) return taken;
     absl::StatusOr<Holding> holding = impl_->Hold(request);
     if (!holding.ok()) return holding.status();
     auto core =

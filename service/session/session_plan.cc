@@ -65,7 +65,7 @@ absl::StatusOr<SessionPlan> PlanSession(const SessionRequest& request, const Bac
   const engine::PromptSpec own = OwnSpec(request);
   engine::MemoryPlan memory = engine::PlanMemory(own, backend);
   if (transport.in_place()) memory.layer_input_bytes -= memory.layer_kv_bytes;
-  if (transport.result_place().data != nullptr) {
+  if (transport.gives_room()) {
     memory.layer_output_bytes -= memory.layer_rows_bytes;
   }
   int64_t common = memory.state_bytes + memory.scratch_bytes;

@@ -23,8 +23,8 @@ struct SessionPlan {
 bool IsSmall(const engine::PromptSpec& spec, const Backend& backend);
 
 // `request.spec` was validated, and so was its shard, of whose group every rank reserves an even
-// share of what is not one rank's alone. Keys and values that `transport` leaves in regions, and
-// rows that it writes there, take nothing. INVALID_ARGUMENT where `layers_in_flight`,
+// share of what is not one rank's alone. Keys and values that `transport` has in place, and rows
+// that it has room for, take nothing of it. INVALID_ARGUMENT where `layers_in_flight`,
 // `idempotency_key` or `max_message_bytes` is out of range, or the sum of bytes does not fit 63
 // bits.
 absl::StatusOr<SessionPlan> PlanSession(

@@ -55,9 +55,9 @@ std::unique_ptr<RegionMemory> GpuRegion(std::unique_ptr<ImportedMemory> imported
   return std::make_unique<GpuMemory>(std::move(imported), bytes, writable);
 }
 
-absl::StatusOr<std::shared_ptr<const Transport>> GrantCudaIpc(RegionRegistry& registry,
-                                                              const TransportRequest& request,
-                                                              const ResultSizes& sizes) {
+absl::StatusOr<std::shared_ptr<Transport>> GrantCudaIpc(RegionRegistry& registry,
+                                                        const TransportRequest& request,
+                                                        const PromptSizes& sizes) {
   if (sizes.pulled) {
     return absl::FailedPreconditionError(
         "open.pull: keys and values are read where they lie, so that there is nothing to pull");
@@ -76,7 +76,7 @@ absl::StatusOr<std::shared_ptr<const Transport>> GrantCudaIpc(RegionRegistry& re
                                                       " and open.regions[0] on GPU ", *first,
                                                       "; all of a prompt lie on one"));
   }
-  return std::make_shared<const CudaIpc>(*std::move(regions), request.results, sizes);
+  return std::make_shared<CudaIpc>(*std::move(regions), request.results, sizes);
 }
 
 }  // namespace structkv::transport

@@ -19,8 +19,8 @@ std::unique_ptr<RegionMemory> GpuRegion(std::unique_ptr<ImportedMemory> imported
 // Keys and values alone are read from ranges, and their bytes never by the host. What the client
 // wrote is waited for by Await(); results need no event, since a backend's calls return once they
 // are written.
-absl::StatusOr<std::shared_ptr<const Transport>> GrantCudaIpc(RegionRegistry& registry,
-                                                              const TransportRequest& request,
-                                                              const ResultSizes& sizes);
+absl::StatusOr<std::shared_ptr<Transport>> GrantCudaIpc(RegionRegistry& registry,
+                                                        const TransportRequest& request,
+                                                        const PromptSizes& sizes);
 
 }  // namespace structkv::transport

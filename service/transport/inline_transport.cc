@@ -15,6 +15,7 @@ class Inline final : public Transport {
   absl::StatusOr<engine::Buffer> ResolveInPlace(const RegionRange& range) const override {
     return Resolve(range);
   }
+  bool gives_room() const override { return false; }
   void GiveRoom(engine::LayerInput* /*input*/) const override {}
   ResultPlace result_place() const override { return {}; }
   absl::Status Check() const override { return absl::OkStatus(); }
@@ -22,8 +23,8 @@ class Inline final : public Transport {
 
 }  // namespace
 
-const std::shared_ptr<const Transport>& InlineTransport() {
-  static const auto* const transport = new std::shared_ptr<const Transport>(new Inline());
+const std::shared_ptr<Transport>& InlineTransport() {
+  static const auto* const transport = new std::shared_ptr<Transport>(new Inline());
   return *transport;
 }
 

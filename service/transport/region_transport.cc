@@ -42,7 +42,7 @@ bool Overlap(const RegionRange& one, const RegionRange& other) {
 }
 
 absl::Status CheckResults(const RegionRange& results, const RegionUses& regions,
-                          const ResultSizes& sizes) {
+                          const PromptSizes& sizes) {
   const auto invalid = [](absl::string_view text) {
     return absl::InvalidArgumentError(absl::StrCat("open.result_range: ", text));
   };
@@ -63,12 +63,12 @@ absl::Status CheckResults(const RegionRange& results, const RegionUses& regions,
 
 }  // namespace
 
-uint64_t ResultStride(const ResultSizes& sizes) {
+uint64_t ResultStride(const PromptSizes& sizes) {
   return RoundUp(sizes.key_bytes) + RoundUp(sizes.value_bytes);
 }
 
 absl::StatusOr<RegionUses> UseRegions(RegionRegistry& registry, const TransportRequest& request,
-                                      const ResultSizes& sizes) {
+                                      const PromptSizes& sizes) {
   if (request.regions.empty()) return absl::FailedPreconditionError("open.regions names none");
   if (request.regions.size() > kMaxPromptRegions) {
     return absl::InvalidArgumentError(absl::StrCat("open.regions has ", request.regions.size(),

@@ -16,7 +16,7 @@ inline constexpr size_t kMaxPromptRegions = 64;
 
 // Bytes from one layer's results to the next one's, where they are written into a region: keys,
 // then values, each from a multiple of kRangeAlignment on. None overflows for a valid prompt.
-uint64_t ResultStride(const ResultSizes& sizes);
+uint64_t ResultStride(const PromptSizes& sizes);
 
 using RegionUses = std::vector<std::shared_ptr<const RegionUse>>;
 
@@ -24,13 +24,13 @@ using RegionUses = std::vector<std::shared_ptr<const RegionUse>>;
 // names none, or one of them is broken; NOT_FOUND for a handle that is not registered;
 // INVALID_ARGUMENT where the range of results does not fit.
 absl::StatusOr<RegionUses> UseRegions(RegionRegistry& registry, const TransportRequest& request,
-                                      const ResultSizes& sizes);
+                                      const PromptSizes& sizes);
 
 class RegionTransport : public Transport {
  public:
   // All from UseRegions().
   RegionTransport(RegionUses regions, const std::optional<RegionRange>& results,
-                  const ResultSizes& sizes)
+                  const PromptSizes& sizes)
       : regions_(std::move(regions)), results_(results), sizes_(sizes) {}
 
   bool in_place() const override { return true; }
@@ -38,6 +38,7 @@ class RegionTransport : public Transport {
     return At(range);
   }
   absl::StatusOr<engine::Buffer> ResolveInPlace(const RegionRange& range) const override;
+  bool gives_room() const override { return results_.has_value(); }
   void GiveRoom(engine::LayerInput* input) const override;
   ResultPlace result_place() const override;
   absl::Status Check() const override;
@@ -51,7 +52,7 @@ class RegionTransport : public Transport {
 
   const RegionUses regions_;
   const std::optional<RegionRange> results_;
-  const ResultSizes sizes_;
+  const PromptSizes sizes_;
 };
 
 }  // namespace structkv::transport

@@ -17,9 +17,9 @@ class SharedMemory final : public RegionTransport {
 
 }  // namespace
 
-absl::StatusOr<std::shared_ptr<const Transport>> GrantSharedMemory(RegionRegistry& registry,
-                                                                   const TransportRequest& request,
-                                                                   const ResultSizes& sizes) {
+absl::StatusOr<std::shared_ptr<Transport>> GrantSharedMemory(RegionRegistry& registry,
+                                                             const TransportRequest& request,
+                                                             const PromptSizes& sizes) {
   absl::StatusOr<RegionUses> regions = UseRegions(registry, request, sizes);
   if (!regions.ok()) return regions.status();
   for (size_t i = 0; i < regions->size(); ++i) {
@@ -27,7 +27,7 @@ absl::StatusOr<std::shared_ptr<const Transport>> GrantSharedMemory(RegionRegistr
     return absl::FailedPreconditionError(
         absl::StrCat("open.regions[", i, "] is memory of a GPU, for CUDA IPC"));
   }
-  return std::make_shared<const SharedMemory>(*std::move(regions), request.results, sizes);
+  return std::make_shared<SharedMemory>(*std::move(regions), request.results, sizes);
 }
 
 }  // namespace structkv::transport

@@ -10,8 +10,8 @@ namespace structkv::transport {
 
 // Grants shared memory from `registry`, which outlives the call. As UseRegions; FAILED_PRECONDITION
 // also where a region is memory of a GPU.
-absl::StatusOr<std::shared_ptr<const Transport>> GrantSharedMemory(RegionRegistry& registry,
-                                                                   const TransportRequest& request,
-                                                                   const ResultSizes& sizes);
+absl::StatusOr<std::shared_ptr<Transport>> GrantSharedMemory(RegionRegistry& registry,
+                                                             const TransportRequest& request,
+                                                             const PromptSizes& sizes);
 
 }  // namespace structkv::transport

@@ -114,7 +114,8 @@ TEST(DecodeRequestTest, DoesNotDependOnWhereSlicesEnd) {
   }
 }
 
-// Data and a range are a oneof: the later one drops the other, and ranges in a row are merged.
+// Data, a range and a transfer are a oneof: the later one drops the others, and those of a kind in
+// a row are merged.
 TEST(DecodeRequestTest, TheLastSourceOfAPieceWins) {
   v1::TensorPiece data;
   data.set_data("some data");
@@ -123,7 +124,18 @@ TEST(DecodeRequestTest, TheLastSourceOfAPieceWins) {
   from.mutable_range()->set_offset_bytes(1 << 20);
   v1::TensorPiece size;
   size.mutable_range()->set_size_bytes(4096);
+  v1::TensorPiece key;
+  key.mutable_transfer()->set_key("key");
+  v1::TensorPiece length;
+  length.mutable_transfer()->set_size_bytes(77);
   for (const auto& sources : {std::vector{data, from},
+                              {key, length},
+                              {length, key},
+                              {data, key},
+                              {key, data},
+                              {from, key},
+                              {key, from},
+                              {key, from, length},
                               {from, data},
                               {from, size},
                               {from, data, size},

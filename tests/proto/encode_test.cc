@@ -39,6 +39,10 @@ std::vector<OutgoingPiece> Outgoing(const Repeated& pieces, Random* random) {
                    piece.range().size_bytes()};
       continue;
     }
+    if (piece.has_transfer()) {
+      out.transfer = {piece.transfer().key(), piece.transfer().size_bytes()};
+      continue;
+    }
     if (random->Chance(50)) {
       out.data = AsBytes(*data);
       out.owner = std::move(data);

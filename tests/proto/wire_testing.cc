@@ -23,6 +23,11 @@ v1::TensorPiece ToProto(const Piece& piece) {
     message.mutable_range()->set_size_bytes(piece.range->size_bytes);
     return message;
   }
+  if (piece.transfer.has_value()) {
+    message.mutable_transfer()->set_key(piece.transfer->key);
+    message.mutable_transfer()->set_size_bytes(piece.transfer->size_bytes);
+    return message;
+  }
   std::string* data = message.mutable_data();
   for (const absl::Span<const std::byte> run : piece.data) {
     data->append(reinterpret_cast<const char*>(run.data()), run.size());
@@ -33,7 +38,8 @@ v1::TensorPiece ToProto(const Piece& piece) {
 template <typename Repeated>
 void DropEmptyData(Repeated* pieces) {
   for (v1::TensorPiece& piece : *pieces) {
-    if (!piece.has_range() && piece.data().empty()) piece.clear_source();
+    const bool elsewhere = piece.has_range() || piece.has_transfer();
+    if (!elsewhere && piece.data().empty()) piece.clear_source();
   }
 }
 
@@ -210,8 +216,13 @@ v1::TensorPiece RandomPiece(Random* random) {
   piece.set_tensor(static_cast<v1::Tensor>(random->Chance(10) ? -1 : random->Between(0, 12)));
   piece.set_offset_bytes(RandomNumber(random, UINT64_MAX));
   if (random->Chance(50)) piece.set_xxh3_64(RandomNumber(random, UINT64_MAX));
-  switch (random->Between(0, 4)) {
+  switch (random->Between(0, 5)) {
     case 0:
+      break;
+    case 5:
+      piece.mutable_transfer()->set_key(
+          RandomBytes(random, static_cast<size_t>(random->Between(0, 200))));
+      piece.mutable_transfer()->set_size_bytes(RandomNumber(random, UINT64_MAX));
       break;
     case 1: {
       v1::RegionRange* range = piece.mutable_range();

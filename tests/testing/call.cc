@@ -80,6 +80,12 @@ bool Call::WaitForResponses(size_t count) {
   return responses_.size() >= count;
 }
 
+std::vector<v1::CompressResponse> Call::ResponsesFrom(size_t first) {
+  const std::lock_guard lock(mutex_);
+  return {responses_.begin() + static_cast<int64_t>(std::min(first, responses_.size())),
+          responses_.end()};
+}
+
 std::optional<v1::Opened> Call::WaitForOpened() {
   if (!WaitForResponses(1)) return std::nullopt;
   const std::lock_guard lock(mutex_);

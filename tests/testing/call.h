@@ -58,6 +58,8 @@ class Call {
 
   // Waits until `count` answers came, or the stream ended; true in the first case.
   bool WaitForResponses(size_t count);
+  // The answers that came so far, from the `first` on.
+  std::vector<v1::CompressResponse> ResponsesFrom(size_t first);
   // Waits for `opened`, and returns it; nullopt where the stream ended without.
   std::optional<v1::Opened> WaitForOpened();
   // Waits until `layer` was answered completely; false where the stream ended without.

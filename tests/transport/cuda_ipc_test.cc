@@ -67,7 +67,7 @@ class CudaIpcTest : public ::testing::Test {
   std::mutex gate_;
   RegionRegistry registry_{{.max_bytes = 4 * kBytes, .now = [this] { return now_; }}};
   TransportRequest request_;
-  ResultSizes sizes_{.layers = 3, .key_bytes = 1000, .value_bytes = 500};
+  PromptSizes sizes_{.layers = 3, .key_bytes = 1000, .value_bytes = 500};
 };
 
 TEST_F(CudaIpcTest, KeysAndValuesAloneAreReadThere) {
@@ -90,8 +90,8 @@ TEST_F(CudaIpcTest, KeysAndValuesAloneAreReadThere) {
   engine::LayerInput input;
   input.layer = 2;
   transport.GiveRoom(&input);
-  EXPECT_EQ(transport.result_place().RangeOf(input.key_room.span()),
-            (RegionRange{1, 1024 + 2 * 1536, 1000}));
+  EXPECT_EQ(transport.result_place().SourceOf(2, input.key_room.span()),
+            ResultSource(RegionRange{1, 1024 + 2 * 1536, 1000}));
 }
 
 TEST_F(CudaIpcTest, WhatCannotBeGrantedLeavesTheNextWish) {

@@ -13,7 +13,7 @@ using ::testing::HasSubstr;
 
 Grant Says(absl::Status status) {
   return [status](const TransportRequest&,
-                  const ResultSizes&) -> absl::StatusOr<std::shared_ptr<const Transport>> {
+                  const PromptSizes&) -> absl::StatusOr<std::shared_ptr<Transport>> {
     if (!status.ok()) return status;
     return InlineTransport();
   };

@@ -41,7 +41,7 @@ class SharedMemoryTest : public ::testing::Test {
   std::unique_ptr<SharedFile> file_;
   std::unique_ptr<SharedFile> other_;
   TransportRequest request_;
-  ResultSizes sizes_{.layers = 3, .key_bytes = 1000, .value_bytes = 500};
+  PromptSizes sizes_{.layers = 3, .key_bytes = 1000, .value_bytes = 500};
 };
 
 TEST_F(SharedMemoryTest, RangesLieInTheirRegion) {
@@ -97,13 +97,14 @@ TEST_F(SharedMemoryTest, ResultsHaveFixedPlaces) {
     input.layer = layer;
     transport->GiveRoom(&input);
     const auto at = static_cast<uint64_t>(128 + layer * 1536);
-    EXPECT_EQ(place.RangeOf(input.key_room.span()), (RegionRange{0, at, 1000}));
-    EXPECT_EQ(place.RangeOf(input.value_room.span()), (RegionRange{0, at + 1024, 500}));
+    EXPECT_EQ(place.SourceOf(0, input.key_room.span()), ResultSource(RegionRange{0, at, 1000}));
+    EXPECT_EQ(place.SourceOf(0, input.value_room.span()),
+              ResultSource(RegionRange{0, at + 1024, 500}));
     *input.key_room.data() = std::byte{9};
     EXPECT_EQ(file_->data()[at], 9);
   }
   const std::byte elsewhere{};
-  EXPECT_EQ(place.RangeOf({&elsewhere, 1}), std::nullopt);
+  EXPECT_EQ(place.SourceOf(0, {&elsewhere, 1}), ResultSource());
 }
 
 TEST_F(SharedMemoryTest, ResultsThatDoNotFitAreRefused) {

@@ -43,25 +43,27 @@ absl::Status NothingSet(const char* message) {
 v1::AttachRequest Encode(const ClientMessage& message) {
   v1::AttachRequest encoded;
   std::visit(
-      Overloaded{[&](const Hello& hello) { EncodeIdentity(hello, encoded.mutable_hello()); },
-                 [&](const Join& join) {
-                   encoded.mutable_join()->set_generation(join.generation);
-                   encoded.mutable_join()->set_unique_id(join.id.bytes, sizeof(join.id.bytes));
-                 },
-                 [&](const Offer& offer) {
-                   encoded.mutable_offer()->set_key(offer.key);
-                   encoded.mutable_offer()->set_direction(offer.direction == Direction::kSend
-                                                              ? v1::NCCL_DIRECTION_SEND
-                                                              : v1::NCCL_DIRECTION_RECEIVE);
-                   for (int64_t length : offer.lengths) {
-                     encoded.mutable_offer()->add_buffer_bytes(static_cast<uint64_t>(length));
-                   }
-                 },
-                 [&](const Finished& finished) {
-                   encoded.mutable_finished()->set_sequence(finished.sequence);
-                 },
-                 [&](const Heartbeat&) { encoded.mutable_heartbeat(); },
-                 [&](const Broken& broken) { encoded.mutable_broken()->set_why(broken.why); }},
+      Overloaded{
+          [&](const Hello& hello) { EncodeIdentity(hello, encoded.mutable_hello()); },
+          [&](const Join& join) {
+            encoded.mutable_join()->set_generation(join.generation);
+            encoded.mutable_join()->set_unique_id(join.id.bytes, sizeof(join.id.bytes));
+          },
+          [&](const Offer& offer) {
+            encoded.mutable_offer()->set_key(offer.key);
+            encoded.mutable_offer()->set_direction(offer.direction == Direction::kSend
+                                                       ? v1::NCCL_DIRECTION_SEND
+                                                       : v1::NCCL_DIRECTION_RECEIVE);
+            for (int64_t length : offer.lengths) {
+              encoded.mutable_offer()->add_buffer_bytes(static_cast<uint64_t>(length));
+            }
+          },
+          [&](const Finished& finished) {
+            encoded.mutable_finished()->set_sequence(finished.sequence);
+          },
+          [&](const Heartbeat&) { encoded.mutable_heartbeat(); },
+          [&](const Broken& broken) { encoded.mutable_broken()->set_why(broken.why); },
+          [&](const Withdraw& withdraw) { encoded.mutable_withdraw()->set_key(withdraw.key); }},
       message);
   return encoded;
 }
@@ -124,6 +126,8 @@ absl::StatusOr<ClientMessage> Decode(const v1::AttachRequest& message) {
       return Heartbeat{};
     case v1::AttachRequest::kBroken:
       return Broken{message.broken().why()};
+    case v1::AttachRequest::kWithdraw:
+      return Withdraw{message.withdraw().key()};
     case v1::AttachRequest::MESSAGE_NOT_SET:
       break;
   }

@@ -63,6 +63,30 @@ absl::Status ReadRange(SliceCursor& cursor, uint64_t end, Range& range) {
   return absl::OkStatus();
 }
 
+// The same of a transfer.
+absl::Status ReadTransfer(SliceCursor& cursor, uint64_t end, Transfer& transfer) {
+  while (cursor.position() < end) {
+    const absl::StatusOr<Tag> tag = cursor.ReadTag(end);
+    if (!tag.ok()) return tag.status();
+    if (tag->field == v1::PairTransfer::kKeyFieldNumber && tag->type == WireType::kBytes) {
+      const absl::StatusOr<uint64_t> to = cursor.ReadLength(end);
+      if (!to.ok()) return to.status();
+      transfer.key.clear();
+      cursor.ReadRuns(*to, [&](const uint8_t* data, size_t size) {
+        transfer.key.append(reinterpret_cast<const char*>(data), size);
+      });
+    } else if (tag->field == v1::PairTransfer::kSizeBytesFieldNumber &&
+               tag->type == WireType::kVarint) {
+      const absl::StatusOr<uint64_t> value = cursor.ReadVarint(end);
+      if (!value.ok()) return value.status();
+      transfer.size_bytes = *value;
+    } else if (absl::Status skipped = cursor.SkipValue(tag->type, end); !skipped.ok()) {
+      return skipped;
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ReadPiece(SliceCursor& cursor, uint64_t end, Piece& piece) {
   while (cursor.position() < end) {
     const absl::StatusOr<Tag> tag = cursor.ReadTag(end);
@@ -72,7 +96,8 @@ absl::Status ReadPiece(SliceCursor& cursor, uint64_t end, Piece& piece) {
       const absl::StatusOr<uint64_t> to = cursor.ReadLength(end);
       if (!to.ok()) return to.status();
       piece.data.clear();
-      piece.range.reset();  // the other member of the oneof
+      piece.range.reset();  // the other members of the oneof
+      piece.transfer.reset();
       cursor.ReadRuns(*to, [&](const uint8_t* data, size_t size) {
         piece.data.emplace_back(reinterpret_cast<const std::byte*>(data), size);
       });
@@ -80,8 +105,17 @@ absl::Status ReadPiece(SliceCursor& cursor, uint64_t end, Piece& piece) {
       const absl::StatusOr<uint64_t> to = cursor.ReadLength(end);
       if (!to.ok()) return to.status();
       piece.data.clear();
+      piece.transfer.reset();
       if (!piece.range.has_value()) piece.range.emplace();
       if (absl::Status read = ReadRange(cursor, *to, *piece.range); !read.ok()) return read;
+    } else if (tag->field == v1::TensorPiece::kTransferFieldNumber &&
+               tag->type == WireType::kBytes) {
+      const absl::StatusOr<uint64_t> to = cursor.ReadLength(end);
+      if (!to.ok()) return to.status();
+      piece.data.clear();
+      piece.range.reset();
+      if (!piece.transfer.has_value()) piece.transfer.emplace();
+      if (absl::Status read = ReadTransfer(cursor, *to, *piece.transfer); !read.ok()) return read;
     } else if (tag->field == v1::TensorPiece::kXxh364FieldNumber &&
                tag->type == WireType::kFixed64) {
       const absl::StatusOr<uint64_t> value = cursor.ReadFixed64(end);
@@ -281,8 +315,32 @@ void WriteRange(const Range& range, SliceWriter& out) {
   number(v1::RegionRange::kSizeBytesFieldNumber, range.size_bytes);
 }
 
+size_t TransferSize(const Transfer& transfer) {
+  size_t size = transfer.key.empty() ? 0 : FieldSize(transfer.key.size());
+  if (transfer.size_bytes != 0) size += 1 + VarintSize(transfer.size_bytes);
+  return size;
+}
+
+void WriteTransfer(const Transfer& transfer, SliceWriter& out) {
+  out.Varint(MakeTag(v1::TensorPiece::kTransferFieldNumber, WireType::kBytes));
+  out.Varint(TransferSize(transfer));
+  if (!transfer.key.empty()) {
+    out.Varint(MakeTag(v1::PairTransfer::kKeyFieldNumber, WireType::kBytes));
+    out.Varint(transfer.key.size());
+    out.Copy(transfer.key.data(), transfer.key.size());
+  }
+  if (transfer.size_bytes == 0) return;
+  out.Varint(MakeTag(v1::PairTransfer::kSizeBytesFieldNumber, WireType::kVarint));
+  out.Varint(transfer.size_bytes);
+}
+
+size_t SourceSize(const OutgoingPiece& piece) {
+  if (piece.range.has_value()) return RangeSize(*piece.range);
+  return piece.transfer.has_value() ? TransferSize(*piece.transfer) : piece.data.size();
+}
+
 size_t PieceSize(const OutgoingPiece& piece) {
-  size_t size = FieldSize(piece.range.has_value() ? RangeSize(*piece.range) : piece.data.size());
+  size_t size = FieldSize(SourceSize(piece));
   if (piece.layer != 0) size += 1 + VarintSize(piece.layer);
   if (piece.tensor != 0) size += 1 + VarintSize(static_cast<uint64_t>(piece.tensor));
   if (piece.offset_bytes != 0) size += 1 + VarintSize(piece.offset_bytes);
@@ -310,6 +368,7 @@ void WritePiece(uint32_t field, const OutgoingPiece& piece, SliceWriter& out) {
     out.Fixed64(*piece.xxh3_64);
   }
   if (piece.range.has_value()) return WriteRange(*piece.range, out);
+  if (piece.transfer.has_value()) return WriteTransfer(*piece.transfer, out);
   out.Varint(MakeTag(v1::TensorPiece::kDataFieldNumber, WireType::kBytes));
   out.Varint(piece.data.size());
   out.Data(piece.data, piece.owner);
@@ -336,6 +395,7 @@ grpc::ByteBuffer EncodeMember(uint32_t member, const std::string& rest, uint32_t
 
 uint64_t Piece::size_bytes() const {
   if (range.has_value()) return range->size_bytes;
+  if (transfer.has_value()) return transfer->size_bytes;
   uint64_t size = 0;
   for (const absl::Span<const std::byte> run : data) size += run.size();
   return size;

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <variant>
 #include <vector>
 
@@ -28,6 +29,12 @@ struct Range {
   uint64_t size_bytes = 0;
 };
 
+// A `PairTransfer`.
+struct Transfer {
+  std::string key;
+  uint64_t size_bytes = 0;
+};
+
 // One `TensorPiece`. `data` is a list of runs, in order, that point into received slices or into
 // the sender's memory.
 struct Piece {
@@ -36,7 +43,9 @@ struct Piece {
   uint64_t offset_bytes = 0;
   std::optional<uint64_t> xxh3_64;
   absl::InlinedVector<absl::Span<const std::byte>, 4> data;
-  std::optional<Range> range;  // in place of `data`
+  // One of these in place of `data`.
+  std::optional<Range> range;
+  std::optional<Transfer> transfer;
 
   uint64_t size_bytes() const;
 };
@@ -86,7 +95,7 @@ absl::StatusOr<FetchResponse> DecodeFetchResponse(const grpc::ByteBuffer& buffer
 using Keepalive = std::shared_ptr<const void>;
 
 // A piece to send, of memory that `owner` keeps alive. One contiguous run. Without an owner the
-// data are copied. With a `range` the data stay where they are, and only the range is sent.
+// data are copied. With a `range` or a `transfer` the data go another way, and only that is said.
 struct OutgoingPiece {
   uint32_t layer = 0;
   v1::Tensor tensor = v1::TENSOR_UNSPECIFIED;
@@ -95,9 +104,10 @@ struct OutgoingPiece {
   absl::Span<const std::byte> data;
   Keepalive owner;
   std::optional<Range> range;
+  std::optional<Transfer> transfer;
 };
 
-// Bytes that a piece takes in a message beside its data, at most.
+// Bytes that a piece takes in a message beside its data and the key of its transfer, at most.
 inline constexpr size_t kPieceOverheadBytes = 64;
 
 // `CompressRequest{pieces}`. The data are not copied, except small ones (cheaper than a slice of

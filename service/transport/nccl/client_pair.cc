@@ -44,7 +44,7 @@ void ClientPair::Offer(const std::string& key, Transfer transfer) {
     std::lock_guard lock(mutex_);
     if (ended_) status.Update(absl::UnavailableError("the NCCL pair has ended"));
     if (status.ok() && offers_.contains(key)) {
-      status = absl::AlreadyExistsError(absl::StrCat("transfer '", key, "' waits already"));
+      status = absl::AlreadyExistsError(absl::StrCat(TransferText(key), " waits already"));
     }
     if (status.ok()) {
       offers_.emplace(key, std::move(transfer));
@@ -52,6 +52,14 @@ void ClientPair::Offer(const std::string& key, Transfer transfer) {
     } else {
       Tell(std::move(transfer), std::move(status));
     }
+  }
+  outbox_.Run();
+}
+
+void ClientPair::Withdraw(const std::string& key) {
+  {
+    std::lock_guard lock(mutex_);
+    if (offers_.contains(key)) Send(nccl::Withdraw{key});
   }
   outbox_.Run();
 }
@@ -111,8 +119,8 @@ void ClientPair::Handle(Order order) {
       return;
     }
     status = absl::InvalidArgumentError(absl::StrCat(
-        "the service ordered transfer '", order.key, "' of generation ", order.generation, " as ",
-        order.sequence, offer.empty() ? ", which was not offered" : "", "; generation ",
+        "the service ordered ", TransferText(order.key), " of generation ", order.generation,
+        " as ", order.sequence, offer.empty() ? ", which was not offered" : "", "; generation ",
         generation_, " and ", last_sequence_ + 1, " are due"));
     if (!offer.empty()) offers_.insert(std::move(offer));
   }

@@ -33,6 +33,9 @@ class ClientPair : public std::enable_shared_from_this<ClientPair> {
   // This end is ready for the transfer that the service knows, or will, under `key`. Errors beside
   // UNAVAILABLE: those of the service (Hub::Submit), and ALREADY_EXISTS.
   void Offer(const std::string& key, Transfer transfer);
+  // Takes an offer back that the service has not ordered: its transfer ends with CANCELLED once the
+  // service says so. Nothing happens where it is too late for that, or there is none.
+  void Withdraw(const std::string& key);
   // Ends the pair: what is under way fails, the communicator is given back.
   void End();
 

@@ -43,7 +43,10 @@ struct Finished {
 struct Broken {
   std::string why;
 };
-using ClientMessage = std::variant<Hello, Join, Offer, Finished, Heartbeat, Broken>;
+struct Withdraw {
+  std::string key;
+};
+using ClientMessage = std::variant<Hello, Join, Offer, Finished, Heartbeat, Broken, Withdraw>;
 
 // Service to client.
 struct Welcome {

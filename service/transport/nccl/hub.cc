@@ -46,8 +46,9 @@ void Hub::EndAll(const absl::Status& why) {
   outbox_.Run();
 }
 
-Hub::PairId Hub::Attach(ServiceChannel channel) {
+Hub::PairId Hub::Attach(ServiceChannel channel, std::string tenant) {
   auto pair = std::make_unique<Pair>();
+  pair->tenant = std::move(tenant);
   pair->channel = std::make_shared<const ServiceChannel>(std::move(channel));
   pair->deadline = Clock::now() + absl::ToChronoNanoseconds(options_.worker.connect_limit);
   PairId id = NewPairId();
@@ -89,6 +90,17 @@ void Hub::OnEnd(PairId id, const absl::Status& why) {
   outbox_.Run();
 }
 
+absl::StatusOr<std::shared_ptr<const PairLife>> Hub::Find(PairId id,
+                                                          const std::string& tenant) const {
+  std::lock_guard lock(mutex_);
+  const auto found = pairs_.find(id);
+  if (found == pairs_.end() || found->second->state == State::kHello ||
+      found->second->tenant != tenant) {
+    return absl::NotFoundError(absl::StrCat("NCCL pair ", id, " is not attached"));
+  }
+  return found->second->life;
+}
+
 void Hub::Submit(PairId id, const std::string& key, Transfer transfer) {
   {
     std::lock_guard lock(mutex_);
@@ -113,7 +125,7 @@ bool Hub::Cancel(PairId id, const std::string& key) {
     absl::StatusOr<Transfer> transfer = found->second->order.Withdraw(key);
     if (!transfer.ok()) return false;
     Tell(*std::move(transfer),
-         absl::CancelledError(absl::StrCat("transfer '", key, "' was cancelled")));
+         absl::CancelledError(absl::StrCat(TransferText(key), " was cancelled")));
   }
   outbox_.Run();
   return true;
@@ -184,6 +196,13 @@ void Hub::Handle(PairId, Pair&, Heartbeat) {}
 
 void Hub::Handle(PairId id, Pair&, Broken broken) {
   End(id, absl::UnavailableError(absl::StrCat("the client gave up: ", broken.why)));
+}
+
+void Hub::Handle(PairId, Pair& pair, Withdraw withdraw) {
+  if (!pair.order.DropOffer(withdraw.key)) return;
+  absl::Status why =
+      absl::CancelledError(absl::StrCat(TransferText(withdraw.key), " was withdrawn"));
+  Send(pair, Refused{std::move(withdraw.key), std::move(why)});
 }
 
 void Hub::Advance(PairId id, Pair& pair) {
@@ -257,9 +276,8 @@ std::shared_ptr<const Hub::ServiceChannel> Hub::Forget(PairId id, const absl::St
   if (ended.empty()) return nullptr;
   Pair& pair = *ended.mapped();
   const absl::Status unavailable = absl::UnavailableError(why.message());
-  for (Transfer& transfer : pair.order.WithdrawAll()) {
-    Tell(std::move(transfer), unavailable);
-  }
+  pair.life->End(unavailable);
+  for (auto& [key, transfer] : pair.order.WithdrawAll()) Tell(std::move(transfer), unavailable);
   for (TransferOrder::Numbered& one : pair.numbered) {
     Tell(std::move(one.transfer), unavailable);
   }
@@ -326,9 +344,16 @@ void Hub::Tick() {
     std::lock_guard lock(mutex_);
     const Clock::time_point now = Clock::now();
     const auto silence = absl::ToChronoNanoseconds(options_.worker.silence_limit);
+    const auto offer_limit = absl::ToChronoNanoseconds(options_.offer_limit);
     std::vector<std::pair<PairId, absl::Duration>> late;
     for (const auto& [id, pair] : pairs_) {
       if (pair->state != State::kHello) Send(*pair, Heartbeat{});
+      for (auto& [key, transfer] : pair->order.WithdrawAll(now - offer_limit)) {
+        Tell(std::move(transfer),
+             absl::DeadlineExceededError(absl::StrCat(
+                 TransferText(key), ": the client did not offer it within the limit of ",
+                 absl::FormatDuration(options_.offer_limit))));
+      }
       const bool limited = pair->state == State::kHello || pair->state == State::kJoining;
       if (limited && now > pair->deadline) {
         late.emplace_back(id, options_.worker.connect_limit);

@@ -26,6 +26,26 @@ struct HubOptions {
   // the hub's own.
   WorkerOptions worker;
   std::string host_id = HostId();
+  // How long a transfer of the service's waits for the client's offer.
+  absl::Duration offer_limit = absl::Seconds(30);
+};
+
+// Whether a pair still lives. Thread-safe; may outlive the hub.
+class PairLife {
+ public:
+  // UNAVAILABLE, with the reason, once it has ended.
+  absl::Status status() const {
+    std::lock_guard lock(mutex_);
+    return status_;
+  }
+  void End(absl::Status why) {
+    std::lock_guard lock(mutex_);
+    status_ = std::move(why);
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  absl::Status status_;
 };
 
 struct HubStats {
@@ -48,16 +68,20 @@ class Hub {
   // Ends all pairs.
   ~Hub();
 
-  // A control stream was opened. OnEnd tells that it is over; the channel's `end` is not called
-  // then.
-  PairId Attach(ServiceChannel channel);
+  // A control stream was opened, by `tenant`. OnEnd tells that it is over; the channel's `end` is
+  // not called then.
+  PairId Attach(ServiceChannel channel, std::string tenant = "");
   void OnMessage(PairId pair, ClientMessage message);
   void OnEnd(PairId pair, const absl::Status& why);
+
+  // A pair that `tenant` has attached and that has said hello. NOT_FOUND for any other.
+  absl::StatusOr<std::shared_ptr<const PairLife>> Find(PairId pair,
+                                                       const std::string& tenant) const;
 
   // The service is ready for the transfer that the client offers, or will offer, under `key`. Any
   // error but those of the pair itself (UNAVAILABLE): ALREADY_EXISTS for a key that waits,
   // RESOURCE_EXHAUSTED where too many do, INVALID_ARGUMENT where the offer is of other lengths or
-  // of the same direction.
+  // of the same direction, DEADLINE_EXCEEDED where none came within `offer_limit`.
   void Submit(PairId pair, const std::string& key, Transfer transfer);
   // Takes a transfer back that the client has not offered yet; its `done` is called with CANCELLED.
   // False where it is too late for that.
@@ -67,6 +91,8 @@ class Hub {
   void EndAll(const absl::Status& why);
 
   HubStats stats() const;
+  // The CUDA device.
+  int device() const { return options_.worker.device; }
 
  private:
   enum class State : uint8_t {
@@ -81,6 +107,8 @@ class Hub {
 
   struct Pair {
     std::shared_ptr<const ServiceChannel> channel;
+    std::string tenant;
+    std::shared_ptr<PairLife> life = std::make_shared<PairLife>();
     State state = State::kHello;
     Clock::time_point deadline;  // of kHello and kJoining
     uint64_t generation = 0;     // counts its communicators
@@ -102,6 +130,7 @@ class Hub {
   void Handle(PairId id, Pair& pair, Finished finished);
   void Handle(PairId id, Pair& pair, Heartbeat);
   void Handle(PairId id, Pair& pair, Broken broken);
+  void Handle(PairId id, Pair& pair, Withdraw withdraw);
 
   // What leaves the hub does so through the outbox.
   void Send(Pair& pair, ServiceMessage message);

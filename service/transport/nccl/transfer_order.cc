@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 
 namespace structkv::nccl {
@@ -13,16 +14,16 @@ const char* Name(Direction direction) { return direction == Direction::kSend ? "
 absl::Status Compare(const std::string& key, const Transfer& own, const Offer& offer) {
   if (own.direction == offer.direction) {
     return absl::InvalidArgumentError(
-        absl::StrCat("transfer '", key, "': both ends ", Name(own.direction)));
+        absl::StrCat(TransferText(key), ": both ends ", Name(own.direction)));
   }
   if (own.buffers.size() != offer.lengths.size()) {
-    return absl::InvalidArgumentError(absl::StrCat("transfer '", key, "': ", offer.lengths.size(),
+    return absl::InvalidArgumentError(absl::StrCat(TransferText(key), ": ", offer.lengths.size(),
                                                    " buffers were offered, ", own.buffers.size(),
                                                    " are needed"));
   }
   for (size_t i = 0; i < own.buffers.size(); ++i) {
     if (own.buffers[i].bytes != offer.lengths[i]) {
-      return absl::InvalidArgumentError(absl::StrCat("transfer '", key, "': buffer ", i, " has ",
+      return absl::InvalidArgumentError(absl::StrCat(TransferText(key), ": buffer ", i, " has ",
                                                      offer.lengths[i], " bytes, ",
                                                      own.buffers[i].bytes, " are needed"));
     }
@@ -32,19 +33,23 @@ absl::Status Compare(const std::string& key, const Transfer& own, const Offer& o
 
 }  // namespace
 
+std::string TransferText(const std::string& key) {
+  return absl::StrCat("transfer '", absl::CHexEscape(key), "'");
+}
+
 absl::Status CheckOffer(const Offer& offer) {
   if (offer.key.empty() || offer.key.size() > kMaxKeyBytes) {
     return absl::InvalidArgumentError(
         absl::StrCat("key has ", offer.key.size(), " bytes, 1 to ", kMaxKeyBytes, " are allowed"));
   }
   if (offer.lengths.size() > kMaxBuffersPerTransfer) {
-    return absl::InvalidArgumentError(absl::StrCat("transfer '", offer.key, "' has ",
+    return absl::InvalidArgumentError(absl::StrCat(TransferText(offer.key), " has ",
                                                    offer.lengths.size(), " buffers, at most ",
                                                    kMaxBuffersPerTransfer, " are allowed"));
   }
   for (int64_t length : offer.lengths) {
     if (length >= 0 && length <= kMaxBufferBytes) continue;
-    return absl::InvalidArgumentError(absl::StrCat("transfer '", offer.key, "' has a buffer of ",
+    return absl::InvalidArgumentError(absl::StrCat(TransferText(offer.key), " has a buffer of ",
                                                    length, " bytes, 0 to ", kMaxBufferBytes,
                                                    " are allowed"));
   }
@@ -52,7 +57,7 @@ absl::Status CheckOffer(const Offer& offer) {
 }
 
 absl::Status TransferOrder::CheckRoom(const std::string& key, bool taken, size_t waiting) const {
-  if (taken) return absl::AlreadyExistsError(absl::StrCat("transfer '", key, "' waits already"));
+  if (taken) return absl::AlreadyExistsError(absl::StrCat(TransferText(key), " waits already"));
   if (waiting < kMaxWaitingTransfers) return absl::OkStatus();
   return absl::ResourceExhaustedError(
       absl::StrCat(waiting, " transfers wait, at most ", kMaxWaitingTransfers, " are allowed"));
@@ -64,7 +69,7 @@ absl::Status TransferOrder::Add(const std::string& key, Transfer& transfer) {
   if (auto offer = offers_.extract(key); !offer.empty()) {
     Decide(key, std::move(transfer), offer.mapped());
   } else {
-    own_.emplace(key, std::move(transfer));
+    own_.emplace(key, Own{std::move(transfer), Clock::now()});
   }
   return absl::OkStatus();
 }
@@ -74,7 +79,7 @@ absl::Status TransferOrder::Add(Offer offer) {
   status.Update(CheckRoom(offer.key, offers_.contains(offer.key), offers_.size()));
   if (!status.ok()) return status;
   if (auto own = own_.extract(offer.key); !own.empty()) {
-    Decide(offer.key, std::move(own.mapped()), offer);
+    Decide(offer.key, std::move(own.mapped().transfer), offer);
   } else {
     std::string key = offer.key;
     offers_.emplace(std::move(key), std::move(offer));
@@ -93,14 +98,20 @@ void TransferOrder::Decide(std::string key, Transfer transfer, const Offer& offe
 
 absl::StatusOr<Transfer> TransferOrder::Withdraw(const std::string& key) {
   auto own = own_.extract(key);
-  if (own.empty()) return absl::NotFoundError(absl::StrCat("no transfer '", key, "' waits"));
-  return std::move(own.mapped());
+  if (own.empty()) return absl::NotFoundError(absl::StrCat("no ", TransferText(key), " waits"));
+  return std::move(own.mapped().transfer);
 }
 
-std::vector<Transfer> TransferOrder::WithdrawAll() {
-  std::vector<Transfer> all;
-  for (auto& [key, transfer] : std::exchange(own_, {})) all.push_back(std::move(transfer));
-  return all;
+std::vector<std::pair<std::string, Transfer>> TransferOrder::WithdrawAll(
+    std::optional<Clock::time_point> limit) {
+  std::vector<std::pair<std::string, Transfer>> taken;
+  for (auto own = own_.begin(); own != own_.end();) {
+    const auto each = own++;
+    if (limit.has_value() && each->second.since >= *limit) continue;
+    taken.emplace_back(each->first, std::move(each->second.transfer));
+    own_.erase(each);
+  }
+  return taken;
 }
 
 }  // namespace structkv::nccl

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
@@ -10,8 +12,12 @@
 #include "absl/status/statusor.h"
 #include "service/transport/nccl/control.h"
 #include "service/transport/nccl/transfer.h"
+#include "service/transport/nccl/worker_options.h"
 
 namespace structkv::nccl {
+
+// "transfer 'KEY'", for people: a key may be any bytes.
+std::string TransferText(const std::string& key);
 
 // INVALID_ARGUMENT for a key or lengths out of range (control.h).
 absl::Status CheckOffer(const Offer& offer);
@@ -47,8 +53,11 @@ class TransferOrder {
 
   // An own transfer that waits; NOT_FOUND once it has its number.
   absl::StatusOr<Transfer> Withdraw(const std::string& key);
-  // All own ones that wait.
-  std::vector<Transfer> WithdrawAll();
+  // All own ones that wait, by their keys: since before `limit`, where that is given.
+  std::vector<std::pair<std::string, Transfer>> WithdrawAll(
+      std::optional<Clock::time_point> limit = std::nullopt);
+  // Drops an offer of the client's that waits. False where there is none.
+  bool DropOffer(const std::string& key) { return offers_.erase(key) > 0; }
 
   // Numbers given out so far; the first is 1.
   uint64_t last_sequence() const { return last_sequence_; }
@@ -57,7 +66,12 @@ class TransferOrder {
   absl::Status CheckRoom(const std::string& key, bool taken, size_t waiting) const;
   void Decide(std::string key, Transfer transfer, const Offer& offer);
 
-  absl::flat_hash_map<std::string, Transfer> own_;
+  struct Own {
+    Transfer transfer;
+    Clock::time_point since;
+  };
+
+  absl::flat_hash_map<std::string, Own> own_;
   absl::flat_hash_map<std::string, Offer> offers_;
   Decided decided_;
   uint64_t last_sequence_ = 0;

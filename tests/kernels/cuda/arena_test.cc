@@ -57,6 +57,12 @@ class Model {
 };
 
 TEST(ArenaTest, SizesGoUpToAnEighthOfAPowerOfTwo) {
+  for (const int64_t bytes : {int64_t{0}, int64_t{256}, int64_t{5000}, 31 * kMiB}) {
+    const int64_t largest = LargestBlock(bytes);
+    EXPECT_LE(largest, bytes);
+    EXPECT_EQ(largest == 0 ? 0 : ArenaSize(largest), largest);
+    EXPECT_GT(ArenaSize(largest + 1), bytes);
+  }
   EXPECT_EQ(ArenaSize(0), 256);
   EXPECT_EQ(ArenaSize(1), 256);
   EXPECT_EQ(ArenaSize(257), 512);

@@ -140,6 +140,18 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return Enter();
 }
 
+// What runs when somebody waits runs when somebody asks, too.
+cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned /*flags*/) {
+  return Queue(stream, [event] { (void)cudaEventSynchronize(event); });
+}
+
+cudaError_t cudaDeviceGetPCIBusId(char* id, int length, int device) {
+  std::snprintf(id, static_cast<size_t>(length), "0000:%02x:00.0", device);
+  return cudaSuccess;
+}
+
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind,
                             cudaStream_t stream) {
   const auto bytes = static_cast<int64_t>(size);

@@ -26,23 +26,11 @@ bool IsIn(const Allocations& all, const void* data, int64_t bytes) {
   return at + bytes <= next->first + next->second.bytes;
 }
 
-void Protect(int protection) {
-  for (const auto& [begin, allocation] : The().device_memory) {
-    if (mprotect(begin, static_cast<size_t>(allocation.bytes), protection) != 0) Die("mprotect");
-  }
-}
-
 // While work runs, device memory can be touched.
 class Access {
  public:
-  Access() {
-    const std::lock_guard lock(The().mutex);
-    if (The().accesses++ == 0) Protect(PROT_READ | PROT_WRITE);
-  }
-  ~Access() {
-    const std::lock_guard lock(The().mutex);
-    if (--The().accesses == 0) Protect(PROT_NONE);
-  }
+  Access() { FakeCuda::BeginAccess(); }
+  ~Access() { FakeCuda::EndAccess(); }
 };
 
 }  // namespace
@@ -70,6 +58,11 @@ cudaError_t Enter() {
   return Failed(r.call_failure.Next());
 }
 
+void Protect(int protection) {
+  for (const auto& [begin, allocation] : The().device_memory) {
+    if (mprotect(begin, static_cast<size_t>(allocation.bytes), protection) != 0) Die("mprotect");
+  }
+}
 int Protection() { return The().accesses > 0 ? PROT_READ | PROT_WRITE : PROT_NONE; }
 
 bool IsDevice(const void* data, int64_t bytes) { return IsIn(The().device_memory, data, bytes); }
@@ -176,6 +169,15 @@ int64_t FakeCuda::kernels(int device) {
 void FakeCuda::SetHook(std::function<void()> hook) {
   const std::lock_guard lock(The().mutex);
   The().hook = std::move(hook);
+}
+
+void FakeCuda::BeginAccess() {
+  const std::lock_guard lock(The().mutex);
+  if (The().accesses++ == 0) fake::Protect(PROT_READ | PROT_WRITE);
+}
+void FakeCuda::EndAccess() {
+  const std::lock_guard lock(The().mutex);
+  if (--The().accesses == 0) fake::Protect(PROT_NONE);
 }
 
 cudaError_t FakeCuda::Launch(cudaStream_t stream, std::function<void()> work) {

@@ -57,6 +57,11 @@ class FakeCuda {
   // Called before each piece of work of a stream, on the thread that waits; null: nothing is.
   static void SetHook(std::function<void()> hook);
 
+  // In between, any thread can touch device memory, as what runs on a stream does: for other
+  // libraries that stand for a GPU's.
+  static void BeginAccess();
+  static void EndAccess();
+
   // For the launchers: queues `work` on the stream.
   static cudaError_t Launch(cudaStream_t stream, std::function<void()> work);
 };

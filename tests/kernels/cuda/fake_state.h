@@ -100,6 +100,8 @@ cudaError_t Enter();
 
 // Of device memory, now that work runs or does not.
 int Protection();
+// Gives all device memory that.
+void Protect(int protection);
 
 // A new file, mapped with that protection. Dies where that fails.
 SharedFile MakeShared(int64_t bytes, int protection);

@@ -187,6 +187,8 @@ void fakeStreamDestroy(Stream* stream) {
 
 int fakeStreamDone(Stream* stream) { return stream->pending == 0 ? 1 : 0; }
 
+void fakeNcclSetAccess(void (*begin)(), void (*end)()) { fake::SetAccess(begin, end); }
+
 void fakeNcclFaultNext(const char* fault) {
   std::lock_guard lock(fake::next_fault_mutex);
   fake::next_fault = fault;

@@ -31,6 +31,26 @@ socklen_t Address(const UniqueId& id, sockaddr_un* address) {
   return static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + length);
 }
 
+std::atomic<void (*)()> begin_access = nullptr;
+std::atomic<void (*)()> end_access = nullptr;
+
+// While it lives, the memory of operations can be touched.
+class Access {
+ public:
+  Access() {
+    if (void (*const begin)() = begin_access) begin();
+  }
+  ~Access() {
+    if (void (*const end)() = end_access) end();
+  }
+};
+
+template <class Call>
+auto Touch(Call call) {
+  const Access access;
+  return call();
+}
+
 // One direction of a group: each buffer after its length.
 class Lane {
  public:
@@ -69,6 +89,11 @@ class Lane {
 };
 
 }  // namespace
+
+void SetAccess(void (*begin)(), void (*end)()) {
+  begin_access = begin;
+  end_access = end;
+}
 
 Fault ParseFault(const std::string& name) {
   if (name.empty()) return Fault::kNone;
@@ -188,13 +213,13 @@ bool Comm::Move(const Group& group) {
     if (poll(&ready, 1, 5) <= 0) continue;
     if ((ready.revents & POLLOUT) != 0) {
       const auto [data, most] = out.Next();
-      const ssize_t sent = send(socket_, data, most, MSG_NOSIGNAL);
+      const ssize_t sent = Touch([&] { return send(socket_, data, most, MSG_NOSIGNAL); });
       if (sent < 0 && errno != EAGAIN) return WaitForAbort();  // the peer is gone
       if (sent > 0) out.Advance(static_cast<size_t>(sent));
     }
     if ((ready.revents & (POLLIN | POLLHUP)) != 0 && !in.done()) {
       const auto [data, most] = in.Next();
-      const ssize_t received = recv(socket_, data, most, 0);
+      const ssize_t received = Touch([&] { return recv(socket_, data, most, 0); });
       if (received == 0 || (received < 0 && errno != EAGAIN)) return WaitForAbort();
       if (received > 0 && !in.Advance(static_cast<size_t>(received))) {
         state_ = Result::kInvalidUsage;  // the two ends disagree
@@ -216,7 +241,7 @@ bool Comm::MoveToSelf(const Group& group) {
       state_ = Result::kInvalidUsage;
       return WaitForAbort();
     }
-    std::memcpy(operation.data, sends.front().data, operation.bytes);
+    Touch([&] { return std::memcpy(operation.data, sends.front().data, operation.bytes); });
     sends.pop_front();
   }
   return true;

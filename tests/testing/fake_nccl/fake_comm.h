@@ -33,6 +33,9 @@ enum class Fault {
 // "", "never_join", "die", "hang", "async_error", "slow_abort"; aborts the program for others.
 Fault ParseFault(const std::string& name);
 
+// What is called around each touch of the memory of operations; null: nothing.
+void SetAccess(void (*begin)(), void (*end)());
+
 struct Operation {
   bool send = false;
   std::byte* data = nullptr;

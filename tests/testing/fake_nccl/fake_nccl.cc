@@ -47,6 +47,10 @@ DeviceApi FakeDeviceApi() {
   return api;
 }
 
+void SetAccess(void (*begin)(), void (*end)()) {
+  Find<void(void (*)(), void (*)())>("fakeNcclSetAccess")(begin, end);
+}
+
 void FaultNext(const std::string& fault) {
   Find<void(const char*)>("fakeNcclFaultNext")(fault.c_str());
 }

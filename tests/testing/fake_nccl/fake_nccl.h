@@ -20,6 +20,8 @@ std::shared_ptr<const Api> FakeApi();
 // One device, of host memory.
 DeviceApi FakeDeviceApi();
 
+// Called before and after each piece of memory that is sent or received is touched, on any thread.
+void SetAccess(void (*begin)(), void (*end)());
 // Of the next communicator of this process, alone; "hang@0": of the next one that joins as rank 0.
 void FaultNext(const std::string& fault);
 int LiveComms();

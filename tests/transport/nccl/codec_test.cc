@@ -42,6 +42,7 @@ TEST(NcclCodecTest, KeepsWhatTheClientSays) {
   EXPECT_EQ(ThroughClient(Offer{key, Direction::kSend, {}}).direction, Direction::kSend);
   EXPECT_EQ(ThroughClient(Finished{77}).sequence, 77u);
   EXPECT_EQ(ThroughClient(Broken{"why"}).why, "why");
+  EXPECT_EQ(ThroughClient(Withdraw{"key"}).key, "key");
   ThroughClient(Heartbeat{});
 }
 

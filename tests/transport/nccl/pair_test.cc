@@ -281,6 +281,52 @@ TEST_F(NcclPairTest, WhatDoesNotFitIsRefusedAndThePairGoesOn) {
   EXPECT_EQ(nobody.Wait().code(), absl::StatusCode::kUnavailable);
 }
 
+TEST_F(NcclPairTest, AnOfferIsTakenBack) {
+  Start();
+  Client& client = NewClient();
+  Data data({10}, 1);
+  Outcome withdrawn;
+  client.link->client()->Offer("k", MakeTransfer(Direction::kReceive, &data, withdrawn.Setter()));
+  client.link->client()->Withdraw("k");
+  EXPECT_EQ(withdrawn.Wait(), absl::CancelledError("transfer 'k' was withdrawn"));
+  client.link->client()->Withdraw("k");
+  Exchange(hub_.get(), client, "k", Direction::kSend, {kMiB}, 1).ExpectDone();
+  client.link->client()->Withdraw("k");
+  Exchange(hub_.get(), client, "k", Direction::kReceive, {kMiB}, 2).ExpectDone();
+}
+
+TEST_F(NcclPairTest, AnOfferIsNotWaitedForForever) {
+  HubOptions options{QuickOptions(), "service"};
+  options.worker.tick_interval = absl::Milliseconds(20);
+  options.offer_limit = absl::Milliseconds(100);
+  hub_ = *Hub::Start(FakeApi(), FakeDeviceApi(), options);
+  Client& client = NewClient();
+  Data data({10}, 1);
+  Outcome own;
+  hub_->Submit(client.pair(), "k", MakeTransfer(Direction::kSend, &data, own.Setter()));
+  EXPECT_EQ(own.Wait(), absl::DeadlineExceededError(
+                            "transfer 'k': the client did not offer it within the limit of 100ms"));
+  Exchange(hub_.get(), client, "k", Direction::kSend, {kMiB}, 1).ExpectDone();
+}
+
+TEST_F(NcclPairTest, APairIsItsTenants) {
+  Start();
+  Client& client = NewClient();
+  const auto life = hub_->Find(client.pair(), "");
+  ASSERT_TRUE(life.ok());
+  EXPECT_EQ((*life)->status(), absl::OkStatus());
+  EXPECT_EQ(hub_->Find(client.pair(), "another").status().code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(hub_->Find(client.pair() + 1, "").status().code(), absl::StatusCode::kNotFound);
+  const auto silent =
+      hub_->Attach({[](const ServiceMessage&) {}, [](const absl::Status&) {}}, "tenant");
+  EXPECT_EQ(hub_->Find(silent, "tenant").status().code(), absl::StatusCode::kNotFound);
+  hub_->OnEnd(silent, absl::CancelledError("gone"));
+  client.link->client()->End();
+  (void)client.link->WaitEnded();
+  EXPECT_EQ((*life)->status(),
+            absl::UnavailableError("the client gave up: the client ended the pair"));
+}
+
 TEST_F(NcclPairTest, BadMessagesEndThePair) {
   Start();
   StartGood();

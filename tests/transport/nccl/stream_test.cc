@@ -71,7 +71,7 @@ class NcclStreamTest : public ::testing::Test {
 
   void Start(const WorkerOptions& options = QuickOptions()) {
     auto hub = *Hub::Start(FakeApi(), FakeDeviceApi(), {options, "service"});
-    auto service = std::make_unique<rpc::NcclService>(hub.get());
+    auto service = std::make_unique<rpc::NcclService>(std::vector<Hub*>{hub.get()});
     server_ = std::make_unique<NcclServer>(std::move(service), std::move(hub));
   }
 

@@ -83,6 +83,20 @@ TEST(TransferOrderTest, RefusesOffersOutOfRange) {
   refused({"k", Direction::kSend, std::vector<int64_t>(4097)}, "has 4097 buffers, at most 4096");
 }
 
+TEST(TransferOrderTest, DropsOffersAndWhatWaitsForLong) {
+  TransferOrder order;
+  ASSERT_EQ(AddOffer(order, "offer"), absl::OkStatus());
+  EXPECT_TRUE(order.DropOffer("offer"));
+  EXPECT_FALSE(order.DropOffer("offer"));
+  ASSERT_EQ(AddOffer(order, "offer"), absl::OkStatus());
+  ASSERT_EQ(Add(order, "own"), absl::OkStatus());
+  EXPECT_TRUE(order.WithdrawAll(Clock::now() - std::chrono::seconds(10)).empty());
+  const auto late = order.WithdrawAll(Clock::now() + std::chrono::seconds(1));
+  ASSERT_EQ(late.size(), 1U);
+  EXPECT_EQ(late[0].first, "own");
+  EXPECT_EQ(TransferText("a\xff'"), "transfer 'a\\xff\\''");
+}
+
 TEST(TransferOrderTest, BoundsWhatWaits) {
   TransferOrder order;
   for (size_t i = 0; i < kMaxWaitingTransfers; ++i) {
