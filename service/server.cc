@@ -213,6 +213,7 @@ class Server::Impl {
     const absl::Time end = absl::Now() + limit;
     server_->GetHealthCheckService()->SetServingStatus(false);
     sessions_.StartDraining();
+    if (nccl_ != nullptr) nccl_->StopAttaching(absl::UnavailableError("the server is draining"));
     const bool finished = streams_.WaitUntilEmpty(end - absl::Now());
     Shutdown();
     return finished;

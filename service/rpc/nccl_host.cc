@@ -76,6 +76,10 @@ absl::StatusOr<transport::Grant> NcclHost::Offer() const {
       });
 }
 
+void NcclHost::StopAttaching(const absl::Status& why) {
+  for (const std::unique_ptr<nccl::Hub>& hub : hubs_) hub->StopAttaching(why);
+}
+
 void NcclHost::EndAll(const absl::Status& why) {
   for (const std::unique_ptr<nccl::Hub>& hub : hubs_) hub->EndAll(why);
 }

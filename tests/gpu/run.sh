@@ -26,6 +26,18 @@ build() {
   cmake --build --preset cuda --target "${programs[@]}" >&2
 }
 
+# Where the loader, or else the toolkit, has libnccl.so.2; STRUCTKV_NCCL goes first. Empty: nowhere.
+find_nccl() {
+  local at
+  for at in "${STRUCTKV_NCCL:-}" "$(ldconfig -p | awk '$1 == "libnccl.so.2" {print $NF; exit}')" \
+    /usr/local/cuda/lib/libnccl.so.2 /usr/local/cuda/lib64/libnccl.so.2; do
+    if [[ -n $at && -e $at ]]; then
+      readlink -f "$at"
+      return
+    fi
+  done
+}
+
 if [[ ${1:-} == --bundle ]]; then
   [[ $# -eq 2 ]] || { echo "usage: $0 --bundle DIR" >&2; exit 2; }
   build
@@ -35,6 +47,14 @@ if [[ ${1:-} == --bundle ]]; then
     ldd "$2/$program" | awk '$3 ~ "^/" {print $3}' | grep -vE '/(libc|libm|libdl|librt|libpthread)\.so' |
       xargs -r cp -Lt "$2"
   done
+  # Loaded at run time: no program names it.
+  nccl=$(find_nccl)
+  if [[ -n $nccl ]]; then
+    cp -L "$nccl" "$2/libnccl.so.2"
+    echo "run.sh: NCCL is $nccl" | tee "$2/nccl.txt"
+  else
+    echo "run.sh: no libnccl.so.2 found (STRUCTKV_NCCL says where it is): gpu_nccl_test will not run" | tee "$2/nccl.txt"
+  fi
   exit 0
 fi
 
@@ -77,6 +97,7 @@ check() {
   fi
 }
 
+[[ ! -f $bin/nccl.txt ]] || note NCCL "$(sed 's/^run.sh: //' "$bin/nccl.txt")"
 for test in "${tests[@]}"; do
   if [[ ! -x $bin/$test ]]; then
     note "$test" "not run: not built"

@@ -80,6 +80,7 @@ TEST_F(ConfigTest, DefaultsAreThoseOfTheStructs) {
   const Config defaults;
   EXPECT_EQ(config.server.listen, defaults.server.listen);
   EXPECT_EQ(config.server.backend, "auto");
+  EXPECT_EQ(config.server.nccl.library, "");
   EXPECT_EQ(config.server.sessions.memory_budget_bytes,
             defaults.server.sessions.memory_budget_bytes);
   EXPECT_EQ(config.server.sessions.limits.max_prompt_tokens, 1 << 20);
@@ -101,6 +102,9 @@ TEST_F(ConfigTest, FlagsSetEveryOption) {
                               "--keepalive-timeout=300ms",
                               "--backend=reference",
                               "--device-memory=2GiB",
+                              "--nccl-library=/opt/libnccl.so.2",
+                              "--nccl-memory=512MiB",
+                              "--nccl-communicators=9",
                               "--threads=3",
                               "--memory-budget=1.5GB",
                               "--idle-buffers=0",
@@ -128,6 +132,9 @@ TEST_F(ConfigTest, FlagsSetEveryOption) {
   EXPECT_EQ(server.keepalive_timeout, absl::Milliseconds(300));
   EXPECT_EQ(server.backend, "reference");
   EXPECT_EQ(server.device_memory_bytes, int64_t{2} << 30);
+  EXPECT_EQ(server.nccl.library, "/opt/libnccl.so.2");
+  EXPECT_EQ(server.nccl.memory_bytes, int64_t{512} << 20);
+  EXPECT_EQ(server.nccl.worker.max_communicators, 9);
   EXPECT_EQ(server.sessions.threads, 3);
   EXPECT_EQ(server.sessions.memory_budget_bytes, 1'500'000'000);
   EXPECT_EQ(server.sessions.idle_buffer_bytes, 0);

@@ -37,6 +37,11 @@ absl::StatusOr<std::unique_ptr<Hub>> Hub::Start(std::shared_ptr<const Api> api,
 
 Hub::~Hub() { EndAll(absl::UnavailableError("the NCCL transport shuts down")); }
 
+void Hub::StopAttaching(const absl::Status& why) {
+  std::lock_guard lock(mutex_);
+  closed_ = why;
+}
+
 void Hub::EndAll(const absl::Status& why) {
   {
     std::lock_guard lock(mutex_);

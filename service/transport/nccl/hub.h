@@ -87,7 +87,9 @@ class Hub {
   // False where it is too late for that.
   bool Cancel(PairId pair, const std::string& key);
 
-  // Ends all pairs, and from now on every new one at once, with `why`.
+  // Ends every new pair at once with `why`; those that there are go on.
+  void StopAttaching(const absl::Status& why);
+  // The same, and ends all pairs.
   void EndAll(const absl::Status& why);
 
   HubStats stats() const;

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <random>
 #include <string>
@@ -25,6 +26,7 @@ namespace structkv {
 namespace {
 
 using ::testing::AllOf;
+using ::testing::ElementsAre;
 using testing::FakeCuda;
 using testing::FakeGpus;
 using testing::FakeHeld;
@@ -170,6 +172,47 @@ TEST_F(CudaBackendTest, TakesItsMemoryOnce) {
   const std::vector<float> scores = Scores(3000);
   EXPECT_EQ(Selected(scores), Wanted(scores));
   EXPECT_EQ(FakeCuda::held(), held);
+}
+
+TEST_F(CudaBackendTest, ReservesMemoryApartFromThatOfCalls) {
+  FakeCuda::Reset({.count = 2});
+  std::shared_ptr<std::byte> kept;
+  {
+    const auto backend =
+        *cuda::CreateCudaBackend({.device_memory_bytes = 96 * kMiB, .reserve_bytes = 32 * kMiB});
+    EXPECT_EQ(FakeCuda::held().device_bytes, 2 * 96 * kMiB);
+    EXPECT_THAT(backend->gpus(), ElementsAre(0, 1));
+    for (const int gpu : backend->gpus()) {
+      EXPECT_EQ(backend->reservable_bytes(gpu), 32 * kMiB);
+      auto all = backend->Reserve(gpu, 32 * kMiB);
+      ASSERT_TRUE(all.ok()) << all.status();
+      cuda::Place place;
+      ASSERT_EQ(cuda::PlaceOf(all->get() + 32 * kMiB - 1, &place), cudaSuccess);
+      EXPECT_EQ(place.device, gpu);
+      const absl::Status taken = backend->Reserve(gpu, 1).status();
+      EXPECT_EQ(taken.code(), absl::StatusCode::kResourceExhausted);
+      EXPECT_THAT(std::string(taken.message()), HasSubstr("for 1 bytes; 0 of 33554432 are free"));
+    }
+    auto small = backend->Reserve(1, 100);
+    ASSERT_TRUE(small.ok());
+    EXPECT_FALSE(backend->Reserve(1, 32 * kMiB).ok());
+    EXPECT_TRUE(absl::IsFailedPrecondition(backend->Reserve(2, 1).status()));
+    kept = *std::move(small);
+  }
+  // The memory outlives the backend.
+  EXPECT_EQ(FakeCuda::held().device_bytes, 96 * kMiB);
+  kept.reset();
+  EXPECT_EQ(FakeCuda::held(), FakeHeld());
+  const auto half =
+      *cuda::CreateCudaBackend({.device_memory_bytes = 128 * kMiB, .reserve_bytes = 0});
+  EXPECT_EQ(half->reservable_bytes(0), 64 * kMiB);
+  const absl::Status none =
+      cuda::CreateCudaBackend({.device_memory_bytes = 96 * kMiB, .reserve_bytes = 40 * kMiB})
+          .status();
+  EXPECT_THAT(std::string(none.message()), HasSubstr("41943040 of it are set apart"));
+  const auto without = *cuda::CreateCudaBackend({.device_memory_bytes = 64 * kMiB});
+  EXPECT_EQ(without->reservable_bytes(0), 0);
+  EXPECT_FALSE(without->Reserve(0, 1).ok());
 }
 
 TEST_F(CudaBackendTest, AStartThatRunsOutOfMemoryLeavesNothing) {

@@ -327,6 +327,16 @@ TEST_F(NcclPairTest, APairIsItsTenants) {
             absl::UnavailableError("the client gave up: the client ended the pair"));
 }
 
+TEST_F(NcclPairTest, WhenNobodyAttachesAnyMoreOthersGoOn) {
+  Start();
+  Client& client = NewClient();
+  hub_->StopAttaching(absl::UnavailableError("the server is draining"));
+  absl::Status ended;
+  hub_->Attach({[](const ServiceMessage&) {}, [&](const absl::Status& why) { ended = why; }});
+  EXPECT_EQ(ended, absl::UnavailableError("the server is draining"));
+  Exchange(hub_.get(), client, "k", Direction::kSend, {kMiB}, 1).ExpectDone();
+}
+
 TEST_F(NcclPairTest, BadMessagesEndThePair) {
   Start();
   StartGood();
