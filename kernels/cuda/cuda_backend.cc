@@ -34,6 +34,8 @@ class CudaBackend final : public Backend {
     for (const std::unique_ptr<Device>& device : devices_->all()) {
       absl::StrAppend(&text, text.empty() ? "" : "; ", device->name(), ": ", device->model(), ", ",
                       device->pool_bytes() / kMiB, " MiB");
+      const int64_t apart = device->reservable_bytes();
+      if (apart > 0) absl::StrAppend(&text, " and ", apart / kMiB, " MiB set apart");
     }
     return text;
   }

@@ -124,6 +124,15 @@ TEST_F(ProcessTest, ServesOnWithoutAReaderOfItsLog) {
 }
 
 // Built with CUDA or not, there is a GPU or none that it may see: it serves, and says with what.
+TEST_F(ProcessTest, StartsWithoutTheNcclThatItWasToldToOffer) {
+  Process server({STRUCTKV_SERVER, "--listen", Address(), "--backend", "cpu", "--nccl-library",
+                  "libnccl.so.2"});
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.error();
+  EXPECT_THAT(server.error(), ::testing::HasSubstr("the backend cpu computes on no GPU"));
+  const PromptData data(SmallOpen(), 1);
+  EXPECT_EQ(RunOnce(Address(), AllMessages(data), false), grpc::StatusCode::OK);
+}
+
 TEST_F(ProcessTest, WithoutAGpuTheCpuServes) {
   Process server({"/usr/bin/env", "CUDA_VISIBLE_DEVICES=", STRUCTKV_SERVER, "--listen", Address()});
   const std::optional<std::string> ready = server.WaitForLine("ready");
