@@ -225,10 +225,10 @@ void GroupDriver::DoWrong(int64_t rank) {
       Log(rank, "too late");
       if (model_.waiting()) {
         model_.EndWait(absl::StatusCode::kDeadlineExceeded);
-        session->CheckShardGroup(absl::ZeroDuration());
+        session->CheckPeers(absl::ZeroDuration());
       } else {
         // Ranks that wait for one another, as here they may, are left alone.
-        session->CheckShardGroup(absl::InfiniteDuration());
+        session->CheckPeers(absl::InfiniteDuration());
       }
       return;
     default:

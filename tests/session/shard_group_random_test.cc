@@ -118,7 +118,7 @@ RankEnd RunRank(SessionManager& manager, const GroupScenario& scenario, int64_t 
   bool over = false;
   EXPECT_TRUE(Eventually([&] {
     // Where one goes wrong the others may wait for it in vain.
-    if (!scenario.calm) (*session)->CheckShardGroup(absl::Milliseconds(50));
+    if (!scenario.calm) (*session)->CheckPeers(absl::Milliseconds(50));
     int64_t unsent_bytes = 0;
     const bool asked = probe->Is([&](const Seen& seen) {
       unsent_bytes = seen.unsent_bytes;
