@@ -3,30 +3,9 @@
 #include <dlfcn.h>
 
 #include "absl/strings/str_cat.h"
+#include "service/transport/nccl/symbols.h"
 
 namespace structkv::nccl {
-namespace {
-
-// Looks functions up, and remembers the first one that is missing.
-class Symbols {
- public:
-  explicit Symbols(void* library) : library_(library) {}
-
-  template <typename Function>
-  void Find(const char* name, Function** function) {
-    void* const symbol = dlsym(library_, name);
-    if (symbol == nullptr && missing_ == nullptr) missing_ = name;
-    *function = reinterpret_cast<Function*>(symbol);
-  }
-
-  const char* missing() const { return missing_; }
-
- private:
-  void* const library_;
-  const char* missing_ = nullptr;
-};
-
-}  // namespace
 
 std::string VersionText(int version) {
   return absl::StrCat(version / 10000, ".", version / 100 % 100, ".", version % 100);
