@@ -154,6 +154,7 @@ class Worker {
       return own->Get(tensor, size);
     };
     UseArena(prompts_[i].arena, &options);
+    options.results = prompts_[i].arena;  // of a GPU too: nobody reads them
     options.on_opened = [timed](const v1::Opened& opened) { timed->OnOpened(opened); };
     options.on_event = [timed](const client::Event& event) { timed->OnEvent(event); };
     return options;
@@ -232,11 +233,16 @@ absl::Status MakeTensors(const BenchFlags& flags, std::vector<BenchPrompt>* prom
     BenchPrompt& prompt = (*prompts)[i];
     prompt.arena = *arena;
     const v1::Opened opened = WithPulledTensors(prompt.open, prompt.opened);
-    prompt.tensors = prompt.arena == nullptr
+    const bool on_gpu = prompt.arena != nullptr && prompt.arena->region()->on_gpu();
+    prompt.tensors = prompt.arena == nullptr || on_gpu
                          ? std::make_unique<SyntheticPrompt>(prompt.open, opened, flags.seed + i)
                          : std::make_unique<SyntheticPrompt>(
                                prompt.open, opened, flags.seed + i,
                                [&](size_t size) { return prompt.arena->Allocate(size).value(); });
+    if (!on_gpu) continue;
+    if (absl::Status status = prompt.tensors->MoveTo(prompt.arena.get()); !status.ok()) {
+      return status;
+    }
   }
   return absl::OkStatus();
 }

@@ -11,6 +11,7 @@
 #include "absl/types/span.h"
 #include "structkv/compress.h"
 #include "structkv/options.h"
+#include "structkv/region.h"
 #include "structkv/result.h"
 #include "structkv/v1/compression.pb.h"
 
@@ -57,6 +58,8 @@ struct ConnectionFlags {
   int threads = 0;
   double timeout_seconds = 0;
   client::TransportChoice transport = client::TransportChoice::kAuto;
+  int gpu = 0;
+  std::string cuda_library = client::RegionOptions().cuda_library;
 };
 
 // --server, --tenant and --timeout alone; returns --server.

@@ -1,4 +1,4 @@
-// Memory that the commands share with a server.
+// Memory that the commands share with a server, of the host or of a GPU.
 #pragma once
 
 #include <cstdint>
@@ -12,16 +12,16 @@
 
 namespace structkv::cli {
 
-// --transport.
+// --transport, --gpu and --cuda-library.
 void AddTransportFlag(CLI::App* app, ConnectionFlags* flags);
 
-// An arena of `bytes` where the flags' transport may be shared memory; null where it is not, or,
-// with auto, where there is no such room.
+// An arena of `bytes` for the flags' transport; null where that is inline, or, with auto, where
+// there is no such room.
 absl::StatusOr<std::shared_ptr<client::Arena>> MakeArena(const ConnectionFlags& flags,
                                                          uint64_t bytes);
 
 // Has a session keep in `arena`, unless it is null, what it cannot name where it lies, and its
-// results.
+// results where the host can read them.
 void UseArena(const std::shared_ptr<client::Arena>& arena, client::SessionOptions* options);
 
 }  // namespace structkv::cli

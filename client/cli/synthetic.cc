@@ -190,6 +190,15 @@ SyntheticPrompt::SyntheticPrompt(const v1::Open& open, const v1::Opened& opened,
   }
 }
 
+absl::Status SyntheticPrompt::MoveTo(client::Arena* arena) {
+  absl::StatusOr<client::Bytes> block = arena->Allocate(data_.size());
+  if (!block.ok()) return block.status();
+  client::Region& region = *arena->region();
+  absl::Status status = region.Write(*region.OffsetOf(block->span()), data_.span());
+  if (status.ok()) data_ = *std::move(block);
+  return status;
+}
+
 client::LayerTensors SyntheticPrompt::Layer(uint32_t layer) const {
   uint64_t at = 0;
   client::LayerTensors tensors;

@@ -9,8 +9,10 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "structkv/arena.h"
 #include "structkv/bytes.h"
 #include "structkv/session.h"
 #include "structkv/v1/compression.pb.h"
@@ -33,7 +35,7 @@ void PageAtRandom(uint32_t block_tokens, uint64_t seed, v1::Open* open);
 
 // Tensors with random elements, made once and given out for every layer and prompt, so that a
 // prompt of any size takes the memory of one layer: keys, values and saliency are one layer's,
-// window queries differ from layer to layer. The window's log-sum-exp is not made. Immutable.
+// window queries differ from layer to layer. The window's log-sum-exp is not made.
 class SyntheticPrompt {
  public:
   // Gives memory, aligned to 64 bytes, for tensors.
@@ -44,6 +46,9 @@ class SyntheticPrompt {
   // In memory that `allocate` gives.
   SyntheticPrompt(const v1::Open& open, const v1::Opened& opened, uint64_t seed,
                   const Allocator& allocate = AllocateOnHeap);
+
+  // Moves the tensors into the memory of a GPU that `arena` has.
+  absl::Status MoveTo(client::Arena* arena);
 
   client::LayerTensors Layer(uint32_t layer) const;
   // Memory that the tensors take.

@@ -32,7 +32,7 @@ class Arena::Core {
     absl::MutexLock lock(&mutex_);
     for (auto it = free_.begin(); it != free_.end(); ++it) {
       const auto [begin, length] = *it;
-      const size_t at = RoundUp(begin, alignment);
+      const size_t at = RoundUp(base_ + begin, alignment) - base_;
       if (at - begin > length || size > length - (at - begin)) continue;
       const size_t rest = length - (at - begin) - size;
       if (at == begin) {
@@ -85,6 +85,7 @@ class Arena::Core {
   }
 
   const std::shared_ptr<Region> region_;
+  const uintptr_t base_ = reinterpret_cast<uintptr_t>(region_->data());
   mutable absl::Mutex mutex_;
   std::map<size_t, size_t> free_ ABSL_GUARDED_BY(mutex_);  // begin -> length, no two adjacent
   size_t free_bytes_ ABSL_GUARDED_BY(mutex_) = 0;

@@ -124,8 +124,7 @@ absl::Status Assembler::AddOpened(v1::Opened opened) {
     return Broken("Opened.transport is ", v1::Transport_Name(opened.transport()),
                   ", which Open did not name");
   }
-  if (!results_.empty() && opened.transport() == v1::TRANSPORT_SHARED_MEMORY &&
-      ResultBytes(open_, opened) > results_.size()) {
+  if (!results_.empty() && ResultBytes(open_, opened) > results_.size()) {
     return Broken("Opened.kept_tokens need ", ResultBytes(open_, opened),
                   " bytes of Open.result_range, which has ", results_.size());
   }
@@ -134,7 +133,7 @@ absl::Status Assembler::AddOpened(v1::Opened opened) {
 }
 
 bool Assembler::WritesResults() const {
-  return !results_.empty() && opened_->transport() == v1::TRANSPORT_SHARED_MEMORY;
+  return !results_.empty() && InRegions(opened_->transport());
 }
 
 Growing Assembler::Expect(uint32_t layer, v1::Tensor tensor, uint32_t tokens, uint32_t kept) {

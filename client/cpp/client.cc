@@ -127,7 +127,7 @@ absl::StatusOr<v1::GetCapabilitiesResponse> Client::GetCapabilities(absl::Durati
 }
 
 absl::Status Client::Register(Region& region, const std::string& tenant) {
-  return transports_->Register(region, tenant, absl::InfiniteFuture()).status();
+  return transports_->Register(region, tenant, absl::InfiniteFuture());
 }
 
 absl::StatusOr<std::unique_ptr<CompressSession>> Client::OpenPrompt(const v1::Open& open,
@@ -153,8 +153,7 @@ std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>> Client::OpenBatch(
     std::vector<BatchPrompt> tried;
     for (const size_t i : due) tried.push_back(requests[i]);
     const absl::StatusOr<internal::Offer> offer =
-        unknown < 2 ? transports_->MakeOffer(tried, options, deadline)
-                    : internal::NoOffer("the server does not know the registered regions");
+        transports_->MakeOffer(tried, options, /*unknown=*/unknown >= 2, deadline);
     auto openings = TryOpen(std::move(tried), offer, options, pool_, channel_, deadline);
     bool admitted = false;
     std::vector<size_t> again;
@@ -179,7 +178,7 @@ std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>> Client::OpenBatch(
     if (admitted || again.empty() || absl::Now() + delay >= deadline) break;
     if (offer.ok() && absl::IsNotFound(results[again.front()].status())) {
       ++unknown;
-      transports_->Forget(*offer, options);
+      transports_->Forget(*offer);
     }
     due = std::move(again);
     openings.clear();

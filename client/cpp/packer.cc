@@ -30,10 +30,13 @@ Packer::Packer(SessionCore* core, Wait wait)
 absl::Status Packer::Add(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
                          uint64_t offset, const std::shared_ptr<const void>& owner) {
   const SharedPlace* place = core_->shared_place();
-  if (place == nullptr || data.empty()) return AddData(layer, tensor, data, offset, owner);
+  const bool rows = tensor == v1::TENSOR_KEYS || tensor == v1::TENSOR_VALUES;
+  if (place == nullptr || data.empty() || (!rows && core_->names_rows_alone())) {
+    return AddFromHost(layer, tensor, data, offset, owner);
+  }
   std::shared_ptr<const void> held = owner;
   std::optional<wire::Range> range = place->Find(data);
-  if (tensor == v1::TENSOR_KEYS || tensor == v1::TENSOR_VALUES) {  // read in place
+  if (rows) {  // read in place
     const char* why = nullptr;
     if (!range.has_value()) {
       why = "lies outside of StreamOptions.regions";
@@ -68,8 +71,24 @@ absl::StatusOr<Bytes> Packer::Stage(uint32_t layer, v1::Tensor tensor,
                         absl::StrCat("layer ", layer, ": ", v1::Tensor_Name(tensor), " ", why, "; ",
                                      block.status().message()));
   }
-  std::memcpy(block->data(), data.data(), data.size());
+  if (core_->gpu() == nullptr) {
+    std::memcpy(block->data(), data.data(), data.size());
+    return block;
+  }
+  absl::Status status = core_->gpu()->Copy(block->data(), data.data(), data.size());
+  if (!status.ok()) return status;
   return block;
+}
+
+absl::Status Packer::AddFromHost(uint32_t layer, v1::Tensor tensor,
+                                 absl::Span<const std::byte> data, uint64_t offset,
+                                 const std::shared_ptr<const void>& owner) {
+  if (data.empty() || core_->gpu() == nullptr || !core_->gpu()->device().IsOnGpu(data.data())) {
+    return AddData(layer, tensor, data, offset, owner);
+  }
+  const absl::StatusOr<Bytes> copy = core_->CopyToHost(data);
+  if (!copy.ok()) return copy.status();
+  return AddData(layer, tensor, copy->span(), offset, copy->owner());
 }
 
 // Each piece costs its overhead too, so that many small ones stay within a message.

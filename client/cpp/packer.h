@@ -26,14 +26,17 @@ class Packer {
 
   explicit Packer(SessionCore* core, Wait wait = Wait::kForRoom);
 
-  // Without an `owner` the data are copied. Over shared memory, what lies in a region is named
-  // instead, and `owner` is held until the layer was answered; keys and values that do not are
-  // copied to the staging arena, or INVALID_ARGUMENT.
+  // Without an `owner` the data are copied. Where tensors lie in regions, what does is named
+  // instead, of a GPU keys and values alone, and `owner` is held until the layer was answered; keys
+  // and values that do not are copied to the staging arena, or INVALID_ARGUMENT.
   absl::Status Add(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
                    uint64_t offset, const std::shared_ptr<const void>& owner);
   absl::Status Flush();
 
  private:
+  // Of data that may lie in a GPU's memory, from where they are copied.
+  absl::Status AddFromHost(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
+                           uint64_t offset, const std::shared_ptr<const void>& owner);
   absl::Status AddData(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
                        uint64_t offset, const std::shared_ptr<const void>& owner);
   // Copies `data` to the staging arena.

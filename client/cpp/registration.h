@@ -9,6 +9,7 @@
 #include "absl/time/time.h"
 #include "grpcpp/channel.h"
 #include "structkv/region.h"
+#include "structkv/v1/region.pb.h"
 
 namespace structkv::client::internal {
 
@@ -49,5 +50,14 @@ absl::StatusOr<std::unique_ptr<Registration>> RegisterDescriptor(const RegionSer
 absl::StatusOr<std::unique_ptr<Registration>> RegisterNamed(const RegionServer& server,
                                                             const RegionOptions& options,
                                                             int descriptor);
+
+// Of memory of a GPU, which is kept until the server has closed it; a thread renews its lease.
+absl::StatusOr<std::unique_ptr<Registration>> RegisterGpu(const RegionServer& server,
+                                                          const RegionOptions& options,
+                                                          const v1::CudaIpcMemory& exported,
+                                                          std::shared_ptr<const void> memory);
+
+// Whether the region socket at that path is this process's own.
+bool IsOwnProcess(const std::string& socket);
 
 }  // namespace structkv::client::internal

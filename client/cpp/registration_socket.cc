@@ -132,4 +132,13 @@ absl::StatusOr<std::unique_ptr<Registration>> RegisterDescriptor(const RegionSer
   return std::make_unique<SocketRegistration>(response.handle(), *std::move(socket));
 }
 
+bool IsOwnProcess(const std::string& path) {
+  const absl::StatusOr<Socket> socket = ConnectTo(path);
+  if (!socket.ok()) return false;
+  ucred listener = {};
+  socklen_t size = sizeof(listener);
+  return getsockopt(socket->get(), SOL_SOCKET, SO_PEERCRED, &listener, &size) == 0 &&
+         listener.pid == getpid();
+}
+
 }  // namespace structkv::client::internal

@@ -7,6 +7,11 @@
 
 namespace structkv::client::internal {
 
+// Whether tensors lie in regions.
+inline bool InRegions(v1::Transport transport) {
+  return transport == v1::TRANSPORT_SHARED_MEMORY || transport == v1::TRANSPORT_CUDA_IPC;
+}
+
 // Where a layer's kept TENSOR_KEYS or TENSOR_VALUES begin, from the range's begin.
 uint64_t ResultOffset(const v1::Open& open, const v1::Opened& opened, uint32_t layer,
                       v1::Tensor tensor);

@@ -7,11 +7,22 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "client/cpp/registration.h"
 #include "structkv/bytes.h"
 
 namespace structkv::client::internal {
+
+// A block in the region that `server` knows as `handle`.
+struct RetiredBlock {
+  Bytes block;
+  RegionServer server;
+  std::string handle;
+  // How long the server may use the region without answering.
+  absl::Duration patience;
+  absl::Time heard = absl::Now();  // the server's last answer
+};
 
 // Rooms for results of prompts that failed or were cancelled. Thread-safe.
 class RetiredBlocks {
@@ -19,21 +30,19 @@ class RetiredBlocks {
   // Those of the process: a block outlives the client whose prompt it was. Never destroyed.
   static RetiredBlocks& All();
 
-  // A block in the region that `server` knows as `handle`.
-  void Add(Bytes block, RegionServer server, std::string handle);
+  // A thread asks for it from time to time, as long as there are any.
+  void Add(RetiredBlock block);
   // Asks the servers, and lets go of the blocks in regions that no prompt uses any more.
   void Release(absl::Time deadline);
   size_t size() const;
 
  private:
-  struct Retired {
-    Bytes block;
-    RegionServer server;
-    std::string handle;
-  };
+  void Watch();
 
   mutable absl::Mutex mutex_;
-  std::vector<Retired> retired_ ABSL_GUARDED_BY(mutex_);
+  std::vector<RetiredBlock> retired_ ABSL_GUARDED_BY(mutex_);
+  int asked_ ABSL_GUARDED_BY(mutex_) = 0;  // blocks that a Release() has taken out to ask for them
+  bool watched_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 }  // namespace structkv::client::internal

@@ -60,6 +60,8 @@ absl::Status CompressSession::SendLayer(uint32_t layer, const LayerTensors& tens
       {v1::TENSOR_KEYS, tensors.keys},
       {v1::TENSOR_VALUES, tensors.values},
   };
+  status = core_->Record(tensors.cuda_stream);
+  if (!status.ok()) return status;
   if (core_->pulls()) {
     status = core_->HoldForPull(layer, tensors);
     if (!status.ok()) return status;
@@ -96,7 +98,7 @@ absl::Status CompressSession::SendChunk(uint32_t layer, uint32_t first_token, ui
   }
   if (core_->shared_place() != nullptr) {
     return absl::InvalidArgumentError(
-        "SendChunk: the transport is shared memory; write chunks into their tensor and send that "
+        "SendChunk: keys and values lie in a region; write chunks into their tensor and send that "
         "with SendLayer");
   }
   const uint64_t prompt_tokens = open.prompt_tokens();

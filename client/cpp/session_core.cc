@@ -117,7 +117,10 @@ void SessionCore::OnMessage(wire::Response response) {
   } else if (std::optional<RowPull> pull = assembler_.TakePull()) {
     AnswerPull(*pull);
   } else if (event->has_value()) {
-    if (const auto* layer = std::get_if<LayerResult>(&**event)) ReleaseHeld(layer->layer);
+    if (auto* layer = std::get_if<LayerResult>(&**event)) {
+      ReleaseHeld(layer->layer);
+      if (absl::Status status = CopyToResults(layer); !status.ok()) return Fail(status);
+    }
     Deliver(**std::move(event));
   } else if (!was_opened && assembler_.has_opened()) {
     opened_ = assembler_.opened();
@@ -130,6 +133,38 @@ void SessionCore::OnMessage(wire::Response response) {
     opened_set_ = true;
     changed_.SignalAll();
   }
+}
+
+absl::Status SessionCore::Record(const std::optional<void*>& stream) const {
+  if (!stream.has_value()) return absl::OkStatus();
+  if (place_.gpu == nullptr) {
+    return absl::InvalidArgumentError(
+        "LayerTensors.cuda_stream is set, and StreamOptions.regions are no memory of a GPU");
+  }
+  for (const auto& region : stream_->options().regions) {
+    if (absl::Status status = region->Record(*stream); !status.ok()) return status;
+  }
+  return place_.gpu->Record(*stream);
+}
+
+absl::StatusOr<Bytes> SessionCore::CopyToHost(absl::Span<const std::byte> data) const {
+  Bytes copy = pool_->Acquire(data.size());
+  const absl::Status status = place_.gpu->Copy(copy.data(), data.data(), data.size());
+  if (!status.ok()) return status;
+  return copy;
+}
+
+absl::Status SessionCore::CopyToResults(LayerResult* layer) const {
+  if (place_.results.empty() || shared_place() != nullptr) return absl::OkStatus();
+  for (const auto& [tensor, rows] :
+       {std::pair(v1::TENSOR_KEYS, &layer->keys), std::pair(v1::TENSOR_VALUES, &layer->values)}) {
+    const Bytes to(place_.results.data() + ResultOffset(open_, opened_, layer->layer, tensor),
+                   rows->size(), place_.results.owner());
+    const absl::Status status = place_.gpu->Copy(to.data(), rows->data(), rows->size());
+    if (!status.ok()) return status;
+    if (!rows->empty()) *rows = to;
+  }
+  return absl::OkStatus();
 }
 
 void SessionCore::HoldUntilAnswered(uint32_t layer, std::shared_ptr<const void> owner) {

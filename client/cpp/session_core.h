@@ -16,6 +16,7 @@
 #include "absl/synchronization/mutex.h"
 #include "client/cpp/assembler.h"
 #include "client/cpp/bytes_pool.h"
+#include "client/cpp/result_places.h"
 #include "client/cpp/sent_ranges.h"
 #include "client/cpp/stream.h"
 #include "client/cpp/transport_choice.h"
@@ -53,10 +54,18 @@ class SessionCore final {
   void NoteSkeletonLayer(uint32_t layer);
   void NoteSent(uint32_t layer, int tensor, uint64_t begin, uint64_t end);
 
-  // Over shared memory, after WaitOpened() has returned OK; null: tensors go in messages.
+  // Where tensors lie in regions, after WaitOpened() has returned OK; null: they go in messages.
   const SharedPlace* shared_place() const {
-    return opened_.transport() == v1::TRANSPORT_SHARED_MEMORY ? &place_ : nullptr;
+    return InRegions(opened_.transport()) ? &place_ : nullptr;
   }
+  // Whether keys and values alone are named where they lie.
+  bool names_rows_alone() const { return opened_.transport() == v1::TRANSPORT_CUDA_IPC; }
+  // What copies from and to the GPU in whose memory tensors may lie; null: all lie in the host's.
+  const GpuMemory* gpu() const { return place_.gpu.get(); }
+  // Has the server, and copies, wait for what was queued on `stream`, where that is set.
+  absl::Status Record(const std::optional<void*>& stream) const;
+  // `data` of a GPU in the host's memory.
+  absl::StatusOr<Bytes> CopyToHost(absl::Span<const std::byte> data) const;
   // Keeps `owner` until the layer was answered. Before the layer is sent.
   void HoldUntilAnswered(uint32_t layer, std::shared_ptr<const void> owner);
   // A block of the staging arena. Where that is full, and `wait`, waits for answers that make room.
@@ -98,6 +107,8 @@ class SessionCore final {
     std::vector<int32_t> positions;  // of a layer of skeleton rows
   };
 
+  // Copies rows that came in a message to PromptOptions.results, where that is memory of a GPU.
+  absl::Status CopyToResults(LayerResult* layer) const;
   void AnswerPull(const RowPull& pull);
   absl::StatusOr<PulledRows> RowsFor(const RowPull& pull);
   // Whether everything was sent that the layer's answer needs, but for what is pulled.

@@ -13,6 +13,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "client/cpp/gpu_memory.h"
 #include "client/cpp/registration.h"
 #include "client/cpp/retired_blocks.h"
 #include "grpcpp/channel.h"
@@ -26,24 +27,26 @@ namespace structkv::client::internal {
 
 // What a stream can offer beside messages.
 struct Offer {
-  std::vector<std::shared_ptr<Region>> regions;  // in the order of `Open.regions`; empty: nothing
+  v1::Transport transport = v1::TRANSPORT_INLINE;  // that the regions are for; INLINE: nothing
+  std::vector<std::shared_ptr<Region>> regions;    // in the order of `Open.regions`
   std::vector<std::string> handles;
   std::string reason;   // why nothing
   RegionServer server;  // that the handles are of
+  // One of them where they are a GPU's, whatever is offered; null: the host's.
+  std::shared_ptr<const GpuMemory> gpu;
+  bool copies = false;  // and may be copied from there
 };
-
-// An empty one.
-Offer NoOffer(std::string reason);
 
 // Where a prompt's tensors lie beside its messages, should the server agree.
 struct SharedPlace {
   std::vector<std::shared_ptr<Region>> regions;  // in the order of `Open.regions`; empty: nowhere
   std::shared_ptr<Arena> staging;
-  Bytes results;  // empty: they come in messages
+  Bytes results;  // empty: they come in messages, and stay there
   wire::Range result_range;
   // Takes the results' memory back where the prompt does not end well.
   std::function<void(const Bytes&)> retire;
-  std::string reason;  // why nowhere
+  std::string reason;                    // why nowhere
+  std::shared_ptr<const GpuMemory> gpu;  // as in Offer
 
   // The range that `bytes`, not empty, are; nullopt: they lie outside of all regions.
   std::optional<wire::Range> Find(absl::Span<const std::byte> bytes) const;
@@ -55,24 +58,39 @@ class TransportChooser {
   explicit TransportChooser(std::shared_ptr<grpc::Channel> channel)
       : channel_(std::move(channel)) {}
 
-  // See Client::Register(). The handle.
-  absl::StatusOr<std::string> Register(Region& region, const std::string& tenant,
-                                       absl::Time deadline);
+  // See Client::Register().
+  absl::Status Register(Region& region, const std::string& tenant, absl::Time deadline);
 
   // Registers what `prompts` may lie in, and takes back what a server has let go of. Where that is
-  // not possible: with kAuto an empty offer, unless the server is away altogether.
+  // not possible, or the regions are `unknown` to the server although they were registered: with
+  // kAuto an offer of nothing, unless the server is away altogether, or tensors would lie in memory
+  // of a GPU that nothing reads (FAILED_PRECONDITION).
   absl::StatusOr<Offer> MakeOffer(absl::Span<const BatchPrompt> prompts,
-                                  const StreamOptions& options, absl::Time deadline);
+                                  const StreamOptions& options, bool unknown, absl::Time deadline);
 
   // The server does not know the handles of `offer`.
-  void Forget(const Offer& offer, const StreamOptions& options);
+  void Forget(const Offer& offer);
 
  private:
-  absl::StatusOr<RegionServer> Server(const std::string& tenant, absl::Time deadline);
+  // What a server said of itself.
+  struct Server {
+    std::string socket;  // empty: it has no regions
+    std::vector<std::string> transports;
+    absl::Time asked;
+
+    bool Has(v1::Transport transport) const;
+  };
+  absl::StatusOr<Server> Ask(absl::Time deadline);
+  // UNIMPLEMENTED where the server lacks `transport`, of which it is asked again with `afresh`.
+  absl::StatusOr<RegionServer> ServerFor(v1::Transport transport, const std::string& tenant,
+                                         bool afresh, absl::Time deadline);
+  absl::StatusOr<std::string> RegisterAt(const RegionServer& server, Region& region);
+  // Registers the regions of `offer`.
+  absl::Status RegisterAll(const StreamOptions& options, absl::Time deadline, Offer* offer);
 
   const std::shared_ptr<grpc::Channel> channel_;
   absl::Mutex mutex_;
-  std::string socket_ ABSL_GUARDED_BY(mutex_);  // empty: not asked yet
+  std::optional<Server> server_ ABSL_GUARDED_BY(mutex_);  // none: not asked yet
 };
 
 // Puts the offer into `open`, with room for results out of `options.results`.

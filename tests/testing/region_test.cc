@@ -9,7 +9,7 @@ namespace structkv::testkit {
 RegionTest::~RegionTest() {
   ExpectUndisturbed();
   connection_.reset();
-  if (server().regions() == nullptr) return;
+  if (!running() || server().regions() == nullptr) return;
   EXPECT_TRUE(Eventually([&] { return mapped_bytes() == 0; })) << mapped_bytes();
 }
 

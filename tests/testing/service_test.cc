@@ -70,6 +70,8 @@ void ServiceTest::Stop() {
   server_.reset();
 }
 
+void ServiceTest::StopUnderPrompts() { server_.reset(); }
+
 void ServiceTest::Restart(ServerOptions options) {
   Stop();
   StartAlone(std::move(options));

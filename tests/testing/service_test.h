@@ -45,7 +45,9 @@ class ServiceTest : public ::testing::Test {
 
   // Stops the server, which must hold nothing.
   void Stop();
-  // The same, and starts another.
+  // The same, whatever it holds: streams end as those of a server that dies.
+  void StopUnderPrompts();
+  // Stops it, which must hold nothing, and starts another.
   void Restart(ServerOptions options);
 
   // Ends the neighbour and checks that its result is the undisturbed one, to the byte, and that the
@@ -61,6 +63,7 @@ class ServiceTest : public ::testing::Test {
   Outcome Run(const std::vector<v1::CompressRequest>& messages, const CallOptions& options = {});
 
   Server& server() { return *server_; }
+  bool running() const { return server_ != nullptr; }
   const std::shared_ptr<grpc::Channel>& channel() const { return channel_; }
   const std::string& target() const { return target_; }
   int64_t neighbour_bytes() const { return neighbour_bytes_; }

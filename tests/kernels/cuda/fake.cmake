@@ -1,11 +1,13 @@
 # The CUDA backend's host side on a runtime without a GPU; needs CUDA's headers alone. Objects, so that what they define
 # comes before what libraries do: the list of backends, the launchers, the runtime.
 add_library(structkv_cuda_fake OBJECT
-  cuda/fake_api.cc cuda/fake_backend.cc cuda/fake_backends.cc cuda/fake_events.cc cuda/fake_ipc.cc cuda/fake_launch.cc
-  cuda/fake_runtime.cc cuda/on_device.cc)
+  cuda/fake_api.cc cuda/fake_backend.cc cuda/fake_backends.cc cuda/fake_driver.cc cuda/fake_events.cc cuda/fake_ipc.cc
+  cuda/fake_launch.cc cuda/fake_runtime.cc cuda/on_device.cc)
 target_link_libraries(structkv_cuda_fake
   PUBLIC structkv_cuda_emulation structkv_cuda_backend
   PRIVATE structkv_options)
+# The client library finds the driver's functions in the program itself.
+target_link_options(structkv_cuda_fake INTERFACE -rdynamic)
 
 structkv_test(kernels_cuda_arena_test SOURCES cuda/arena_test.cc
   LIBS structkv_cuda_backend structkv_kernels_tools LABELS thread)

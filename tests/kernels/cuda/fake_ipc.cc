@@ -69,6 +69,8 @@ cudaError_t Import(const Bytes& bytes, int protection, SharedFile* file) {
   return cudaSuccess;
 }
 
+}  // namespace
+
 CUresult AddressRange(CUdeviceptr* base, size_t* size, CUdeviceptr address) {
   const std::lock_guard lock(The().mutex);
   auto* const at = reinterpret_cast<std::byte*>(address);
@@ -78,8 +80,6 @@ CUresult AddressRange(CUdeviceptr* base, size_t* size, CUdeviceptr address) {
   *size = static_cast<size_t>(found->second.bytes);
   return CUDA_SUCCESS;
 }
-
-}  // namespace
 
 SharedFile MakeShared(int64_t bytes, int protection) {
   SharedFile file = {.fd = memfd_create("fake-cuda", MFD_CLOEXEC), .bytes = bytes};

@@ -1,6 +1,6 @@
-// A CUDA runtime without a GPU: the functions of cuda_runtime_api.h that kernels/cuda calls, and
-// the launchers, which run the kernels' own code on emulated blocks. A program that is linked with
-// it has as many GPUs as it likes.
+// A CUDA runtime without a GPU: the functions of cuda_runtime_api.h that kernels/cuda calls, those
+// of the driver's that the client library looks up, and the launchers, which run the kernels' own
+// code on emulated blocks. A program that is linked with it has as many GPUs as it likes.
 //
 // It is as slow as CUDA may be: what is queued on a stream runs when somebody waits for it, and no
 // sooner. Device memory can be touched by what runs on streams alone; the host's touch is a
@@ -32,7 +32,8 @@ struct FakeHeld {
   int64_t pinned_bytes = 0;
   int64_t streams = 0;
   int64_t events = 0;
-  int64_t imports = 0;  // allocations of other processes
+  int64_t imports = 0;   // allocations of other processes
+  int64_t contexts = 0;  // uses of devices by way of the driver
   bool operator==(const FakeHeld&) const = default;
 };
 

@@ -1,6 +1,7 @@
 // What the parts of the fake CUDA runtime share.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <atomic>
@@ -109,6 +110,8 @@ SharedFile MakeShared(int64_t bytes, int protection);
 bool Drop(const SharedFile& file);
 
 bool IsDevice(const void* data, int64_t bytes);
+// The allocation in which a device's address lies. Locks the mutex itself.
+CUresult AddressRange(CUdeviceptr* base, size_t* size, CUdeviceptr address);
 // Of memory of a device.
 int DeviceOf(const void* data);
 bool IsPinned(const void* data, int64_t bytes);

@@ -68,14 +68,18 @@ using RowSource = std::function<absl::StatusOr<PulledRows>(const RowPull&)>;
 
 // Where the tensors of a stream lie (docs/transports.md).
 enum class TransportChoice : uint8_t {
-  // The best that there is: shared memory where regions are given and the server can have it,
-  // inline
-  // elsewhere. `Opened.transport_reason` says why not shared memory.
+  // The best that there is. With regions of the host: shared memory, else inline. With regions of a
+  // GPU: CUDA IPC, else what StreamOptions.copy_from_gpu lets, else an error with the reasons.
+  // Without
+  // regions inline. `Opened.transport_reason` says why not a better one.
   kAuto,
   // In messages.
   kInline,
-  // In memory that the server has mapped as well. What does not grant it is an error.
+  // In memory of the host that the server has mapped as well. What does not grant it is an error;
+  // so it is of those below.
   kSharedMemory,
+  // In memory of a GPU that the server has opened.
+  kCudaIpc,
 };
 
 // Of a stream: what the prompts of a batch have in common.
@@ -95,14 +99,17 @@ struct StreamOptions {
   bool checksums = false;
   RetryPolicy retry;
   TransportChoice transport = TransportChoice::kAuto;
-  // For shared memory: the regions that keys and values lie in. They are registered with the server
-  // where they are not, also after it was restarted. At most 64, `staging` and
-  // PromptOptions.results among them.
+  // The regions that keys and values lie in, all of the host's memory or all of one GPU's. They are
+  // registered with the server where they are not, also after it was restarted. At most 64,
+  // `staging` and PromptOptions.results among them.
   std::vector<std::shared_ptr<Region>> regions;
-  // For shared memory: keys and values that lie outside of the regions, and pulled rows, are copied
-  // to it until their layer was answered. Sending waits for answers where it is full. Null: they
-  // are refused.
+  // Keys and values that lie outside of the regions, and pulled rows, are copied to it until their
+  // layer was answered. Sending waits for answers where it is full. Null: they are refused.
   std::shared_ptr<Arena> staging;
+  // With regions of a GPU: where no transport can read them, keys and values are copied to the
+  // host's memory and travel inline, and results are copied to PromptOptions.results. False: that
+  // is FAILED_PRECONDITION, with the reasons, since it is many times slower.
+  bool copy_from_gpu = false;
   // Sent as gRPC metadata with every attempt.
   std::vector<std::pair<std::string, std::string>> metadata;
 };
@@ -112,9 +119,9 @@ struct StreamOptions {
 struct PromptOptions {
   // Where results go; null: memory from the client's pool.
   ResultAllocator allocate;
-  // With shared memory and the output COMPACT: kept keys and values of all layers are written here
-  // by the server, into one block that LayerResult.keys and .values share. RESOURCE_EXHAUSTED where
-  // it has no room for that. Null: they come in messages.
+  // With regions and the output COMPACT: kept keys and values of all layers are written here by the
+  // server, into one block that LayerResult.keys and .values share; of a GPU these are addresses
+  // there. RESOURCE_EXHAUSTED where it has no room for that. Null: they come in messages.
   std::shared_ptr<Arena> results;
   // With `Open.pull`: gives the rows that the server asks for. An error ends the session with it.
   // Null: they are taken from the tensors that SendLayer() was given.

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -34,10 +35,13 @@ struct LayerTensors {
   // Always copied.
   absl::Span<const int32_t> positions;
   // Keeps all of them alive; released when the transport is done with them: when they were sent or,
-  // of shared memory, when the layer was answered, before its result is handed on. Null: they are
-  // copied, but for what lies in shared memory, which must stay as it is until the layer was
+  // of what lies in a region, when the layer was answered, before its result is handed on. Null:
+  // they are copied, but for what lies in a region, which must stay as it is until the layer was
   // answered.
   std::shared_ptr<const void> owner;
+  // With regions of a GPU: the cudaStream_t on which the layer's tensors are written; nothing needs
+  // to have run yet (Region::Record). Unset: they are written, or the caller has recorded it.
+  std::optional<void*> cuda_stream;
 };
 
 // Consecutive tokens of one layer's keys and values, as chunked prefill computes them: each dense,

@@ -1,0 +1,58 @@
+// Memory of a GPU that servers of this host open by CUDA IPC.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "client/cpp/cuda_driver.h"
+#include "client/cpp/region_memory.h"
+#include "structkv/region.h"
+#include "structkv/v1/region.pb.h"
+
+namespace structkv::client::internal {
+
+// An allocation, whole, and the event that says when it is written. Freed, or its owner released,
+// with the object, which its registrations hold until the server has closed the memory.
+// Thread-safe.
+class GpuMemory final : public RegionMemory, public std::enable_shared_from_this<GpuMemory> {
+ public:
+  // See MakeGpuMemory and AdoptGpuMemory.
+  static absl::StatusOr<std::shared_ptr<GpuMemory>> Make(const GpuAllocation& adopted,
+                                                         RegionOptions* options);
+  ~GpuMemory() override;
+
+  std::byte* data() const override { return data_; }
+  const GpuMemory* gpu() const override { return this; }
+  absl::StatusOr<std::unique_ptr<Registration>> Register(const RegionServer& server,
+                                                         const RegionOptions& options) override;
+
+  const CudaDevice& device() const { return *device_; }
+  // Of `stream`, a cudaStream_t.
+  absl::Status Record(void* stream) const;
+  // Between any two kinds of memory, behind the last record; waits.
+  absl::Status Copy(std::byte* to, const std::byte* from, size_t bytes) const {
+    return device_->Copy(to, from, bytes, event_);
+  }
+  // As a server is told of it.
+  absl::StatusOr<v1::CudaIpcMemory> Export(bool own_process) const;
+
+ private:
+  explicit GpuMemory(std::shared_ptr<CudaDevice> device) : device_(std::move(device)) {}
+  absl::Status Allocate(size_t bytes);
+  absl::Status Adopt(const GpuAllocation& adopted, RegionOptions* options);
+
+  const std::shared_ptr<CudaDevice> device_;
+  std::byte* data_ = nullptr;
+  bool allocated_ = false;
+  std::shared_ptr<const void> owner_;
+  cuda::Event* event_ = nullptr;
+};
+
+// Of `options.gpu`; `options` get the size that it has.
+absl::StatusOr<std::shared_ptr<RegionMemory>> MakeGpuMemory(RegionOptions* options);
+absl::StatusOr<std::shared_ptr<RegionMemory>> AdoptGpuMemory(const GpuAllocation& allocation,
+                                                             RegionOptions* options);
+
+}  // namespace structkv::client::internal
