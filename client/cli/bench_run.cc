@@ -12,7 +12,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "absl/types/span.h"
-#include "client/cli/shared_memory.h"
 #include "client/cli/text.h"
 #include "structkv/sizes.h"
 
@@ -153,8 +152,7 @@ class Worker {
     options.allocate = [own = &scratch_[i]](uint32_t, v1::Tensor tensor, size_t size) {
       return own->Get(tensor, size);
     };
-    UseArena(prompts_[i].arena, &options);
-    options.results = prompts_[i].arena;  // of a GPU too: nobody reads them
+    UseSharedMemory(prompts_[i].memory, &options);
     options.on_opened = [timed](const v1::Opened& opened) { timed->OnOpened(opened); };
     options.on_event = [timed](const client::Event& event) { timed->OnEvent(event); };
     return options;
@@ -227,22 +225,21 @@ absl::Status MakeTensors(const BenchFlags& flags, std::vector<BenchPrompt>* prom
     bytes += SyntheticPrompt::SizeOf(prompt.open, WithPulledTensors(prompt.open, prompt.opened)) +
              2 * flags.concurrency * client::MostResultBytes(prompt.open);
   }
-  absl::StatusOr<std::shared_ptr<client::Arena>> arena = MakeArena(flags.connection, bytes);
-  if (!arena.ok()) return arena.status();
+  const absl::StatusOr<SharedMemory> memory = MakeSharedMemory(flags.connection, bytes);
+  if (!memory.ok()) return memory.status();
   for (size_t i = 0; i < prompts->size(); ++i) {
     BenchPrompt& prompt = (*prompts)[i];
-    prompt.arena = *arena;
+    prompt.memory = *memory;
     const v1::Opened opened = WithPulledTensors(prompt.open, prompt.opened);
-    const bool on_gpu = prompt.arena != nullptr && prompt.arena->region()->on_gpu();
-    prompt.tensors = prompt.arena == nullptr || on_gpu
-                         ? std::make_unique<SyntheticPrompt>(prompt.open, opened, flags.seed + i)
-                         : std::make_unique<SyntheticPrompt>(
+    client::Arena* const arena = memory->arena.get();
+    const bool in_arena = arena != nullptr && !memory->on_gpu();
+    prompt.tensors = in_arena
+                         ? std::make_unique<SyntheticPrompt>(
                                prompt.open, opened, flags.seed + i,
-                               [&](size_t size) { return prompt.arena->Allocate(size).value(); });
-    if (!on_gpu) continue;
-    if (absl::Status status = prompt.tensors->MoveTo(prompt.arena.get()); !status.ok()) {
-      return status;
-    }
+                               [&](size_t size) { return arena->Allocate(size).value(); })
+                         : std::make_unique<SyntheticPrompt>(prompt.open, opened, flags.seed + i);
+    if (!memory->on_gpu()) continue;
+    if (absl::Status status = prompt.tensors->MoveTo(arena); !status.ok()) return status;
   }
   return absl::OkStatus();
 }

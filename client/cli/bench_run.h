@@ -11,8 +11,8 @@
 #include "absl/synchronization/mutex.h"
 #include "client/cli/bench_flags.h"
 #include "client/cli/compressor.h"
+#include "client/cli/shared_memory.h"
 #include "client/cli/synthetic.h"
-#include "structkv/arena.h"
 #include "structkv/v1/compression.pb.h"
 
 namespace structkv::cli {
@@ -22,7 +22,7 @@ struct BenchPrompt {
   v1::Open open;
   v1::Opened opened;  // what the service answers to it
   std::unique_ptr<SyntheticPrompt> tensors;
-  std::shared_ptr<client::Arena> arena;  // of all prompts; null: none is shared
+  SharedMemory memory;  // of all prompts
 };
 
 // What a worker sends at a time: the ranks of a prompt, each in a stream of its own, or the prompts

@@ -277,9 +277,9 @@ absl::Status RunCompress(const CompressFlags& flags) {
   uint32_t answered = 0;
   client::SessionOptions options = MakeSessionOptions(flags.connection);
   options.checksums = flags.checksums;
-  const auto arena = MakeArena(flags.connection, SharedBytes(*open, *capture));
-  if (!arena.ok()) return arena.status();
-  UseArena(*arena, &options);
+  const auto memory = MakeSharedMemory(flags.connection, SharedBytes(*open, *capture));
+  if (!memory.ok()) return memory.status();
+  UseSharedMemory(*memory, &options);
   options.on_opened = [&](const v1::Opened& opened) {
     outcome.opened = opened;
     outcome.full_bytes = FullBytes(*open, opened);
@@ -295,7 +295,9 @@ absl::Status RunCompress(const CompressFlags& flags) {
   options.on_event = [&](const client::Event& event) {
     if (!written.ok()) return;
     if (const auto* layer = std::get_if<client::LayerResult>(&event)) {
-      if (file != nullptr) written = file->Add(*layer);
+      const absl::StatusOr<client::LayerResult> rows = ToHost(*memory, *layer);
+      written = rows.status();
+      if (rows.ok() && file != nullptr) written = file->Add(*rows);
       progress.Update(++answered, capture->geometry().layer_count(), "layers");
     } else if (const auto* pivot = std::get_if<client::PivotResult>(&event)) {
       if (file != nullptr) written = file->Add(*pivot);

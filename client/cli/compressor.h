@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "structkv/compress.h"
+#include "structkv/nccl.h"
 #include "structkv/options.h"
 #include "structkv/region.h"
 #include "structkv/result.h"
@@ -60,6 +61,7 @@ struct ConnectionFlags {
   client::TransportChoice transport = client::TransportChoice::kAuto;
   int gpu = 0;
   std::string cuda_library = client::RegionOptions().cuda_library;
+  std::string nccl_library = client::NcclOptions().nccl_library;
 };
 
 // --server, --tenant and --timeout alone; returns --server.

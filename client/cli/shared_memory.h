@@ -8,20 +8,31 @@
 #include "absl/status/statusor.h"
 #include "client/cli/compressor.h"
 #include "structkv/arena.h"
+#include "structkv/nccl.h"
 #include "structkv/options.h"
+#include "structkv/result.h"
 
 namespace structkv::cli {
 
-// --transport, --gpu and --cuda-library.
+// --transport, --gpu and the libraries that it needs.
 void AddTransportFlag(CLI::App* app, ConnectionFlags* flags);
 
-// An arena of `bytes` for the flags' transport; null where that is inline, or, with auto, where
-// there is no such room.
-absl::StatusOr<std::shared_ptr<client::Arena>> MakeArena(const ConnectionFlags& flags,
-                                                         uint64_t bytes);
+struct SharedMemory {
+  std::shared_ptr<client::Arena> arena;   // null: none
+  std::shared_ptr<client::NcclGpu> nccl;  // for NCCL
 
-// Has a session keep in `arena`, unless it is null, what it cannot name where it lies, and its
-// results where the host can read them.
-void UseArena(const std::shared_ptr<client::Arena>& arena, client::SessionOptions* options);
+  bool on_gpu() const { return arena != nullptr && arena->region()->on_gpu(); }
+};
+
+// An arena of `bytes` for the flags' transport; none where that is inline, or, with auto, where
+// there is no such room.
+absl::StatusOr<SharedMemory> MakeSharedMemory(const ConnectionFlags& flags, uint64_t bytes);
+
+// Has a session keep in the arena, if there is one, what it cannot name where it lies, and its
+// results.
+void UseSharedMemory(const SharedMemory& memory, client::SessionOptions* options);
+
+// The same with rows that lie in the host's memory.
+absl::StatusOr<client::LayerResult> ToHost(const SharedMemory& memory, client::LayerResult layer);
 
 }  // namespace structkv::cli

@@ -132,18 +132,22 @@ absl::Status Assembler::AddOpened(v1::Opened opened) {
   return absl::OkStatus();
 }
 
-bool Assembler::WritesResults() const {
-  return !results_.empty() && InRegions(opened_->transport());
+bool Assembler::PlacesResults() const {
+  return !results_.empty() && opened_->transport() > v1::TRANSPORT_INLINE;
 }
 
 Growing Assembler::Expect(uint32_t layer, v1::Tensor tensor, uint32_t tokens, uint32_t kept) {
   Growing growing;
   growing.expected = AnswerTensorBytes(open_, *opened_, tensor, tokens, kept);
   if (growing.expected == 0) return growing;
-  if (WritesResults() && (tensor == v1::TENSOR_KEYS || tensor == v1::TENSOR_VALUES)) {
+  if (PlacesResults() && (tensor == v1::TENSOR_KEYS || tensor == v1::TENSOR_VALUES)) {
     const uint64_t at = ResultOffset(open_, *opened_, layer, tensor);
-    growing.range = {open_.result_range().region(), open_.result_range().offset_bytes() + at,
-                     growing.expected};
+    if (InRegions(opened_->transport())) {
+      growing.range = {open_.result_range().region(), open_.result_range().offset_bytes() + at,
+                       growing.expected};
+    } else {
+      growing.transferred = true;
+    }
     growing.bytes = {results_.data() + at, growing.expected, results_.owner()};
     return growing;
   }
@@ -170,7 +174,30 @@ absl::Status Assembler::AppendRange(const wire::Piece& piece, Growing* tensor, c
   return absl::OkStatus();
 }
 
+absl::Status Assembler::AppendTransfer(const wire::Piece& piece, Growing* tensor,
+                                       const char* name) {
+  if (!piece.transfer.has_value() || !tensor->transferred) {
+    return Broken(name, " came ", piece.transfer.has_value() ? "as a transfer" : "in a message",
+                  ", and ", tensor->transferred ? "a transfer brings them" : "none brings them");
+  }
+  const wire::Transfer& transfer = *piece.transfer;
+  if (piece.offset_bytes != 0 || tensor->received > 0 || transfer.size_bytes != tensor->expected) {
+    return Broken(name, ": a transfer of ", transfer.size_bytes, " bytes at ", piece.offset_bytes,
+                  " came where ", tensor->received, " of ", tensor->expected,
+                  " bytes were received");
+  }
+  if (transfer.key.empty() ||
+      (!layer_->transfer_key.empty() && layer_->transfer_key != transfer.key)) {
+    return Broken(name, " come by another transfer than the layer's other rows");
+  }
+  layer_->transfer_key = transfer.key;
+  tensor->received = tensor->expected;
+  received_bytes_ += tensor->expected;
+  return absl::OkStatus();
+}
+
 absl::Status Assembler::Append(const wire::Piece& piece, Growing* tensor, const char* name) {
+  if (piece.transfer.has_value() || tensor->transferred) return AppendTransfer(piece, tensor, name);
   if (piece.range.has_value() || tensor->range.has_value()) return AppendRange(piece, tensor, name);
   const uint64_t size = piece.size_bytes();
   if (piece.offset_bytes != tensor->received || size > tensor->expected - tensor->received) {
@@ -296,6 +323,7 @@ absl::StatusOr<LayerResult> Assembler::TakeLayer() {
     pulled_positions_.erase(pulled);
   }
   LayerResult result = std::move(layer_->result);
+  transfer_key_ = std::move(layer_->transfer_key);
   layer_.reset();
   return result;
 }

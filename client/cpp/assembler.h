@@ -6,6 +6,7 @@
 #include <map>
 #include <optional>
 #include <set>
+#include <string>
 #include <utility>
 #include <variant>
 
@@ -19,17 +20,20 @@
 
 namespace structkv::client::internal {
 
-// A tensor that arrives in ascending pieces or, where `range` is set, is written there as a whole.
+// A tensor that arrives in ascending pieces or, where `range` is set, is written there as a whole,
+// or where `transferred` comes as a whole by the NCCL pair.
 struct Growing {
   Bytes bytes;
   uint64_t expected = 0;
   uint64_t received = 0;
   std::optional<wire::Range> range;
+  bool transferred = false;
 };
 
 // The layer or pivot whose messages are arriving.
 struct PendingLayer {
   LayerResult result;
+  std::string transfer_key;
   Growing positions, keys, values, key_scales, value_scales, saliency;
 };
 struct PendingPull {
@@ -54,6 +58,9 @@ class Assembler {
   // Finish().
   absl::StatusOr<std::optional<Event>> Add(wire::Response response);
 
+  // The transfer that brings the rows of the layer that the last message completed; empty: none.
+  std::string TakeTransferKey() { return std::exchange(transfer_key_, ""); }
+
   // The pull that the last message completed.
   std::optional<RowPull> TakePull() { return std::exchange(pulled_, std::nullopt); }
 
@@ -75,9 +82,10 @@ class Assembler {
   uint32_t KeptOf(uint32_t layer) const;
   absl::Status CheckPositions(absl::Span<const int32_t> positions, uint32_t layer) const;
   MaybeEvent AddPivot(const v1::PivotDecision& message, const wire::Pieces& pieces);
-  // Whether the server writes results into a region.
-  bool WritesResults() const;
+  // Whether rows come to `results`.
+  bool PlacesResults() const;
   absl::Status Append(const wire::Piece& piece, Growing* tensor, const char* name);
+  absl::Status AppendTransfer(const wire::Piece& piece, Growing* tensor, const char* name);
   absl::Status AppendRange(const wire::Piece& piece, Growing* tensor, const char* name);
   // `tokens`: that the layer has; `kept`: that it keeps.
   Growing Expect(uint32_t layer, v1::Tensor tensor, uint32_t tokens, uint32_t kept);
@@ -96,6 +104,7 @@ class Assembler {
   uint64_t received_bytes_ = 0;
 
   std::optional<PendingLayer> layer_;
+  std::string transfer_key_;
   std::optional<PendingPull> pull_;
   std::optional<RowPull> pulled_;
   std::map<uint32_t, Bytes> pulled_positions_;  // of layers that wait for their answer

@@ -167,7 +167,7 @@ std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>> Client::OpenBatch(
       }
       const absl::Status& status = openings[i].status();
       results[due[i]] = status;
-      const bool lost = absl::IsNotFound(status) && offer.ok() && !offer->regions.empty();
+      const bool lost = absl::IsNotFound(status) && offer.ok() && !offer->nothing();
       if (lost && unknown < (options.transport == TransportChoice::kAuto ? 2 : 1)) {
         again.push_back(due[i]);  // at once: registered anew or, had that been done, inline
       } else if (const auto wait = internal::RetryDelay(options.retry, attempt, status)) {

@@ -58,11 +58,16 @@ class CudaDevice {
   };
 
   const CudaDriver& driver() const { return *driver_; }
+  const std::shared_ptr<const CudaDriver>& shared_driver() const { return driver_; }
   const cuda::Functions& call() const { return driver_->call(); }
   int ordinal() const { return ordinal_; }
   // 16 bytes.
   const std::string& uuid() const { return uuid_; }
 
+  // Makes the context the calling thread's for good.
+  absl::Status MakeCurrent() const {
+    return driver_->ToStatus(call().context_push(context_), "cuCtxPushCurrent");
+  }
   // Copies between any two kinds of memory and waits for that. What writes `from` has run, or is
   // behind the last record of `after`, which may be null.
   absl::Status Copy(std::byte* to, const std::byte* from, size_t bytes, cuda::Event* after) const;

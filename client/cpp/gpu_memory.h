@@ -29,6 +29,8 @@ class GpuMemory final : public RegionMemory, public std::enable_shared_from_this
                                                          const RegionOptions& options) override;
 
   const CudaDevice& device() const { return *device_; }
+  // A cudaEvent_t, which is recorded or not.
+  cuda::Event* event() const { return event_; }
   // Of `stream`, a cudaStream_t.
   absl::Status Record(void* stream) const;
   // Between any two kinds of memory, behind the last record; waits.

@@ -31,6 +31,9 @@ absl::Status Packer::Add(uint32_t layer, v1::Tensor tensor, absl::Span<const std
                          uint64_t offset, const std::shared_ptr<const void>& owner) {
   const SharedPlace* place = core_->shared_place();
   const bool rows = tensor == v1::TENSOR_KEYS || tensor == v1::TENSOR_VALUES;
+  if (rows && core_->transfers() && !data.empty()) {
+    return AddTransfer(layer, tensor, data, offset, owner);
+  }
   if (place == nullptr || data.empty() || (!rows && core_->names_rows_alone())) {
     return AddFromHost(layer, tensor, data, offset, owner);
   }
@@ -54,13 +57,37 @@ absl::Status Packer::Add(uint32_t layer, v1::Tensor tensor, absl::Span<const std
   if (absl::Status status = MakeRoom(); !status.ok()) return status;
   core_->HoldUntilAnswered(layer, std::move(held));
   wire::OutgoingPiece piece;
+  piece.range = range;
+  AddName(layer, tensor, offset, std::move(piece));
+  return absl::OkStatus();
+}
+
+absl::Status Packer::AddTransfer(uint32_t layer, v1::Tensor tensor,
+                                 absl::Span<const std::byte> data, uint64_t offset,
+                                 const std::shared_ptr<const void>& owner) {
+  std::shared_ptr<const void> held = owner;
+  absl::Span<const std::byte> rows = data;
+  if (!core_->gpu()->device().IsOnGpu(data.data())) {
+    absl::StatusOr<Bytes> staged = Stage(layer, tensor, data, "is not in a GPU's memory");
+    if (!staged.ok()) return staged.status();
+    rows = staged->span();
+    held = staged->owner();
+  }
+  if (absl::Status status = MakeRoom(); !status.ok()) return status;
+  core_->HoldUntilAnswered(layer, held);
+  wire::OutgoingPiece piece;
+  piece.transfer = {core_->Transfer(layer, tensor, rows, held), rows.size()};
+  AddName(layer, tensor, offset, std::move(piece));
+  return absl::OkStatus();
+}
+
+void Packer::AddName(uint32_t layer, v1::Tensor tensor, uint64_t offset,
+                     wire::OutgoingPiece piece) {
   piece.layer = layer;
   piece.tensor = tensor;
   piece.offset_bytes = offset;
-  piece.range = range;
   pieces_.push_back(std::move(piece));
   filled_ += wire::kPieceOverheadBytes;
-  return absl::OkStatus();
 }
 
 absl::StatusOr<Bytes> Packer::Stage(uint32_t layer, v1::Tensor tensor,
@@ -117,9 +144,10 @@ absl::Status Packer::Flush() {
       wait_ == Wait::kForRoom ? core_->Write(message, bytes_) : core_->WriteNow(message, bytes_);
   if (status.ok()) {
     for (const wire::OutgoingPiece& piece : pieces_) {
-      core_->NoteSent(piece.layer, piece.tensor, piece.offset_bytes,
-                      piece.offset_bytes +
-                          (piece.range.has_value() ? piece.range->size_bytes : piece.data.size()));
+      const uint64_t size = piece.range.has_value()      ? piece.range->size_bytes
+                            : piece.transfer.has_value() ? piece.transfer->size_bytes
+                                                         : piece.data.size();
+      core_->NoteSent(piece.layer, piece.tensor, piece.offset_bytes, piece.offset_bytes + size);
     }
   }
   pieces_.clear();

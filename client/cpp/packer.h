@@ -34,6 +34,11 @@ class Packer {
   absl::Status Flush();
 
  private:
+  // Names keys or values that go by the NCCL pair.
+  absl::Status AddTransfer(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
+                           uint64_t offset, const std::shared_ptr<const void>& owner);
+  // Adds a piece whose data go another way.
+  void AddName(uint32_t layer, v1::Tensor tensor, uint64_t offset, wire::OutgoingPiece piece);
   // Of data that may lie in a GPU's memory, from where they are copied.
   absl::Status AddFromHost(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
                            uint64_t offset, const std::shared_ptr<const void>& owner);

@@ -7,7 +7,7 @@
 
 namespace structkv::client::internal {
 
-// Whether tensors lie in regions.
+// Whether tensors lie in regions, which both ends have.
 inline bool InRegions(v1::Transport transport) {
   return transport == v1::TRANSPORT_SHARED_MEMORY || transport == v1::TRANSPORT_CUDA_IPC;
 }

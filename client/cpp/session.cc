@@ -96,9 +96,10 @@ absl::Status CompressSession::SendChunk(uint32_t layer, uint32_t first_token, ui
     return absl::InvalidArgumentError(
         "SendChunk: keys and values are paged; send their blocks with Send");
   }
-  if (core_->shared_place() != nullptr) {
+  if (core_->shared_place() != nullptr || core_->transfers()) {
     return absl::InvalidArgumentError(
-        "SendChunk: keys and values lie in a region; write chunks into their tensor and send that "
+        "SendChunk: keys and values are read where they lie; write chunks into their tensor and "
+        "send that "
         "with SendLayer");
   }
   const uint64_t prompt_tokens = open.prompt_tokens();

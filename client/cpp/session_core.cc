@@ -34,12 +34,15 @@ SessionCore::SessionCore(BatchPrompt prompt, SharedPlace place, std::shared_ptr<
       index_(index),
       assembler_(
           open_, options_.allocate, pool_.get(),
-          [this](uint32_t layer) { return IsSkeletonLayer(layer); }, place_.results) {}
+          [this](uint32_t layer) { return IsSkeletonLayer(layer); }, place_.results),
+      transfers_(place_.pair == nullptr ? nullptr
+                                        : std::make_shared<PromptTransfers>(place_.pair)) {}
 
 SessionCore::~SessionCore() {
   Cancel();
   DropEvents();  // of a session that had ended before
   stream_->Detach(index_);
+  if (transfers_ != nullptr) transfers_->Close();
 }
 
 absl::Status SessionCore::WaitOpened() {
@@ -117,6 +120,7 @@ void SessionCore::OnMessage(wire::Response response) {
   } else if (std::optional<RowPull> pull = assembler_.TakePull()) {
     AnswerPull(*pull);
   } else if (event->has_value()) {
+    if (transfers()) return DeliverInTurn(**std::move(event));
     if (auto* layer = std::get_if<LayerResult>(&**event)) {
       ReleaseHeld(layer->layer);
       if (absl::Status status = CopyToResults(layer); !status.ok()) return Fail(status);
@@ -155,7 +159,9 @@ absl::StatusOr<Bytes> SessionCore::CopyToHost(absl::Span<const std::byte> data) 
 }
 
 absl::Status SessionCore::CopyToResults(LayerResult* layer) const {
-  if (place_.results.empty() || shared_place() != nullptr) return absl::OkStatus();
+  if (place_.results.empty() || opened_.transport() != v1::TRANSPORT_INLINE) {
+    return absl::OkStatus();
+  }
   for (const auto& [tensor, rows] :
        {std::pair(v1::TENSOR_KEYS, &layer->keys), std::pair(v1::TENSOR_VALUES, &layer->values)}) {
     const Bytes to(place_.results.data() + ResultOffset(open_, opened_, layer->layer, tensor),
@@ -281,6 +287,16 @@ bool SessionCore::Settle(absl::Status status) {
 }
 
 void SessionCore::OnEnd(absl::Status status) {
+  if (transfers()) {
+    absl::MutexLock lock(&mutex_);
+    if (ends_well_) return;
+    ends_well_ = status.ok();
+  }
+  if (!transfers() || !status.ok()) return End(std::move(status));
+  transfers_->Post([this] { DeliverArrived(); });
+}
+
+void SessionCore::End(absl::Status status) {
   std::optional<v1::Summary> summary;
   {
     absl::MutexLock lock(&mutex_);
@@ -318,6 +334,7 @@ void SessionCore::Finish() {
   }
   held.clear();
   owners.clear();
+  if (transfers_ != nullptr) transfers_->Withdraw();
   // The server may be at it still.
   if (shared_place() != nullptr && !place_.results.empty() && !well) place_.retire(place_.results);
   absl::MutexLock lock(&mutex_);

@@ -16,6 +16,7 @@
 #include "absl/synchronization/mutex.h"
 #include "client/cpp/assembler.h"
 #include "client/cpp/bytes_pool.h"
+#include "client/cpp/prompt_transfers.h"
 #include "client/cpp/result_places.h"
 #include "client/cpp/sent_ranges.h"
 #include "client/cpp/stream.h"
@@ -60,6 +61,11 @@ class SessionCore final {
   }
   // Whether keys and values alone are named where they lie.
   bool names_rows_alone() const { return opened_.transport() == v1::TRANSPORT_CUDA_IPC; }
+  // Whether keys and values go by the NCCL pair, after WaitOpened() has returned OK.
+  bool transfers() const { return opened_.transport() == v1::TRANSPORT_NCCL; }
+  // Offers a layer's keys and values once all of them were named; the key that names them.
+  std::string Transfer(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
+                       const std::shared_ptr<const void>& owner);
   // What copies from and to the GPU in whose memory tensors may lie; null: all lie in the host's.
   const GpuMemory* gpu() const { return place_.gpu.get(); }
   // Has the server, and copies, wait for what was queued on `stream`, where that is set.
@@ -107,6 +113,13 @@ class SessionCore final {
     std::vector<int32_t> positions;  // of a layer of skeleton rows
   };
 
+  // With transfers (see transfer_session.cc):
+  // An event in its turn: layers wait for their rows.
+  void DeliverInTurn(Event event);
+  // Delivers what is due, on the pair's thread.
+  void DeliverArrived();
+  // What OnEnd() does once nothing is due any more.
+  void End(absl::Status status);
   // Copies rows that came in a message to PromptOptions.results, where that is memory of a GPU.
   absl::Status CopyToResults(LayerResult* layer) const;
   void AnswerPull(const RowPull& pull);
@@ -131,6 +144,18 @@ class SessionCore final {
   // Waits for the end. Why nothing can be sent.
   absl::Status EndedStatus() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
+  // An event that waits for its turn, and maybe for its rows.
+  struct Arriving {
+    Event event;
+    bool arrived = true;
+  };
+  // Keys and values of a layer that are not all named yet.
+  struct Leaving {
+    absl::Span<const std::byte> keys;
+    absl::Span<const std::byte> values;
+    std::vector<std::shared_ptr<const void>> owners;
+  };
+
   const v1::Open open_;
   const PromptOptions options_;
   const SharedPlace place_;
@@ -139,6 +164,7 @@ class SessionCore final {
   const uint32_t index_;
   Assembler assembler_;  // used by calls from the stream alone
   v1::Opened opened_;
+  const std::shared_ptr<PromptTransfers> transfers_;  // null: no pair is offered
 
   mutable absl::Mutex mutex_;
   absl::CondVar changed_;
@@ -152,6 +178,9 @@ class SessionCore final {
   // By layer, until it was answered.
   std::multimap<uint32_t, std::shared_ptr<const void>> owners_ ABSL_GUARDED_BY(mutex_);
   std::set<uint32_t> answered_ ABSL_GUARDED_BY(mutex_);  // layers
+  std::map<uint32_t, Leaving> leaving_ ABSL_GUARDED_BY(mutex_);
+  std::deque<std::shared_ptr<Arriving>> arriving_ ABSL_GUARDED_BY(mutex_);
+  bool ends_well_ ABSL_GUARDED_BY(mutex_) = false;  // once all have arrived
   std::deque<Event> events_ ABSL_GUARDED_BY(mutex_);
   std::optional<absl::Status> status_ ABSL_GUARDED_BY(mutex_);  // set by Settle()
   bool done_ ABSL_GUARDED_BY(mutex_) = false;                   // set by Finish()

@@ -27,6 +27,7 @@ std::string TenantOf(const StreamOptions& options) {
 }
 
 const char* NameOf(v1::Transport transport) {
+  if (transport == v1::TRANSPORT_NCCL) return "NCCL";
   return transport == v1::TRANSPORT_CUDA_IPC ? "CUDA IPC" : "shared memory";
 }
 
@@ -52,35 +53,48 @@ std::vector<std::shared_ptr<Region>> RegionsOf(absl::Span<const BatchPrompt> pro
   return regions;
 }
 
+// By its name, if it was asked for by that.
+std::optional<v1::Transport> Named(TransportChoice choice) {
+  switch (choice) {
+    case TransportChoice::kSharedMemory:
+      return v1::TRANSPORT_SHARED_MEMORY;
+    case TransportChoice::kCudaIpc:
+      return v1::TRANSPORT_CUDA_IPC;
+    case TransportChoice::kNccl:
+      return v1::TRANSPORT_NCCL;
+    default:
+      return std::nullopt;
+  }
+}
+
 // Whether the transport that was asked for by name, if one was, can use the regions.
 absl::Status CheckRegions(absl::Span<const std::shared_ptr<Region>> regions,
                           const StreamOptions& options) {
-  const bool by_name = options.transport == TransportChoice::kSharedMemory ||
-                       options.transport == TransportChoice::kCudaIpc;
-  const v1::Transport named = TransportOf(options.transport == TransportChoice::kCudaIpc);
-  if (regions.empty()) {
-    if (!by_name) return absl::OkStatus();
-    return absl::InvalidArgumentError(
-        absl::StrCat(NameOf(named), ": no region was given (StreamOptions.regions)"));
+  const std::optional<v1::Transport> named = Named(options.transport);
+  const auto invalid = [&](const auto&... text) {
+    const v1::Transport transport = named.value_or(
+        regions.empty() ? v1::TRANSPORT_SHARED_MEMORY : TransportOf(regions.front()->on_gpu()));
+    return absl::InvalidArgumentError(absl::StrCat(NameOf(transport), ": ", text...));
+  };
+  if (named == v1::TRANSPORT_NCCL && options.nccl == nullptr) {
+    return invalid("no GPU was given (StreamOptions.nccl)");
   }
-  const v1::Transport transport = TransportOf(regions.front()->on_gpu());
-  if (by_name && named != transport) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(NameOf(named), ": the regions are memory of ",
-                     regions.front()->on_gpu() ? "a GPU, for CUDA IPC" : "the host"));
+  if (regions.empty()) {
+    return named.has_value() ? invalid("no region was given (StreamOptions.regions)")
+                             : absl::OkStatus();
+  }
+  const bool on_gpu = regions.front()->on_gpu();
+  if (named.has_value() && (*named != v1::TRANSPORT_SHARED_MEMORY) != on_gpu) {
+    return invalid("the regions are memory of ", on_gpu ? "a GPU, for CUDA IPC" : "the host");
   }
   for (const auto& region : regions) {
-    if (region->on_gpu() == regions.front()->on_gpu()) continue;
-    return absl::InvalidArgumentError(
-        absl::StrCat(NameOf(transport),
-                     ": some regions (StreamOptions.regions, .staging, "
-                     "PromptOptions.results) are memory of a GPU and some of the host; all of a "
-                     "stream are of one"));
+    if (region->on_gpu() == on_gpu) continue;
+    return invalid(
+        "some regions (StreamOptions.regions, .staging, PromptOptions.results) are memory of a GPU "
+        "and some of the host; all of a stream are of one");
   }
   if (regions.size() <= kMaxRegions) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(NameOf(transport), ": ", regions.size(),
-                                                 " regions are in use; a stream may have ",
-                                                 kMaxRegions));
+  return invalid(regions.size(), " regions are in use; a stream may have ", kMaxRegions);
 }
 
 // Of keys and values in a GPU's memory, which nothing reads but by a copy.
@@ -104,12 +118,15 @@ bool Pulls(const v1::Open& open) {
   return open.pull() != v1::PULL_UNSPECIFIED && open.pull() != v1::PULL_NONE;
 }
 
+bool ReturnsRows(const v1::Open& open) {
+  return open.output() != v1::OUTPUT_PLAN && open.output() != v1::OUTPUT_HOLD;
+}
+
 // Takes room for results out of `options.results`.
 absl::Status PlaceResults(const Offer& offer, const PromptOptions& options, v1::Open* open,
                           SharedPlace* place) {
-  const bool no_rows = open->output() == v1::OUTPUT_PLAN || open->output() == v1::OUTPUT_HOLD;
-  if (options.results == nullptr || no_rows) return absl::OkStatus();
-  if (offer.regions.empty() && !offer.copies) return absl::OkStatus();  // in messages
+  if (options.results == nullptr || !ReturnsRows(*open)) return absl::OkStatus();
+  if (offer.nothing() && !offer.copies) return absl::OkStatus();  // in messages
   absl::StatusOr<Bytes> results = options.results->Allocate(MostResultBytes(*open));
   if (!results.ok()) {
     return absl::Status(results.status().code(),
@@ -140,9 +157,11 @@ std::optional<wire::Range> SharedPlace::Find(absl::Span<const std::byte> bytes) 
 }
 
 bool TransportChooser::Server::Has(v1::Transport transport) const {
-  if (socket.empty()) return false;
-  return transport == v1::TRANSPORT_SHARED_MEMORY ||
-         std::find(transports.begin(), transports.end(), "cuda_ipc") != transports.end();
+  const auto has = [this](absl::string_view name) {
+    return std::find(transports.begin(), transports.end(), name) != transports.end();
+  };
+  if (transport == v1::TRANSPORT_NCCL) return has("nccl");
+  return !socket.empty() && (transport == v1::TRANSPORT_SHARED_MEMORY || has("cuda_ipc"));
 }
 
 absl::StatusOr<RegionServer> TransportChooser::ServerFor(v1::Transport transport,
@@ -162,11 +181,13 @@ absl::StatusOr<RegionServer> TransportChooser::ServerFor(v1::Transport transport
     server_ = server;
   }
   if (!lacks()) return RegionServer{channel_, server->socket, tenant};
-  return absl::UnimplementedError(absl::StrCat(
-      "the server has no ", NameOf(transport), " (GetCapabilitiesResponse.",
-      server->socket.empty()
-          ? "region_socket is empty)"
-          : absl::StrCat("transports: ", absl::StrJoin(server->transports, ", "), ")")));
+  const bool no_regions = transport != v1::TRANSPORT_NCCL && server->socket.empty();
+  std::string text =
+      absl::StrCat("the server has no ", NameOf(transport), " (GetCapabilitiesResponse.");
+  if (no_regions) return absl::UnimplementedError(text + "region_socket is empty)");
+  absl::StrAppend(&text, "transports: ", absl::StrJoin(server->transports, ", "), ")");
+  for (const std::string& missing : server->missing) absl::StrAppend(&text, "; ", missing);
+  return absl::UnimplementedError(text);
 }
 
 absl::StatusOr<TransportChooser::Server> TransportChooser::Ask(absl::Time deadline) {
@@ -180,6 +201,7 @@ absl::StatusOr<TransportChooser::Server> TransportChooser::Ask(absl::Time deadli
   }
   return Server{response.region_socket(),
                 {response.transports().begin(), response.transports().end()},
+                {response.missing_transports().begin(), response.missing_transports().end()},
                 absl::Now()};
 }
 
@@ -216,45 +238,69 @@ absl::Status TransportChooser::RegisterAll(const StreamOptions& options, absl::T
   return absl::OkStatus();
 }
 
+absl::StatusOr<std::shared_ptr<NcclPair>> TransportChooser::Attach(const StreamOptions& options,
+                                                                   absl::Time deadline) {
+  const std::string tenant = TenantOf(options);
+  const bool afresh = options.transport != TransportChoice::kAuto;
+  const auto server = ServerFor(v1::TRANSPORT_NCCL, tenant, afresh, deadline);
+  if (!server.ok()) return server.status();
+  absl::MutexLock lock(&attaching_);
+  std::shared_ptr<NcclPair>& pair = pairs_[{options.nccl.get(), tenant}];
+  if (pair != nullptr && !pair->ended()) return pair;
+  pair.reset();
+  auto attached = NcclPair::Attach(channel_, options.nccl, tenant);
+  if (attached.ok()) pair = *attached;
+  return attached;
+}
+
 absl::StatusOr<Offer> TransportChooser::MakeOffer(absl::Span<const BatchPrompt> prompts,
                                                   const StreamOptions& options, bool unknown,
                                                   absl::Time deadline) {
-  Offer offer;
   const bool is_inline = options.transport == TransportChoice::kInline;
-  offer.regions = RegionsOf(prompts, options);
-  absl::Status status = is_inline ? absl::OkStatus() : CheckRegions(offer.regions, options);
+  const std::optional<v1::Transport> named = Named(options.transport);
+  const std::vector<std::shared_ptr<Region>> regions = RegionsOf(prompts, options);
+  absl::Status status = is_inline ? absl::OkStatus() : CheckRegions(regions, options);
   if (!status.ok()) return status;
-  const Region* const first = offer.regions.empty() ? nullptr : offer.regions.front().get();
-  if (first != nullptr) offer.gpu = first->gpu_memory();
+  Offer offer;
+  if (!regions.empty()) offer.gpu = regions.front()->gpu_memory();
   offer.copies = offer.gpu != nullptr && options.copy_from_gpu;
+  const bool may_offer = !is_inline && !regions.empty() && !unknown;
   if (is_inline) {
     status = absl::CancelledError("inline was asked for");
-  } else if (first == nullptr) {
+  } else if (regions.empty()) {
     status = absl::NotFoundError("no region was given (StreamOptions.regions)");
   } else if (unknown) {
     status = absl::NotFoundError("the server does not know the registered regions");
-  } else {
-    offer.transport = TransportOf(first->on_gpu());
+  } else if (named != v1::TRANSPORT_NCCL) {
+    offer.transport = TransportOf(offer.gpu != nullptr);
+    offer.regions = regions;
     status = RegisterAll(options, deadline, &offer);
-    const bool must = options.transport != TransportChoice::kAuto;
-    if (!status.ok() && (must || ServerIsAway(status))) return status;
+    if (!status.ok() && (named.has_value() || ServerIsAway(status))) return status;
+    if (!status.ok()) offer.handles.clear();
   }
-  if (status.ok()) {
-    if (RetiredBlocks::All().size() > 0) RetiredBlocks::All().Release(deadline);
-    return offer;
+  if (may_offer && offer.gpu != nullptr && options.nccl != nullptr &&
+      named.value_or(v1::TRANSPORT_NCCL) == v1::TRANSPORT_NCCL) {
+    absl::StatusOr<std::shared_ptr<NcclPair>> pair = Attach(options, deadline);
+    if (!pair.ok() && (named.has_value() || ServerIsAway(pair.status()))) return pair.status();
+    if (pair.ok()) {
+      offer.pair = *std::move(pair);
+    } else {
+      status = absl::FailedPreconditionError(absl::StrCat(status.message(), status.ok() ? "" : "; ",
+                                                          "nccl: ", pair.status().message()));
+    }
   }
-  if (offer.gpu != nullptr && !offer.copies) return NotCopied(status.message());
-  Offer nothing;
-  nothing.gpu = offer.gpu;
-  nothing.copies = offer.copies;
-  if (!is_inline) nothing.reason = std::string(status.message());
-  return nothing;
+  if (!is_inline) offer.reason = std::string(status.message());
+  if (offer.handles.empty()) offer.regions.clear();
+  if (RetiredBlocks::All().size() > 0) RetiredBlocks::All().Release(deadline);
+  if (offer.nothing() && offer.gpu != nullptr && !offer.copies) return NotCopied(status.message());
+  return offer;
 }
 
 void TransportChooser::Forget(const Offer& offer) {
   for (size_t i = 0; i < offer.regions.size(); ++i) {
     offer.regions[i]->Forget(offer.server, offer.handles[i]);
   }
+  if (offer.pair != nullptr) offer.pair->MarkEnded();
   absl::MutexLock lock(&mutex_);
   server_.reset();
 }
@@ -268,22 +314,36 @@ absl::StatusOr<SharedPlace> PlacePrompt(const Offer& offer, const StreamOptions&
   open->clear_transports();
   open->clear_regions();
   open->clear_result_range();
+  open->clear_nccl_pair();
   if (offer.gpu != nullptr && Pulls(*open)) {
     return absl::InvalidArgumentError(
         "Open.pull: keys and values lie in a GPU's memory, of which no rows are pulled");
   }
-  if (!offer.regions.empty()) {
-    if (Pulls(*open) && stream.staging == nullptr && !options.rows) {
-      place.reason = "pulled rows need a StreamOptions.staging to be gathered in";
-      if (must) return absl::InvalidArgumentError(absl::StrCat("shared memory: ", place.reason));
-      return place;
-    }
+  if (offer.nothing()) {
+    if (absl::Status status = PlaceResults(offer, options, open, &place); !status.ok())
+      return status;
+    return place;
+  }
+  if (Pulls(*open) && stream.staging == nullptr && !options.rows) {
+    place.reason = "pulled rows need a StreamOptions.staging to be gathered in";
+    if (must) return absl::InvalidArgumentError(absl::StrCat("shared memory: ", place.reason));
+    return place;
+  }
+  place.staging = stream.staging;
+  if (!offer.handles.empty()) {
     open->add_transports(offer.transport);
-    if (!must && (offer.gpu == nullptr || offer.copies)) open->add_transports(v1::TRANSPORT_INLINE);
     for (const std::string& handle : offer.handles) open->add_regions(handle);
     place.regions = offer.regions;
-    place.staging = stream.staging;
   }
+  if (offer.pair != nullptr && options.results == nullptr && ReturnsRows(*open)) {
+    place.reason = "NCCL: PromptOptions.results is null, and kept rows are received there";
+    if (offer.handles.empty() && !offer.copies) return absl::InvalidArgumentError(place.reason);
+  } else if (offer.pair != nullptr) {
+    open->add_transports(v1::TRANSPORT_NCCL);
+    open->set_nccl_pair(offer.pair->name());
+    place.pair = offer.pair;
+  }
+  if (!must && (offer.gpu == nullptr || offer.copies)) open->add_transports(v1::TRANSPORT_INLINE);
   if (absl::Status status = PlaceResults(offer, options, open, &place); !status.ok()) return status;
   return place;
 }

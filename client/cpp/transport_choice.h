@@ -2,9 +2,11 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
@@ -14,6 +16,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "client/cpp/gpu_memory.h"
+#include "client/cpp/nccl_device.h"
 #include "client/cpp/registration.h"
 #include "client/cpp/retired_blocks.h"
 #include "grpcpp/channel.h"
@@ -27,11 +30,14 @@ namespace structkv::client::internal {
 
 // What a stream can offer beside messages.
 struct Offer {
-  v1::Transport transport = v1::TRANSPORT_INLINE;  // that the regions are for; INLINE: nothing
+  v1::Transport transport = v1::TRANSPORT_INLINE;  // that the regions are for; INLINE: none
   std::vector<std::shared_ptr<Region>> regions;    // in the order of `Open.regions`
-  std::vector<std::string> handles;
-  std::string reason;   // why nothing
-  RegionServer server;  // that the handles are of
+  std::vector<std::string> handles;                // of those
+  RegionServer server;                             // that they are of
+  std::shared_ptr<NcclPair> pair;                  // for NCCL; null: none
+  std::string reason;                              // why not what is not offered
+
+  bool nothing() const { return handles.empty() && pair == nullptr; }
   // One of them where they are a GPU's, whatever is offered; null: the host's.
   std::shared_ptr<const GpuMemory> gpu;
   bool copies = false;  // and may be copied from there
@@ -45,6 +51,7 @@ struct SharedPlace {
   wire::Range result_range;
   // Takes the results' memory back where the prompt does not end well.
   std::function<void(const Bytes&)> retire;
+  std::shared_ptr<NcclPair> pair;        // that they may go by; null: by none
   std::string reason;                    // why nowhere
   std::shared_ptr<const GpuMemory> gpu;  // as in Offer
 
@@ -76,6 +83,7 @@ class TransportChooser {
   struct Server {
     std::string socket;  // empty: it has no regions
     std::vector<std::string> transports;
+    std::vector<std::string> missing;  // each with the reason
     absl::Time asked;
 
     bool Has(v1::Transport transport) const;
@@ -85,12 +93,19 @@ class TransportChooser {
   absl::StatusOr<RegionServer> ServerFor(v1::Transport transport, const std::string& tenant,
                                          bool afresh, absl::Time deadline);
   absl::StatusOr<std::string> RegisterAt(const RegionServer& server, Region& region);
+  // Attaches `options.nccl` where it is not. UNIMPLEMENTED where the server has no NCCL.
+  absl::StatusOr<std::shared_ptr<NcclPair>> Attach(const StreamOptions& options,
+                                                   absl::Time deadline);
   // Registers the regions of `offer`.
   absl::Status RegisterAll(const StreamOptions& options, absl::Time deadline, Offer* offer);
 
   const std::shared_ptr<grpc::Channel> channel_;
   absl::Mutex mutex_;
   std::optional<Server> server_ ABSL_GUARDED_BY(mutex_);  // none: not asked yet
+  absl::Mutex attaching_;
+  // By GPU and tenant.
+  std::map<std::pair<NcclGpu*, std::string>, std::shared_ptr<NcclPair>> pairs_
+      ABSL_GUARDED_BY(attaching_);
 };
 
 // Puts the offer into `open`, with room for results out of `options.results`.

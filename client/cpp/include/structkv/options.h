@@ -20,8 +20,9 @@
 
 namespace structkv::client {
 
-class Arena;   // arena.h
-class Region;  // region.h
+class Arena;    // arena.h
+class NcclGpu;  // nccl.h
+class Region;   // region.h
 
 // When a prompt is tried again. Tried again are UNAVAILABLE, and RESOURCE_EXHAUSTED where the
 // server says when (`grpc-retry-pushback-ms`); nothing once the first result has arrived.
@@ -69,9 +70,9 @@ using RowSource = std::function<absl::StatusOr<PulledRows>(const RowPull&)>;
 // Where the tensors of a stream lie (docs/transports.md).
 enum class TransportChoice : uint8_t {
   // The best that there is. With regions of the host: shared memory, else inline. With regions of a
-  // GPU: CUDA IPC, else what StreamOptions.copy_from_gpu lets, else an error with the reasons.
-  // Without
-  // regions inline. `Opened.transport_reason` says why not a better one.
+  // GPU: CUDA IPC, else NCCL where StreamOptions.nccl is set, else what copy_from_gpu lets, else an
+  // error with the reasons. Without regions inline. `Opened.transport_reason` says why not a better
+  // one.
   kAuto,
   // In messages.
   kInline,
@@ -80,6 +81,8 @@ enum class TransportChoice : uint8_t {
   kSharedMemory,
   // In memory of a GPU that the server has opened.
   kCudaIpc,
+  // From GPU to GPU, by the pair of StreamOptions.nccl.
+  kNccl,
 };
 
 // Of a stream: what the prompts of a batch have in common.
@@ -106,6 +109,10 @@ struct StreamOptions {
   // Keys and values that lie outside of the regions, and pulled rows, are copied to it until their
   // layer was answered. Sending waits for answers where it is full. Null: they are refused.
   std::shared_ptr<Arena> staging;
+  // For NCCL: the GPU that the regions are of, which is attached to the server where it is not. The
+  // regions are not registered for it; keys and values may lie anywhere in the GPU's memory, and
+  // kept rows of the output COMPACT need PromptOptions.results.
+  std::shared_ptr<NcclGpu> nccl;
   // With regions of a GPU: where no transport can read them, keys and values are copied to the
   // host's memory and travel inline, and results are copied to PromptOptions.results. False: that
   // is FAILED_PRECONDITION, with the reasons, since it is many times slower.
