@@ -23,6 +23,7 @@
 // tests/kernels/conformance holds every backend to this, against `reference`.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -43,6 +44,9 @@ namespace structkv {
 
 // Runs task(0) .. task(count - 1), in any order and on any threads, and returns when all are done.
 using ParallelFor = absl::FunctionRef<void(int64_t count, absl::FunctionRef<void(int64_t)> task)>;
+
+// Makes the bytes of a run that begins at `offset` of what is to be filled.
+using FillRun = absl::FunctionRef<void(int64_t offset, absl::Span<std::byte> run)>;
 
 // Runs the tasks one after the other on the calling thread.
 inline void SerialFor(int64_t count, absl::FunctionRef<void(int64_t)> task) {
@@ -210,6 +214,12 @@ class Backend {
   virtual absl::StatusOr<std::shared_ptr<std::byte>> Reserve(int gpu, int64_t bytes) const;
   // The most that Reserve can give at once, when nobody else has any.
   virtual int64_t reservable_bytes(int /*gpu*/) const { return 0; }
+  // Has `fill` make `bytes` bytes, in order and on the calling thread, run by run of the host's
+  // memory, and puts them into memory that a gather may write to. Errors as of Gather.
+  virtual absl::Status Fill(void* to, int64_t bytes, FillRun fill) const {
+    if (bytes > 0) fill(0, {static_cast<std::byte*>(to), static_cast<size_t>(bytes)});
+    return absl::OkStatus();
+  }
 
   // Opens memory that a process has exported, so that tensors may lie in it. May outlive the
   // backend. FAILED_PRECONDITION without BackendCapabilities::device_memory, and where the memory

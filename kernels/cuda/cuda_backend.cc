@@ -141,6 +141,14 @@ class CudaBackend final : public Backend {
     return device == nullptr ? 0 : device->reservable_bytes();
   }
 
+  absl::Status Fill(void* to, int64_t bytes, FillRun fill) const override {
+    if (bytes == 0) return absl::OkStatus();
+    const absl::StatusOr<Place> place = devices_->PlaceOf(to);
+    if (!place.ok()) return place.status();
+    return place->on_device() ? cuda::Fill(*devices_, place->device, to, bytes, fill)
+                              : host_->Fill(to, bytes, fill);
+  }
+
   absl::StatusOr<std::unique_ptr<ImportedMemory>> Import(
       const ExportedMemory& exported) const override {
     if (absl::Status status = Health(); !status.ok()) return status;

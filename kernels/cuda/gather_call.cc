@@ -171,4 +171,13 @@ absl::Status Zero(Devices& devices, int index, void* to, int64_t bytes) {
   return status.ok() ? WaitFor(*lease) : status;
 }
 
+absl::Status Fill(Devices& devices, int index, void* to, int64_t bytes, FillRun fill) {
+  absl::StatusOr<Lease> lease = devices.AcquireOn(index, 0);
+  if (!lease.ok()) return lease.status();
+  Upload upload(*lease);
+  upload.Fill(to, bytes, fill);
+  absl::Status status = upload.Flush();
+  return status.ok() ? WaitFor(*lease) : status;
+}
+
 }  // namespace structkv::cuda

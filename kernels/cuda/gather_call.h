@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
+#include "kernels/backend.h"
 #include "kernels/cuda/devices.h"
 #include "kernels/rotation.h"
 #include "kernels/tensor.h"
@@ -23,5 +24,7 @@ absl::Status GatherRotated(Devices& devices, const TensorView& source, const int
 
 // As Backend::Zero, of memory of the GPU with that CUDA index.
 absl::Status Zero(Devices& devices, int index, void* to, int64_t bytes);
+// As Backend::Fill, likewise.
+absl::Status Fill(Devices& devices, int index, void* to, int64_t bytes, FillRun fill);
 
 }  // namespace structkv::cuda

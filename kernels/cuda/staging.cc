@@ -61,25 +61,31 @@ absl::Status DownloadPieces(const Lease& lease, const std::byte* from, int64_t b
 }  // namespace
 
 void Upload::WriteBytes(void* to, const void* from, int64_t bytes, bool direct) {
-  auto* target = static_cast<std::byte*>(to);
-  const auto* source = static_cast<const std::byte*>(from);
-  if (direct || target != to_ + (end_ - begin_)) {
-    Send();
-    to_ = target;
-  }
   if (direct) {
+    Send();
+    to_ = static_cast<std::byte*>(to);
     if (status_.ok()) status_ = Copy(lease_, to, from, bytes, cudaMemcpyDefault);
     return;
   }
-  while (bytes > 0) {
+  Fill(to, bytes, [from](int64_t offset, absl::Span<std::byte> run) {
+    std::memcpy(run.data(), static_cast<const std::byte*>(from) + offset, run.size());
+  });
+}
+
+void Upload::Fill(void* to, int64_t bytes, FillRun fill) {
+  auto* target = static_cast<std::byte*>(to);
+  if (target != to_ + (end_ - begin_)) {
+    Send();
+    to_ = target;
+  }
+  for (int64_t filled = 0; filled < bytes;) {
     if (end_ == lease_.lane().slice_bytes) Turn();
     if (end_ == 0 && status_.ok()) status_ = WaitFor(lease_, slice());
     if (!status_.ok()) return;
-    const int64_t piece = std::min(bytes, lease_.lane().slice_bytes - end_);
-    std::memcpy(slice().bytes.get() + end_, source, static_cast<size_t>(piece));
+    const int64_t piece = std::min(bytes - filled, lease_.lane().slice_bytes - end_);
+    fill(filled, {slice().bytes.get() + end_, static_cast<size_t>(piece)});
     end_ += piece;
-    source += piece;
-    bytes -= piece;
+    filled += piece;
   }
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
+#include "kernels/backend.h"
 #include "kernels/cuda/device.h"
 #include "kernels/tensor.h"
 
@@ -36,6 +37,8 @@ class Upload {
   // What follows on from the last one's end on the device shares its copies. `direct`: pinned or a
   // device's, and copied without staging.
   void WriteBytes(void* to, const void* from, int64_t bytes, bool direct);
+  // What `fill` makes, staged, as WriteBytes.
+  void Fill(void* to, int64_t bytes, FillRun fill);
   // Queues all that was written, before a launch that reads it. The first error of all.
   absl::Status Flush();
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -64,9 +65,24 @@ v1::CacheInfo EncodeInfo(const session::HeldSlice& slice) {
 }
 
 FetchBuilder::FetchBuilder(session::HeldSlice slice, const Options& options,
-                           engine::BufferPool* buffers)
-    : slice_(std::move(slice)), options_(options), buffers_(buffers), layer_(slice_.first_layer()) {
-  Skip(options_.skip_bytes);
+                           engine::BufferPool* buffers, const Backend* backend)
+    : slice_(std::move(slice)),
+      options_(options),
+      buffers_(buffers),
+      backend_(backend),
+      layer_(slice_.first_layer()) {
+  if (options_.info_only) {
+    layer_ = slice_.end_layer();
+  } else {
+    Skip(options_.skip_bytes);
+  }
+  StartLayer();
+}
+
+void FetchBuilder::StartLayer() {
+  room_ = engine::LayerInput();
+  room_.layer = layer_ - slice_.first_layer();
+  if (layer_ < slice_.end_layer()) transport().GiveRoom(&room_);
 }
 
 void FetchBuilder::Skip(int64_t bytes) {
@@ -82,12 +98,14 @@ void FetchBuilder::Skip(int64_t bytes) {
   }
 }
 
-grpc::ByteBuffer FetchBuilder::Next() {
+absl::StatusOr<grpc::ByteBuffer> FetchBuilder::Next() {
   switch (state_) {
     case State::kInfo: {
       state_ = layer_ < slice_.end_layer() ? State::kLayers : State::kSummary;
       v1::FetchCacheResponse response;
       *response.mutable_info() = EncodeInfo(slice_);
+      response.mutable_info()->set_transport(EncodeTransport(transport().kind()));
+      response.mutable_info()->set_transport_reason(options_.granted.reason);
       return wire::Encode(response);
     }
     case State::kLayers:
@@ -100,7 +118,40 @@ grpc::ByteBuffer FetchBuilder::Next() {
   return Summary();
 }
 
-grpc::ByteBuffer FetchBuilder::NextLayer() {
+absl::StatusOr<wire::OutgoingPiece> FetchBuilder::Piece(const session::SlicedTensor& tensor,
+                                                        int64_t bytes) {
+  wire::OutgoingPiece piece;
+  piece.layer = static_cast<uint32_t>(layer_);
+  piece.tensor = EncodeTensor(tensor.tensor);
+  piece.offset_bytes = static_cast<uint64_t>(offset_);
+  const auto size = static_cast<size_t>(bytes);
+  const bool keys = tensor.tensor == engine::InputTensor::kKeys;
+  const engine::Buffer& room = keys ? room_.key_room : room_.value_room;
+  if (!room.empty() && (keys || tensor.tensor == engine::InputTensor::kValues)) {
+    std::byte* const to = room.data() + offset_;
+    const absl::Status written =
+        backend_->Fill(to, bytes, [&](int64_t done, absl::Span<std::byte> run) {
+          session::CopyOut(tensor, offset_ + done, run);
+        });
+    if (!written.ok()) return written;
+    const auto range = *transport().result_place().RangeOf({to, size});
+    piece.range = {range.region, range.offset_bytes, range.size_bytes};
+    return piece;
+  }
+  if (tensor.contiguous()) {
+    piece.data = {tensor.data + offset_, size};
+    piece.owner = slice_.cache();
+  } else {
+    auto buffer = std::make_shared<engine::Buffer>(buffers_->Acquire(size));
+    session::CopyOut(tensor, offset_, buffer->span());
+    piece.data = buffer->span();
+    piece.owner = std::move(buffer);
+  }
+  if (options_.checksums) piece.xxh3_64 = wire::Checksum({&piece.data, 1});
+  return piece;
+}
+
+absl::StatusOr<grpc::ByteBuffer> FetchBuilder::NextLayer() {
   const engine::LayerOutput& output = slice_.cache()->layers[static_cast<size_t>(layer_)];
   v1::LayerResult header;
   header.set_layer(static_cast<uint32_t>(layer_));
@@ -116,33 +167,25 @@ grpc::ByteBuffer FetchBuilder::NextLayer() {
   std::vector<wire::OutgoingPiece> pieces;
   while (tensor_ < tensors.size()) {
     const session::SlicedTensor& tensor = tensors[tensor_];
+    // What goes elsewhere is cut alike: nothing else of the stream is looked at while it is copied.
     const int64_t take = room.Take(tensor.size() - offset_);
     if (take == 0) break;
-    wire::OutgoingPiece& piece = pieces.emplace_back();
-    piece.layer = static_cast<uint32_t>(layer_);
-    piece.tensor = EncodeTensor(tensor.tensor);
-    piece.offset_bytes = static_cast<uint64_t>(offset_);
-    if (tensor.contiguous()) {
-      piece.data = {tensor.data + offset_, static_cast<size_t>(take)};
-      piece.owner = slice_.cache();
-    } else {
-      auto buffer = std::make_shared<engine::Buffer>(buffers_->Acquire(static_cast<size_t>(take)));
-      session::CopyOut(tensor, offset_, buffer->span());
-      piece.data = buffer->span();
-      piece.owner = std::move(buffer);
-    }
-    if (options_.checksums) piece.xxh3_64 = wire::Checksum({&piece.data, 1});
+    absl::StatusOr<wire::OutgoingPiece> piece = Piece(tensor, take);
+    if (!piece.ok()) return piece.status();
+    pieces.push_back(*std::move(piece));
     sent_bytes_ += take;
     offset_ += take;
     if (offset_ < tensor.size()) break;  // the message is full
     ++tensor_;
     offset_ = 0;
   }
+  if (absl::Status whole = transport().Check(); !whole.ok()) return whole;
   if (tensor_ == tensors.size()) {
     header.set_complete(true);
     layer_begun_ = false;
     tensor_ = 0;
     if (++layer_ == slice_.end_layer()) state_ = State::kSummary;
+    StartLayer();
   }
   return wire::EncodeFetchedLayer(header, pieces);
 }
@@ -152,7 +195,7 @@ grpc::ByteBuffer FetchBuilder::Summary() const {
   v1::FetchSummary* summary = response.mutable_summary();
   summary->set_total_bytes(static_cast<uint64_t>(slice_.total_bytes()));
   summary->set_sent_bytes(static_cast<uint64_t>(sent_bytes_));
-  summary->set_transport("inline");
+  summary->set_transport(std::string(transport::KindName(transport().kind())));
   return wire::Encode(response);
 }
 

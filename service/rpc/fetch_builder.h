@@ -3,14 +3,19 @@
 
 #include <cstdint>
 
+#include "absl/status/statusor.h"
 #include "grpcpp/support/byte_buffer.h"
+#include "kernels/backend.h"
 #include "service/engine/buffer_pool.h"
+#include "service/engine/prompt.h"
 #include "service/session/held_slice.h"
+#include "service/transport/negotiation.h"
 #include "structkv/v1/held_cache.pb.h"
+#include "structkv/v1/piece_codec.h"
 
 namespace structkv::rpc {
 
-// `CacheInfo` of a slice.
+// `CacheInfo` of a slice, but for the transport.
 v1::CacheInfo EncodeInfo(const session::HeldSlice& slice);
 
 // Not thread-safe.
@@ -20,23 +25,36 @@ class FetchBuilder {
     int64_t max_message_bytes = 0;  // kMinMessageBytes or more; no message is longer
     int64_t skip_bytes = 0;         // 0 to the slice's total_bytes()
     bool checksums = false;
+    bool info_only = false;
+    // Where keys and values go, and why there.
+    transport::Granted granted = {transport::InlineTransport(), ""};
   };
 
-  // Tensors that are not contiguous are arranged in buffers of `buffers`, which outlives this; the
-  // others are sent from where they lie.
-  FetchBuilder(session::HeldSlice slice, const Options& options, engine::BufferPool* buffers);
+  // Tensors that are not contiguous, and travel in messages, are arranged in buffers of `buffers`;
+  // what goes into memory that the host cannot reach is put there by `backend`. Both outlive this.
+  // All else is sent from where it lies.
+  FetchBuilder(session::HeldSlice slice, const Options& options, engine::BufferPool* buffers,
+               const Backend* backend);
 
-  // The next message: `info`, layers, `summary`.
-  grpc::ByteBuffer Next();
+  // The next message: `info`, layers, `summary`. What it says lies in a region was written there.
+  // FAILED_PRECONDITION, naming the region, where its memory is gone; also what Backend::Fill
+  // returns.
+  absl::StatusOr<grpc::ByteBuffer> Next();
   // Whether the summary was the last one.
   bool done() const { return state_ == State::kDone; }
   int64_t sent_bytes() const { return sent_bytes_; }
   const session::HeldSlice& slice() const { return slice_; }
+  const transport::Transport& transport() const { return *options_.granted.transport; }
 
  private:
   enum class State : uint8_t { kInfo, kLayers, kSummary, kDone };
 
-  grpc::ByteBuffer NextLayer();
+  absl::StatusOr<grpc::ByteBuffer> NextLayer();
+  // What comes next of `tensor`, `bytes` of it: in a message, or where the transport has room for
+  // it.
+  absl::StatusOr<wire::OutgoingPiece> Piece(const session::SlicedTensor& tensor, int64_t bytes);
+  // Gets the room for the tensors of layer_.
+  void StartLayer();
   grpc::ByteBuffer Summary() const;
   // Passes layers and tensors that lie before `skip_bytes`.
   void Skip(int64_t bytes);
@@ -44,12 +62,14 @@ class FetchBuilder {
   const session::HeldSlice slice_;
   const Options options_;
   engine::BufferPool* const buffers_;
+  const Backend* const backend_;
   State state_ = State::kInfo;
   // Where the next piece starts.
   int64_t layer_;
   size_t tensor_ = 0;
   int64_t offset_ = 0;
   bool layer_begun_ = false;  // a message of it was sent
+  engine::LayerInput room_;   // of layer_, in the place of results
   int64_t sent_bytes_ = 0;
 };
 

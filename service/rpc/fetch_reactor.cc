@@ -70,15 +70,39 @@ absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
                                                    "; 0 to ", slice->total_bytes(),
                                                    " are allowed (CacheInfo.total_bytes)"));
   }
-  if (slice->strided()) {
-    if (absl::Status reserved = ReserveCopies(*longest); !reserved.ok()) return reserved;
+  FetchBuilder::Options options = {.max_message_bytes = *longest,
+                                   .skip_bytes = static_cast<int64_t>(request.skip_bytes()),
+                                   .checksums = request.checksums(),
+                                   .info_only = request.info_only()};
+  if (!request.info_only()) {
+    absl::StatusOr<transport::Granted> granted = Negotiate(request, *slice, *tenant);
+    if (!granted.ok()) return granted.status();
+    options.granted = *std::move(granted);
+    if (slice->strided() && !options.granted.transport->in_place()) {
+      if (absl::Status reserved = ReserveCopies(*longest); !reserved.ok()) return reserved;
+    }
   }
-  builder_.emplace(*std::move(slice),
-                   FetchBuilder::Options{.max_message_bytes = *longest,
-                                         .skip_bytes = static_cast<int64_t>(request.skip_bytes()),
-                                         .checksums = request.checksums()},
-                   &shared_->sessions->buffers());
+  builder_.emplace(*std::move(slice), options, &shared_->sessions->buffers(),
+                   &shared_->sessions->backend());
   return absl::OkStatus();
+}
+
+absl::StatusOr<transport::Granted> FetchReactor::Negotiate(const v1::FetchCacheRequest& request,
+                                                           const session::HeldSlice& slice,
+                                                           const std::string& tenant) const {
+  absl::StatusOr<transport::TransportRequest> wanted = DecodeTransports(request);
+  if (!wanted.ok()) return wanted.status();
+  wanted->tenant = tenant;
+  // Those that write to a place which the request names.
+  transport::Offers offers = shared_->sessions->options().transports;
+  offers.erase(transport::Kind::kNccl);
+  for (const transport::Kind wish : wanted->wishes) {
+    if (offers.count(wish) == 0 || wanted->results.has_value()) continue;
+    return absl::InvalidArgumentError(absl::StrCat("result_range is not set, and transports names ",
+                                                   std::string(transport::KindName(wish)),
+                                                   ", which writes there"));
+  }
+  return transport::Negotiate(*wanted, slice.result_sizes(), offers);
 }
 
 absl::Status FetchReactor::ReserveCopies(int64_t max_message_bytes) {
@@ -95,9 +119,11 @@ absl::Status FetchReactor::ReserveCopies(int64_t max_message_bytes) {
   return absl::OkStatus();
 }
 
-WriteStream::Message FetchReactor::Next() {
+absl::StatusOr<WriteStream::Message> FetchReactor::Next() {
+  absl::StatusOr<grpc::ByteBuffer> bytes = builder_->Next();
+  if (!bytes.ok()) return bytes.status();
   Message message;
-  message.bytes = builder_->Next();
+  message.bytes = *std::move(bytes);
   message.last = builder_->done();
   return message;
 }
@@ -128,12 +154,15 @@ void FetchReactor::OnGone() {
     const grpc::Status status = end_status();
     int64_t layers = 0;
     int64_t heads = 0;
+    std::string_view transport = "-";
     if (builder_.has_value()) {
       layers = builder_->slice().end_layer() - builder_->slice().first_layer();
       heads = builder_->slice().kv_heads().count;
+      transport = transport::KindName(builder_->transport().kind());
     }
     shared_->log->Write("fetch",
-                        {{"layers", layers},
+                        {{"transport", transport},
+                         {"layers", layers},
                          {"kv_heads", heads},
                          {"output_bytes", builder_.has_value() ? builder_->sent_bytes() : 0},
                          {"micros", (SteadyNanos() - begun_) / 1000},

@@ -30,9 +30,13 @@ class FetchReactor final : public WriteStream, public Stream {
 
  private:
   absl::Status Open(const grpc::ByteBuffer& request);
+  // Where the keys and values of `slice` go.
+  absl::StatusOr<transport::Granted> Negotiate(const v1::FetchCacheRequest& request,
+                                               const session::HeldSlice& slice,
+                                               const std::string& tenant) const;
   // Memory to arrange heads in; adds to the trailing metadata where there is none.
   absl::Status ReserveCopies(int64_t max_message_bytes);
-  Message Next() override;
+  absl::StatusOr<Message> Next() override;
   void OnBroken() override;
   void OnGone() override;
 

@@ -178,7 +178,7 @@ absl::Status DecodeHold(const v1::Open& open, OpenRequest* request) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<transport::Kind> DecodeTransport(absl::string_view field, v1::Transport transport) {
+absl::StatusOr<transport::Kind> DecodeTransport(v1::Transport transport) {
   switch (transport) {
     case v1::TRANSPORT_INLINE:
       return transport::Kind::kInline;
@@ -189,26 +189,30 @@ absl::StatusOr<transport::Kind> DecodeTransport(absl::string_view field, v1::Tra
     case v1::TRANSPORT_NCCL:
       return transport::Kind::kNccl;
     default:
-      return Invalid(field, EnumText(transport),
-                     "allowed: TRANSPORT_INLINE, TRANSPORT_SHARED_MEMORY, TRANSPORT_CUDA_IPC, "
-                     "TRANSPORT_NCCL");
+      return absl::InvalidArgumentError(
+          "allowed: TRANSPORT_INLINE, TRANSPORT_SHARED_MEMORY, TRANSPORT_CUDA_IPC, TRANSPORT_NCCL");
   }
 }
 
-absl::Status DecodeTransports(const v1::Open& open, transport::TransportRequest* request) {
-  for (int i = 0; i < open.transports_size(); ++i) {
-    const std::string field = absl::StrCat("transports[", i, "]");
-    const absl::StatusOr<transport::Kind> kind = DecodeTransport(field, open.transports(i));
-    if (!kind.ok()) return kind.status();
+// `Message` has the fields of that name; its own is `request->message`.
+template <class Message>
+absl::Status DecodeTransportFields(const Message& message, transport::TransportRequest* request) {
+  for (int i = 0; i < message.transports_size(); ++i) {
+    const auto invalid = [&](absl::string_view allowed) {
+      return absl::InvalidArgumentError(absl::StrCat(request->message, "transports[", i, "] is ",
+                                                     EnumText(message.transports(i)), "; ",
+                                                     allowed));
+    };
+    const absl::StatusOr<transport::Kind> kind = DecodeTransport(message.transports(i));
+    if (!kind.ok()) return invalid(kind.status().message());
     if (std::count(request->wishes.begin(), request->wishes.end(), *kind) > 0) {
-      return Invalid(field, EnumText(open.transports(i)), "each is named once");
+      return invalid("each is named once");
     }
     request->wishes.push_back(*kind);
   }
-  request->regions.assign(open.regions().begin(), open.regions().end());
-  request->nccl_pair = open.nccl_pair();
-  if (open.has_result_range()) {
-    const v1::RegionRange& range = open.result_range();
+  request->regions.assign(message.regions().begin(), message.regions().end());
+  if (message.has_result_range()) {
+    const v1::RegionRange& range = message.result_range();
     request->results = {range.region(), range.offset_bytes(), range.size_bytes()};
   }
   return absl::OkStatus();
@@ -315,9 +319,9 @@ absl::StatusOr<OpenRequest> DecodeOpen(const v1::Open& open, int64_t max_message
       return shard;
     }
   }
-  if (absl::Status transports = DecodeTransports(open, &request.transport); !transports.ok()) {
-    return transports;
-  }
+  absl::Status transports = DecodeTransportFields(open, &request.transport);
+  if (!transports.ok()) return transports;
+  request.transport.nccl_pair = open.nccl_pair();
   if (absl::Status rest = DecodeRest(open, max_message_bytes, &request); !rest.ok()) return rest;
   return request;
 }
@@ -431,6 +435,13 @@ v1::Tensor EncodeTensor(engine::InputTensor tensor) {
       return v1::TENSOR_VALUE_SCALES;
   }
   return v1::TENSOR_UNSPECIFIED;
+}
+
+absl::StatusOr<transport::TransportRequest> DecodeTransports(const v1::FetchCacheRequest& fetch) {
+  transport::TransportRequest request;
+  request.message.clear();
+  if (absl::Status status = DecodeTransportFields(fetch, &request); !status.ok()) return status;
+  return request;
 }
 
 v1::Transport EncodeTransport(transport::Kind kind) {

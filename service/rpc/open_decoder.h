@@ -12,6 +12,7 @@
 #include "service/engine/shard.h"
 #include "service/transport/negotiation.h"
 #include "structkv/v1/compression.pb.h"
+#include "structkv/v1/held_cache.pb.h"
 
 namespace structkv::rpc {
 
@@ -42,6 +43,9 @@ struct OpenRequest {
 // of the spec itself are for engine::ValidateSpec, which every prompt must pass before its sizes
 // are used. `max_message_bytes` is the server's own limit, at least kMinMessageBytes.
 absl::StatusOr<OpenRequest> DecodeOpen(const v1::Open& open, int64_t max_message_bytes);
+
+// Where a fetch's keys and values are to go; likewise, and errors name the fields of the request.
+absl::StatusOr<transport::TransportRequest> DecodeTransports(const v1::FetchCacheRequest& fetch);
 
 // The method with every parameter in force.
 v1::Method EncodeMethod(const method::MethodSpec& spec);

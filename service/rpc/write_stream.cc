@@ -37,14 +37,19 @@ void WriteStream::Advance() {
       Finish(status);
       return;
     }
-    outgoing_ = Next();
+    absl::StatusOr<Message> next = Next();
     bool last = false;
     {
       absl::MutexLock lock(&mutex_);
-      if (ending_) {  // meanwhile
+      if (!next.ok() && !ending_) {
+        ending_ = true;
+        end_status_ = ToGrpc(next.status());
+      }
+      if (ending_) {  // perhaps meanwhile
         writing_ = false;
         continue;
       }
+      outgoing_ = *std::move(next);
       last = outgoing_.last;
       finished_ = last;
       if (last) busy_ = false;

@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "grpcpp/support/byte_buffer.h"
 #include "grpcpp/support/server_callback.h"
@@ -28,8 +29,8 @@ class WriteStream : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
     bool last = false;  // the stream ends with OK after it
   };
 
-  // Makes the next message; not called after the last one.
-  virtual Message Next() = 0;
+  // Makes the next message, or ends the stream; not called after the last one.
+  virtual absl::StatusOr<Message> Next() = 0;
   // The call broke or was cancelled. Perhaps more than once, perhaps after the end.
   virtual void OnBroken() = 0;
   // gRPC's last reaction.

@@ -101,6 +101,19 @@ std::vector<SlicedTensor> HeldSlice::Tensors(int64_t layer) const {
   return tensors;
 }
 
+transport::PromptSizes HeldSlice::result_sizes() const {
+  transport::PromptSizes sizes{.layers = end_layer_ - first_layer_};
+  for (int64_t layer = first_layer_; layer < end_layer_; ++layer) {
+    for (const SlicedTensor& tensor : Tensors(layer)) {
+      int64_t* largest = tensor.tensor == engine::InputTensor::kKeys     ? &sizes.key_bytes
+                         : tensor.tensor == engine::InputTensor::kValues ? &sizes.value_bytes
+                                                                         : nullptr;
+      if (largest != nullptr) *largest = std::max(*largest, tensor.size());
+    }
+  }
+  return sizes;
+}
+
 int64_t HeldSlice::LayerBytes(int64_t layer) const {
   int64_t bytes = 0;
   for (const SlicedTensor& tensor : Tensors(layer)) bytes += tensor.size();

@@ -11,6 +11,7 @@
 #include "service/engine/prompt_spec.h"
 #include "service/engine/shard.h"
 #include "service/session/held_cache.h"
+#include "service/transport/negotiation.h"
 
 namespace structkv::session {
 
@@ -51,6 +52,8 @@ class HeldSlice {
   // Those of a layer that are not empty: positions, keys, values, scales of keys and of values.
   std::vector<SlicedTensor> Tensors(int64_t layer) const;
   int64_t LayerBytes(int64_t layer) const;
+  // Of the keys and values that are asked for.
+  transport::PromptSizes result_sizes() const;
   int64_t total_bytes() const { return total_bytes_; }
   // Whether there is a tensor that is not contiguous.
   bool strided() const { return strided_; }

@@ -40,9 +40,8 @@ class CudaIpc final : public RegionTransport {
   }
   absl::Status Await() const override {
     for (size_t i = 0; i < regions().size(); ++i) {
-      absl::Status status = regions()[i]->memory().Await();
-      if (status.ok()) continue;
-      return absl::Status(status.code(), absl::StrCat("open.regions[", i, "]: ", status.message()));
+      absl::Status status = OfRegion(i, regions()[i]->memory().Await());
+      if (!status.ok()) return status;
     }
     return absl::OkStatus();
   }
@@ -69,14 +68,14 @@ absl::StatusOr<std::shared_ptr<Transport>> GrantCudaIpc(RegionRegistry& registry
     const std::optional<int> gpu = (*regions)[i]->memory().gpu();
     if (!gpu.has_value()) {
       return absl::FailedPreconditionError(
-          absl::StrCat("open.regions[", i, "] is memory of the host"));
+          absl::StrCat(request.message, "regions[", i, "] is memory of the host"));
     }
     if (gpu == first) continue;
-    return absl::FailedPreconditionError(absl::StrCat("open.regions[", i, "] lies on GPU ", *gpu,
-                                                      " and open.regions[0] on GPU ", *first,
-                                                      "; all of a prompt lie on one"));
+    return absl::FailedPreconditionError(absl::StrCat(
+        request.message, "regions[", i, "] lies on GPU ", *gpu, " and ", request.message,
+        "regions[0] on GPU ", *first, "; all of a prompt lie on one"));
   }
-  return std::make_shared<CudaIpc>(*std::move(regions), request.results, sizes);
+  return std::make_shared<CudaIpc>(*std::move(regions), request, sizes);
 }
 
 }  // namespace structkv::transport

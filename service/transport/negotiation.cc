@@ -32,7 +32,7 @@ absl::StatusOr<Granted> Negotiate(const TransportRequest& request, const PromptS
                     granted.status().message());
   }
   return absl::FailedPreconditionError(
-      absl::StrCat("open.transports: none can be granted: ", reasons));
+      absl::StrCat(request.message, "transports: none can be granted: ", reasons));
 }
 
 }  // namespace structkv::transport

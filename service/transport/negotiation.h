@@ -21,6 +21,8 @@ struct TransportRequest {
   uint64_t nccl_pair = 0;
   std::optional<RegionRange> results;
   std::string tenant;
+  // Where these are fields, for errors: with its dot; of a call of its own empty.
+  std::string message = "open.";
 };
 
 // Sizes of the tensors that come and of the rows that go back.

@@ -16,8 +16,8 @@ uint64_t RoundUp(int64_t bytes) {
 // Never adds what a client sent: sums may wrap around.
 absl::Status CheckRange(const RegionRange& range, const RegionUses& regions) {
   if (range.region >= regions.size()) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "range.region is ", range.region, "; the prompt names ", regions.size(), " regions"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("range.region is ", range.region, "; ", regions.size(), " regions are named"));
   }
   const auto size = static_cast<uint64_t>(regions[range.region]->memory().size());
   if (range.size_bytes > 0 && range.size_bytes <= size &&
@@ -41,10 +41,15 @@ bool Overlap(const RegionRange& one, const RegionRange& other) {
          other.offset_bytes < one.offset_bytes + one.size_bytes;
 }
 
-absl::Status CheckResults(const RegionRange& results, const RegionUses& regions,
+std::string RegionField(const std::string& message, size_t index) {
+  return absl::StrCat(message, "regions[", index, "]");
+}
+
+absl::Status CheckResults(const TransportRequest& request, const RegionUses& regions,
                           const PromptSizes& sizes) {
-  const auto invalid = [](absl::string_view text) {
-    return absl::InvalidArgumentError(absl::StrCat("open.result_range: ", text));
+  const RegionRange& results = *request.results;
+  const auto invalid = [&request](absl::string_view text) {
+    return absl::InvalidArgumentError(absl::StrCat(request.message, "result_range: ", text));
   };
   if (sizes.key_bytes == 0) return invalid("the output is a plan, which has no keys and values");
   if (absl::Status lies = CheckRange(results, regions); !lies.ok()) return invalid(lies.message());
@@ -69,28 +74,30 @@ uint64_t ResultStride(const PromptSizes& sizes) {
 
 absl::StatusOr<RegionUses> UseRegions(RegionRegistry& registry, const TransportRequest& request,
                                       const PromptSizes& sizes) {
-  if (request.regions.empty()) return absl::FailedPreconditionError("open.regions names none");
+  if (request.regions.empty()) {
+    return absl::FailedPreconditionError(absl::StrCat(request.message, "regions names none"));
+  }
   if (request.regions.size() > kMaxPromptRegions) {
-    return absl::InvalidArgumentError(absl::StrCat("open.regions has ", request.regions.size(),
-                                                   " entries; at most ", kMaxPromptRegions,
-                                                   " are allowed"));
+    return absl::InvalidArgumentError(absl::StrCat(request.message, "regions has ",
+                                                   request.regions.size(), " entries; at most ",
+                                                   kMaxPromptRegions, " are allowed"));
   }
   RegionUses regions;
   for (size_t i = 0; i < request.regions.size(); ++i) {
     const std::string& handle = request.regions[i];
     if (std::count(request.regions.begin(), request.regions.end(), handle) > 1) {
       return absl::InvalidArgumentError(
-          absl::StrCat("open.regions[", i, "] comes twice; each region is named once"));
+          absl::StrCat(RegionField(request.message, i), " comes twice; each region is named once"));
     }
     absl::StatusOr<std::shared_ptr<const RegionUse>> use = registry.Use(handle, request.tenant);
     if (!use.ok()) {
-      return absl::Status(use.status().code(),
-                          absl::StrCat("open.regions[", i, "]: ", use.status().message()));
+      return absl::Status(use.status().code(), absl::StrCat(RegionField(request.message, i), ": ",
+                                                            use.status().message()));
     }
     regions.push_back(*std::move(use));
   }
   if (request.results.has_value()) {
-    absl::Status fits = CheckResults(*request.results, regions, sizes);
+    absl::Status fits = CheckResults(request, regions, sizes);
     if (!fits.ok()) return fits;
   }
   return regions;
@@ -111,7 +118,7 @@ absl::StatusOr<engine::Buffer> RegionTransport::ResolveInPlace(const RegionRange
   if (results_.has_value() && Overlap(range, *results_)) {
     return absl::InvalidArgumentError(
         absl::StrCat("range has size_bytes ", range.size_bytes, " at offset_bytes ",
-                     range.offset_bytes, ", which overlaps open.result_range, ",
+                     range.offset_bytes, ", which overlaps ", message_, "result_range, ",
                      results_->size_bytes, " bytes at ", results_->offset_bytes));
   }
   return buffer;
@@ -143,9 +150,13 @@ absl::Status RegionTransport::Check() const {
 }
 
 absl::Status RegionTransport::CheckRegion(size_t index) const {
-  absl::Status whole = regions_[index]->memory().Check();
-  if (whole.ok()) return whole;
-  return absl::Status(whole.code(), absl::StrCat("open.regions[", index, "]: ", whole.message()));
+  return OfRegion(index, regions_[index]->memory().Check());
+}
+
+absl::Status RegionTransport::OfRegion(size_t index, const absl::Status& status) const {
+  if (status.ok()) return status;
+  return absl::Status(status.code(),
+                      absl::StrCat(RegionField(message_, index), ": ", status.message()));
 }
 
 }  // namespace structkv::transport

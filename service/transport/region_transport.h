@@ -4,6 +4,8 @@
 
 #include <memory>
 #include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "service/transport/negotiation.h"
@@ -29,9 +31,11 @@ absl::StatusOr<RegionUses> UseRegions(RegionRegistry& registry, const TransportR
 class RegionTransport : public Transport {
  public:
   // All from UseRegions().
-  RegionTransport(RegionUses regions, const std::optional<RegionRange>& results,
-                  const PromptSizes& sizes)
-      : regions_(std::move(regions)), results_(results), sizes_(sizes) {}
+  RegionTransport(RegionUses regions, const TransportRequest& request, const PromptSizes& sizes)
+      : regions_(std::move(regions)),
+        results_(request.results),
+        sizes_(sizes),
+        message_(request.message) {}
 
   bool in_place() const override { return true; }
   absl::StatusOr<engine::Buffer> Resolve(const RegionRange& range) const override {
@@ -45,6 +49,8 @@ class RegionTransport : public Transport {
 
  protected:
   const RegionUses& regions() const { return regions_; }
+  // Whose fault `status` is.
+  absl::Status OfRegion(size_t index, const absl::Status& status) const;
 
  private:
   absl::StatusOr<engine::Buffer> At(const RegionRange& range) const;
@@ -53,6 +59,7 @@ class RegionTransport : public Transport {
   const RegionUses regions_;
   const std::optional<RegionRange> results_;
   const PromptSizes sizes_;
+  const std::string message_;
 };
 
 }  // namespace structkv::transport

@@ -25,9 +25,9 @@ absl::StatusOr<std::shared_ptr<Transport>> GrantSharedMemory(RegionRegistry& reg
   for (size_t i = 0; i < regions->size(); ++i) {
     if (!(*regions)[i]->memory().gpu().has_value()) continue;
     return absl::FailedPreconditionError(
-        absl::StrCat("open.regions[", i, "] is memory of a GPU, for CUDA IPC"));
+        absl::StrCat(request.message, "regions[", i, "] is memory of a GPU, for CUDA IPC"));
   }
-  return std::make_shared<SharedMemory>(*std::move(regions), request.results, sizes);
+  return std::make_shared<SharedMemory>(*std::move(regions), request, sizes);
 }
 
 }  // namespace structkv::transport

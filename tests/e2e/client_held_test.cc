@@ -35,7 +35,6 @@ class ClientHeldTest : public HeldTest {
     }
     return text;
   }
-  int64_t held_bytes() { return server().sessions().held_caches().budget().reserved_bytes(); }
 };
 
 TEST_F(ClientHeldTest, FetchesWhatAnInlineAnswerHas) {

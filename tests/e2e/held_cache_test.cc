@@ -1,77 +1,25 @@
 // Caches that stay in the server: what is fetched is what an inline answer would have been, to the
 // byte, for every range of layers and heads.
 #include <algorithm>
-#include <functional>
-#include <ostream>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "structkv/v1/compression.grpc.pb.h"
 #include "tests/e2e/held_test.h"
+#include "tests/e2e/held_ways.h"
 #include "tests/testing/pull.h"
 #include "tests/testing/shards.h"
 
 namespace structkv::testkit {
 namespace {
 
-struct Way {
-  std::string name;
-  std::function<void(v1::Open*)> set;
-};
-
-void PrintTo(const Way& way, std::ostream* out) { *out << way.name; }
-
-std::vector<Way> Ways() {
-  return {
-      {"StructKv", [](v1::Open* open) { open->set_return_saliency(true); }},
-      {"PerKvHead",
-       [](v1::Open* open) {
-         open->mutable_method()->mutable_structkv()->set_granularity(v1::GRANULARITY_PER_KV_HEAD);
-         open->mutable_geometry()->set_value_dim(64);
-         open->set_dtype(v1::DTYPE_F32);
-       }},
-      {"PyramidKv",
-       [](v1::Open* open) {
-         open->mutable_method()->mutable_pyramidkv()->mutable_kv_budget()->set_ratio(0.3);
-       }},
-      {"Mla",
-       [](v1::Open* open) {
-         open->mutable_geometry()->set_layer_count(3);
-         open->mutable_geometry()->set_kv_head_count(1);
-         open->mutable_geometry()->set_key_dim(576);
-         open->mutable_geometry()->set_value_dim(512);
-         open->mutable_geometry()->set_values_in_keys(true);
-         open->set_attention_scale(0.0721687);
-       }},
-      {"Fp8PerKvHead",
-       [](v1::Open* open) {
-         open->set_dtype(v1::DTYPE_F8_E4M3);
-         open->set_kv_scales(v1::KV_SCALES_PER_KV_HEAD);
-       }},
-      {"Fp8PerTensor",
-       [](v1::Open* open) {
-         open->set_dtype(v1::DTYPE_F8_E5M2);
-         open->set_kv_scales(v1::KV_SCALES_PER_TENSOR);
-       }},
-      {"Rotary", [](v1::Open* open) { open->mutable_rotary()->set_rope_theta(10000); }},
-      {"Full", [](v1::Open* open) { open->mutable_method()->mutable_full(); }},
-  };
-}
-
-class HeldCacheTest : public HeldTest,
-                      public ::testing::WithParamInterface<std::tuple<Way, v1::Layout, uint32_t>> {
-};
+class HeldCacheTest : public HeldTest, public ::testing::WithParamInterface<HeldParam> {};
 
 TEST_P(HeldCacheTest, WhatIsFetchedIsTheInlineAnswer) {
-  const auto& [way, layout, block] = GetParam();
   Start(HoldOptions());
-  v1::Open open = WideOpen();
-  open.set_layout(layout);
-  way.set(&open);
-  if (block != 0) PageAtRandom(block, 2, 5, &open);
+  const v1::Open open = HeldOpen(GetParam());
   const uint32_t layers = open.geometry().layer_count();
   const uint32_t heads = open.geometry().kv_head_count();
   const PromptData data(open, 31);
@@ -109,8 +57,8 @@ TEST_P(HeldCacheTest, WhatIsFetchedIsTheInlineAnswer) {
     return geometry.SerializeAsString();
   }());
   EXPECT_EQ(info.dtype(), open.dtype());
-  EXPECT_EQ(info.layout(), layout);
-  EXPECT_EQ(info.block_tokens(), block);
+  EXPECT_EQ(info.layout(), open.layout());
+  EXPECT_EQ(info.block_tokens(), open.paged().block_tokens());
   EXPECT_EQ(info.fingerprint(), whole.summary->fingerprint());
   EXPECT_EQ(info.logical_length(), open.prompt_tokens());
   EXPECT_EQ(info.kv_length(), whole.summary->kv_length());
@@ -163,18 +111,7 @@ TEST_P(HeldCacheTest, WhatIsFetchedIsTheInlineAnswer) {
   EXPECT_TRUE(Release(channel(), handle).ok());
 }
 
-INSTANTIATE_TEST_SUITE_P(, HeldCacheTest,
-                         ::testing::Combine(::testing::ValuesIn(Ways()),
-                                            ::testing::Values(v1::LAYOUT_HEAD_TOKEN_DIM,
-                                                              v1::LAYOUT_TOKEN_HEAD_DIM),
-                                            ::testing::Values(0U, 16U)),
-                         [](const ::testing::TestParamInfo<HeldCacheTest::ParamType>& instance) {
-                           return std::get<0>(instance.param).name +
-                                  (std::get<1>(instance.param) == v1::LAYOUT_HEAD_TOKEN_DIM
-                                       ? "_HeadFirst"
-                                       : "_TokenFirst") +
-                                  (std::get<2>(instance.param) == 0 ? "_Dense" : "_Paged");
-                         });
+INSTANTIATE_TEST_SUITE_P(, HeldCacheTest, HeldGrid(), HeldName);
 
 class HeldWaysTest : public HeldTest {};
 

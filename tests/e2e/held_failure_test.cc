@@ -25,7 +25,6 @@ const Metadata kBob = {{"structkv-tenant", "bob"}};
 
 class HeldFailureTest : public HeldTest {
  protected:
-  int64_t held_bytes() { return server().sessions().held_caches().budget().reserved_bytes(); }
   size_t buffer_bytes() { return server().sessions().buffers().in_use_bytes(); }
   // Those of the neighbour, once its last piece has come.
   size_t NeighbourBuffers() {

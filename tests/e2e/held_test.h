@@ -11,8 +11,7 @@
 
 namespace structkv::testkit {
 
-inline ServerOptions HoldOptions() {
-  ServerOptions options = TestOptions();
+inline ServerOptions HoldOptions(ServerOptions options = TestOptions()) {
   options.sessions.hold.budget_bytes = int64_t{64} << 20;
   return options;
 }
@@ -25,7 +24,9 @@ inline v1::Open WideOpen(uint32_t tokens = 200) {
   return open;
 }
 
-class HeldTest : public ServiceTest {
+// Over a fixture with a server.
+template <class Base>
+class HoldingTest : public Base {
  protected:
   // Runs the prompt of `data` with OUTPUT_HOLD.
   Answer Hold(const PromptData& data, const Metadata& metadata = {}) {
@@ -33,14 +34,16 @@ class HeldTest : public ServiceTest {
     options.metadata = metadata;
     std::vector<v1::CompressRequest> messages = AllMessages(data);
     *messages[0].mutable_open() = Held(data.open());
-    const Outcome outcome = Run(messages, options);
+    const Outcome outcome = this->Run(messages, options);
     EXPECT_TRUE(outcome.status.ok()) << outcome.status.error_message();
     Answer answer = Assemble(outcome);
     EXPECT_THAT(answer.faults, ::testing::IsEmpty());
     EXPECT_EQ(answer.summary.value_or(v1::Summary()).held().handle().size(), 16U);
     return answer;
   }
+  int64_t held_bytes() { return this->server().sessions().held_caches().budget().reserved_bytes(); }
 };
+using HeldTest = HoldingTest<ServiceTest>;
 
 // Fails the test unless the fetch brought these layers and heads of an inline answer, to the byte.
 inline void ExpectSlice(const v1::Open& open, const Answer& whole, const Fetched& fetched,

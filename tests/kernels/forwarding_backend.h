@@ -63,6 +63,9 @@ class ForwardingBackend : public Backend {
     return real_->GatherRotated(source, rows, per_head, rotation, destination, parallel);
   }
   absl::Status Zero(void* to, int64_t bytes) const override { return real_->Zero(to, bytes); }
+  absl::Status Fill(void* to, int64_t bytes, FillRun fill) const override {
+    return real_->Fill(to, bytes, fill);
+  }
   absl::StatusOr<std::unique_ptr<ImportedMemory>> Import(
       const ExportedMemory& memory) const override {
     return real_->Import(memory);

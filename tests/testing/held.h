@@ -13,6 +13,7 @@
 #include "structkv/v1/held_cache.grpc.pb.h"
 #include "tests/testing/answer.h"
 #include "tests/testing/prompt_data.h"
+#include "tests/testing/shared_region.h"
 
 namespace structkv::testkit {
 
@@ -27,7 +28,8 @@ struct Fetched {
   std::map<std::string, std::string> trailers;
   std::optional<v1::CacheInfo> info;
   std::map<uint32_t, LayerAnswer> layers;
-  std::string bytes;  // of all pieces, in the order in which they came
+  std::string bytes;         // of all pieces, in the order in which they came
+  size_t message_bytes = 0;  // of them in messages
   std::optional<v1::FetchSummary> summary;
   size_t longest_message = 0;
   size_t messages = 0;
@@ -37,8 +39,10 @@ struct Fetched {
 // A fetch that is read when the test wants.
 class FetchCall {
  public:
+  // `region`: what the request's region is; outlives the call. What is written there is taken when
+  // the message that says so was read.
   FetchCall(const std::shared_ptr<grpc::Channel>& channel, const v1::FetchCacheRequest& request,
-            const Metadata& metadata = {});
+            const Metadata& metadata = {}, const SharedFile* region = nullptr);
   // Reads one message; false at the end.
   bool ReadOne();
   void Cancel() { context_.TryCancel(); }
@@ -48,16 +52,21 @@ class FetchCall {
  private:
   void Take(const v1::FetchCacheResponse& response);
 
+  const SharedFile* const region_;
   grpc::ClientContext context_;
   std::unique_ptr<v1::HeldCaches::Stub> stub_;
   std::unique_ptr<grpc::ClientReader<v1::FetchCacheResponse>> reader_;
   Fetched fetched_;
   uint64_t skip_ = 0;
+  bool info_only_ = false;
 };
 
 Fetched Fetch(const std::shared_ptr<grpc::Channel>& channel, const v1::FetchCacheRequest& request,
-              const Metadata& metadata = {});
+              const Metadata& metadata = {}, const SharedFile* region = nullptr);
 v1::FetchCacheRequest FetchRequest(const std::string& handle);
+// Into all of a region from `offset` on, over shared memory.
+v1::FetchCacheRequest Into(v1::FetchCacheRequest request, const std::string& region,
+                           const SharedFile& file, uint64_t offset = 0);
 
 grpc::Status Renew(const std::shared_ptr<grpc::Channel>& channel, const std::string& handle,
                    const Metadata& metadata = {}, std::optional<uint64_t> lease_millis = {},

@@ -20,8 +20,8 @@ ServerOptions RegionTest::Options() {
   return options;
 }
 
-void RegionTest::StartShared() {
-  Start(Options());
+void RegionTest::StartShared(const ServerOptions& options) {
+  Start(options);
   connection_ = std::make_unique<RegionConnection>(path_);
   ASSERT_TRUE(connection_->connected());
 }

@@ -22,8 +22,9 @@ class RegionTest : public ServiceTest {
 
   // TestOptions() with a region socket of its own.
   ServerOptions Options();
-  // Also connects to the region socket.
-  void StartShared();
+  // Also connects to the region socket. `options` are made of Options().
+  void StartShared(const ServerOptions& options);
+  void StartShared() { StartShared(Options()); }
 
   // Registers a sealed file, writable; a failure fails the test.
   std::string Register(const SharedFile& file);
