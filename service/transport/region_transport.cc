@@ -16,8 +16,8 @@ uint64_t RoundUp(int64_t bytes) {
 // Never adds what a client sent: sums may wrap around.
 absl::Status CheckRange(const RegionRange& range, const RegionUses& regions) {
   if (range.region >= regions.size()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("range.region is ", range.region, "; ", regions.size(), " regions are named"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "range.region is ", range.region, "; the request names ", regions.size(), " regions"));
   }
   const auto size = static_cast<uint64_t>(regions[range.region]->memory().size());
   if (range.size_bytes > 0 && range.size_bytes <= size &&

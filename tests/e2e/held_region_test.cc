@@ -1,5 +1,7 @@
 // Held caches that are fetched into shared memory: as in messages, to the byte, and with nothing
 // but ranges of keys and values in the messages.
+#include "tests/e2e/held_region.h"
+
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -8,10 +10,8 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "tests/e2e/held_test.h"
 #include "tests/e2e/held_ways.h"
 #include "tests/testing/pull.h"
-#include "tests/testing/region_test.h"
 
 namespace structkv::testkit {
 namespace {
@@ -19,14 +19,8 @@ namespace {
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
-class HeldRegionTest : public HoldingTest<RegionTest> {
+class HeldRegionTest : public HoldingRegionTest {
  protected:
-  void SetUp() override {
-    StartShared(HoldOptions(Options()));
-    file_ = SharedFile::Sealed(4 << 20);
-    region_ = Register(*file_);
-  }
-
   // Fetches into the region, which is full of something else before.
   Fetched FetchInto(const v1::FetchCacheRequest& request) {
     std::memset(file_->data(), 0xa5, file_->size());
@@ -39,9 +33,6 @@ class HeldRegionTest : public HoldingTest<RegionTest> {
     EXPECT_EQ(fetched.summary->transport(), "shared_memory");
     return fetched;
   }
-
-  std::unique_ptr<SharedFile> file_;
-  std::string region_;
 };
 
 class HeldRegionWaysTest : public HeldRegionTest,

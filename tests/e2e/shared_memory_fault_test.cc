@@ -73,14 +73,6 @@ class SharedMemoryFaultTest : public RegionTest {
     return call->Finish();
   }
 
-  v1::GetRegionResponse Get(const std::string& handle) {
-    grpc::ClientContext context;
-    v1::GetRegionRequest request;
-    request.set_handle(handle);
-    v1::GetRegionResponse response;
-    Regions()->GetRegion(&context, request, &response);
-    return response;
-  }
   const std::string& handle() { return messages_[0].open().regions(0); }
 
   const PromptData data_{SmallOpen(), 6};

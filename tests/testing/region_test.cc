@@ -32,6 +32,15 @@ std::string RegionTest::Register(const SharedFile& file) {
   return response.handle();
 }
 
+v1::GetRegionResponse RegionTest::Get(const std::string& handle) {
+  grpc::ClientContext context;
+  v1::GetRegionRequest request;
+  request.set_handle(handle);
+  v1::GetRegionResponse response;
+  Regions()->GetRegion(&context, request, &response);
+  return response;
+}
+
 RegionTest::Placed RegionTest::Place(const PromptData& data, bool results) {
   Placed placed;
   placed.file = SharedFile::Sealed(RangedPrompt::BytesFor(data));

@@ -28,6 +28,8 @@ class RegionTest : public ServiceTest {
 
   // Registers a sealed file, writable; a failure fails the test.
   std::string Register(const SharedFile& file);
+  // What the server knows of a region; nothing set where that is nothing.
+  v1::GetRegionResponse Get(const std::string& handle);
   // A prompt in a file of its own.
   struct Placed {
     std::unique_ptr<SharedFile> file;
