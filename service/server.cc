@@ -46,9 +46,6 @@ absl::Duration TickFor(const rpc::StreamLimits& limits) {
 }
 
 absl::Status CheckOptions(const ServerOptions& options) {
-  if (options.listen.empty()) {
-    return absl::InvalidArgumentError("listen has 0 addresses; at least 1 is needed");
-  }
   if (options.streams.max_message_bytes < rpc::kMinMessageBytes) {
     return absl::InvalidArgumentError(absl::StrCat("max_message_bytes is ",
                                                    options.streams.max_message_bytes, "; at least ",

@@ -22,7 +22,8 @@
 namespace structkv {
 
 struct ServerOptions {
-  // Addresses to listen on: "host:port" (port 0: any free one), "unix:/path". At least one.
+  // Addresses to listen on: "host:port" (port 0: any free one), "unix:/path". None: InProcessChannel()
+  // alone reaches the server.
   std::vector<std::string> listen = {"127.0.0.1:7411"};
   // As in the backend registry; "auto": the best of this machine.
   std::string backend = "auto";

@@ -325,18 +325,21 @@ void SessionCore::Fail(const absl::Status& status) {
 void SessionCore::Finish() {
   std::map<uint32_t, Held> held;
   decltype(owners_) owners;
-  bool well = false;
+  absl::Status status;
   {
     absl::MutexLock lock(&mutex_);
     held.swap(held_);
     owners.swap(owners_);
-    well = status_->ok();
+    status = *status_;
   }
   held.clear();
   owners.clear();
   if (transfers_ != nullptr) transfers_->Withdraw();
   // The server may be at it still.
-  if (shared_place() != nullptr && !place_.results.empty() && !well) place_.retire(place_.results);
+  if (shared_place() != nullptr && !place_.results.empty() && !status.ok()) {
+    place_.retire(place_.results);
+  }
+  if (options_.on_end) options_.on_end(status);
   absl::MutexLock lock(&mutex_);
   done_ = true;
   changed_.SignalAll();

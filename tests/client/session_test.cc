@@ -252,8 +252,13 @@ TEST_F(SessionTest, GivesEventsInOrderAndNothingAfterTheSummary) {
 
 TEST_F(SessionTest, HandsEventsToTheCallback) {
   std::vector<size_t> kinds;
+  std::vector<absl::Status> ends;
   SessionOptions options;
-  options.on_event = [&kinds](const Event& event) { kinds.push_back(event.index()); };
+  options.on_event = [&](const Event& event) {
+    EXPECT_TRUE(ends.empty());
+    kinds.push_back(event.index());
+  };
+  options.on_end = [&ends](const absl::Status& status) { ends.push_back(status); };
   auto session = client_->OpenPrompt(SmallOpen(), options);
   ASSERT_TRUE(session.ok());
   ASSERT_TRUE(SendLayer(**session, 0).ok());
@@ -261,7 +266,21 @@ TEST_F(SessionTest, HandsEventsToTheCallback) {
   ASSERT_TRUE((*session)->Commit().ok());
   ASSERT_TRUE((*session)->Wait().ok());
   EXPECT_THAT(kinds, ElementsAre(0, 0, 2));
+  EXPECT_THAT(ends, ElementsAre(absl::OkStatus()));
   EXPECT_EQ((*session)->NextEvent().status().code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_F(SessionTest, SaysHowACancelledSessionEnded) {
+  std::vector<absl::StatusCode> ends;
+  SessionOptions options;
+  options.on_end = [&ends](const absl::Status& status) { ends.push_back(status.code()); };
+  auto session = client_->OpenPrompt(SmallOpen(), options);
+  ASSERT_TRUE(session.ok());
+  EXPECT_TRUE(ends.empty());
+  (*session)->Cancel();
+  EXPECT_THAT(ends, ElementsAre(absl::StatusCode::kCancelled));
+  session->reset();
+  EXPECT_EQ(ends.size(), 1U);
 }
 
 // Nothing has to be sent: the answers may be there before the caller knows what was opened.

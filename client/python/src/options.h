@@ -1,0 +1,36 @@
+// Options of structkv/options.py, read by the names of their fields; None leaves the C++ default.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <memory>
+
+#include "structkv/client.h"
+#include "structkv/held_cache.h"
+#include "structkv/options.h"
+
+namespace structkv::python {
+
+// Sets `value` from a field that is not None.
+template <typename T>
+void Read(nanobind::handle options, const char* name, T* value) {
+  const nanobind::object field = nanobind::getattr(options, name);
+  if (!field.is_none()) *value = nanobind::cast<T>(field);
+}
+
+client::ClientOptions ClientOptionsOf(nanobind::handle options);
+client::StreamOptions StreamOptionsOf(nanobind::handle options);
+client::FetchOptions FetchOptionsOf(nanobind::handle options);
+client::HeldCallOptions HeldCallOptionsOf(nanobind::handle options);
+
+// What a prompt's tensors follow from. `opened` is there once the prompt was admitted.
+struct Prompt {
+  v1::Open open;
+  v1::Opened opened;
+};
+
+// Without the functions that a session sets.
+client::PromptOptions PromptOptionsOf(nanobind::handle options,
+                                      const std::shared_ptr<const Prompt>& prompt);
+
+}  // namespace structkv::python

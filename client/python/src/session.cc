@@ -1,0 +1,157 @@
+#include "session.h"
+
+#include <nanobind/stl/string.h>
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "error.h"
+#include "message.h"
+#include "results.h"
+#include "shapes.h"
+#include "tensor.h"
+
+namespace structkv::python {
+namespace {
+
+using PendingHandle = Held<Pending>;
+
+// Sends on a thread without the GIL, behind what was sent before.
+PendingHandle Send(const SessionHandle& self,
+                   std::function<absl::Status(client::CompressSession&)> send) {
+  return PendingHandle(
+      Start(self->strand(), [session = self.get(), send = std::move(send)]() -> Pending::Outcome {
+        return [status = send(session->session())] {
+          Check(status);
+          return nb::none();
+        };
+      }));
+}
+
+// Tensors of one call that sends.
+class Inputs {
+ public:
+  Inputs(const Session& session, std::string call, uint32_t tokens, bool whole)
+      : prompt_(session.prompt()), call_(std::move(call)), tokens_(tokens), whole_(whole) {}
+
+  absl::Span<const std::byte> Take(nb::handle object, v1::Tensor which) {
+    return arguments_.Take(
+        object, {absl::StrCat(call_, ": ",
+                              nb::cast<std::string>(FromEnum(v1::Tensor_descriptor(), which))),
+                 ElementOf(prompt_.open, which),
+                 InputShape(prompt_.open, prompt_.opened, which, tokens_, whole_)});
+  }
+  std::shared_ptr<const void> Owner() { return std::move(arguments_).Owner(); }
+
+ private:
+  const Prompt& prompt_;
+  const std::string call_;
+  const uint32_t tokens_;
+  const bool whole_;
+  Arguments arguments_;
+};
+
+// Elements of the one axis that `positions` must have.
+uint32_t CountPositions(nb::handle positions) {
+  const nb::object shape = nb::getattr(positions, "shape", nb::make_tuple());
+  if (nb::len(shape) != 1) {
+    Throw(absl::InvalidArgumentError("positions: a tensor of i32 [tokens] is expected"));
+  }
+  return nb::cast<uint32_t>(shape[0]);
+}
+
+// `tensors`: a LayerTensors.
+PendingHandle SendLayer(const SessionHandle& self, uint32_t layer, nb::handle tensors) {
+  const nb::object positions = tensors.attr("positions");
+  const bool skeleton = !positions.is_none();
+  Inputs inputs(*self.get(), absl::StrCat("layer ", layer),
+                skeleton ? CountPositions(positions) : self->prompt().open.prompt_tokens(),
+                /*whole=*/!skeleton);
+  client::LayerTensors layer_tensors;
+  layer_tensors.keys = inputs.Take(tensors.attr("keys"), v1::TENSOR_KEYS);
+  layer_tensors.values = inputs.Take(tensors.attr("values"), v1::TENSOR_VALUES);
+  layer_tensors.window_queries =
+      inputs.Take(tensors.attr("window_queries"), v1::TENSOR_WINDOW_QUERIES);
+  layer_tensors.window_lse = inputs.Take(tensors.attr("window_lse"), v1::TENSOR_WINDOW_LSE);
+  layer_tensors.saliency = inputs.Take(tensors.attr("saliency"), v1::TENSOR_SALIENCY);
+  layer_tensors.key_scales = inputs.Take(tensors.attr("key_scales"), v1::TENSOR_KEY_SCALES);
+  layer_tensors.value_scales = inputs.Take(tensors.attr("value_scales"), v1::TENSOR_VALUE_SCALES);
+  const absl::Span<const std::byte> rows = inputs.Take(positions, v1::TENSOR_POSITIONS);
+  layer_tensors.positions = {reinterpret_cast<const int32_t*>(rows.data()),
+                             rows.size() / sizeof(int32_t)};
+  layer_tensors.owner = inputs.Owner();
+  return Send(self, [layer, layer_tensors](client::CompressSession& session) {
+    return session.SendLayer(layer, layer_tensors);
+  });
+}
+
+PendingHandle SendChunk(const SessionHandle& self, uint32_t layer, uint32_t first_token,
+                        uint32_t tokens, nb::handle keys, nb::handle values) {
+  Inputs inputs(*self.get(), absl::StrCat("layer ", layer), tokens, /*whole=*/false);
+  client::ChunkTensors chunk;
+  chunk.keys = inputs.Take(keys, v1::TENSOR_KEYS);
+  chunk.values = inputs.Take(values, v1::TENSOR_VALUES);
+  chunk.owner = inputs.Owner();
+  return Send(self, [layer, first_token, tokens, chunk](client::CompressSession& session) {
+    return session.SendChunk(layer, first_token, tokens, chunk);
+  });
+}
+
+PendingHandle SendBytes(const SessionHandle& self, uint32_t layer, nb::handle tensor,
+                        nb::handle data, uint64_t offset_bytes) {
+  const auto which =
+      static_cast<v1::Tensor>(ToEnum(v1::Tensor_descriptor(), tensor, "send: tensor"));
+  Arguments arguments;
+  const absl::Span<const std::byte> bytes =
+      arguments.Take(data, {"send: data", Byte(), std::nullopt});
+  return Send(self, [layer, which, bytes, offset_bytes,
+                     owner = std::move(arguments).Owner()](client::CompressSession& session) {
+    return session.Send(layer, which, bytes, offset_bytes, owner);
+  });
+}
+
+nb::object NextEvent(const SessionHandle& self) {
+  RefuseFork();
+  std::optional<client::Event> event = Take(self->events().Next());
+  if (!event.has_value()) return nb::none();
+  return FromEvent(*std::move(event), self->prompt().open, self->prompt().opened);
+}
+
+}  // namespace
+
+void BindSession(nb::module_& module) {
+  nb::class_<SessionHandle>(module, "Session", "CompressSession; see structkv.Session.")
+      .def_prop_ro("open",
+                   [](const SessionHandle& self) { return FromMessage(self->prompt().open); })
+      .def_prop_ro("opened",
+                   [](const SessionHandle& self) { return FromMessage(self->prompt().opened); })
+      .def("send_layer", &SendLayer, nb::arg("layer"), nb::arg("tensors"))
+      .def("send_chunk", &SendChunk, nb::arg("layer"), nb::arg("first_token"), nb::arg("tokens"),
+           nb::arg("keys").none(), nb::arg("values").none())
+      .def("send", &SendBytes, nb::arg("layer"), nb::arg("tensor"), nb::arg("data"),
+           nb::arg("offset_bytes"))
+      .def("commit",
+           [](const SessionHandle& self) {
+             return Send(self, [](client::CompressSession& session) { return session.Commit(); });
+           })
+      .def("next_event", &NextEvent, "The next event; None where it did not come yet.")
+      .def(
+          "ready",
+          [](const SessionHandle& self) {
+            RefuseFork();
+            return PendingHandle(self->events().Ready());
+          },
+          "Finishes once next_event() has something to say.")
+      .def(
+          "cancel",
+          [](const SessionHandle& self) {
+            if (!Forked()) self->Cancel();
+          },
+          nb::call_guard<nb::gil_scoped_release>(), "Ends the session as Cancelled.");
+}
+
+}  // namespace structkv::python

@@ -1,0 +1,286 @@
+"""Prompts through a server, compared with the C++ command, to the byte."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import structkv
+from conftest import BIN, CAPTURE, Prompt, Server, read_safetensors, same, small_layer, small_open
+
+FAST = structkv.FastKvMethod(tsp_layer=0)
+METHODS: list[structkv.messages.Method] = [
+    structkv.StructKvMethod(kv_budget=structkv.Budget(ratio=0.2)),
+    structkv.SnapKvMethod(pooling="max", pooling_kernel=7, window_tokens=8),
+    structkv.PyramidKvMethod(beta=10.0, window_tokens=8),
+    structkv.StreamingLlmMethod(sink_tokens=2),
+    FAST,
+    structkv.FullMethod(),
+]
+
+
+def small_source(layer: int) -> structkv.LayerTensors:
+    return structkv.LayerTensors(**small_layer(layer))
+
+
+def test_same_as_the_command(
+    client: structkv.Client, capture: Prompt, server: Server, tmp_path: Path
+) -> None:
+    got = client.compress(capture.open, capture.source)
+    out = tmp_path / "out.safetensors"
+    subprocess.run(
+        [BIN / "structkv", "compress", CAPTURE, "--server", server.target, "--out", out],
+        check=True,
+        capture_output=True,
+    )
+    wanted = read_safetensors(out)
+    assert [layer.layer for layer in got.layers] == list(range(12))
+    for layer in got.layers:
+        assert layer.keys is not None and layer.values is not None and layer.positions is not None
+        assert layer.keys.shape == (2, 100, 32) and layer.keys.dtype == "bf16"
+        for name, tensor in (("k", layer.keys), ("v", layer.values)):
+            expected = wanted[f"layer.{layer.layer}.{name}"]
+            assert tensor.numpy().tobytes() == expected.tobytes(), (layer.layer, name)
+        positions = numpy.from_dlpack(layer.positions)
+        assert (positions == wanted[f"layer.{layer.layer}.positions"]).all()
+        assert layer.metrics is not None and layer.metrics.entropy > 0
+    assert got.pivot is not None and got.pivot.pivot_layer == 10 and got.pivot.mode == "exact"
+    assert got.pivot.skeleton is not None and got.pivot.skeleton.shape == (200,)
+    assert got.summary.logical_length == 1000 and got.summary.kv_length == 100
+    assert got.summary.next_position == 1000 and got.summary.transport == "inline"
+    assert isinstance(got.opened.method, structkv.StructKvMethod)
+    assert got.opened.method.decay == 0.9
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_the_engine_answers_as_a_server(
+    client: structkv.Client, engine: structkv.Engine, method: structkv.messages.Method
+) -> None:
+    statistic: dict[str, structkv.messages.Method] = {"method": method}
+    source = small_source
+    if isinstance(method, (structkv.StreamingLlmMethod, structkv.FullMethod)):
+
+        def source(layer: int) -> structkv.LayerTensors:
+            tensors = small_layer(layer)
+            return structkv.LayerTensors(keys=tensors["keys"], values=tensors["values"])
+
+    open = small_open(**statistic)
+    same(engine.compress(open, source), client.compress(open, source))
+
+
+def test_events_come_in_order(client: structkv.Client) -> None:
+    method = structkv.StructKvMethod(pivot=structkv.Pivot(mode="fixed", fixed_layer=0))
+    open = small_open(method=method, return_saliency=True, return_centrality=True)
+    with client.open_prompt(open) as session:
+        assert session.open.idempotency_key != ""
+        assert set(session.opened.required_tensors) == {"keys", "values", "window_queries"}
+        session.send_layer(0, small_source(0))
+        pivot = session.next_event()
+        assert isinstance(pivot, structkv.PivotResult) and pivot.skeleton_from_layer == 1
+        assert pivot.centrality is not None and pivot.centrality.shape == (100,)
+        layer = session.next_event()
+        assert isinstance(layer, structkv.LayerResult) and layer.saliency is not None
+        assert numpy.asarray(layer.saliency).sum() == pytest.approx(4, rel=1e-4)
+        # Skeleton rows alone, from here on.
+        rows = numpy.asarray(pivot.skeleton)
+        full = small_layer(1)
+        session.send_layer(
+            1,
+            structkv.LayerTensors(
+                keys=numpy.ascontiguousarray(full["keys"][:, rows]),
+                values=numpy.ascontiguousarray(full["values"][:, rows]),
+                window_queries=full["window_queries"],
+                positions=pivot.skeleton,
+            ),
+        )
+        session.commit()
+        kinds = [type(event) for event in session]
+        assert kinds == [structkv.LayerResult, structkv.Summary]
+        with pytest.raises(structkv.errors.OutOfRange, match="summary"):
+            session.next_event()
+
+
+def test_chunks_and_bytes(client: structkv.Client) -> None:
+    open = small_open(layers_in_flight=2)
+    wanted = client.compress(open, small_source)
+    with client.open_prompt(open) as session:
+        for first, tokens in ((0, 64), (64, 36)):
+            for layer in range(2):
+                tensors = small_layer(layer)
+                chunk = {
+                    name: numpy.ascontiguousarray(tensors[name][:, first : first + tokens])
+                    for name in ("keys", "values")
+                }
+                session.send_chunk(layer, first, tokens, **chunk)
+        session.send_layer(
+            0, structkv.LayerTensors(window_queries=small_layer(0)["window_queries"])
+        )
+        queries = small_layer(1)["window_queries"].tobytes()
+        session.send(1, "window_queries", queries[:1000])
+        session.send(1, "window_queries", memoryview(queries)[1000:], 1000)
+        session.commit()
+        same(session.collect(), wanted)
+
+
+@pytest.mark.parametrize("own_rows", [False, True])
+def test_pull(client: structkv.Client, own_rows: bool) -> None:
+    wanted = client.compress(small_open(), small_source)
+    pulled: list[int] = []
+
+    def rows(pull: structkv.RowPull) -> tuple[None, numpy.ndarray]:
+        pulled.append(pull.layer)
+        assert not pull.keys
+        values = small_layer(pull.layer)["values"]
+        return None, numpy.ascontiguousarray(values[:, numpy.asarray(pull.positions)])
+
+    options = structkv.SessionOptions(rows=rows if own_rows else None)
+    same(client.compress(small_open(pull="values"), small_source, options), wanted)
+    assert pulled == ([0, 1] if own_rows else [])
+
+
+def test_a_failing_function_fails_its_session(client: structkv.Client) -> None:
+    def rows(pull: structkv.RowPull) -> tuple[None, numpy.ndarray]:
+        raise KeyError("no such row")
+
+    with pytest.raises(structkv.errors.Internal, match="rows: KeyError: 'no such row'"):
+        client.compress(
+            small_open(pull="values"), small_source, structkv.SessionOptions(rows=rows)
+        )
+
+
+def test_allocate(client: structkv.Client) -> None:
+    given: dict[tuple[int, str], numpy.ndarray] = {}
+
+    def allocate(layer: int, tensor: str, nbytes: int) -> numpy.ndarray:
+        given[layer, tensor] = numpy.zeros(nbytes, numpy.uint8)
+        return given[layer, tensor]
+
+    got = client.compress(small_open(), small_source, structkv.SessionOptions(allocate=allocate))
+    same(got, client.compress(small_open(), small_source))
+    for layer in got.layers:
+        assert numpy.shares_memory(numpy.asarray(layer.keys), given[layer.layer, "keys"])
+
+
+def test_paged_and_other_layouts(client: structkv.Client) -> None:
+    dense = client.compress(small_open(), small_source)
+    table = [3, 0, 6, 2, 1, 5, 4]
+    paged = structkv.PagedLayout(block_tokens=16, block_count=8, block_table=table)
+
+    def source(layer: int) -> structkv.LayerTensors:
+        tensors = small_layer(layer)
+        blocks = {}
+        for name in ("keys", "values"):
+            room = numpy.full((8, 2, 16, 32), 7, numpy.float32)
+            for i, block in enumerate(table):
+                rows = tensors[name][:, 16 * i : 16 * i + 16]
+                room[block, :, : rows.shape[1]] = rows
+            blocks[name] = room
+        return structkv.LayerTensors(window_queries=tensors["window_queries"], **blocks)
+
+    got = client.compress(small_open(paged=paged), source)
+    for a, b in zip(got.layers, dense.layers):
+        assert a.keys is not None and a.keys.shape == (1, 2, 16, 32) and a.kept_blocks == 1
+        assert (numpy.asarray(a.keys)[0, :, :10] == numpy.asarray(b.keys)).all()
+
+    def transposed(layer: int) -> structkv.LayerTensors:
+        tensors = small_layer(layer)
+        turned = {n: numpy.ascontiguousarray(tensors[n].swapaxes(0, 1)) for n in ("keys", "values")}
+        return structkv.LayerTensors(window_queries=tensors["window_queries"], **turned)
+
+    got = client.compress(small_open(layout="token_head_dim"), transposed)
+    for a, b in zip(got.layers, dense.layers):
+        assert (numpy.asarray(a.keys).swapaxes(0, 1) == numpy.asarray(b.keys)).all()
+
+
+def test_batch(client: structkv.Client) -> None:
+    prompts = [
+        structkv.BatchPrompt(small_open()),
+        structkv.BatchPrompt(small_open(prompt_tokens=0)),
+        structkv.BatchPrompt(small_open(method=FAST)),
+    ]
+    first, refused, last = client.open_batch(prompts)
+    assert isinstance(refused, structkv.errors.InvalidArgument)
+    assert "prompt_tokens" in refused.text
+    assert isinstance(first, structkv.Session) and isinstance(last, structkv.Session)
+    for layer in range(2):
+        for session in (first, last):
+            session.send_layer(layer, small_source(layer))
+    last.commit()
+    first.commit()
+    same(first.collect(), client.compress(small_open(), small_source))
+    same(last.collect(), client.compress(small_open(method=FAST), small_source))
+
+
+def test_shard_group(client: structkv.Client) -> None:
+    whole = client.compress(small_open(), small_source)
+    ranks = [
+        client.open_prompt(
+            small_open(
+                shard_group=structkv.ShardGroup(group_id="g", shard_count=2, shard_index=rank)
+            )
+        )
+        for rank in range(2)
+    ]
+    for layer in range(2):
+        tensors = small_layer(layer)
+        for rank, session in enumerate(ranks):
+            session.send_layer(
+                layer,
+                structkv.LayerTensors(
+                    keys=tensors["keys"][rank : rank + 1],
+                    values=tensors["values"][rank : rank + 1],
+                    window_queries=tensors["window_queries"][2 * rank : 2 * rank + 2],
+                ),
+            )
+    for session in ranks:
+        session.commit()
+    for rank, session in enumerate(ranks):
+        for a, b in zip(session.collect().layers, whole.layers):
+            assert (numpy.asarray(a.keys)[0] == numpy.asarray(b.keys)[rank]).all()
+            assert (numpy.asarray(a.positions) == numpy.asarray(b.positions)).all()
+
+
+def test_held_caches(client: structkv.Client) -> None:
+    open = small_open(output="hold", hold=structkv.Hold(lease_millis=60_000))
+    held = client.compress(open, small_source).summary.held
+    assert held is not None and len(held.handle) == 16 and held.lease_millis == 60_000
+    wanted = client.compress(small_open(), small_source)
+    fetched = client.fetch(held.handle)
+    assert fetched.info.kv_length == 10 and fetched.attempts == 1
+    for a, b in zip(fetched.layers, wanted.layers):
+        for name in ("positions", "keys", "values"):
+            assert (numpy.asarray(getattr(a, name)) == numpy.asarray(getattr(b, name))).all()
+    # A rank's head of one layer, handed over as it comes.
+    layers: list[structkv.LayerResult] = []
+    part = client.fetch(
+        held.handle,
+        structkv.FetchOptions(first_layer=1, first_kv_head=1, on_layer=layers.append),
+    )
+    assert part.layers == () and [layer.layer for layer in layers] == [1]
+    assert (numpy.asarray(layers[0].keys)[0] == numpy.asarray(wanted.layers[1].keys)[1]).all()
+    assert client.renew(held.handle, 30.0) == 30.0
+    lease = client.keep(held.handle, 0.3)
+    lease.check()
+    del lease
+    client.release(held.handle)
+    with pytest.raises(structkv.errors.NotFound):
+        client.fetch(held.handle)
+
+
+def test_capabilities(client: structkv.Client, engine: structkv.Engine) -> None:
+    for each in (client, engine):
+        capabilities = each.get_capabilities()
+        assert "structkv" in capabilities.methods and "bf16" in capabilities.dtypes
+        assert capabilities.limits is not None and capabilities.limits.max_layers > 0
+
+
+def test_admission(start_server: Callable[..., Server]) -> None:
+    small = structkv.Client(start_server("--memory-budget", "1MiB").target)
+    options = structkv.SessionOptions(retry=structkv.RetryPolicy(max_attempts=1))
+    with pytest.raises(structkv.errors.ResourceExhausted) as refused:
+        small.open_prompt(small_open(prompt_tokens=100_000), options)
+    assert refused.value.retry_after is None  # never
+    assert refused.value.code == "RESOURCE_EXHAUSTED" and "budget" in refused.value.text
