@@ -1,7 +1,11 @@
 #include "service/server.h"
 
+#include <sys/socket.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <utility>
@@ -11,11 +15,13 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "grpc/grpc.h"
+#include "grpcpp/create_channel_posix.h"
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
 #include "grpcpp/health_check_service_interface.h"
 #include "grpcpp/security/server_credentials.h"
 #include "grpcpp/server.h"
 #include "grpcpp/server_builder.h"
+#include "grpcpp/server_posix.h"
 #include "kernels/backend_registry.h"
 #include "service/rpc/compression_service.h"
 #include "service/rpc/held_caches_service.h"
@@ -322,8 +328,14 @@ const transport::RegionRegistry* Server::regions() const { return impl_->regions
 const std::string& Server::backend_reason() const { return impl_->backend_reason_; }
 int64_t Server::active_streams() const { return impl_->streams_.size(); }
 
-std::shared_ptr<grpc::Channel> Server::InProcessChannel(const grpc::ChannelArguments& arguments) {
-  return impl_->server_->InProcessChannel(arguments);
+absl::StatusOr<std::shared_ptr<grpc::Channel>> Server::PrivateChannel(
+    const grpc::ChannelArguments& arguments) {
+  int ends[2];
+  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends) != 0) {
+    return absl::ResourceExhaustedError(absl::StrCat("socketpair: ", std::strerror(errno)));
+  }
+  grpc::AddInsecureChannelFromFd(impl_->server_.get(), ends[0]);
+  return grpc::CreateCustomInsecureChannelFromFd("structkv", ends[1], arguments);
 }
 
 bool Server::Drain(absl::Duration limit) { return impl_->Drain(limit); }

@@ -159,44 +159,49 @@ LeaseHandle Keep(const ConnectionHandle& self, nb::bytes handle, double lease, n
 
 void BindClient(nb::module_& module) {
   nb::class_<LeaseHandle>(module, "Lease", "CacheLease; see structkv.Client.keep.")
-      .def("check", [](const LeaseHandle& self) { Check(self->status()); },
-           "Throws what the last renewal ended with, if it failed.")
-      .def_prop_ro("renewals", [](const LeaseHandle& self) { return self->renewals(); },
-                   "Renewals that succeeded.");
+      .def(
+          "check", [](const LeaseHandle& self) { Check(self->status()); },
+          "Throws what the last renewal ended with, if it failed.")
+      .def_prop_ro(
+          "renewals", [](const LeaseHandle& self) { return self->renewals(); },
+          "Renewals that succeeded.");
   nb::class_<ConnectionHandle>(module, "Connection", nb::is_weak_referenceable(),
                                "Client; see structkv.Client.")
-      .def("get_capabilities",
-           [](const ConnectionHandle& self, double timeout) {
-             return Async(
-                 self,
-                 [timeout](client::Client& client) {
-                   return client.GetCapabilities(absl::Seconds(timeout));
-                 },
-                 [](const v1::GetCapabilitiesResponse& response) { return FromMessage(response); });
-           },
-           nb::arg("timeout"))
+      .def(
+          "get_capabilities",
+          [](const ConnectionHandle& self, double timeout) {
+            return Async(
+                self,
+                [timeout](client::Client& client) {
+                  return client.GetCapabilities(absl::Seconds(timeout));
+                },
+                [](const v1::GetCapabilitiesResponse& response) { return FromMessage(response); });
+          },
+          nb::arg("timeout"))
       .def("open_batch", &OpenBatch, nb::arg("prompts"), nb::arg("stream"))
       .def("register", &Register, nb::arg("region"), nb::arg("tenant"))
-      .def("fetch",
-           [](const ConnectionHandle& self, nb::bytes handle, nb::handle options) {
-             return Async(
-                 self,
-                 [handle = std::string(handle.c_str(), handle.size()),
-                  options = FetchOptionsOf(options)](client::Client& client) {
-                   return client.FetchCache(handle, options);
-                 },
-                 [](const client::FetchedCache& fetched) { return FromFetched(fetched); });
-           },
-           nb::arg("handle"), nb::arg("options"))
+      .def(
+          "fetch",
+          [](const ConnectionHandle& self, nb::bytes handle, nb::handle options) {
+            return Async(
+                self,
+                [handle = std::string(handle.c_str(), handle.size()),
+                 options = FetchOptionsOf(options)](client::Client& client) {
+                  return client.FetchCache(handle, options);
+                },
+                [](const client::FetchedCache& fetched) { return FromFetched(fetched); });
+          },
+          nb::arg("handle"), nb::arg("options"))
       .def("renew", &Renew, nb::arg("handle"), nb::arg("lease").none(), nb::arg("options"))
       .def("release", &Release, nb::arg("handle"), nb::arg("options"))
       .def("keep", &Keep, nb::arg("handle"), nb::arg("lease"), nb::arg("options"))
-      .def("close",
-           [](const ConnectionHandle& self) {
-             if (!Forked()) self->Close();
-           },
-           nb::call_guard<nb::gil_scoped_release>(),
-           "Of an engine: ends what runs as Unavailable, and the engine.");
+      .def(
+          "close",
+          [](const ConnectionHandle& self) {
+            if (!Forked()) self->Close();
+          },
+          nb::call_guard<nb::gil_scoped_release>(),
+          "Of an engine: what runs in it, and what comes, is Unavailable.");
   module.def(
       "connect",
       [](const std::string& target, nb::handle options) {

@@ -13,7 +13,7 @@ namespace structkv::python {
 
 // A client and, where it is in this process, what it talks to.
 struct Connection {
-  // Ends the engine, where there is one; what runs in it fails as UNAVAILABLE.
+  // Ends the engine, where there is one; what runs in it, and what comes, fails as UNAVAILABLE.
   void Close() {
     if (engine != nullptr) engine->Shutdown();
   }

@@ -36,8 +36,9 @@ absl::StatusOr<std::shared_ptr<Connection>> Embed(const std::vector<std::string>
   grpc::ChannelArguments channel;
   channel.SetMaxReceiveMessageSize(-1);
   channel.SetMaxSendMessageSize(-1);
-  connection->client = std::make_unique<client::Client>(
-      connection->engine->InProcessChannel(channel), options);
+  auto connected = connection->engine->PrivateChannel(channel);
+  if (!connected.ok()) return connected.status();
+  connection->client = std::make_unique<client::Client>(*std::move(connected), options);
   return connection;
 }
 

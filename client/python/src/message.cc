@@ -53,8 +53,8 @@ T Integer(nb::handle value, const std::string& name) {
   int64_t number = 0;
   const bool fits = nb::try_cast<int64_t>(nb::borrow(value), number, /*convert=*/false);
   using Limits = std::numeric_limits<T>;
-  const auto most = static_cast<int64_t>(
-      std::min<uint64_t>(Limits::max(), std::numeric_limits<int64_t>::max()));
+  const auto most =
+      static_cast<int64_t>(std::min<uint64_t>(Limits::max(), std::numeric_limits<int64_t>::max()));
   if (!fits || number < static_cast<int64_t>(Limits::min()) || number > most) {
     Refuse(name, value, absl::StrCat("an int from ", Limits::min(), " to ", most, " is expected"));
   }
@@ -95,9 +95,8 @@ void Put(nb::handle value, const FieldDescriptor* field, const std::string& name
       if (!(bytes ? nb::isinstance<nb::bytes>(value) : nb::isinstance<nb::str>(value))) {
         Refuse(name, value, bytes ? "bytes are expected" : "a str is expected");
       }
-      std::string text =
-          bytes ? std::string(nb::borrow<nb::bytes>(value).c_str(), nb::len(value))
-                : nb::cast<std::string>(value);
+      std::string text = bytes ? std::string(nb::borrow<nb::bytes>(value).c_str(), nb::len(value))
+                               : nb::cast<std::string>(value);
       return put(&Reflection::SetString, &Reflection::AddString, std::move(text));
     }
     case FieldDescriptor::CPPTYPE_MESSAGE:

@@ -1,7 +1,6 @@
 // The extension module structkv._core: what structkv's Python is written on.
 #include <nanobind/nanobind.h>
 
-
 #include "client.h"
 #include "interpreter.h"
 #include "pending.h"
@@ -11,6 +10,8 @@
 
 NB_MODULE(_core, module) {
   namespace py = structkv::python;
+  // At the interpreter's end a daemon thread keeps whatever it has.
+  nanobind::set_leak_warnings(false);
   module.attr("__doc__") = "The C++ client of StructKV, as structkv uses it.";
   py::BindPending(module);
   py::BindTensor(module);

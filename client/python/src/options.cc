@@ -45,8 +45,8 @@ client::TransportChoice TransportOf(nb::handle options) {
   if (name == "auto") return client::TransportChoice::kAuto;
   if (name == "inline") return client::TransportChoice::kInline;
   if (name == "shared_memory") return client::TransportChoice::kSharedMemory;
-  Throw(absl::InvalidArgumentError(absl::StrCat(
-      "transport is '", name, "'; one of auto, inline, shared_memory is expected")));
+  Throw(absl::InvalidArgumentError(
+      absl::StrCat("transport is '", name, "'; one of auto, inline, shared_memory is expected")));
 }
 
 std::shared_ptr<client::Arena> ArenaOf(nb::handle options, const char* name) {
@@ -98,9 +98,9 @@ client::RowSource RowsOf(Function function, std::shared_ptr<const Prompt> prompt
       const auto take = [&](Arguments& arguments, size_t index, v1::Tensor which,
                             const char* name) {
         return arguments.Take(
-            pair[index], {absl::StrCat("rows: ", name, " of layer ", pull.layer),
-                          ElementOf(prompt->open, which),
-                          OutputShape(prompt->open, prompt->opened, which, pull.kept_tokens)});
+            pair[index],
+            {absl::StrCat("rows: ", name, " of layer ", pull.layer), ElementOf(prompt->open, which),
+             OutputShape(prompt->open, prompt->opened, which, pull.kept_tokens)});
       };
       Arguments arguments;
       rows.keys = take(arguments, 0, v1::TENSOR_KEYS, "keys");

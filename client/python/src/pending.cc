@@ -154,7 +154,8 @@ void BindPending(nb::module_& module) {
       .def(
           "on_done",
           [](const Handle& self, nb::callable callback) { self->OnDone(std::move(callback)); },
-          nb::arg("callback"), "Calls `callback` once it has finished, on a thread of the library.");
+          nb::arg("callback"),
+          "Calls `callback` once it has finished, on a thread of the library.");
 }
 
 }  // namespace structkv::python

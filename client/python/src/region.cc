@@ -42,8 +42,8 @@ Tensor Allocate(const ArenaHandle& arena, const Element& element, std::vector<in
   int64_t size = static_cast<int64_t>(element.bytes());
   for (const int64_t axis : shape) {
     if (axis < 0 || __builtin_mul_overflow(size, axis, &size)) {
-      Throw(absl::InvalidArgumentError(
-          absl::StrCat("shape has the axis ", axis, "; 0 or more, and 2^63 bytes in all, are "
+      Throw(absl::InvalidArgumentError(absl::StrCat("shape has the axis ", axis,
+                                                    "; 0 or more, and 2^63 bytes in all, are "
                                                     "allowed")));
     }
   }
@@ -93,14 +93,12 @@ void BindRegion(nb::module_& module) {
           nb::sig("def empty(self, shape: collections.abc.Sequence[int], dtype: str) -> Tensor"),
           "A block as a dense tensor of unspecified content; it comes back when the last view of "
           "it dies. ResourceExhausted where no free range is large enough.")
-      .def_prop_ro(
-          "region", [](const ArenaHandle& self) { return RegionHandle(self->region()); })
+      .def_prop_ro("region", [](const ArenaHandle& self) { return RegionHandle(self->region()); })
       .def_prop_ro(
           "free_bytes", [](const ArenaHandle& self) { return self->free_bytes(); },
           "Bytes that no block holds.")
       .def_prop_ro(
-          "largest_free_bytes",
-          [](const ArenaHandle& self) { return self->largest_free_bytes(); },
+          "largest_free_bytes", [](const ArenaHandle& self) { return self->largest_free_bytes(); },
           "The largest run of them.");
 }
 

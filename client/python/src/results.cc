@@ -32,9 +32,9 @@ template <typename T>
 nb::object Values(std::vector<T> values, const Element& element) {
   const auto count = static_cast<int64_t>(values.size());
   auto owner = std::make_shared<std::vector<T>>(std::move(values));
-  return TensorOrNone({reinterpret_cast<std::byte*>(owner->data()), owner->size() * sizeof(T),
-                       owner},
-                      element, {count});
+  return TensorOrNone(
+      {reinterpret_cast<std::byte*>(owner->data()), owner->size() * sizeof(T), owner}, element,
+      {count});
 }
 
 nb::object FromPivot(client::PivotResult pivot) {
@@ -89,9 +89,8 @@ nb::object FromPull(const client::RowPull& pull, const v1::Open& open, const v1:
   fields["layer"] = pull.layer;
   fields["kept_tokens"] = pull.kept_tokens;
   fields["keys"] = pull.keys;
-  fields["positions"] =
-      TensorOrNone(pull.positions, Int32(),
-                   OutputShape(open, opened, v1::TENSOR_POSITIONS, pull.kept_tokens));
+  fields["positions"] = TensorOrNone(
+      pull.positions, Int32(), OutputShape(open, opened, v1::TENSOR_POSITIONS, pull.kept_tokens));
   return Result("RowPull", fields);
 }
 

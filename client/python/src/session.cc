@@ -40,10 +40,10 @@ class Inputs {
 
   absl::Span<const std::byte> Take(nb::handle object, v1::Tensor which) {
     return arguments_.Take(
-        object, {absl::StrCat(call_, ": ",
-                              nb::cast<std::string>(FromEnum(v1::Tensor_descriptor(), which))),
-                 ElementOf(prompt_.open, which),
-                 InputShape(prompt_.open, prompt_.opened, which, tokens_, whole_)});
+        object,
+        {absl::StrCat(call_, ": ", nb::cast<std::string>(FromEnum(v1::Tensor_descriptor(), which))),
+         ElementOf(prompt_.open, which),
+         InputShape(prompt_.open, prompt_.opened, which, tokens_, whole_)});
   }
   std::shared_ptr<const void> Owner() { return std::move(arguments_).Owner(); }
 

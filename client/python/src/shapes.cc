@@ -9,9 +9,8 @@ namespace {
 Shape KvShape(const v1::Open& open, v1::Tensor tensor, int64_t tokens, int64_t blocks) {
   const v1::ModelGeometry& geometry = open.geometry();
   const int64_t heads = client::KvHeads(open);
-  const int64_t dim = tensor == v1::TENSOR_KEYS || geometry.value_dim() == 0
-                          ? geometry.key_dim()
-                          : geometry.value_dim();
+  const int64_t dim = tensor == v1::TENSOR_KEYS || geometry.value_dim() == 0 ? geometry.key_dim()
+                                                                             : geometry.value_dim();
   if (open.has_paged()) tokens = open.paged().block_tokens();
   Shape shape = {heads, tokens, dim};
   if (open.layout() == v1::LAYOUT_TOKEN_HEAD_DIM) shape = {tokens, heads, dim};

@@ -20,9 +20,12 @@ constexpr nb::dlpack::dtype DType(Code code, uint8_t bits) {
 }
 
 const Element kElements[] = {
-    {"f32", "f", DType(Code::Float, 32)},       {"f16", "e", DType(Code::Float, 16)},
-    {"bf16", "H", DType(Code::Bfloat, 16)},     {"f8_e4m3", "B", DType(Code::Float8_E4M3FN, 8)},
-    {"f8_e5m2", "B", DType(Code::Float8_E5M2, 8)}, {"i32", "i", DType(Code::Int, 32)},
+    {"f32", "f", DType(Code::Float, 32)},
+    {"f16", "e", DType(Code::Float, 16)},
+    {"bf16", "H", DType(Code::Bfloat, 16)},
+    {"f8_e4m3", "B", DType(Code::Float8_E4M3FN, 8)},
+    {"f8_e5m2", "B", DType(Code::Float8_E5M2, 8)},
+    {"i32", "i", DType(Code::Int, 32)},
     {"u8", "B", DType(Code::UInt, 8)},
 };
 
@@ -50,8 +53,8 @@ bool IsInteger(nb::dlpack::dtype dtype) {
 }
 
 [[noreturn]] void Refuse(const Expected& expected, const std::string& what) {
-  const std::string wanted =
-      expected.shape.has_value() ? absl::StrCat(expected.element.name, " ", Text(*expected.shape))
+  const std::string wanted = expected.shape.has_value()
+                                 ? absl::StrCat(expected.element.name, " ", Text(*expected.shape))
                                  : "a tensor";
   Throw(absl::InvalidArgumentError(
       absl::StrCat(expected.name, ": ", what, "; ", wanted, " on the CPU, dense, is expected")));
@@ -147,8 +150,8 @@ const Element& ElementOf(const std::string& name) {
     if (element.name == name) return element;
     names.emplace_back(element.name);
   }
-  Throw(absl::InvalidArgumentError(absl::StrCat("dtype is '", name, "'; one of ",
-                                                absl::StrJoin(names, ", "), " is expected")));
+  Throw(absl::InvalidArgumentError(
+      absl::StrCat("dtype is '", name, "'; one of ", absl::StrJoin(names, ", "), " is expected")));
 }
 
 const Element& Float32() { return kElements[0]; }
@@ -236,11 +239,11 @@ nb::object Numpy(nb::handle_t<Tensor> self) {
 void BindTensor(nb::module_& module) {
   static PyType_Slot slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(&GetBuffer)},
                                 {0, nullptr}};
-  nb::class_<Tensor>(module, "Tensor", nb::type_slots(slots),
-                     nb::is_weak_referenceable(),
-                     "Dense memory of the library, on the CPU: torch.from_dlpack(t), "
-                     "numpy.from_dlpack(t), numpy.asarray(t) and memoryview(t) see it without a "
-                     "copy and keep it alive. In a buffer bf16 is uint16 and fp8 uint8: their bits.")
+  nb::class_<Tensor>(
+      module, "Tensor", nb::type_slots(slots), nb::is_weak_referenceable(),
+      "Dense memory of the library, on the CPU: torch.from_dlpack(t), "
+      "numpy.from_dlpack(t), numpy.asarray(t) and memoryview(t) see it without a "
+      "copy and keep it alive. In a buffer bf16 is uint16 and fp8 uint8: their bits.")
       .def_prop_ro(
           "shape",
           [](const Tensor& self) {
@@ -254,10 +257,10 @@ void BindTensor(nb::module_& module) {
           "'f32', 'f16', 'bf16', 'f8_e4m3', 'f8_e5m2', 'i32' or 'u8'.")
       .def_prop_ro(
           "nbytes", [](const Tensor& self) { return self.bytes.size(); }, "Bytes of the memory.")
-      .def("__dlpack__", &DLPack,
-           nb::sig("def __dlpack__(self, **kwargs: object) -> object"))
-      .def("__dlpack_device__", [](const Tensor&) { return nb::make_tuple(1, 0); },
-           nb::sig("def __dlpack_device__(self) -> tuple[int, int]"))
+      .def("__dlpack__", &DLPack, nb::sig("def __dlpack__(self, **kwargs: object) -> object"))
+      .def(
+          "__dlpack_device__", [](const Tensor&) { return nb::make_tuple(1, 0); },
+          nb::sig("def __dlpack_device__(self) -> tuple[int, int]"))
       .def("numpy", &Numpy, nb::sig("def numpy(self) -> typing.Any"),
            "A view as a numpy array; of bf16 and fp8 with the types of ml_dtypes.")
       .def("__repr__", [](const Tensor& self) {

@@ -38,8 +38,8 @@ class _Connection:
         connections.add(core)
 
     def close(self) -> None:
-        """Of an engine: ends it, and what runs in it as Unavailable. Of a client: nothing; the
-        connection closes with its last session."""
+        """Of an engine: ends it; what runs in it, and what comes, is Unavailable. Of a client:
+        nothing; the connection closes with its last session."""
         self._core.close()
 
     def keep(
