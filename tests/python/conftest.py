@@ -120,7 +120,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
         target = f"unix:{folder}/grpc"
         region_socket = f"{folder}/regions"
         log = (folder / "log").open("wb")
-        command = [BIN / "structkv-server", "--listen", target, "--region-socket", region_socket]
+        command = [str(BIN / "structkv-server"), "--listen", target, "--region-socket", region_socket]
         process = subprocess.Popen([*command, *flags], stderr=log, stdout=log)
         servers.append(Server(target, region_socket, process))
         end = time.monotonic() + 30

@@ -30,7 +30,6 @@ install() {
   fi
   quietly "$environment/venv/bin/pip" install --no-deps --no-build-isolation --force-reinstall "$source/client/python" \
     -C build-dir="$environment/build" -C cmake.define.STRUCTKV_BUILD_DIR="$build"
-  rm -rf "$environment/wheel"
 }
 
 export STRUCTKV_BIN=$build/bin

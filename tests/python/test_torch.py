@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import structkv
@@ -23,7 +25,7 @@ TYPES = {
 @pytest.mark.parametrize("dtype", TYPES)
 def test_types(client: structkv.Client, dtype: str) -> None:
     queries = torch.bfloat16 if dtype.startswith("f8") else TYPES[dtype]
-    references = []
+    references: list[weakref.ref[Any]] = []
 
     def source(layer: int) -> structkv.LayerTensors:
         tensors = {n: torch.from_numpy(a)[None] for n, a in small_layer(layer).items()}
@@ -68,11 +70,13 @@ def test_arenas(client: structkv.Client) -> None:
 def test_refusals(client: structkv.Client) -> None:
     tensors = {n: torch.from_numpy(a) for n, a in small_layer(0).items()}
     with client.open_prompt(small_open()) as session:
-        for change, text in (
-            (lambda keys: keys.requires_grad_(), "gradient|grad"),
+        changes: tuple[tuple[Callable[[Any], Any], str], ...] = (
             (lambda keys: keys.transpose(0, 1), "strides"),
-            (lambda keys: keys.to("meta"), "keys"),
-        ):
+            (lambda keys: keys.to("meta"), "Cannot pack tensors on meta"),
+            (lambda keys: keys.to_sparse(), "layout other than torch.strided"),
+            (lambda keys: keys.to(torch.complex64), "type 5 of 64 bits"),
+        )
+        for change, text in changes:
             bad = {**tensors, "keys": change(tensors["keys"].clone())}
             with pytest.raises(structkv.errors.InvalidArgument, match=text):
                 session.send_layer(0, structkv.LayerTensors(**bad))

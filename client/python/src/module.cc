@@ -21,5 +21,5 @@ NB_MODULE(_core, module) {
   py::BindEngine(module);
   module.def("stop", &py::StopInterpreting,
              "The interpreter's end: no thread of the library enters it any more.");
-  module.attr("__version__") = STRUCTKV_VERSION;
+  module.attr("version") = STRUCTKV_VERSION;
 }

@@ -150,11 +150,12 @@ void BindPending(nb::module_& module) {
           "Whether it finished within `seconds`.")
       .def(
           "result", [](const Handle& self) { return self->Result(); },
-          "The outcome of a finished one; once.")
+          nb::sig("def result(self) -> typing.Any"), "The outcome of a finished one; once.")
       .def(
           "on_done",
           [](const Handle& self, nb::callable callback) { self->OnDone(std::move(callback)); },
           nb::arg("callback"),
+          nb::sig("def on_done(self, callback: typing.Callable[[], None]) -> None"),
           "Calls `callback` once it has finished, on a thread of the library.");
 }
 

@@ -125,10 +125,12 @@ nb::object NextEvent(const SessionHandle& self) {
 
 void BindSession(nb::module_& module) {
   nb::class_<SessionHandle>(module, "Session", "CompressSession; see structkv.Session.")
-      .def_prop_ro("open",
-                   [](const SessionHandle& self) { return FromMessage(self->prompt().open); })
-      .def_prop_ro("opened",
-                   [](const SessionHandle& self) { return FromMessage(self->prompt().opened); })
+      .def_prop_ro(
+          "open", [](const SessionHandle& self) { return FromMessage(self->prompt().open); },
+          nb::sig("def open(self) -> typing.Any"))
+      .def_prop_ro(
+          "opened", [](const SessionHandle& self) { return FromMessage(self->prompt().opened); },
+          nb::sig("def opened(self) -> typing.Any"))
       .def("send_layer", &SendLayer, nb::arg("layer"), nb::arg("tensors"))
       .def("send_chunk", &SendChunk, nb::arg("layer"), nb::arg("first_token"), nb::arg("tokens"),
            nb::arg("keys").none(), nb::arg("values").none())
@@ -138,7 +140,8 @@ void BindSession(nb::module_& module) {
            [](const SessionHandle& self) {
              return Send(self, [](client::CompressSession& session) { return session.Commit(); });
            })
-      .def("next_event", &NextEvent, "The next event; None where it did not come yet.")
+      .def("next_event", &NextEvent, nb::sig("def next_event(self) -> typing.Any"),
+           "The next event; None where it did not come yet.")
       .def(
           "ready",
           [](const SessionHandle& self) {

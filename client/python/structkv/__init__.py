@@ -4,7 +4,9 @@
     compressed = client.compress(open, lambda layer: structkv.LayerTensors(keys=..., values=...))
 """
 
-from ._core import Arena, Lease, Region, Tensor, __version__
+from . import errors, messages
+from ._core import Arena, Lease, Region, Tensor
+from ._core import version as __version__
 from .aio import AsyncClient, AsyncEngine
 from .client import Client, Engine
 from .errors import (
@@ -62,4 +64,70 @@ from .options import (
 from .results import Compressed, Event, FetchedCache, LayerResult, PivotResult, RowPull
 from .session import AsyncSession, Session
 
-__all__ = [name for name in dir() if not name.startswith("_")]
+__all__ = [
+    "Aborted",
+    "AlreadyExists",
+    "Arena",
+    "AsyncClient",
+    "AsyncEngine",
+    "AsyncSession",
+    "BatchPrompt",
+    "Budget",
+    "Cancelled",
+    "Client",
+    "ClientOptions",
+    "Compressed",
+    "DataLoss",
+    "DeadlineExceeded",
+    "Engine",
+    "Error",
+    "Event",
+    "FailedPrecondition",
+    "FastKvMethod",
+    "FetchOptions",
+    "FetchedCache",
+    "FullMethod",
+    "GemFilterMethod",
+    "H2oMethod",
+    "HeadRange",
+    "HeldCallOptions",
+    "Hold",
+    "Internal",
+    "InvalidArgument",
+    "LayerResult",
+    "LayerTensors",
+    "Lease",
+    "ModelGeometry",
+    "NotFound",
+    "Open",
+    "Opened",
+    "OutOfRange",
+    "PagedLayout",
+    "PermissionDenied",
+    "Pivot",
+    "PivotResult",
+    "PromptOptions",
+    "PyramidKvMethod",
+    "Region",
+    "ResourceExhausted",
+    "RetryPolicy",
+    "RotaryParameters",
+    "RowPull",
+    "Session",
+    "SessionOptions",
+    "ShardGroup",
+    "SnapKvMethod",
+    "StreamOptions",
+    "StreamingLlmMethod",
+    "StructKvMethod",
+    "Summary",
+    "Tensor",
+    "Tls",
+    "Unauthenticated",
+    "Unavailable",
+    "Unimplemented",
+    "Unknown",
+    "__version__",
+    "errors",
+    "messages",
+]
