@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -176,6 +177,22 @@ def test_arenas(server: Server) -> None:
     bare = structkv.SessionOptions(regions=[region], transport="shared_memory")
     with pytest.raises(structkv.errors.InvalidArgument, match="KEYS"):
         client.compress(small_open(), source, bare)
+
+
+def test_the_engine_reads_and_writes_in_place(tmp_path: Path) -> None:
+    arena = structkv.Arena(structkv.Region(1 << 20))
+    options = structkv.SessionOptions(regions=[arena.region], results=arena)
+
+    def shared(layer: int) -> structkv.LayerTensors:
+        blocks = {name: arena.empty(array.shape, "f32") for name, array in small_layer(layer).items()}
+        for name, array in small_layer(layer).items():
+            numpy.asarray(blocks[name])[:] = array
+        return structkv.LayerTensors(**blocks)
+
+    with structkv.Engine(region_socket=str(tmp_path / "s"), log_sessions=False) as engine:
+        got = engine.compress(small_open(), shared, options)
+        assert got.summary.transport == "shared_memory"
+        same(got, engine.compress(small_open(), source))
 
 
 def test_results_in_messages_into_an_arena(client: structkv.Client) -> None:
