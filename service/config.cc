@@ -303,9 +303,6 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
     const std::string where = WhereInFile(error.what(), schema.names(), *yaml, argc, argv);
     return EarlyExit{2, "structkv-server: " + where + error.what() + "\n"};
   }
-  if (config.server.listen.empty()) {
-    return EarlyExit{2, "structkv-server: listen has 0 addresses; at least 1 is needed\n"};
-  }
   schema.Finish();
   return config;
 }

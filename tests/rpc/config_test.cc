@@ -226,7 +226,7 @@ TEST_F(ConfigTest, RefusesAFileByLineAndName) {
               HasSubstr("line 2: key 'threads' is there twice"));
   EXPECT_THAT(refusal("threads: {a: 1}\n"), HasSubstr("threads must be a value or a list"));
   EXPECT_THAT(refusal("listen: [[a]]\n"), HasSubstr("listen must be a list of plain values"));
-  EXPECT_THAT(refusal("listen: []\n"), HasSubstr("listen has 0 addresses; at least 1 is needed"));
+  EXPECT_THAT(refusal("listen: []\n"), HasSubstr("--listen: At least 1 required"));
   EXPECT_THAT(refusal("threads: [1, 2]\n"), HasSubstr("--threads"));
   EXPECT_THAT(refusal("- threads\n"), HasSubstr("the file must be a mapping"));
   EXPECT_THAT(refusal("threads: [1\n"), HasSubstr("not YAML"));

@@ -257,7 +257,8 @@ void BindTensor(nb::module_& module) {
           "'f32', 'f16', 'bf16', 'f8_e4m3', 'f8_e5m2', 'i32' or 'u8'.")
       .def_prop_ro(
           "nbytes", [](const Tensor& self) { return self.bytes.size(); }, "Bytes of the memory.")
-      .def("__dlpack__", &DLPack, nb::sig("def __dlpack__(self, **kwargs: typing.Any) -> typing_extensions.CapsuleType"))
+      .def("__dlpack__", &DLPack,
+           nb::sig("def __dlpack__(self, **kwargs: typing.Any) -> typing_extensions.CapsuleType"))
       .def(
           "__dlpack_device__", [](const Tensor&) { return nb::make_tuple(1, 0); },
           nb::sig("def __dlpack_device__(self) -> tuple[int, int]"))
