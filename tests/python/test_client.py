@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -262,9 +263,12 @@ def test_held_caches(client: structkv.Client) -> None:
     assert part.layers == () and [layer.layer for layer in layers] == [1]
     assert (numpy.asarray(layers[0].keys)[0] == numpy.asarray(wanted.layers[1].keys)[1]).all()
     assert client.renew(held.handle, 30.0) == 30.0
-    lease = client.keep(held.handle, 0.3)
-    lease.check()
-    del lease
+    # A lease of 0.3 seconds lives as long as it is kept.
+    assert client.renew(held.handle, 0.3) == pytest.approx(0.3)
+    with client.keep(held.handle, 0.3) as lease:
+        time.sleep(1)
+        lease.check()
+    assert client.renew(held.handle, 30.0) == 30.0
     client.release(held.handle)
     with pytest.raises(structkv.errors.NotFound):
         client.fetch(held.handle)

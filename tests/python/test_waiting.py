@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from typing import Any
 
+import numpy
 import pytest
 import structkv
 from conftest import Prompt, Server, same, small_layer, small_open
+from test_tensors import Owner, wait_until_dead
 
 # A session that waits for its other rank, which never comes.
 LONELY = structkv.ShardGroup(group_id="lonely", shard_count=2, shard_index=0)
@@ -85,6 +90,24 @@ def test_cancel_from_another_thread(client: structkv.Client) -> None:
         session.next_event()
 
 
+def test_a_collection_in_a_function_of_the_library(client: structkv.Client) -> None:
+    """A session that nobody has, in a cycle, is collected while the library calls."""
+
+    def rows(pull: structkv.RowPull) -> tuple[None, bytes]:
+        cycle: list[object] = [client.open_prompt(small_open())]
+        cycle.append(cycle)
+        del cycle
+        gc.collect()
+        values = small_layer(pull.layer)["values"]
+        return None, values[:, numpy.asarray(pull.positions)].tobytes()
+
+    options = structkv.SessionOptions(rows=rows)
+    same(
+        client.compress(small_open(pull="values"), source, options),
+        client.compress(small_open(), source),
+    )
+
+
 def test_nobody_there(tmp_path_factory: pytest.TempPathFactory) -> None:
     nobody = structkv.Client(f"unix:{tmp_path_factory.mktemp('nobody')}/socket")
     options = structkv.SessionOptions(
@@ -131,6 +154,30 @@ def test_asyncio(server: Server, client: structkv.Client, capture: Prompt) -> No
             each.cancel()
 
     asyncio.run(many())
+
+
+def test_a_session_that_is_dropped_while_it_sends(server: Server) -> None:
+    def rank(layer: int) -> tuple[structkv.LayerTensors, Any]:
+        keys = numpy.zeros((1, 20_000, 32), numpy.float32).view(Owner)
+        queries = small_layer(layer)["window_queries"][:2]
+        return structkv.LayerTensors(keys=keys, values=keys, window_queries=queries), keys
+
+    async def drop() -> list[weakref.ref[Any]]:
+        options = structkv.SessionOptions(max_in_flight_bytes=1, chunk_bytes=100_000)
+        session = await structkv.AsyncClient(server.target).open_prompt(
+            small_open(prompt_tokens=20_000, shard_group=LONELY, layers_in_flight=1), options
+        )
+        references = []
+        for layer in range(2):  # the second one waits for the first, which waits for rank 1
+            tensors, keys = rank(layer)
+            references.append(weakref.ref(keys))
+            sending = asyncio.create_task(session.send_layer(layer, tensors))
+            await asyncio.sleep(0.3)
+            assert sending.done() == (layer == 0)
+            sending.cancel()
+        return references
+
+    wait_until_dead(asyncio.run(drop()))
 
 
 def test_held_caches_and_the_engine_in_asyncio(client: structkv.Client) -> None:

@@ -98,7 +98,7 @@ PendingHandle OpenBatch(const ConnectionHandle& self, nb::handle prompts, nb::ha
         return [openings = OpenAll(connection, requests, options)] {
           nb::list list;
           for (const Opening& opening : openings) {
-            list.append(opening.ok() ? nb::cast(SessionHandle(*opening))
+            list.append(opening.ok() ? nb::cast(HandleOf(*opening))
                                      : ExceptionOf(opening.status()));
           }
           return list;
@@ -160,11 +160,20 @@ LeaseHandle Keep(const ConnectionHandle& self, nb::bytes handle, double lease, n
 void BindClient(nb::module_& module) {
   nb::class_<LeaseHandle>(module, "Lease", "CacheLease; see structkv.Client.keep.")
       .def(
-          "check", [](const LeaseHandle& self) { Check(self->status()); },
-          "Throws what the last renewal ended with, if it failed.")
-      .def_prop_ro(
-          "renewals", [](const LeaseHandle& self) { return self->renewals(); },
-          "Renewals that succeeded.");
+          "check",
+          [](const LeaseHandle& self) {
+            if (self.get() != nullptr) Check(self->status());
+          },
+          "Raises what the last renewal ended with, if it failed.")
+      .def(
+          "stop", [](LeaseHandle& self) { self.Reset(); },
+          "Stops renewing, and leaves the cache to its lease.")
+      .def(
+          "__enter__", [](nb::handle self) { return nb::borrow(self); },
+          nb::sig("def __enter__(self) -> Lease"))
+      .def(
+          "__exit__", [](LeaseHandle& self, const nb::args&) { self.Reset(); },
+          nb::sig("def __exit__(self, *args: object) -> None"));
   nb::class_<ConnectionHandle>(module, "Connection", nb::is_weak_referenceable(),
                                "Client; see structkv.Client.")
       .def(

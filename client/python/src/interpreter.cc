@@ -99,7 +99,11 @@ Gate& TheGate() {
   return *gate;
 }
 
+thread_local bool in_with_gil = false;
+
 }  // namespace
+
+bool InWithGil() { return in_with_gil; }
 
 bool Forked() { return getpid() != kProcess; }
 
@@ -122,7 +126,9 @@ bool WithGil(absl::FunctionRef<void()> work) {
   const std::shared_lock<std::shared_mutex> lock(TheGate().mutex);
   if (TheGate().closed) return false;
   const nb::gil_scoped_acquire acquire;
+  in_with_gil = true;
   Run(work);
+  in_with_gil = false;
   return true;
 }
 

@@ -7,6 +7,7 @@
 
 #include <functional>
 #include <memory>
+#include <thread>
 #include <utility>
 
 #include "absl/functional/function_ref.h"
@@ -26,6 +27,10 @@ bool WithGil(absl::FunctionRef<void()> work);
 // The interpreter's end, called with the GIL: from here on nothing runs.
 void StopInterpreting();
 
+// Whether this thread is in WithGil(). Whatever the interpreter does there, a collection of garbage
+// for instance, must not wait for the library.
+bool InWithGil();
+
 // Whether this process was forked from the one that loaded the library, and has none of its
 // threads.
 bool Forked();
@@ -44,14 +49,18 @@ class Held {
   Held(const Held&) = default;
   Held(Held&&) noexcept = default;
   Held& operator=(const Held&) = delete;
-  ~Held() {
+  ~Held() { Reset(); }
+
+  void Reset() {
     if (value_ == nullptr) return;
     if (Forked()) {
       static_cast<void>(new std::shared_ptr<T>(std::move(value_)));
-      return;
+    } else if (InWithGil()) {
+      std::thread([value = std::move(value_)]() mutable { value.reset(); }).detach();
+    } else {
+      nb::gil_scoped_release release;
+      value_.reset();
     }
-    nb::gil_scoped_release release;
-    value_.reset();
   }
 
   T* operator->() const { return value_.get(); }

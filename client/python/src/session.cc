@@ -24,12 +24,13 @@ using PendingHandle = Held<Pending>;
 PendingHandle Send(const SessionHandle& self,
                    std::function<absl::Status(client::CompressSession&)> send) {
   return PendingHandle(
-      Start(self->strand(), [session = self.get(), send = std::move(send)]() -> Pending::Outcome {
-        return [status = send(session->session())] {
-          Check(status);
-          return nb::none();
-        };
-      }));
+      Start(self->strand(),
+            [session = self->shared_from_this(), send = std::move(send)]() -> Pending::Outcome {
+              return [status = send(session->session())] {
+                Check(status);
+                return nb::none();
+              };
+            }));
 }
 
 // Tensors of one call that sends.
@@ -122,6 +123,14 @@ nb::object NextEvent(const SessionHandle& self) {
 }
 
 }  // namespace
+
+SessionHandle HandleOf(const std::shared_ptr<Session>& session) {
+  return SessionHandle(
+      {session.get(), [kept = std::shared_ptr<Session>(session)](Session*) mutable {
+         kept->Cancel();
+         kept.reset();
+       }});
+}
 
 void BindSession(nb::module_& module) {
   nb::class_<SessionHandle>(module, "Session", "CompressSession; see structkv.Session.")

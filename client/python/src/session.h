@@ -15,7 +15,7 @@
 namespace structkv::python {
 
 // A session and what it works with.
-class Session {
+class Session : public std::enable_shared_from_this<Session> {
  public:
   // `engine` outlives the session; null: there is none.
   Session(std::unique_ptr<client::CompressSession> session, std::shared_ptr<Events> events,
@@ -45,7 +45,10 @@ class Session {
   const std::unique_ptr<client::CompressSession> session_;
 };
 
+// What is being sent keeps the session alive; a handle that is dropped cancels it.
 using SessionHandle = Held<Session>;
+
+SessionHandle HandleOf(const std::shared_ptr<Session>& session);
 
 void BindSession(nanobind::module_& module);
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import weakref
 from typing import Any
 
@@ -29,7 +30,7 @@ async def wait_async(pending: _core.Pending) -> Any:
             future.set_result(None)
 
     def finish_threadsafe() -> None:
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop was closed
             loop.call_soon_threadsafe(finish)
 
     pending.on_done(finish_threadsafe)

@@ -45,8 +45,8 @@ class _Connection:
     def keep(
         self, handle: bytes, lease: float, options: HeldCallOptions = HeldCallOptions()
     ) -> Lease:
-        """Keeps a held cache alive as long as what is returned lives: renews its lease of `lease`
-        seconds three times in each."""
+        """Keeps a held cache alive: renews its lease of `lease` seconds three times in each, until
+        what is returned is stopped or dropped. It is a context manager."""
         return self._core.keep(handle, lease, options)
 
 
