@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <cstring>
 #include <limits>
 #include <optional>
 #include <utility>
@@ -332,7 +331,7 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> Server::PrivateChannel(
     const grpc::ChannelArguments& arguments) {
   int ends[2];
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends) != 0) {
-    return absl::ResourceExhaustedError(absl::StrCat("socketpair: ", std::strerror(errno)));
+    return absl::ErrnoToStatus(errno, "socketpair");
   }
   grpc::AddInsecureChannelFromFd(impl_->server_.get(), ends[0]);
   return grpc::CreateCustomInsecureChannelFromFd("structkv", ends[1], arguments);

@@ -81,7 +81,7 @@ class Server {
   int64_t active_streams() const;
   // A channel to this server over a pair of sockets that nobody else can reach, for a client in the
   // same process. (gRPC 1.51's own channel within a process loses a stream's last message now and
-  // then, and crashes once the server is shut down.) RESOURCE_EXHAUSTED where there are no sockets.
+  // then, and crashes once the server is shut down.) What socketpair() fails with.
   absl::StatusOr<std::shared_ptr<grpc::Channel>> PrivateChannel(
       const grpc::ChannelArguments& arguments);
 

@@ -633,6 +633,25 @@ TEST_F(ServiceTestPlain, UnixSocketAndManyAddresses) {
   ExpectSuccess(data, Run(AllMessages(data)));
 }
 
+TEST_F(ServiceTestPlain, PrivateChannelOfAServerThatListensNowhere) {
+  ServerOptions options = TestOptions();
+  options.listen.clear();
+  auto server = Server::Start(options);
+  ASSERT_TRUE(server.ok()) << server.status();
+  EXPECT_TRUE((*server)->addresses().empty());
+  EXPECT_EQ((*server)->port(), 0);
+  const auto first = (*server)->PrivateChannel({});
+  const auto second = (*server)->PrivateChannel({});
+  ASSERT_TRUE(first.ok()) << first.status();
+  ASSERT_TRUE(second.ok()) << second.status();
+  const PromptData data(SmallOpen(), 1);
+  for (int i = 0; i < 20; ++i) ExpectSuccess(data, testkit::Run(*first, AllMessages(data)));
+  ExpectSuccess(data, testkit::Run(*second, AllMessages(data)));
+  (*server)->Shutdown();
+  EXPECT_EQ(testkit::Run(*first, AllMessages(data)).status.error_code(),
+            grpc::StatusCode::UNAVAILABLE);
+}
+
 // A server that is gone is UNAVAILABLE; its successor on the same address serves the same client.
 TEST_F(ServiceTestPlain, ServerRestarts) {
   const TemporaryDirectory directory;

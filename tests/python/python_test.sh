@@ -22,14 +22,14 @@ install() {
   local made_from
   made_from=$("$python" -VV; cat "$requirements")
   if [[ $(cat "$environment/made-from" 2>/dev/null) != "$made_from" ]]; then
-    rm -rf "$environment/venv" "$environment/made-from"
+    rm -rf "$environment"/{venv,build,made-from}
     quietly "$python" -m venv "$environment/venv"
     quietly "$environment/venv/bin/pip" install --no-deps --retries 1 --timeout 20 -r "$requirements" ||
       skip "PyPI cannot be reached, or lacks what $requirements names"
     echo "$made_from" >"$environment/made-from"
   fi
   quietly "$environment/venv/bin/pip" install --no-deps --no-build-isolation --force-reinstall "$source/client/python" \
-    -C build-dir="$environment/build" -C cmake.define.STRUCTKV_BUILD_DIR="$build"
+    --config-settings=build-dir="$environment/build" --config-settings=cmake.define.STRUCTKV_BUILD_DIR="$build"
 }
 
 export STRUCTKV_BIN=$build/bin
