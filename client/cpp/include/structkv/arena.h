@@ -44,9 +44,9 @@ class Arena {
   const std::shared_ptr<Core> core_;
 };
 
-// Has results that come in messages put into blocks of `arena`. One that finds no room ends its
-// session as RESOURCE_EXHAUSTED. (Over shared memory results are written into
-// PromptOptions.results.)
+// Has results that come in messages put into blocks of `arena`, of memory of the host. One that
+// finds no room, or finds memory of a GPU, ends its session as RESOURCE_EXHAUSTED. (In regions, and
+// by NCCL, results come to PromptOptions.results.)
 ResultAllocator AllocateFrom(std::shared_ptr<Arena> arena);
 
 }  // namespace structkv::client
