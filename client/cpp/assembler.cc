@@ -124,7 +124,8 @@ absl::Status Assembler::AddOpened(v1::Opened opened) {
     return Broken("Opened.transport is ", v1::Transport_Name(opened.transport()),
                   ", which Open did not name");
   }
-  if (!results_.empty() && ResultBytes(open_, opened) > results_.size()) {
+  if (!results_.empty() && opened.transport() > v1::TRANSPORT_INLINE &&
+      ResultBytes(open_, opened) > results_.size()) {
     return Broken("Opened.kept_tokens need ", ResultBytes(open_, opened),
                   " bytes of Open.result_range, which has ", results_.size());
   }

@@ -159,8 +159,10 @@ absl::StatusOr<Bytes> SessionCore::CopyToHost(absl::Span<const std::byte> data) 
 }
 
 absl::Status SessionCore::CopyToResults(LayerResult* layer) const {
-  if (place_.results.empty() || opened_.transport() != v1::TRANSPORT_INLINE) {
-    return absl::OkStatus();
+  const bool copies = place_.gpu != nullptr && opened_.transport() == v1::TRANSPORT_INLINE;
+  if (!copies || place_.results.empty()) return absl::OkStatus();
+  if (ResultBytes(open_, opened_) > place_.results.size()) {
+    return absl::DataLossError("Opened.kept_tokens are more than Open lets a layer keep");
   }
   for (const auto& [tensor, rows] :
        {std::pair(v1::TENSOR_KEYS, &layer->keys), std::pair(v1::TENSOR_VALUES, &layer->values)}) {
