@@ -275,7 +275,10 @@ absl::StatusOr<Offer> TransportChooser::MakeOffer(absl::Span<const BatchPrompt> 
     offer.transport = TransportOf(offer.gpu != nullptr);
     offer.regions = regions;
     status = RegisterAll(options, deadline, &offer);
-    if (!status.ok() && (named.has_value() || ServerIsAway(status))) return status;
+    // A region socket that is away is not the server's end; memory of a GPU is registered by a
+    // call.
+    const bool called = offer.server.channel == nullptr || offer.gpu != nullptr;
+    if (!status.ok() && (named.has_value() || (called && ServerIsAway(status)))) return status;
     if (!status.ok()) offer.handles.clear();
   }
   if (may_offer && offer.gpu != nullptr && options.nccl != nullptr &&
