@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -54,6 +56,41 @@ def test_same_as_the_command(
     assert got.summary.next_position == 1000 and got.summary.transport == "inline"
     assert isinstance(got.opened.method, structkv.StructKvMethod)
     assert got.opened.method.decay == 0.9
+
+
+def test_in_steps_as_the_command(
+    client: structkv.Client, capture: Prompt, server: Server, tmp_path: Path
+) -> None:
+    pivot = structkv.Pivot(mode="fixed", fixed_layer=5)
+    open = replace(capture.open, method=structkv.StructKvMethod(pivot=pivot))
+    cut = []
+
+    def source(layer: int, pivot: structkv.PivotResult | None) -> structkv.LayerTensors:
+        tensors = capture.layers[layer]
+        if pivot is None or pivot.skeleton_from_layer is None:
+            return tensors
+        assert layer >= pivot.skeleton_from_layer
+        cut.append(layer)
+        rows = numpy.asarray(pivot.skeleton)
+        return structkv.LayerTensors(
+            keys=numpy.ascontiguousarray(numpy.asarray(tensors.keys)[:, rows]),
+            values=numpy.ascontiguousarray(numpy.asarray(tensors.values)[:, rows]),
+            window_queries=tensors.window_queries,
+            positions=rows,
+        )
+
+    got = client.compress_in_steps(open, source)
+    assert cut == [6, 7, 8, 9, 10, 11]
+    out = tmp_path / "out.safetensors"
+    command: list[str | Path] = [BIN / "structkv", "compress", CAPTURE, "--out", out]
+    command += ["--server", server.target, "--skeleton-layers", "--pivot", "fixed", "--pivot-layer", "5"]
+    subprocess.run(command, check=True, capture_output=True)
+    wanted = read_safetensors(out)
+    for layer in got.layers:
+        assert layer.keys is not None
+        assert layer.keys.numpy().tobytes() == wanted[f"layer.{layer.layer}.k"].tobytes()
+    aio = structkv.AsyncClient(server.target)
+    same(asyncio.run(aio.compress_in_steps(open, source)), got)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)

@@ -10,7 +10,7 @@ from types import TracebackType
 from . import _core
 from ._core import Region
 from ._waiting import wait_async
-from .client import Flag, LayerSource, _Connection, flags
+from .client import Flag, LayerSource, SteppedSource, _Connection, flags
 from .errors import Error
 from .messages import GetCapabilitiesResponse, Open
 from .options import (
@@ -22,7 +22,7 @@ from .options import (
     StreamOptions,
 )
 from .results import Compressed, FetchedCache
-from .session import AsyncSession
+from .session import AsyncSession, Gatherer
 
 
 class AsyncClient(_Connection):
@@ -67,6 +67,21 @@ class AsyncClient(_Connection):
                     await session.send_layer(layer, source(layer))
             await session.commit()
             return await session.collect()
+
+    async def compress_in_steps(
+        self, open: Open, source: SteppedSource, options: SessionOptions = SessionOptions()
+    ) -> Compressed:
+        """As Client.compress_in_steps()."""
+        async with await self.open_prompt(open, options) as session:
+            gatherer = Gatherer(session.opened)
+            for layer in range(len(session.opened.kept_tokens)):
+                await session.send_layer(layer, source(layer, gatherer.pivot))
+                while gatherer.answered <= layer:
+                    gatherer.add(await session.next_event())
+            await session.commit()
+            while (compressed := gatherer.add(await session.next_event())) is None:
+                pass
+            return compressed
 
     async def fetch(self, handle: bytes, options: FetchOptions = FetchOptions()) -> FetchedCache:
         """As Client.fetch()."""

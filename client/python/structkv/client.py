@@ -20,14 +20,18 @@ from .options import (
     SessionOptions,
     StreamOptions,
 )
-from .results import Compressed, FetchedCache
-from .session import Session
+from .results import Compressed, FetchedCache, PivotResult
+from .session import Gatherer, Session
 
 Flag: TypeAlias = str | int | float | bool
 """The value of an option of structkv-server."""
 
 LayerSource: TypeAlias = Callable[[int], LayerTensors]
 """Gives a layer's tensors; asked for in ascending order, for the layers that keep tokens."""
+
+SteppedSource: TypeAlias = Callable[[int, PivotResult | None], LayerTensors]
+"""The same, for one layer after the other: the pivot is None until the layers before have decided
+it. From its skeleton_from_layer on, a layer may hold skeleton rows (LayerTensors.positions)."""
 
 
 class _Connection:
@@ -103,6 +107,22 @@ class Client(_Connection):
                     session.send_layer(layer, source(layer))
             session.commit()
             return session.collect()
+
+    def compress_in_steps(
+        self, open: Open, source: SteppedSource, options: SessionOptions = SessionOptions()
+    ) -> Compressed:
+        """As compress(), one layer after the other: each is answered before the next one is asked
+        for, so that a worker can cut its prefill at the pivot."""
+        with self.open_prompt(open, options) as session:
+            gatherer = Gatherer(session.opened)
+            for layer in range(len(session.opened.kept_tokens)):
+                session.send_layer(layer, source(layer, gatherer.pivot))
+                while gatherer.answered <= layer:
+                    gatherer.add(session.next_event())
+            session.commit()
+            while (compressed := gatherer.add(session.next_event())) is None:
+                pass
+            return compressed
 
     def fetch(self, handle: bytes, options: FetchOptions = FetchOptions()) -> FetchedCache:
         """Fetches a held cache (Summary.held), or some of its layers and KV heads."""

@@ -12,13 +12,23 @@ from .options import Array, LayerTensors
 from .results import Compressed, Event, LayerResult, PivotResult
 
 
-class _Gatherer:
+class Gatherer:
     """Puts a session's events in order."""
 
     def __init__(self, opened: Opened) -> None:
         self._opened = opened
         self._layers: list[LayerResult] = []
         self._pivot: PivotResult | None = None
+
+    @property
+    def answered(self) -> int:
+        """Layers that were answered."""
+        return len(self._layers)
+
+    @property
+    def pivot(self) -> PivotResult | None:
+        """The pivot, once it is there."""
+        return self._pivot
 
     def add(self, event: Event) -> Compressed | None:
         if isinstance(event, LayerResult):
@@ -118,7 +128,7 @@ class Session(_Session):
 
     def collect(self) -> Compressed:
         """Reads all that is left and puts it in order."""
-        gatherer = _Gatherer(self.opened)
+        gatherer = Gatherer(self.opened)
         while True:
             compressed = gatherer.add(self.next_event())
             if compressed is not None:
@@ -185,7 +195,7 @@ class AsyncSession(_Session):
 
     async def collect(self) -> Compressed:
         """Reads all that is left and puts it in order."""
-        gatherer = _Gatherer(self.opened)
+        gatherer = Gatherer(self.opened)
         while True:
             compressed = gatherer.add(await self.next_event())
             if compressed is not None:
