@@ -120,8 +120,9 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
         target = f"unix:{folder}/grpc"
         region_socket = f"{folder}/regions"
         log = (folder / "log").open("wb")
-        command = [str(BIN / "structkv-server"), "--listen", target, "--region-socket", region_socket]
-        process = subprocess.Popen([*command, *flags], stderr=log, stdout=log)
+        command = [str(BIN / "structkv-server"), "--listen", target]
+        command += ["--region-socket", region_socket, *flags]
+        process = subprocess.Popen(command, stderr=log, stdout=log)
         servers.append(Server(target, region_socket, process))
         end = time.monotonic() + 30
         while "ready" not in (folder / "log").read_text():

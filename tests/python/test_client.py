@@ -83,7 +83,8 @@ def test_in_steps_as_the_command(
     assert cut == [6, 7, 8, 9, 10, 11]
     out = tmp_path / "out.safetensors"
     command: list[str | Path] = [BIN / "structkv", "compress", CAPTURE, "--out", out]
-    command += ["--server", server.target, "--skeleton-layers", "--pivot", "fixed", "--pivot-layer", "5"]
+    command += ["--server", server.target, "--skeleton-layers"]
+    command += ["--pivot", "fixed", "--pivot-layer", "5"]
     subprocess.run(command, check=True, capture_output=True)
     wanted = read_safetensors(out)
     for layer in got.layers:
