@@ -63,6 +63,7 @@ struct BackendCapabilities {
   std::vector<Layout> layouts;
   bool paged = false;          // keys and values in blocks of any size, see TensorView
   bool device_memory = false;  // tensors may lie in a GPU's memory, see the contract
+  bool whole_layers = false;   // has RunLayer, and it is faster than the steps one by one
   int64_t min_dim = 32;
   int64_t max_dim = 256;
   int64_t dim_step = 8;
@@ -124,6 +125,8 @@ struct SelectParams {
   // others.
   int64_t keep = 0;
 };
+
+struct LayerPass;  // kernels/layer_pass.h
 
 // Implementations: reference (scalar double precision, the oracle), cpu (SIMD), cuda (NVIDIA GPUs).
 class Backend {
@@ -199,6 +202,11 @@ class Backend {
                                      const RotationParams& rotation,
                                      const MutableTensorView& destination,
                                      ParallelFor parallel) const = 0;
+
+  // Does all of `pass`, and fills `bad`, as Saliency does; so are the errors. UNIMPLEMENTED, and
+  // nothing was done, where the caller has to take the steps one by one.
+  virtual absl::Status RunLayer(const LayerPass& pass, BadStatistic* bad,
+                                ParallelFor parallel) const;
 
   // Sets `bytes` bytes to zero, of memory that a gather may write to. Errors as of Gather.
   virtual absl::Status Zero(void* to, int64_t bytes) const {

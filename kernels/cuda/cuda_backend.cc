@@ -3,6 +3,7 @@
 #include <atomic>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -10,6 +11,7 @@
 #include "kernels/cuda/devices.h"
 #include "kernels/cuda/gather_call.h"
 #include "kernels/cuda/ipc_memory.h"
+#include "kernels/cuda/layer_call.h"
 #include "kernels/cuda/saliency_call.h"
 #include "kernels/cuda/vector_calls.h"
 #include "kernels/saliency_checks.h"
@@ -117,6 +119,26 @@ class CudaBackend final : public Backend {
     return host_->GatherRotated(source, rows, per_head, rotation, destination, parallel);
   }
 
+  absl::Status RunLayer(const LayerPass& pass, BadStatistic* bad,
+                        ParallelFor parallel) const override {
+    if (absl::Status status = CheckSaliencyParams(pass.saliency, capabilities_); !status.ok()) {
+      return status;
+    }
+    std::vector<const LayerPass::Rows*> left;
+    absl::Status status = cuda::RunLayer(*devices_, pass, bad, &left);
+    for (const LayerPass::Rows* rows : left) {
+      if (!status.ok()) break;
+      const int32_t* const positions =
+          pass.positions + (pass.per_head ? rows->first_head * pass.keep : 0);
+      // What is the host's and stays there need not cross the bus.
+      status =
+          HostReaches(rows->source, rows->destination)
+              ? host_->Gather(rows->source, positions, pass.per_head, rows->destination, parallel)
+              : Gather(rows->source, positions, pass.per_head, rows->destination, parallel);
+    }
+    return status;
+  }
+
   absl::Status Zero(void* to, int64_t bytes) const override {
     if (bytes == 0) return absl::OkStatus();
     const absl::StatusOr<Place> place = devices_->PlaceOf(to);
@@ -187,6 +209,7 @@ class CudaBackend final : public Backend {
       .layouts = {Layout::kHeadTokenDim, Layout::kTokenHeadDim},
       .paged = true,
       .device_memory = true,
+      .whole_layers = true,
   };
 };
 

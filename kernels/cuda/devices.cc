@@ -44,9 +44,10 @@ absl::StatusOr<Lease> Devices::Acquire(absl::FunctionRef<int64_t(const Device&)>
   return best->Acquire(bytes(*best));
 }
 
-absl::StatusOr<Lease> Devices::AcquireOn(int index, int64_t bytes) {
+absl::StatusOr<Lease> Devices::AcquireOn(int index,
+                                         absl::FunctionRef<int64_t(const Device&)> bytes) {
   if (index < 0) return Acquire(bytes);
-  if (Device* const device = Find(index)) return device->Acquire(bytes);
+  if (Device* const device = Find(index)) return device->Acquire(bytes(*device));
   return absl::InvalidArgumentError(absl::StrCat("a tensor lies in the memory of GPU ", index,
                                                  ", which is not among those that compute"));
 }
@@ -67,9 +68,9 @@ absl::StatusOr<Place> Devices::PlaceOf(const void* data) {
   return place;
 }
 
-bool Devices::CanHold(int64_t bytes, int index) const {
+bool Devices::CanHold(absl::FunctionRef<int64_t(const Device&)> bytes, int index) const {
   return std::any_of(all_.begin(), all_.end(), [bytes, index](const auto& device) {
-    return (index < 0 || device->index() == index) && device->CanHold(bytes);
+    return (index < 0 || device->index() == index) && device->CanHold(bytes(*device));
   });
 }
 

@@ -28,11 +28,17 @@ class Devices {
   }
   // On the device of that CUDA index, whose memory the call's tensors lie in; -1: on any.
   // INVALID_ARGUMENT where it is none of these.
-  absl::StatusOr<Lease> AcquireOn(int index, int64_t bytes);
+  absl::StatusOr<Lease> AcquireOn(int index, absl::FunctionRef<int64_t(const Device&)> bytes);
+  absl::StatusOr<Lease> AcquireOn(int index, int64_t bytes) {
+    return AcquireOn(index, [bytes](const Device&) { return bytes; });
+  }
   // Where a tensor lies. UNAVAILABLE where the backend is lost.
   absl::StatusOr<Place> PlaceOf(const void* data);
   // Whether the one of that index, or with -1 any of them, can ever hold so much.
-  bool CanHold(int64_t bytes, int index = -1) const;
+  bool CanHold(absl::FunctionRef<int64_t(const Device&)> bytes, int index) const;
+  bool CanHold(int64_t bytes, int index = -1) const {
+    return CanHold([bytes](const Device&) { return bytes; }, index);
+  }
 
   const std::vector<std::unique_ptr<Device>>& all() const { return all_; }
   // The one of that index; null where it is none of these.

@@ -17,15 +17,6 @@ int64_t BytesOf(const TensorView& view) {
   return view.heads * view.tokens * view.dim * static_cast<int64_t>(DTypeSize(view.dtype));
 }
 
-// Whether a kernel can read every row of a view that lies in the host's memory at its address.
-bool CanBeReadInPlace(const TensorView& view) {
-  if (view.paged() && view.block_table != nullptr) return false;
-  const std::byte* const begin = view.Row(0, 0);
-  const std::byte* const end = view.Row(view.heads - 1, view.tokens - 1) +
-                               view.dim * static_cast<int64_t>(DTypeSize(view.dtype));
-  return IsPinned(begin, end - begin);
-}
-
 class GatherCall {
  public:
   // `from` and `to`: where the source and the destination lie.
@@ -151,6 +142,14 @@ absl::Status RunCall(Devices& devices, const TensorView& source, const int32_t* 
 }
 
 }  // namespace
+
+bool CanBeReadInPlace(const TensorView& view) {
+  if (view.paged() && view.block_table != nullptr) return false;
+  const std::byte* const begin = view.Row(0, 0);
+  const std::byte* const end = view.Row(view.heads - 1, view.tokens - 1) +
+                               view.dim * static_cast<int64_t>(DTypeSize(view.dtype));
+  return IsPinned(begin, end - begin);
+}
 
 absl::Status Gather(Devices& devices, const TensorView& source, const int32_t* positions,
                     bool per_head, const MutableTensorView& destination) {

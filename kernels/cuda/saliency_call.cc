@@ -1,13 +1,11 @@
 #include "kernels/cuda/saliency_call.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/saliency.h"
+#include "kernels/cuda/saliency_inputs.h"
 #include "kernels/cuda/staging.h"
-#include "kernels/cuda/tensor_runs.h"
-#include "kernels/saliency_checks.h"
 
 namespace structkv::cuda {
 namespace {
@@ -30,80 +28,28 @@ SaliencyParams HeadsOf(const SaliencyParams& params, int64_t first, int64_t coun
   return some;
 }
 
-// Whether the kernels can read the keys where they are, if that is the device's memory.
-bool IsAligned(const TensorView& keys) {
-  const auto element = static_cast<int64_t>(DTypeSize(keys.dtype));
-  const int64_t unit = IsFp8(keys.dtype) ? 8 : 16;
-  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(keys.data)) % unit == 0 &&
-         keys.head_stride * element % unit == 0 && keys.token_stride * element % unit == 0 &&
-         keys.block_stride * element % unit == 0;
-}
+// A group of heads' call in its lease.
+struct HeadsCall {
+  HeadsCall(const SaliencyParams& params, const Place& keys_at)
+      : inputs(params, keys_at, &parts),
+        flags(parts.Add<SaliencyFlags>(1)),
+        out(parts.Add<float>(params.keys.heads * params.keys.tokens)) {}
 
-// Where a call's tensors lie in its lease. Keys are packed, so that they are aligned as the kernels
-// want them whatever the caller's are, unless the kernels can read them where they are.
-struct Places {
-  // `keys_at`: where the keys lie.
-  Places(const SaliencyParams& params, const Place& keys_at)
-      : in_place(keys_at.on_device() && IsAligned(params.keys)) {
-    const TensorView& q = params.queries;
-    const TensorView& k = params.keys;
-    const auto bytes = [](const TensorView& v) {
-      return v.heads * v.tokens * v.dim * static_cast<int64_t>(DTypeSize(v.dtype));
-    };
-    const Layout layout = LayoutOf(k);
-    request.queries =
-        TensorView::Dense(q.data, q.dtype, Layout::kHeadTokenDim, q.heads, q.tokens, q.dim);
-    request.keys =
-        in_place ? k : TensorView::Dense(k.data, k.dtype, layout, k.heads, k.tokens, k.dim);
-    request.lse = params.lse;
-    request.key_scales = params.key_scales;
-    request.scale = static_cast<float>(SaliencyScale(params));
-    request.window_max = params.window_max;
-    request.workspace_bytes = SaliencyWorkspaceBytes(request);
-    queries = parts.Add<std::byte>(bytes(q));
-    keys = parts.Add<std::byte>(in_place ? 0 : bytes(k));
-    table = parts.Add<int32_t>(in_place ? TableBlocks(k) : 0);
-    lse = parts.Add<float>(params.lse != nullptr ? q.heads * q.tokens : 0);
-    key_scales = parts.Add<float>(params.key_scales != nullptr ? k.heads : 0);
-    flags = parts.Add<SaliencyFlags>(1);
-    out = parts.Add<float>(k.heads * k.tokens);
-    workspace = parts.Add<std::byte>(request.workspace_bytes);
-  }
-
-  const bool in_place;
-  SaliencyRequest request;  // its pointers are still the caller's
   Parts parts;
-  int64_t queries, keys, table, lse, key_scales, flags, out, workspace;
+  const SaliencyInputs inputs;
+  const int64_t flags, out;
 };
 
 absl::Status RunHeads(Devices& devices, const SaliencyParams& params, const Place& keys_at,
                       float* out, SaliencyFlags* flags) {
-  const Places places(params, keys_at);
-  absl::StatusOr<Lease> lease = devices.AcquireOn(keys_at.device, places.parts.bytes());
+  const HeadsCall call(params, keys_at);
+  absl::StatusOr<Lease> lease = devices.AcquireOn(keys_at.device, call.parts.bytes());
   if (!lease.ok()) return lease.status();
-  SaliencyRequest request = places.request;
-  request.queries.data = lease->At<void>(places.queries);
-  if (!places.in_place) request.keys.data = lease->At<void>(places.keys);
-  if (request.keys.block_table != nullptr) {
-    request.keys.block_table = lease->At<int32_t>(places.table);
-  }
-  request.lse = params.lse != nullptr ? lease->At<float>(places.lse) : nullptr;
-  request.key_scales = params.key_scales != nullptr ? lease->At<float>(places.key_scales) : nullptr;
-  request.per_head = lease->At<float>(places.out);
-  request.flags = lease->At<SaliencyFlags>(places.flags);
-  request.workspace = lease->At<void>(places.workspace);
-
+  SaliencyRequest request = call.inputs.In(*lease);
+  request.per_head = lease->At<float>(call.out);
+  request.flags = lease->At<SaliencyFlags>(call.flags);
   Upload upload(*lease);
-  upload.WriteTensor(lease->At<void>(places.queries), params.queries, Layout::kHeadTokenDim);
-  upload.Write(lease->At<float>(places.lse), params.lse,
-               params.queries.heads * params.queries.tokens);
-  upload.Write(lease->At<float>(places.key_scales), params.key_scales, params.keys.heads);
-  if (places.in_place) {
-    upload.Write(lease->At<int32_t>(places.table), params.keys.block_table,
-                 TableBlocks(params.keys));
-  } else {
-    upload.WriteTensor(lease->At<void>(places.keys), params.keys, LayoutOf(params.keys));
-  }
+  call.inputs.Write(*lease, &upload);
   absl::Status status = upload.Flush();
   if (status.ok()) {
     status = lease->device().Check(LaunchSaliency(request, lease->stream()), "LaunchSaliency");
@@ -112,17 +58,6 @@ absl::Status RunHeads(Devices& devices, const SaliencyParams& params, const Plac
   const int64_t bytes =
       params.keys.heads * params.keys.tokens * static_cast<int64_t>(sizeof(float));
   return status.ok() ? Download(*lease, request.per_head, bytes, out) : status;
-}
-
-float ValueOf(uint64_t flag) {
-  switch (BadKindOf(flag)) {
-    case kInfinite:
-      return std::numeric_limits<float>::infinity();
-    case kMinusInfinite:
-      return -std::numeric_limits<float>::infinity();
-    default:
-      return std::numeric_limits<float>::quiet_NaN();
-  }
 }
 
 // Adds what was found in a group of heads, of which the first is `first` and its first query head
@@ -140,22 +75,6 @@ void AddFlags(const SaliencyFlags& some, int first, int64_t first_row, SaliencyF
   add(some.lse, &all->lse);
 }
 
-absl::Status StatusOf(const SaliencyFlags& flags, const SaliencyParams& params, BadStatistic* bad) {
-  const int64_t window = params.queries.tokens;
-  if (flags.query != kNothingBad) {
-    const int64_t row = BadRowIndex(flags.query);
-    return BadQueryError(params, row / window, row % window, ValueOf(flags.query), bad);
-  }
-  if (flags.lse != kNothingBad) {
-    const int64_t row = BadRowIndex(flags.lse);
-    return BadLseError(params, row / window, row % window, ValueOf(flags.lse), bad);
-  }
-  if (flags.score != kNothingBad) {
-    return BadScoreError({BadHead(flags.score), BadToken(flags.score), ValueOf(flags.score)}, bad);
-  }
-  return absl::OkStatus();
-}
-
 }  // namespace
 
 absl::Status Saliency(Devices& devices, const SaliencyParams& params, float* out,
@@ -165,7 +84,7 @@ absl::Status Saliency(Devices& devices, const SaliencyParams& params, float* out
   const int64_t heads = params.keys.heads;
   const int64_t group_rows = params.queries.heads / heads * params.queries.tokens;
   int64_t step = std::min<int64_t>(heads, kMaxKvHeads);
-  while (step > 1 && !devices.CanHold(Places(HeadsOf(params, 0, step), *keys_at).parts.bytes(),
+  while (step > 1 && !devices.CanHold(HeadsCall(HeadsOf(params, 0, step), *keys_at).parts.bytes(),
                                       keys_at->device)) {
     step = (step + 1) / 2;
   }

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kStatisticsThreads)
 __global__ void __launch_bounds__(kPoolThreads) Pool(const __grid_constant__ PoolParams params) {
   const int64_t token = int64_t{blockIdx.x} * kPoolThreads + threadIdx.x;
   if (token >= params.tokens) return;
-  const int64_t row = blockIdx.y * params.tokens;
+  const int64_t row = blockIdx.y * params.row_stride;
   params.out[row + token] =
       PoolAt(params.in + row, params.tokens, params.smoothing, params.kernel, token);
 }
@@ -40,7 +40,7 @@ cudaError_t LaunchStatistics(const StatisticsParams& params, cudaStream_t stream
 cudaError_t LaunchPool(const PoolParams& params, cudaStream_t stream) noexcept {
   if (params.in == nullptr || params.out == nullptr || params.rows < 1 ||
       params.rows > kMaxPoolRows || params.tokens < 1 || params.tokens > kMaxTokens ||
-      params.kernel < 1 || params.kernel % 2 == 0 || params.smoothing > Smoothing::kMaximum) {
+      params.row_stride < params.tokens || params.kernel < 1 || params.kernel % 2 == 0 || params.smoothing > Smoothing::kMaximum) {
     return cudaErrorInvalidValue;
   }
   const int64_t blocks = (params.tokens + kPoolThreads - 1) / kPoolThreads;

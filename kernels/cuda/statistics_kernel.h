@@ -91,6 +91,7 @@ struct PoolParams {
   float* out = nullptr;       // the same, not null, may not overlap `in`
   int64_t rows = 0;           // 1 .. 65535
   int64_t tokens = 0;         // 1 .. 2^31 - 1
+  int64_t row_stride = 0;     // from a row to the next, `tokens` or more
   Smoothing smoothing = Smoothing::kNone;
   int64_t kernel = 1;  // odd, 1 or more
 };

@@ -35,6 +35,8 @@ absl::Status RunSelect(const Lease& lease, const SelectRow& row, const Parts& pa
                               "LaunchSelect");
 }
 
+}  // namespace
+
 Smoothing SmoothingOf(Pooling pooling) {
   switch (pooling) {
     case Pooling::kAvg:
@@ -46,8 +48,6 @@ Smoothing SmoothingOf(Pooling pooling) {
   }
   return Smoothing::kNone;
 }
-
-}  // namespace
 
 absl::Status SumHeads(Devices& devices, const float* per_head, int64_t heads, int64_t tokens,
                       float* out) {
@@ -109,6 +109,7 @@ absl::Status Pool(Devices& devices, const float* in, int64_t tokens, Pooling poo
                                                .out = lease->At<float>(to),
                                                .rows = 1,
                                                .tokens = tokens,
+                                               .row_stride = tokens,
                                                .smoothing = SmoothingOf(pooling),
                                                .kernel = kernel},
                                               lease->stream()),

@@ -9,8 +9,12 @@
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
 #include "kernels/cuda/devices.h"
+#include "kernels/cuda/statistics_kernel.h"
 
 namespace structkv::cuda {
+
+// As the kernels have it.
+Smoothing SmoothingOf(Pooling pooling);
 
 absl::Status SumHeads(Devices& devices, const float* per_head, int64_t heads, int64_t tokens,
                       float* out);

@@ -31,7 +31,7 @@ absl::Status BadValue(const LayerInput& input, const BadStatistic& bad, int64_t 
 }
 
 // One for each KV head; empty: none.
-std::vector<float> KeyScales(const PromptSpec& spec, const LayerInput& input) {
+std::vector<float> KeyScalesOf(const PromptSpec& spec, const LayerInput& input) {
   if (input.key_scales.empty()) return {};
   const auto* scales = input.key_scales.as<const float>();
   std::vector<float> per_head(static_cast<size_t>(spec.geometry.kv_heads), scales[0]);
@@ -43,27 +43,22 @@ std::vector<float> KeyScales(const PromptSpec& spec, const LayerInput& input) {
 
 }  // namespace
 
-absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, BufferPool& pool,
-                            const LayerInput& input, int64_t first_head, float* out,
-                            ParallelFor parallel) {
+ScoredLayer::ScoredLayer(const PromptSpec& spec, const LayerInput& input)
+    : key_scales_(KeyScalesOf(spec, input)) {
   const ModelGeometry& geometry = spec.geometry;
-  SaliencyParams params;
-  params.queries =
+  params_.queries =
       TensorView::Dense(input.window_queries.data(), spec.queries(), Layout::kHeadTokenDim,
                         geometry.query_heads, spec.window_rows(), geometry.key_dim);
-  params.keys = KvView(spec, input.keys.data(), geometry.key_dim, TokensOf(spec, input),
-                       /*in_order=*/!input.positions.empty());
-  params.lse = input.window_lse.as<const float>();
-  const std::vector<float> key_scales = KeyScales(spec, input);
-  if (!key_scales.empty()) params.key_scales = key_scales.data();
-  params.scale = static_cast<float>(spec.attention_scale.value_or(0));
-  params.window_max = spec.method.window_reduce == method::WindowReduce::kMax;
-  constexpr int64_t kNoHead = -1;
-  BadStatistic bad{.head = kNoHead};
-  absl::Status status =
-      TellsQueryHeadsApart(spec)
-          ? QueryHeadSaliency(params, spec.method.group_reduce, backend, pool, out, &bad, parallel)
-          : backend.Saliency(params, out, &bad, parallel);
+  params_.keys = KvView(spec, input.keys.data(), geometry.key_dim, TokensOf(spec, input),
+                        /*in_order=*/!input.positions.empty());
+  params_.lse = input.window_lse.as<const float>();
+  if (!key_scales_.empty()) params_.key_scales = key_scales_.data();
+  params_.scale = static_cast<float>(spec.attention_scale.value_or(0));
+  params_.window_max = spec.method.window_reduce == method::WindowReduce::kMax;
+}
+
+absl::Status ScoredLayer::Named(absl::Status status, const LayerInput& input, int64_t first_head,
+                                const BadStatistic& bad) {
   if (status.ok()) return status;
   if (absl::IsInvalidArgument(status) && bad.head != kNoHead) {
     // The backend knows whether a query, a log-sum-exp or a score was at fault.
@@ -71,6 +66,18 @@ absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, Buff
         absl::StrCat(BadValue(input, bad, first_head).message(), " (", status.message(), ")"));
   }
   return absl::Status(status.code(), absl::StrCat("layer ", input.layer, ": ", status.message()));
+}
+
+absl::Status ComputePerHead(const PromptSpec& spec, const Backend& backend, BufferPool& pool,
+                            const LayerInput& input, int64_t first_head, float* out,
+                            ParallelFor parallel) {
+  const ScoredLayer scored(spec, input);
+  BadStatistic bad{.head = ScoredLayer::kNoHead};
+  absl::Status status = TellsQueryHeadsApart(spec)
+                            ? QueryHeadSaliency(scored.params(), spec.method.group_reduce, backend,
+                                                pool, out, &bad, parallel)
+                            : backend.Saliency(scored.params(), out, &bad, parallel);
+  return ScoredLayer::Named(std::move(status), input, first_head, bad);
 }
 
 absl::Status CheckGiven(const LayerInput& input, const Buffer& values, int64_t first_head,
@@ -111,18 +118,12 @@ absl::StatusOr<LayerSaliency> ComputeLayerSaliency(const PromptSpec& spec, const
   return SumUp(spec, backend, pool, input.layer, tokens, std::move(saliency), parallel);
 }
 
-absl::StatusOr<LayerSaliency> SumUp(const PromptSpec& spec, const Backend& backend,
-                                    BufferPool& pool, int64_t layer, int64_t tokens,
-                                    LayerSaliency saliency, ParallelFor parallel) {
-  const int64_t kv_heads = spec.geometry.kv_heads;
-  if (saliency.sum.empty() && kv_heads > 1) {
-    saliency.sum = pool.Acquire(tokens * sizeof(float));
-    backend.SumHeads(saliency.per_head.as<const float>(), kv_heads, tokens,
-                     saliency.sum.as<float>(), parallel);
-  }
-  const int64_t top_count =
-      std::max<int64_t>(1, method::ShareOfTokens(spec.method.pivot.sparsity_ratio, tokens));
-  SaliencySums sums = backend.Sums(saliency.sum_scores(), tokens, top_count, parallel);
+int64_t TopCount(const PromptSpec& spec, int64_t tokens) {
+  return std::max<int64_t>(1, method::ShareOfTokens(spec.method.pivot.sparsity_ratio, tokens));
+}
+
+absl::StatusOr<method::LayerMetrics> MetricsOf(const PromptSpec& spec, int64_t layer,
+                                               int64_t tokens, SaliencySums sums) {
   if (sums.total == 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("layer ", layer, ": saliency is zero for every token"));
@@ -135,8 +136,24 @@ absl::StatusOr<LayerSaliency> SumUp(const PromptSpec& spec, const Backend& backe
   }
   // The same sum, rounded in another order: the difference would be a gradient from layer to layer
   // where there is none, and gradients are taken as shares of the largest.
-  if (top_count == tokens) sums.top_mass = sums.total;
-  saliency.metrics = method::MetricsFromSums(sums, tokens);
+  if (TopCount(spec, tokens) == tokens) sums.top_mass = sums.total;
+  return method::MetricsFromSums(sums, tokens);
+}
+
+absl::StatusOr<LayerSaliency> SumUp(const PromptSpec& spec, const Backend& backend,
+                                    BufferPool& pool, int64_t layer, int64_t tokens,
+                                    LayerSaliency saliency, ParallelFor parallel) {
+  const int64_t kv_heads = spec.geometry.kv_heads;
+  if (saliency.sum.empty() && kv_heads > 1) {
+    saliency.sum = pool.Acquire(tokens * sizeof(float));
+    backend.SumHeads(saliency.per_head.as<const float>(), kv_heads, tokens,
+                     saliency.sum.as<float>(), parallel);
+  }
+  const SaliencySums sums =
+      backend.Sums(saliency.sum_scores(), tokens, TopCount(spec, tokens), parallel);
+  absl::StatusOr<method::LayerMetrics> metrics = MetricsOf(spec, layer, tokens, sums);
+  if (!metrics.ok()) return metrics.status();
+  saliency.metrics = *metrics;
   return saliency;
 }
 

@@ -1,6 +1,9 @@
 // The first step of a layer: its saliency, computed or taken from the worker, checked, and summed.
 #pragma once
 
+#include <cstdint>
+#include <vector>
+
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
 #include "service/engine/buffer_pool.h"
@@ -26,6 +29,32 @@ struct LayerSaliency {
 absl::StatusOr<LayerSaliency> ComputeLayerSaliency(const PromptSpec& spec, const Backend& backend,
                                                    BufferPool& pool, LayerInput& input,
                                                    ParallelFor parallel);
+
+// An input's window queries and keys as a backend scores them. Refers to the input and the spec.
+class ScoredLayer {
+ public:
+  ScoredLayer(const PromptSpec& spec, const LayerInput& input);
+  ScoredLayer(const ScoredLayer&) = delete;
+  ScoredLayer& operator=(const ScoredLayer&) = delete;
+
+  const SaliencyParams& params() const { return params_; }
+
+  // What a call that scored it returned, with the layer's name, and with token and KV head where
+  // the call has changed `bad`, whose head was kNoHead before.
+  static constexpr int64_t kNoHead = -1;
+  static absl::Status Named(absl::Status status, const LayerInput& input, int64_t first_head,
+                            const BadStatistic& bad);
+
+ private:
+  const std::vector<float> key_scales_;
+  SaliencyParams params_;
+};
+
+// Tokens whose mass is the sparsity metric.
+int64_t TopCount(const PromptSpec& spec, int64_t tokens);
+// The layer's metrics from the sums over its saliency, or what is wrong with these.
+absl::StatusOr<method::LayerMetrics> MetricsOf(const PromptSpec& spec, int64_t layer,
+                                               int64_t tokens, SaliencySums sums);
 
 // The steps of it, for a layer whose heads several ranks hold. `first_head` is the KV head of the
 // prompt that the input's first one is, for the texts of errors.

@@ -1,73 +1,23 @@
 #include "service/engine/prompt.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <string_view>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/string_view.h"
+#include "kernels/layer_pass.h"
+#include "service/engine/check_layer.h"
+#include "service/engine/kept_rows.h"
 #include "service/engine/kv_view.h"
 #include "service/engine/layer_saliency.h"
 #include "service/engine/layer_skeleton.h"
+#include "service/engine/query_heads.h"
 #include "service/engine/rerotation.h"
 #include "service/engine/shard_saliency.h"
 #include "service/method/centrality.h"
 #include "service/method/selection_policy.h"
 
 namespace structkv::engine {
-namespace {
-
-const Buffer& TensorOf(const LayerInput& input, InputTensor tensor) {
-  switch (tensor) {
-    case InputTensor::kKeys:
-      return input.keys;
-    case InputTensor::kValues:
-      return input.values;
-    case InputTensor::kWindowQueries:
-      return input.window_queries;
-    case InputTensor::kWindowLse:
-      return input.window_lse;
-    case InputTensor::kKeyScales:
-      return input.key_scales;
-    case InputTensor::kValueScales:
-      return input.value_scales;
-    case InputTensor::kSaliency:
-    case InputTensor::kPositions:  // a view, checked by itself
-      return input.saliency;
-  }
-  return input.keys;
-}
-
-// Scales are factors: NaN fails too, and so does a key scale that scores cannot be multiplied by.
-// `first_head`: of the model's KV heads, the input's first.
-absl::Status CheckScales(const PromptSpec& spec, const LayerInput& input, InputTensor tensor,
-                         int64_t first_head) {
-  const Buffer& buffer = TensorOf(input, tensor);
-  const auto* scales = buffer.as<const float>();
-  const bool scored =
-      tensor == InputTensor::kKeyScales && spec.statistic == Statistic::kWindowQueries;
-  const double factor = scored ? spec.attention_scale.value_or(1) : 1;
-  for (size_t i = 0; i < buffer.size() / sizeof(float); ++i) {
-    if (scales[i] > 0 && std::isfinite(scales[i]) &&
-        std::isfinite(static_cast<float>(factor * scales[i]))) {
-      continue;
-    }
-    const std::string_view name = InputTensorName(tensor);
-    return absl::InvalidArgumentError(absl::StrCat(
-        "layer ", input.layer, ": ", absl::string_view(name.data(), name.size()), ": that of ",
-        spec.kv_scales == KvScales::kPerTensor
-            ? "every KV head"
-            : absl::StrCat("KV head ", first_head + static_cast<int64_t>(i)),
-        " is ", std::isnan(scales[i]) ? NAN : scales[i], "; a finite number above 0 is needed",
-        factor == 1 ? "" : absl::StrCat(", times attention_scale (", factor, ") too")));
-  }
-  return absl::OkStatus();
-}
-
-}  // namespace
 
 class Prompt::Impl {
  public:
@@ -101,28 +51,22 @@ class Prompt::Impl {
     whole.layer = first.layer;
     whole.kept_tokens = std::min(spec_.kept_tokens(whole.layer), tokens);
     LayerSaliency saliency;
-    if (spec_.method.needs_statistics() && spec_.has_input(whole.layer)) {
-      absl::StatusOr<LayerSaliency> computed =
-          shards_.empty()
-              ? ComputeLayerSaliency(spec_, backend_, pool_, parts[0], parallel)
-              : ComputeShardedSaliency(spec_, backend_, pool_, shards_, parts, parallel, culprit);
-      if (!computed.ok()) {
-        failed_ = true;
-        return computed.status();
-      }
-      saliency = *std::move(computed);
-      whole.metrics = saliency.metrics;
-      metrics_[whole.layer] = saliency.metrics;
+    Planned planned;
+    const absl::StatusOr<bool> passed =
+        TryPass(parts[0], tokens, whole, &saliency, &planned, parallel);
+    absl::Status status = passed.status();
+    if (status.ok() && !*passed) {
+      status = TakeSteps(parts, tokens, whole, &saliency, parallel, culprit);
     }
-    Select(saliency, tokens, whole, parallel);
     std::vector<LayerOutput> outputs(parts.size());
-    for (size_t i = 0; i < parts.size(); ++i) {
+    for (size_t i = 0; status.ok() && i < parts.size(); ++i) {
       TakePart(i, whole, &outputs[i]);
       if (spec_.plan_only) continue;
-      absl::Status compacted = Compact(i, parts[i], tokens, outputs[i], parallel);
-      if (compacted.ok()) continue;
+      status = Compact(i, parts[i], tokens, std::exchange(planned, {}), outputs[i], parallel);
+    }
+    if (!status.ok()) {
       failed_ = true;
-      return compacted;
+      return status;
     }
     if (!full) {
       skeleton_came_ = true;
@@ -198,51 +142,130 @@ class Prompt::Impl {
       return absl::AlreadyExistsError(
           absl::StrCat("layer ", input.layer, ": was answered already"));
     }
-    absl::Status positions = CheckPositions(input);
-    if (!positions.ok()) return positions;
-    for (int i = 0; i < kInputTensors; ++i) {
-      const auto tensor = static_cast<InputTensor>(i);
-      if (tensor == InputTensor::kPositions) continue;
-      const auto came = static_cast<int64_t>(TensorOf(input, tensor).size());
-      const int64_t needed = !spec_.has_input(input.layer) ? 0
-                             : input.positions.empty()     ? spec.InputBytes(tensor)
-                                                           : spec.SkeletonInputBytes(tensor);
-      if (came == needed) continue;
-      const std::string_view name = InputTensorName(tensor);
-      return absl::InvalidArgumentError(
-          absl::StrCat("layer ", input.layer, ": ", absl::string_view(name.data(), name.size()),
-                       ": ", came, " bytes came, ", needed, " are needed"));
-    }
-    absl::Status scales = CheckScales(spec_, input, InputTensor::kKeyScales, first_head);
-    scales.Update(CheckScales(spec_, input, InputTensor::kValueScales, first_head));
-    return scales;
+    absl::Status status = CheckPositions(input, skeleton_.get());
+    if (status.ok()) status = CheckTensors(input, spec, first_head);
+    return status;
   }
 
-  absl::Status CheckPositions(const LayerInput& input) const {
-    if (input.positions.empty()) return absl::OkStatus();
-    if (skeleton_ == nullptr || !skeleton_->from_layer.has_value() ||
-        input.layer < *skeleton_->from_layer) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("layer ", input.layer, ": positions: ",
-                       skeleton_ == nullptr ? "the pivot is not decided; full layers are allowed"
-                       : skeleton_->from_layer.has_value()
-                           ? absl::StrCat("allowed from layer ", *skeleton_->from_layer, " on")
-                           : "no layer past the pivot is left; full layers are allowed"));
+  // Rows that stay and were planned before the layer was computed.
+  struct Planned {
+    std::optional<KeptRows> keys;
+    std::optional<KeptRows> values;
+    bool gathered = false;  // they are in place
+  };
+
+  // Has the backend compute the layer in one call, where it does that and nothing comes between the
+  // steps. False: they are to be taken one by one.
+  absl::StatusOr<bool> TryPass(LayerInput& input, int64_t tokens, LayerOutput& whole,
+                               LayerSaliency* saliency, Planned* planned, ParallelFor parallel) {
+    if (!backend_.capabilities().whole_layers || !shards_.empty() ||
+        spec_.statistic != Statistic::kWindowQueries || !spec_.has_input(whole.layer) ||
+        TellsQueryHeadsApart(spec_)) {
+      return false;
     }
-    if (input.positions != absl::MakeConstSpan(skeleton_->positions)) {
-      return absl::InvalidArgumentError(absl::StrCat("layer ", input.layer,
-                                                     ": positions: they are not the skeleton of ",
-                                                     skeleton_->positions.size(), " tokens"));
+    const method::SelectionInput selection = SelectionOf(whole.layer, tokens);
+    const std::optional<method::TopScoresParams> top = policy_->TopScores(selection);
+    if (!top.has_value()) return false;
+    LayerPass pass = {.top_count = TopCount(spec_, tokens),
+                      .per_head = policy_->input() == method::PolicyInput::kPerKvHead,
+                      .pooling = top->pooling,
+                      .pooling_kernel = top->pooling_kernel,
+                      .window = top->window,
+                      .keep = top->keep};
+    if (absl::Status status = PlanRows(input, tokens, whole.kept_tokens, planned, &pass);
+        !status.ok()) {
+      return status;
     }
+    const int64_t kv_heads = spec_.geometry.kv_heads;
+    saliency->sum = pool_.Acquire(tokens * sizeof(float));
+    pass.sum = saliency->sum.as<float>();
+    if (whole.layer == spec_.method.skeleton_layer() ||
+        (spec_.return_saliency && spec_.per_kv_head())) {
+      saliency->per_head = pool_.Acquire(kv_heads * tokens * sizeof(float));
+      pass.heads = saliency->per_head.as<float>();
+    }
+    whole.positions.resize(selection.heads * whole.kept_tokens);
+    pass.positions = whole.positions.data();
+    SaliencySums sums;
+    pass.sums = &sums;
+    const ScoredLayer scored(spec_, input);
+    pass.saliency = scored.params();
+    BadStatistic bad{.head = ScoredLayer::kNoHead};
+    absl::Status status = backend_.RunLayer(pass, &bad, parallel);
+    if (absl::IsUnimplemented(status)) {
+      *saliency = {};
+      return false;
+    }
+    if (!status.ok()) {
+      return ScoredLayer::Named(std::move(status), input, /*first_head=*/0, bad);
+    }
+    planned->gathered = true;
+    absl::StatusOr<method::LayerMetrics> metrics = MetricsOf(spec_, whole.layer, tokens, sums);
+    if (!metrics.ok()) return metrics.status();
+    saliency->metrics = *metrics;
+    Note(*saliency, whole);
+    return true;
+  }
+
+  // Adds the rows that stay to the pass, but those that need the positions first.
+  absl::Status PlanRows(LayerInput& input, int64_t tokens, int64_t kept, Planned* planned,
+                        LayerPass* pass) {
+    if (spec_.plan_only) return absl::OkStatus();
+    const auto plan = [&](const Buffer& source, Buffer& room, int64_t dim,
+                          std::optional<KeptRows>* rows) -> absl::Status {
+      const KeptTensor tensor = KeptOf(0, source, dim, tokens, input, kept, /*turned=*/false);
+      if (StaysWhole(spec_, tensor, source, room)) return absl::OkStatus();
+      absl::StatusOr<KeptRows> made =
+          KeptRows::Plan(spec_, backend_, pool_, tensor, std::move(room));
+      if (!made.ok()) return made.status();
+      pass->rows.insert(pass->rows.end(), made->runs().begin(), made->runs().end());
+      *rows = *std::move(made);
+      return absl::OkStatus();
+    };
+    const ModelGeometry& geometry = spec_.geometry;
+    absl::Status status;
+    if (!spec_.pulls(InputTensor::kKeys) && !rerotation_.has_value()) {
+      status = plan(input.keys, input.key_room, geometry.key_dim, &planned->keys);
+    }
+    if (status.ok() && !spec_.pulls(InputTensor::kValues) && !geometry.values_in_keys) {
+      status = plan(input.values, input.value_room, geometry.value_dim, &planned->values);
+    }
+    return status;
+  }
+
+  absl::Status TakeSteps(absl::Span<LayerInput> parts, int64_t tokens, LayerOutput& whole,
+                         LayerSaliency* saliency, ParallelFor parallel, int64_t* culprit) {
+    if (spec_.method.needs_statistics() && spec_.has_input(whole.layer)) {
+      absl::StatusOr<LayerSaliency> computed =
+          shards_.empty()
+              ? ComputeLayerSaliency(spec_, backend_, pool_, parts[0], parallel)
+              : ComputeShardedSaliency(spec_, backend_, pool_, shards_, parts, parallel, culprit);
+      if (!computed.ok()) return computed.status();
+      *saliency = *std::move(computed);
+      Note(*saliency, whole);
+    }
+    Select(*saliency, tokens, whole, parallel);
     return absl::OkStatus();
+  }
+
+  void Note(const LayerSaliency& saliency, LayerOutput& whole) {
+    whole.metrics = saliency.metrics;
+    metrics_[whole.layer] = saliency.metrics;
+  }
+
+  // But for the scores.
+  method::SelectionInput SelectionOf(int64_t layer, int64_t tokens) const {
+    const bool per_head = policy_->input() == method::PolicyInput::kPerKvHead;
+    return {.tokens = tokens,
+            .budget_tokens = spec_.prompt_tokens,
+            .heads = per_head ? spec_.geometry.kv_heads : 1,
+            .layer = layer,
+            .layers = spec_.geometry.layers};
   }
 
   void Select(const LayerSaliency& saliency, int64_t tokens, LayerOutput& output,
               ParallelFor parallel) {
-    method::SelectionInput input{.tokens = tokens,
-                                 .budget_tokens = spec_.prompt_tokens,
-                                 .layer = output.layer,
-                                 .layers = spec_.geometry.layers};
+    method::SelectionInput input = SelectionOf(output.layer, tokens);
     switch (policy_->input()) {
       case method::PolicyInput::kNothing:
         break;
@@ -251,7 +274,6 @@ class Prompt::Impl {
         break;
       case method::PolicyInput::kPerKvHead:
         input.scores = saliency.head_scores();
-        input.heads = spec_.geometry.kv_heads;
         break;
     }
     const int64_t floats = policy_->ScratchFloats(input.tokens, input.heads);
@@ -276,22 +298,34 @@ class Prompt::Impl {
   }
 
   // The kept rows of part `index`, but those that are pulled.
-  absl::Status Compact(size_t index, LayerInput& input, int64_t tokens, LayerOutput& output,
-                       ParallelFor parallel) {
+  absl::Status Compact(size_t index, LayerInput& input, int64_t tokens, Planned planned,
+                       LayerOutput& output, ParallelFor parallel) {
     const ModelGeometry& geometry = spec_.geometry;
-    const HeadRange heads = shards_.empty() ? HeadRange{0, geometry.kv_heads}  // all
-                                            : shards_[index].kv_heads;
     output.key_scales = std::move(input.key_scales);
     output.value_scales = std::move(input.value_scales);
     if (spec_.paged.has_value()) output.kept_blocks = spec_.paged->Blocks(output.kept_tokens);
-    const auto keep = [&](Buffer source, Buffer room, int64_t dim, const RotationParams* rotation,
-                          Buffer* rows) {
-      const TensorView all = KvView(part_specs_[index], source.data(), dim, tokens,
-                                    /*in_order=*/!input.positions.empty());
-      absl::StatusOr<Buffer> kept =
-          Kept(heads, all, std::move(source), std::move(room), output, parallel, rotation);
-      if (kept.ok()) *rows = *std::move(kept);
-      return kept.status();
+    const auto keep = [&](Buffer source, Buffer room, int64_t dim, std::optional<KeptRows> rows,
+                          const RotationParams* rotation, Buffer* kept) -> absl::Status {
+      const bool gathered = rows.has_value() && planned.gathered;
+      if (!rows.has_value()) {
+        const KeptTensor tensor = KeptOf(index, source, dim, tokens, input, output.kept_tokens,
+                                         /*turned=*/rotation != nullptr);
+        if (StaysWhole(spec_, tensor, source, room)) {
+          *kept = std::move(source);
+          return absl::OkStatus();
+        }
+        absl::StatusOr<KeptRows> made =
+            KeptRows::Plan(spec_, backend_, pool_, tensor, std::move(room));
+        if (!made.ok()) return made.status();
+        rows = *std::move(made);
+      }
+      if (!gathered) {
+        absl::Status status =
+            rows->Gather(spec_, backend_, output.positions.data(), rotation, parallel);
+        if (!status.ok()) return status;
+      }
+      *kept = std::move(*rows).Take();
+      return absl::OkStatus();
     };
     if (!spec_.pulls(InputTensor::kKeys)) {
       std::optional<LayerRotation> turned;
@@ -301,12 +335,24 @@ class Prompt::Impl {
       }
       absl::Status status =
           keep(std::move(input.keys), std::move(input.key_room), geometry.key_dim,
+               std::move(planned.keys),
                turned.has_value() && turned->moves ? &turned->params : nullptr, &output.keys);
       if (!status.ok()) return status;
     }
     if (spec_.pulls(InputTensor::kValues) || geometry.values_in_keys) return absl::OkStatus();
-    return keep(std::move(input.values), std::move(input.value_room), geometry.value_dim, nullptr,
-                &output.values);
+    return keep(std::move(input.values), std::move(input.value_room), geometry.value_dim,
+                std::move(planned.values), nullptr, &output.values);
+  }
+
+  // Keys or values of part `index`, of which `kept` rows of each head stay.
+  KeptTensor KeptOf(size_t index, const Buffer& source, int64_t dim, int64_t tokens,
+                    const LayerInput& input, int64_t kept, bool turned) const {
+    return {.heads = shards_.empty() ? HeadRange{0, spec_.geometry.kv_heads}  // all
+                                     : shards_[index].kv_heads,
+            .all = KvView(part_specs_[index], source.data(), dim, tokens,
+                          /*in_order=*/!input.positions.empty()),
+            .kept = kept,
+            .turned = turned};
   }
 
   void ReturnSaliency(LayerSaliency saliency, int64_t tokens, std::vector<LayerOutput>& outputs) {
@@ -339,60 +385,6 @@ class Prompt::Impl {
       const auto group = static_cast<float>(spec_.geometry.group());
       for (size_t i = 0; i < count; ++i) values[i] /= group;
     }
-  }
-
-  // The rows of `all`, a view of `source` with those KV heads, that stay, in `room` where there is
-  // any; of a dense tensor `source` itself where all do, unless it is lent. `rotation`: they are
-  // keys to be turned; null: nothing is to be.
-  absl::StatusOr<Buffer> Kept(const HeadRange& heads, const TensorView& all, Buffer source,
-                              Buffer room, const LayerOutput& output, ParallelFor parallel,
-                              const RotationParams* rotation) {
-    const int64_t kept = output.kept_tokens;
-    const std::vector<HeadRange> runs = DecodeRuns(spec_, heads);
-    const bool own = !source.is_lent() && room.empty();
-    if (own && kept == all.tokens && runs.size() == 1 && !all.paged() && rotation == nullptr) {
-      return source;
-    }
-    const auto element = static_cast<int64_t>(DTypeSize(spec_.dtype));
-    const int64_t head_bytes = spec_.kv_slots(kept) * all.dim * element;
-    Buffer rows = room.empty() ? pool_.Acquire(heads.count * head_bytes) : std::move(room);
-    rows.Truncate(static_cast<size_t>(heads.count * head_bytes));
-    for (const HeadRange& run : runs) {
-      TensorView from = all;
-      from.data = source.data() + run.begin * all.head_stride * element;
-      from.heads = run.count;
-      const int64_t before = (spec_.per_kv_head() ? run.begin : 0) * kept;
-      const int32_t* positions = output.positions.data() + before;
-      const absl::StatusOr<MutableTensorView> to =
-          Room(rows.data() + run.begin * head_bytes, run.count, kept, all.dim);
-      absl::Status status = to.status();
-      if (status.ok() && rotation == nullptr) {
-        status = backend_.Gather(from, positions, spec_.per_kv_head(), *to, parallel);
-      } else if (status.ok()) {
-        RotationParams params = *rotation;
-        params.positions += before;
-        status =
-            backend_.GatherRotated(from, positions, spec_.per_kv_head(), params, *to, parallel);
-      }
-      if (!status.ok()) return status;
-    }
-    return rows;
-  }
-
-  // Room for kept rows of `heads`; what of it lies behind the last row is set to zero.
-  absl::StatusOr<MutableTensorView> Room(std::byte* data, int64_t heads, int64_t kept,
-                                         int64_t dim) const {
-    if (!spec_.paged.has_value()) {
-      return MutableTensorView::Dense(data, spec_.dtype, spec_.layout, heads, kept, dim);
-    }
-    const int64_t block_tokens = spec_.paged->block_tokens;
-    const int64_t in_whole_blocks = kept / block_tokens * block_tokens;
-    const auto slot = heads * dim * static_cast<int64_t>(DTypeSize(spec_.dtype));
-    absl::Status status = backend_.Zero(data + in_whole_blocks * slot,
-                                        (spec_.kv_slots(kept) - in_whole_blocks) * slot);
-    if (!status.ok()) return status;
-    return MutableTensorView::Paged(data, spec_.dtype, spec_.layout, heads, kept, dim,
-                                    block_tokens);
   }
 
   // Asks after each layer of the complete prefix in turn, so that the order of arrival leaves no

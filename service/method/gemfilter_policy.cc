@@ -7,28 +7,16 @@ namespace {
 
 // The filter layer's tokens of highest smoothed saliency of the last query, over all heads (arXiv
 // 2409.17422). Other layers keep nothing: the worker prefills again with these tokens.
-class GemFilterPolicy final : public SelectionPolicy {
+class GemFilterPolicy final : public TopScoresPolicy {
  public:
-  explicit GemFilterPolicy(const MethodSpec& spec) : spec_(spec) {}
+  using TopScoresPolicy::TopScoresPolicy;
 
   PolicyInput input() const override { return PolicyInput::kSaliency; }
 
-  int64_t ScratchFloats(int64_t tokens, int64_t heads) const override {
-    return TopScoresScratch(spec_.pooling, tokens, heads);
+  std::optional<TopScoresParams> TopScores(const SelectionInput& input) const override {
+    if (input.layer != spec().filter_layer) return std::nullopt;
+    return Keep(input, KeptTokens(spec(), input.tokens));
   }
-
-  void Select(const SelectionInput& input, const Backend& backend, ParallelFor parallel,
-              absl::Span<float> scratch, absl::Span<int32_t> positions) const override {
-    if (input.layer != spec_.filter_layer) return;
-    SelectTopScores({.window = WindowRows(spec_, input.tokens),
-                     .keep = KeptTokens(spec_, input.tokens),
-                     .pooling = spec_.pooling,
-                     .pooling_kernel = spec_.pooling_kernel},
-                    input, backend, parallel, scratch, positions);
-  }
-
- private:
-  MethodSpec spec_;
 };
 
 }  // namespace

@@ -6,30 +6,13 @@ namespace structkv::method {
 namespace {
 
 // SnapKV's selection with a budget that falls from layer to layer (arXiv 2406.02069).
-class PyramidKvPolicy final : public SelectionPolicy {
+class PyramidKvPolicy final : public TopScoresPolicy {
  public:
-  explicit PyramidKvPolicy(const MethodSpec& spec) : spec_(spec) {}
+  using TopScoresPolicy::TopScoresPolicy;
 
-  PolicyInput input() const override {
-    return spec_.granularity == Granularity::kPerKvHead ? PolicyInput::kPerKvHead
-                                                        : PolicyInput::kSaliency;
+  std::optional<TopScoresParams> TopScores(const SelectionInput& input) const override {
+    return Keep(input, KeptTokens(spec(), input.tokens, input.layer, input.layers));
   }
-
-  int64_t ScratchFloats(int64_t tokens, int64_t heads) const override {
-    return TopScoresScratch(spec_.pooling, tokens, heads);
-  }
-
-  void Select(const SelectionInput& input, const Backend& backend, ParallelFor parallel,
-              absl::Span<float> scratch, absl::Span<int32_t> positions) const override {
-    SelectTopScores({.window = WindowRows(spec_, input.tokens),
-                     .keep = KeptTokens(spec_, input.tokens, input.layer, input.layers),
-                     .pooling = spec_.pooling,
-                     .pooling_kernel = spec_.pooling_kernel},
-                    input, backend, parallel, scratch, positions);
-  }
-
- private:
-  MethodSpec spec_;
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "absl/types/span.h"
 #include "kernels/backend.h"
@@ -32,12 +33,26 @@ struct SelectionInput {
   int64_t layers = 1;
 };
 
+// A selection by scores alone: the window, and the best of the smoothed scores of the tokens before
+// it.
+struct TopScoresParams {
+  int64_t window = 0;  // rows of the window, <= tokens
+  int64_t keep = 0;    // window <= keep <= tokens
+  Pooling pooling = Pooling::kNone;
+  int64_t pooling_kernel = 1;
+};
+
 // One per method. Immutable and thread-safe.
 class SelectionPolicy {
  public:
   virtual ~SelectionPolicy() = default;
 
   virtual PolicyInput input() const = 0;
+
+  // What Select is, where it is that; of `input` the scores are not looked at.
+  virtual std::optional<TopScoresParams> TopScores(const SelectionInput& /*input*/) const {
+    return std::nullopt;
+  }
 
   // Scratch that Select needs, in floats.
   virtual int64_t ScratchFloats(int64_t tokens, int64_t heads) const = 0;

@@ -7,30 +7,13 @@ namespace {
 
 // The window and the tokens of highest smoothed saliency, per KV head unless asked otherwise
 // (arXiv 2404.14469). The paper sums over the window where we take the mean: the order is the same.
-class SnapKvPolicy final : public SelectionPolicy {
+class SnapKvPolicy final : public TopScoresPolicy {
  public:
-  explicit SnapKvPolicy(const MethodSpec& spec) : spec_(spec) {}
+  using TopScoresPolicy::TopScoresPolicy;
 
-  PolicyInput input() const override {
-    return spec_.granularity == Granularity::kPerKvHead ? PolicyInput::kPerKvHead
-                                                        : PolicyInput::kSaliency;
+  std::optional<TopScoresParams> TopScores(const SelectionInput& input) const override {
+    return Keep(input, KeptTokens(spec(), input.tokens));
   }
-
-  int64_t ScratchFloats(int64_t tokens, int64_t heads) const override {
-    return TopScoresScratch(spec_.pooling, tokens, heads);
-  }
-
-  void Select(const SelectionInput& input, const Backend& backend, ParallelFor parallel,
-              absl::Span<float> scratch, absl::Span<int32_t> positions) const override {
-    SelectTopScores({.window = WindowRows(spec_, input.tokens),
-                     .keep = KeptTokens(spec_, input.tokens),
-                     .pooling = spec_.pooling,
-                     .pooling_kernel = spec_.pooling_kernel},
-                    input, backend, parallel, scratch, positions);
-  }
-
- private:
-  MethodSpec spec_;
 };
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "service/method/budget.h"
+
 namespace structkv::method {
 
 int64_t TopScoresScratch(Pooling pooling, int64_t tokens, int64_t heads) {
@@ -25,6 +27,31 @@ void SelectTopScores(const TopScoresParams& params, const SelectionInput& input,
         {.scores = scores, .tokens = tokens, .window = params.window, .keep = params.keep},
         positions.data() + head * params.keep);
   });
+}
+
+PolicyInput TopScoresPolicy::input() const {
+  return spec_.granularity == Granularity::kPerKvHead ? PolicyInput::kPerKvHead
+                                                      : PolicyInput::kSaliency;
+}
+
+int64_t TopScoresPolicy::ScratchFloats(int64_t tokens, int64_t heads) const {
+  return TopScoresScratch(spec_.pooling, tokens, heads);
+}
+
+void TopScoresPolicy::Select(const SelectionInput& input, const Backend& backend,
+                             ParallelFor parallel, absl::Span<float> scratch,
+                             absl::Span<int32_t> positions) const {
+  const std::optional<TopScoresParams> params = TopScores(input);
+  if (params.has_value()) {
+    SelectTopScores(*params, input, backend, parallel, scratch, positions);
+  }
+}
+
+TopScoresParams TopScoresPolicy::Keep(const SelectionInput& input, int64_t keep) const {
+  return {.window = WindowRows(spec_, input.tokens),
+          .keep = keep,
+          .pooling = spec_.pooling,
+          .pooling_kernel = spec_.pooling_kernel};
 }
 
 }  // namespace structkv::method

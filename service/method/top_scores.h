@@ -10,13 +10,6 @@
 
 namespace structkv::method {
 
-struct TopScoresParams {
-  int64_t window = 0;  // rows of the window, <= tokens
-  int64_t keep = 0;    // window <= keep <= tokens
-  Pooling pooling = Pooling::kNone;
-  int64_t pooling_kernel = 1;
-};
-
 // Floats of scratch that SelectTopScores needs.
 int64_t TopScoresScratch(Pooling pooling, int64_t tokens, int64_t heads);
 
@@ -25,5 +18,25 @@ int64_t TopScoresScratch(Pooling pooling, int64_t tokens, int64_t heads);
 void SelectTopScores(const TopScoresParams& params, const SelectionInput& input,
                      const Backend& backend, ParallelFor parallel, absl::Span<float> scratch,
                      absl::Span<int32_t> positions);
+
+// What methods that select so have in common.
+class TopScoresPolicy : public SelectionPolicy {
+ public:
+  explicit TopScoresPolicy(const MethodSpec& spec) : spec_(spec) {}
+
+  PolicyInput input() const override;
+  int64_t ScratchFloats(int64_t tokens, int64_t heads) const override;
+  // Where TopScores() has an answer; nothing is written elsewhere.
+  void Select(const SelectionInput& input, const Backend& backend, ParallelFor parallel,
+              absl::Span<float> scratch, absl::Span<int32_t> positions) const override;
+
+ protected:
+  // The spec's window and smoothing, with that many tokens kept.
+  TopScoresParams Keep(const SelectionInput& input, int64_t keep) const;
+  const MethodSpec& spec() const { return spec_; }
+
+ private:
+  const MethodSpec spec_;
+};
 
 }  // namespace structkv::method

@@ -53,8 +53,8 @@ void RunCudaStatistics(const cuda::StatisticsParams& params) {
 void RunCudaPool(const cuda::PoolParams& params) {
   Mirror mirror(Mirror::Where::kDevice);
   cuda::PoolParams mirrored = params;
-  mirrored.in = mirror.In(params.in, params.rows * params.tokens);
-  mirrored.out = mirror.InOut(params.out, params.rows * params.tokens);
+  mirrored.in = mirror.In(params.in, params.rows * params.row_stride);
+  mirrored.out = mirror.InOut(params.out, params.rows * params.row_stride);
   OrDie(cuda::LaunchPool(mirrored, nullptr), "LaunchPool");
   mirror.CopyBack();
 }

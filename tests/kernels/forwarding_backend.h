@@ -62,6 +62,10 @@ class ForwardingBackend : public Backend {
                              ParallelFor parallel) const override {
     return real_->GatherRotated(source, rows, per_head, rotation, destination, parallel);
   }
+  absl::Status RunLayer(const LayerPass& pass, BadStatistic* bad,
+                        ParallelFor parallel) const override {
+    return real_->RunLayer(pass, bad, parallel);
+  }
   absl::Status Zero(void* to, int64_t bytes) const override { return real_->Zero(to, bytes); }
   absl::Status Fill(void* to, int64_t bytes, FillRun fill) const override {
     return real_->Fill(to, bytes, fill);

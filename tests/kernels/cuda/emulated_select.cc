@@ -68,7 +68,7 @@ void RunCudaStatistics(const cuda::StatisticsParams& params) {
 
 void RunCudaPool(const cuda::PoolParams& params) {
   for (int64_t row = 0; row < params.rows; ++row) {
-    const int64_t at = row * params.tokens;
+    const int64_t at = row * params.row_stride;
     for (int64_t token = 0; token < params.tokens; ++token) {
       params.out[at + token] =
           cuda::PoolAt(params.in + at, params.tokens, params.smoothing, params.kernel, token);

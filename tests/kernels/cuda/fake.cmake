@@ -14,6 +14,7 @@ structkv_test(kernels_cuda_arena_test SOURCES cuda/arena_test.cc
 structkv_test(kernels_cuda_backend_test SOURCES cuda/cuda_backend_test.cc cuda/fake_runtime_test.cc
   LIBS structkv_cuda_fake)
 structkv_test(kernels_cuda_ipc_test SOURCES cuda/ipc_exporter.cc cuda/ipc_test.cc LIBS structkv_cuda_fake)
+structkv_test(kernels_cuda_layer_pass_test SOURCES layer_pass_test.cc LIBS structkv_cuda_fake)
 
 # The conformance suite. Emulated blocks take their time: shapes that are long, or wide under many heads, and some pairs of
 # types and layouts are left to gpu_conformance_test; pinned keys, keys on a device and sanitizers get fewer still.

@@ -73,7 +73,7 @@ cudaError_t LaunchStatistics(const StatisticsParams& params, cudaStream_t stream
 
 cudaError_t LaunchPool(const PoolParams& params, cudaStream_t stream) noexcept {
   if (params.in == nullptr || params.out == nullptr || params.rows < 1 || params.tokens < 1 ||
-      params.kernel % 2 == 0) {
+      params.row_stride < params.tokens || params.kernel % 2 == 0) {
     return cudaErrorInvalidValue;
   }
   return FakeCuda::Launch(stream, [params] { testing::RunCudaPool(params); });

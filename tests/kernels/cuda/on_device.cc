@@ -5,10 +5,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <utility>
 
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/tensor_runs.h"
+#include "kernels/layer_pass.h"
 #include "tests/kernels/forwarding_backend.h"
 
 namespace structkv::testing {
@@ -95,6 +97,26 @@ class OnDeviceBackend final : public ForwardingBackend {
     return OnCopies(source, destination, [&](const TensorView& from, const MutableTensorView& to) {
       return real().GatherRotated(from, rows, per_head, rotation, to, parallel);
     });
+  }
+  absl::Status RunLayer(const LayerPass& pass, BadStatistic* bad,
+                        ParallelFor parallel) const override {
+    const SaliencyParams& params = pass.saliency;
+    const DeviceCopy queries(params.queries.data, SpanBytes(params.queries, nullptr));
+    const DeviceCopy keys(params.keys.data, SpanBytes(params.keys, params.keys.block_table));
+    LayerPass on_device = pass;
+    on_device.saliency.queries.data = queries.data();
+    on_device.saliency.keys.data = keys.data();
+    std::deque<DeviceCopy> from;
+    std::deque<DeviceCopy> to;
+    for (LayerPass::Rows& rows : on_device.rows) {
+      from.emplace_back(rows.source.data, SpanBytes(rows.source, rows.source.block_table));
+      to.emplace_back(rows.destination.data, SpanBytes(rows.destination, nullptr));
+      rows.source.data = from.back().data();
+      rows.destination.data = to.back().data();
+    }
+    absl::Status status = real().RunLayer(on_device, bad, parallel);
+    for (size_t i = 0; i < to.size(); ++i) to[i].CopyBack(pass.rows[i].destination.data);
+    return status;
   }
   absl::Status Zero(void* to, int64_t bytes) const override {
     const DeviceCopy copy(to, bytes);

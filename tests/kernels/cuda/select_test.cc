@@ -301,7 +301,13 @@ TEST_F(CudaSelectTest, PoolsAsTheReference) {
           reference_->Pool(in.data() + r * tokens, tokens, pooling, kernel,
                            want.data() + r * tokens);
         }
-        RunCudaPool({in.data(), got.data(), kRows, tokens, smoothing, kernel});
+        RunCudaPool({.in = in.data(),
+                     .out = got.data(),
+                     .rows = kRows,
+                     .tokens = tokens,
+                     .row_stride = tokens,
+                     .smoothing = smoothing,
+                     .kernel = kernel});
         const double bound =
             smoothing == Smoothing::kMean ? static_cast<double>(kernel) * 1.2e-7 : 0.0;
         for (size_t j = 0; j < in.size(); ++j) EXPECT_NEAR(got[j], want[j], bound * want[j]);
