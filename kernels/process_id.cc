@@ -1,10 +1,10 @@
-#include "kernels/imported_memory.h"
-
 #include <sys/random.h>
 #include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
+
+#include "kernels/imported_memory.h"
 
 namespace structkv {
 
