@@ -11,10 +11,12 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "absl/time/clock.h"
 #include "client/cli/commands.h"
 #include "client/cli/compacted_file.h"
 #include "client/cli/compressor.h"
+#include "client/cli/shared_memory.h"
 #include "client/cli/text.h"
 #include "nlohmann/json.hpp"
 #include "structkv/client.h"
@@ -57,6 +59,11 @@ absl::Status ParseRange(const char* flag, const std::string& text, uint32_t* fir
   return absl::OkStatus();
 }
 
+// As summaries name it.
+std::string TransportText(v1::Transport transport) {
+  return absl::AsciiStrToLower(absl::StripPrefix(v1::Transport_Name(transport), "TRANSPORT_"));
+}
+
 absl::Duration Timeout(const ConnectionFlags& flags, absl::Duration otherwise) {
   return flags.timeout_seconds > 0 ? absl::Seconds(flags.timeout_seconds) : otherwise;
 }
@@ -77,6 +84,8 @@ void Print(const FetchFlags& flags, const client::FetchedCache& fetched, absl::D
     json["output_bytes"] = info.total_bytes();
     json["fingerprint"] = info.fingerprint();
     json["attempts"] = fetched.attempts;
+    json["transport"] = TransportText(info.transport());
+    json["transport_reason"] = info.transport_reason();
     json["seconds"] = absl::ToDoubleSeconds(elapsed);
     std::printf("%s\n", json.dump(2).c_str());
     return;
@@ -86,6 +95,8 @@ void Print(const FetchFlags& flags, const client::FetchedCache& fetched, absl::D
               CountText(info.geometry().kv_head_count()).c_str(),
               BytesText(info.total_bytes()).c_str(),
               BytesText(static_cast<uint64_t>(rate)).c_str());
+  std::printf("transport %s%s%s\n", TransportText(info.transport()).c_str(),
+              info.transport_reason().empty() ? "" : ": ", info.transport_reason().c_str());
   std::printf("output    %s, fingerprint %s\n", flags.output.c_str(), info.fingerprint().c_str());
 }
 
@@ -99,6 +110,7 @@ absl::Status RunFetch(const FetchFlags& flags) {
       ParseRange("--kv-heads", flags.kv_heads, &options.first_kv_head, &options.kv_head_count));
   if (!parsed.ok()) return parsed;
   options.checksums = flags.checksums;
+  options.transport = flags.connection.transport;
   options.timeout = Timeout(flags.connection, absl::InfiniteDuration());
   options.metadata = TenantMetadata(flags.connection);
   std::unique_ptr<CompactedFile> file;
@@ -120,6 +132,14 @@ absl::Status RunFetch(const FetchFlags& flags) {
   absl::StatusOr<std::unique_ptr<client::Client>> client =
       client::Client::Connect(flags.connection.server);
   if (!client.ok()) return client.status();
+  if (flags.connection.transport != client::TransportChoice::kInline) {
+    const absl::StatusOr<v1::CacheInfo> info = (*client)->DescribeCache(*handle, options);
+    if (!info.ok()) return info.status();
+    absl::StatusOr<std::shared_ptr<client::Arena>> arena =
+        MakeArena(flags.connection, client::FetchResultBytes(*info));
+    if (!arena.ok()) return arena.status();
+    options.results = *std::move(arena);
+  }
   const absl::Time start = absl::Now();
   const absl::StatusOr<client::FetchedCache> fetched = (*client)->FetchCache(*handle, options);
   progress.Clear();
@@ -168,6 +188,7 @@ Command AddFetch(CLI::App* app) {
   sub->add_flag("--release", flags->release, "Then free it");
   sub->add_flag("--json", flags->json, "Print JSON");
   AddServerFlags(sub, &flags->connection);
+  AddTransportFlag(sub, &flags->connection);
   return {sub, [flags] { return RunFetch(*flags); }};
 }
 

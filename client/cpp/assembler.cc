@@ -125,8 +125,8 @@ absl::Status Assembler::AddOpened(v1::Opened opened) {
                   ", which Open did not name");
   }
   if (!results_.empty() && opened.transport() > v1::TRANSPORT_INLINE &&
-      ResultBytes(open_, opened) > results_.size()) {
-    return Broken("Opened.kept_tokens need ", ResultBytes(open_, opened),
+      ResultBytes(open_, opened, layers) > results_.size()) {
+    return Broken("Opened.kept_tokens need ", ResultBytes(open_, opened, layers),
                   " bytes of Open.result_range, which has ", results_.size());
   }
   opened_ = std::move(opened);

@@ -1,10 +1,12 @@
 #include "client/cpp/fetch_assembler.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "structkv/held_cache.h"
+#include "client/cpp/cache_info.h"
+#include "client/cpp/result_places.h"
 #include "structkv/sizes.h"
 
 namespace structkv::client::internal {
@@ -15,42 +17,20 @@ absl::Status Broken(const Args&... args) {
   return absl::DataLossError(absl::StrCat("the server broke the protocol: ", args...));
 }
 
-absl::Status CheckInfo(const v1::CacheInfo& info) {
-  const uint32_t layers = info.layer_count();
-  if (layers == 0 || uint64_t{info.first_layer()} + layers > info.geometry().layer_count()) {
-    return Broken("CacheInfo has layers ", info.first_layer(), " and ", layers - 1, " more, of ",
-                  info.geometry().layer_count());
-  }
-  if (static_cast<uint32_t>(info.kept_tokens_size()) != layers ||
-      static_cast<uint32_t>(info.layer_bytes_size()) != layers) {
-    return Broken("CacheInfo has kept_tokens of ", info.kept_tokens_size(),
-                  " layers and layer_bytes of ", info.layer_bytes_size(), ", for ", layers);
-  }
-  uint64_t total = 0;
-  for (uint32_t i = 0; i < layers; ++i) {
-    const uint32_t kept = info.kept_tokens(static_cast<int>(i));
-    if (kept > info.logical_length()) {
-      return Broken("CacheInfo.kept_tokens is ", kept, " of ", info.logical_length(), " tokens");
-    }
-    total += info.layer_bytes(static_cast<int>(i));
-  }
-  if (total != info.total_bytes()) {
-    return Broken("CacheInfo.total_bytes is ", info.total_bytes(), ", its layers have ", total);
-  }
-  return absl::OkStatus();
-}
-
 }  // namespace
 
-FetchAssembler::FetchAssembler(ResultAllocator allocate, BytesPool* pool,
-                               std::function<void(const v1::CacheInfo&)> on_info,
+FetchAssembler::FetchAssembler(const FetchOptions& options, BytesPool* pool,
                                std::function<void(LayerResult)> on_layer)
-    : allocate_(std::move(allocate)),
-      pool_(pool),
-      on_info_(std::move(on_info)),
-      on_layer_(std::move(on_layer)) {}
+    : options_(options), pool_(pool), on_layer_(std::move(on_layer)) {}
 
-void FetchAssembler::StartStream() {
+void FetchAssembler::UseRoom(Bytes room, const wire::Range& range) {
+  room_ = std::move(room);
+  room_range_ = range;
+}
+
+void FetchAssembler::StartStream(const v1::FetchCacheRequest& request) {
+  transports_.assign(request.transports().begin(), request.transports().end());
+  if (transports_.empty()) transports_.push_back(v1::TRANSPORT_INLINE);
   stream_has_info_ = false;
   has_summary_ = false;  // the stream before may have broken behind it
   skipped_ = received_bytes_;
@@ -85,17 +65,35 @@ absl::Status FetchAssembler::Add(const wire::FetchResponse& response) {
   return absl::OkStatus();
 }
 
-absl::Status FetchAssembler::AddInfo(const v1::CacheInfo& info) {
+absl::Status FetchAssembler::AddInfo(v1::CacheInfo info) {
+  if (info.transport() == v1::TRANSPORT_UNSPECIFIED) info.set_transport(v1::TRANSPORT_INLINE);
+  if (std::find(transports_.begin(), transports_.end(), info.transport()) == transports_.end()) {
+    return Broken("CacheInfo.transport is ", v1::Transport_Name(info.transport()),
+                  ", which the fetch did not name");
+  }
   if (info_.has_value()) {
+    info_->set_transport(info.transport());
+    info_->set_transport_reason(info.transport_reason());
     if (info.SerializeAsString() == info_->SerializeAsString()) return absl::OkStatus();
     return Broken("CacheInfo is another than before the fetch broke");
   }
-  if (absl::Status status = CheckInfo(info); !status.ok()) return status;
-  info_ = info;
+  if (absl::Status status = CheckCacheInfo(info, options_); !status.ok()) return status;
   open_ = OpenOf(info);
   opened_ = OpenedOf(info);
-  if (on_info_) on_info_(info);
+  if (!room_.empty() && ResultBytes(open_, opened_, info.layer_count()) > room_.size()) {
+    return Broken("CacheInfo.kept_tokens need ", ResultBytes(open_, opened_, info.layer_count()),
+                  " bytes, before they needed ", room_.size());
+  }
+  info_ = std::move(info);
+  if (options_.on_info) options_.on_info(*info_);
   return StartLayer(0);
+}
+
+Bytes FetchAssembler::RoomOf(const Due& due) const {
+  if (room_.empty() || (due.tensor != v1::TENSOR_KEYS && due.tensor != v1::TENSOR_VALUES)) {
+    return {};
+  }
+  return {room_.data() + ResultOffset(open_, opened_, index_, due.tensor), due.size, room_.owner()};
 }
 
 absl::Status FetchAssembler::StartLayer(uint32_t index) {
@@ -108,7 +106,6 @@ absl::Status FetchAssembler::StartLayer(uint32_t index) {
   layer_.layer = info_->first_layer() + index;
   layer_.kept_tokens = info_->kept_tokens(static_cast<int>(index));
   layer_.kept_blocks = KeptBlocks(open_, layer_.kept_tokens);
-  uint64_t bytes = 0;
   for (const auto& [tensor, place] :
        {std::pair(v1::TENSOR_POSITIONS, &LayerResult::positions),
         std::pair(v1::TENSOR_KEYS, &LayerResult::keys),
@@ -117,20 +114,18 @@ absl::Status FetchAssembler::StartLayer(uint32_t index) {
         std::pair(v1::TENSOR_VALUE_SCALES, &LayerResult::value_scales)}) {
     const uint64_t size = OutputTensorBytes(open_, opened_, layer_.layer, tensor);
     if (size == 0) continue;
-    bytes += size;
     due_.push_back({tensor, size, place});
   }
-  if (bytes != info_->layer_bytes(static_cast<int>(index))) {
-    return Broken("CacheInfo.layer_bytes is ", info_->layer_bytes(static_cast<int>(index)),
-                  " of layer ", layer_.layer, ", whose tensors have ", bytes);
-  }
   for (const Due& due : due_) {
-    layer_.*due.place =
-        allocate_ ? allocate_(layer_.layer, due.tensor, due.size) : pool_->Acquire(due.size);
-    if ((layer_.*due.place).size() >= due.size) continue;
-    return absl::ResourceExhaustedError(
-        absl::StrCat("FetchOptions.allocate gave ", (layer_.*due.place).size(), " bytes for ",
-                     v1::Tensor_Name(due.tensor), "; ", due.size, " are needed"));
+    Bytes& bytes = layer_.*due.place;
+    bytes = RoomOf(due);
+    if (!bytes.empty()) continue;
+    bytes = options_.allocate ? options_.allocate(layer_.layer, due.tensor, due.size)
+                              : pool_->Acquire(due.size);
+    if (bytes.size() >= due.size) continue;
+    return absl::ResourceExhaustedError(absl::StrCat("FetchOptions.allocate gave ", bytes.size(),
+                                                     " bytes for ", v1::Tensor_Name(due.tensor),
+                                                     "; ", due.size, " are needed"));
   }
   return absl::OkStatus();
 }
@@ -166,16 +161,25 @@ absl::Status FetchAssembler::AddPiece(const wire::Piece& piece) {
     return Broken("a piece of tensor ", piece.tensor, " of layer ", piece.layer, " at ",
                   piece.offset_bytes, " of ", size, " bytes is out of place");
   }
-  if (piece.range.has_value()) {
-    return Broken("a piece of tensor ", piece.tensor, " of layer ", piece.layer,
-                  " is a range, which no fetch asked for");
+  const Due& due = due_[tensor_];
+  std::byte* out = (layer_.*due.place).data() + offset_;
+  const bool in_room = InRegions(info_->transport()) && !RoomOf(due).empty();
+  if (piece.range.has_value() != in_room) {
+    return Broken("a piece of tensor ", piece.tensor, " of layer ", piece.layer, " is ",
+                  in_room ? "no range, and a range is due" : "a range, which is not due");
   }
-  if (piece.xxh3_64.has_value() && *piece.xxh3_64 != wire::Checksum(piece.data)) {
-    return absl::DataLossError(absl::StrCat(v1::Tensor_Name(due_[tensor_].tensor), " of layer ",
-                                            piece.layer, ": checksum mismatch at ",
-                                            piece.offset_bytes));
+  if (in_room) {
+    const uint64_t at = room_range_.offset_bytes + static_cast<uint64_t>(out - room_.data());
+    if (piece.range->region != room_range_.region || piece.range->offset_bytes != at) {
+      return Broken("a piece of tensor ", piece.tensor, " of layer ", piece.layer, " lies at ",
+                    piece.range->offset_bytes, " of region ", piece.range->region, "; ", at,
+                    " of region ", room_range_.region, " is due");
+    }
   }
-  std::byte* out = (layer_.*due_[tensor_].place).data() + offset_;
+  if (!in_room && piece.xxh3_64.has_value() && *piece.xxh3_64 != wire::Checksum(piece.data)) {
+    return absl::DataLossError(absl::StrCat(v1::Tensor_Name(due.tensor), " of layer ", piece.layer,
+                                            ": checksum mismatch at ", piece.offset_bytes));
+  }
   for (const absl::Span<const std::byte> run : piece.data) {
     if (run.empty()) continue;
     std::memcpy(out, run.data(), run.size());
@@ -183,7 +187,7 @@ absl::Status FetchAssembler::AddPiece(const wire::Piece& piece) {
   }
   offset_ += size;
   received_bytes_ += size;
-  if (offset_ == due_[tensor_].size) {
+  if (offset_ == due.size) {
     ++tensor_;
     offset_ = 0;
   }

@@ -9,24 +9,29 @@
 
 #include "absl/status/status.h"
 #include "client/cpp/bytes_pool.h"
-#include "structkv/options.h"
+#include "structkv/bytes.h"
+#include "structkv/held_cache.h"
 #include "structkv/result.h"
 #include "structkv/v1/held_cache.pb.h"
 #include "structkv/v1/piece_codec.h"
 
 namespace structkv::client::internal {
 
-// Not thread-safe. Every error but the allocator's is DATA_LOSS and says what the server did wrong.
+// Not thread-safe. Every error but the allocator's, and that of FetchOptions.max_bytes, is
+// DATA_LOSS and says what the server did wrong.
 class FetchAssembler {
  public:
-  // Tensors are allocated by `allocate`, or from `pool` where that is null. `on_info` and
-  // `on_layer` are called from within Add().
-  FetchAssembler(ResultAllocator allocate, BytesPool* pool,
-                 std::function<void(const v1::CacheInfo&)> on_info,
+  // Tensors that have no room are allocated as `options` say, which outlive this, or from `pool`.
+  // `options.on_info` and `on_layer` are called from within Add().
+  FetchAssembler(const FetchOptions& options, BytesPool* pool,
                  std::function<void(LayerResult)> on_layer);
 
-  // The next messages come from another stream, which skips received_bytes().
-  void StartStream();
+  // Keys and values are to lie in `room` from now on, however they travel; it is `range` to the
+  // server. Before the first message.
+  void UseRoom(Bytes room, const wire::Range& range);
+  // The next messages come from another stream, whose `request` skips received_bytes() and names the
+  // room or not.
+  void StartStream(const v1::FetchCacheRequest& request);
   absl::Status Add(const wire::FetchResponse& response);
   // The stream ended with OK.
   absl::Status Finish() const;
@@ -43,18 +48,22 @@ class FetchAssembler {
     Bytes LayerResult::*place = nullptr;
   };
 
-  absl::Status AddInfo(const v1::CacheInfo& info);
+  absl::Status AddInfo(v1::CacheInfo info);
   absl::Status AddLayer(const v1::LayerResult& message, const wire::Pieces& pieces);
   absl::Status AddPiece(const wire::Piece& piece);
   // Lays out layer number `index` of those that were asked for.
   absl::Status StartLayer(uint32_t index);
   absl::Status CompleteLayer();
+  // Where it belongs in the room; empty: elsewhere.
+  Bytes RoomOf(const Due& due) const;
 
-  const ResultAllocator allocate_;
+  const FetchOptions& options_;
   BytesPool* const pool_;
-  const std::function<void(const v1::CacheInfo&)> on_info_;
   const std::function<void(LayerResult)> on_layer_;
 
+  Bytes room_;
+  wire::Range room_range_;
+  std::vector<int> transports_;  // that this stream's request names
   std::optional<v1::CacheInfo> info_;
   v1::Open open_;
   v1::Opened opened_;

@@ -2,94 +2,30 @@
 
 #include <algorithm>
 
-#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "client/cpp/fetch_assembler.h"
+#include "client/cpp/fetch_call.h"
+#include "client/cpp/result_places.h"
 #include "client/cpp/retry.h"
 #include "grpcpp/client_context.h"
-#include "grpcpp/impl/rpc_method.h"
-#include "grpcpp/support/sync_stream.h"
 #include "structkv/client.h"
 #include "structkv/v1/held_cache.grpc.pb.h"
 
 namespace structkv::client {
-namespace {
-
-constexpr char kFetchMethod[] = "/structkv.v1.HeldCaches/FetchCache";
-
-void Prepare(const HeldCallOptions& options, absl::Time deadline, grpc::ClientContext* context) {
-  if (deadline != absl::InfiniteFuture()) context->set_deadline(absl::ToChronoTime(deadline));
-  for (const auto& [key, value] : options.metadata) context->AddMetadata(key, value);
-}
-
-// One attempt: reads to the end of a stream.
-absl::Status FetchOnce(const std::shared_ptr<grpc::Channel>& channel,
-                       const v1::FetchCacheRequest& request, const FetchOptions& options,
-                       absl::Time deadline, internal::FetchAssembler* assembler) {
-  grpc::ClientContext context;
-  Prepare(options, deadline, &context);
-  // The generated stub's call with messages as bytes, whose tensors are then copied once.
-  const grpc::internal::RpcMethod method(kFetchMethod, grpc::internal::RpcMethod::SERVER_STREAMING,
-                                         channel);
-  const std::unique_ptr<grpc::ClientReader<grpc::ByteBuffer>> reader(
-      grpc::internal::ClientReaderFactory<grpc::ByteBuffer>::Create(channel.get(), method, &context,
-                                                                    wire::Encode(request)));
-  assembler->StartStream();
-  absl::Status fault;
-  for (grpc::ByteBuffer message; fault.ok() && reader->Read(&message); message.Clear()) {
-    absl::StatusOr<wire::FetchResponse> response = wire::DecodeFetchResponse(message);
-    fault = response.ok() ? assembler->Add(*response)
-                          : absl::DataLossError(absl::StrCat("the server broke the protocol: ",
-                                                             response.status().message()));
-  }
-  if (!fault.ok()) context.TryCancel();
-  absl::Status ended = internal::StatusOfCall(reader->Finish(), context);
-  if (!fault.ok()) return fault;
-  return ended.ok() ? assembler->Finish() : ended;
-}
-
-}  // namespace
-
 absl::StatusOr<FetchedCache> Client::FetchCache(const std::string& handle,
                                                 const FetchOptions& options) {
-  const absl::Time deadline = absl::Now() + options.timeout;
-  FetchedCache fetched;
-  internal::FetchAssembler assembler(options.allocate, pool_.get(), options.on_info,
-                                     [&](LayerResult layer) {
-                                       if (options.on_layer) {
-                                         options.on_layer(std::move(layer));
-                                       } else {
-                                         fetched.layers.push_back(std::move(layer));
-                                       }
-                                     });
-  v1::FetchCacheRequest request;
-  request.set_handle(handle);
-  request.set_first_layer(options.first_layer);
-  request.set_layer_count(options.layer_count);
-  request.set_first_kv_head(options.first_kv_head);
-  request.set_kv_head_count(options.kv_head_count);
-  request.set_max_response_message_bytes(options.max_message_bytes);
-  request.set_checksums(options.checksums);
-  for (int attempt = 1;; ++attempt) {
-    const uint64_t before = assembler.received_bytes();
-    request.set_skip_bytes(before);
-    ++fetched.attempts;
-    absl::Status status = FetchOnce(channel_, request, options, deadline, &assembler);
-    if (status.ok()) break;
-    if (assembler.received_bytes() > before) attempt = 1;
-    const auto delay = internal::RetryDelay(options.retry, attempt, status);
-    if (!delay.has_value() || absl::Now() + *delay >= deadline) return status;
-    absl::SleepFor(*delay);
-  }
-  fetched.info = *assembler.info();
-  return fetched;
+  return internal::FetchCall(channel_, transports_.get(), pool_.get(), handle, options).Fetch();
+}
+
+absl::StatusOr<v1::CacheInfo> Client::DescribeCache(const std::string& handle,
+                                                    const FetchOptions& options) {
+  return internal::FetchCall(channel_, transports_.get(), pool_.get(), handle, options).Describe();
 }
 
 absl::StatusOr<absl::Duration> Client::RenewCache(const std::string& handle,
                                                   std::optional<absl::Duration> lease,
                                                   const HeldCallOptions& options) {
   grpc::ClientContext context;
-  Prepare(options, absl::Now() + options.timeout, &context);
+  internal::Prepare(options, absl::Now() + options.timeout, &context);
   v1::RenewCacheRequest request;
   request.set_handle(handle);
   if (lease.has_value()) {
@@ -105,7 +41,7 @@ absl::StatusOr<absl::Duration> Client::RenewCache(const std::string& handle,
 
 absl::Status Client::ReleaseCache(const std::string& handle, const HeldCallOptions& options) {
   grpc::ClientContext context;
-  Prepare(options, absl::Now() + options.timeout, &context);
+  internal::Prepare(options, absl::Now() + options.timeout, &context);
   v1::ReleaseCacheRequest request;
   request.set_handle(handle);
   v1::ReleaseCacheResponse response;
@@ -147,6 +83,10 @@ v1::Opened OpenedOf(const v1::CacheInfo& info) {
                                    : 0);
   }
   return opened;
+}
+
+uint64_t FetchResultBytes(const v1::CacheInfo& info) {
+  return internal::ResultBytes(OpenOf(info), OpenedOf(info), info.layer_count());
 }
 
 }  // namespace structkv::client

@@ -33,8 +33,8 @@ uint64_t ResultOffset(const v1::Open& open, const v1::Opened& opened, uint32_t l
   return layer * Stride(open, largest) + keys;
 }
 
-uint64_t ResultBytes(const v1::Open& open, const v1::Opened& opened) {
-  return open.geometry().layer_count() * Stride(open, LargestKept(opened));
+uint64_t ResultBytes(const v1::Open& open, const v1::Opened& opened, uint32_t layers) {
+  return layers * Stride(open, LargestKept(opened));
 }
 
 }  // namespace internal

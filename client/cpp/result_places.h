@@ -16,7 +16,7 @@ inline bool InRegions(v1::Transport transport) {
 uint64_t ResultOffset(const v1::Open& open, const v1::Opened& opened, uint32_t layer,
                       v1::Tensor tensor);
 
-// Bytes of the range that the results of all layers take.
-uint64_t ResultBytes(const v1::Open& open, const v1::Opened& opened);
+// Bytes of the range that the results of `layers` layers take.
+uint64_t ResultBytes(const v1::Open& open, const v1::Opened& opened, uint32_t layers);
 
 }  // namespace structkv::client::internal

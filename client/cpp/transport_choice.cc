@@ -19,13 +19,6 @@ constexpr absl::Duration kCapabilitiesLimit = absl::Seconds(10);
 constexpr absl::Duration kAskAgain = absl::Seconds(10);
 constexpr char kTenantKey[] = "structkv-tenant";
 
-std::string TenantOf(const StreamOptions& options) {
-  for (const auto& [key, value] : options.metadata) {
-    if (key == kTenantKey) return value;
-  }
-  return "";
-}
-
 const char* NameOf(v1::Transport transport) {
   if (transport == v1::TRANSPORT_NCCL) return "NCCL";
   return transport == v1::TRANSPORT_CUDA_IPC ? "CUDA IPC" : "shared memory";
@@ -68,19 +61,19 @@ std::optional<v1::Transport> Named(TransportChoice choice) {
 }
 
 // Whether the transport that was asked for by name, if one was, can use the regions.
-absl::Status CheckRegions(absl::Span<const std::shared_ptr<Region>> regions,
-                          const StreamOptions& options) {
-  const std::optional<v1::Transport> named = Named(options.transport);
+absl::Status CheckRegions(const OfferRequest& request) {
+  const std::vector<std::shared_ptr<Region>>& regions = request.regions;
+  const std::optional<v1::Transport> named = Named(request.choice);
   const auto invalid = [&](const auto&... text) {
     const v1::Transport transport = named.value_or(
         regions.empty() ? v1::TRANSPORT_SHARED_MEMORY : TransportOf(regions.front()->on_gpu()));
     return absl::InvalidArgumentError(absl::StrCat(NameOf(transport), ": ", text...));
   };
-  if (named == v1::TRANSPORT_NCCL && options.nccl == nullptr) {
+  if (named == v1::TRANSPORT_NCCL && request.nccl == nullptr) {
     return invalid("no GPU was given (StreamOptions.nccl)");
   }
   if (regions.empty()) {
-    return named.has_value() ? invalid("no region was given (StreamOptions.regions)")
+    return named.has_value() ? invalid("no region was given (", request.field, ")")
                              : absl::OkStatus();
   }
   const bool on_gpu = regions.front()->on_gpu();
@@ -97,8 +90,12 @@ absl::Status CheckRegions(absl::Span<const std::shared_ptr<Region>> regions,
   return invalid(regions.size(), " regions are in use; a stream may have ", kMaxRegions);
 }
 
-// Of keys and values in a GPU's memory, which nothing reads but by a copy.
-absl::Status NotCopied(absl::string_view why) {
+// Of tensors in a GPU's memory, which nothing reaches but by a copy.
+absl::Status NotReached(const OfferRequest& request, absl::string_view why) {
+  if (request.fetches) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        request.field, " is memory of a GPU, and no transport can write there: ", why));
+  }
   return absl::FailedPreconditionError(
       absl::StrCat("keys and values lie in a GPU's memory, and no transport can read them: ", why,
                    "; StreamOptions.copy_from_gpu would have them copied to the host's"));
@@ -106,12 +103,6 @@ absl::Status NotCopied(absl::string_view why) {
 
 bool ServerIsAway(const absl::Status& status) {
   return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
-}
-
-// How long a server that does not answer may use the region.
-absl::Duration PatienceOf(const Region& region) {
-  if (!region.on_gpu()) return absl::InfiniteDuration();  // it is nobody else's
-  return LeaseOf(region.options()) + region.options().quarantine;
 }
 
 bool Pulls(const v1::Open& open) {
@@ -146,6 +137,24 @@ absl::Status PlaceResults(const Offer& offer, const PromptOptions& options, v1::
 }
 
 }  // namespace
+
+std::string TenantOf(const std::vector<std::pair<std::string, std::string>>& metadata) {
+  for (const auto& [key, value] : metadata) {
+    if (key == kTenantKey) return value;
+  }
+  return "";
+}
+
+Offer NoOffer(std::string reason) {
+  Offer offer;
+  offer.reason = std::move(reason);
+  return offer;
+}
+
+absl::Duration PatienceOf(const Region& region) {
+  if (!region.on_gpu()) return absl::InfiniteDuration();  // it is nobody else's
+  return LeaseOf(region.options()) + region.options().quarantine;
+}
 
 std::optional<wire::Range> SharedPlace::Find(absl::Span<const std::byte> bytes) const {
   for (size_t i = 0; i < regions.size(); ++i) {
@@ -223,11 +232,11 @@ absl::Status TransportChooser::Register(Region& region, const std::string& tenan
   return RegisterAt(*server, region).status();
 }
 
-absl::Status TransportChooser::RegisterAll(const StreamOptions& options, absl::Time deadline,
+absl::Status TransportChooser::RegisterAll(const OfferRequest& request, absl::Time deadline,
                                            Offer* offer) {
   const absl::StatusOr<RegionServer> server =
-      ServerFor(offer->transport, TenantOf(options),
-                /*afresh=*/options.transport != TransportChoice::kAuto, deadline);
+      ServerFor(offer->transport, request.tenant,
+                /*afresh=*/request.choice != TransportChoice::kAuto, deadline);
   if (!server.ok()) return server.status();
   offer->server = *server;
   for (const auto& region : offer->regions) {
@@ -238,17 +247,16 @@ absl::Status TransportChooser::RegisterAll(const StreamOptions& options, absl::T
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::shared_ptr<NcclPair>> TransportChooser::Attach(const StreamOptions& options,
+absl::StatusOr<std::shared_ptr<NcclPair>> TransportChooser::Attach(const OfferRequest& request,
                                                                    absl::Time deadline) {
-  const std::string tenant = TenantOf(options);
-  const bool afresh = options.transport != TransportChoice::kAuto;
-  const auto server = ServerFor(v1::TRANSPORT_NCCL, tenant, afresh, deadline);
+  const bool afresh = request.choice != TransportChoice::kAuto;
+  const auto server = ServerFor(v1::TRANSPORT_NCCL, request.tenant, afresh, deadline);
   if (!server.ok()) return server.status();
   absl::MutexLock lock(&attaching_);
-  std::shared_ptr<NcclPair>& pair = pairs_[{options.nccl.get(), tenant}];
+  std::shared_ptr<NcclPair>& pair = pairs_[{request.nccl.get(), request.tenant}];
   if (pair != nullptr && !pair->ended()) return pair;
   pair.reset();
-  auto attached = NcclPair::Attach(channel_, options.nccl, tenant);
+  auto attached = NcclPair::Attach(channel_, request.nccl, request.tenant);
   if (attached.ok()) pair = *attached;
   return attached;
 }
@@ -256,34 +264,46 @@ absl::StatusOr<std::shared_ptr<NcclPair>> TransportChooser::Attach(const StreamO
 absl::StatusOr<Offer> TransportChooser::MakeOffer(absl::Span<const BatchPrompt> prompts,
                                                   const StreamOptions& options, bool unknown,
                                                   absl::Time deadline) {
-  const bool is_inline = options.transport == TransportChoice::kInline;
-  const std::optional<v1::Transport> named = Named(options.transport);
-  const std::vector<std::shared_ptr<Region>> regions = RegionsOf(prompts, options);
-  absl::Status status = is_inline ? absl::OkStatus() : CheckRegions(regions, options);
+  return MakeOffer({.regions = RegionsOf(prompts, options),
+                    .choice = options.transport,
+                    .tenant = TenantOf(options.metadata),
+                    .field = "StreamOptions.regions",
+                    .nccl = options.nccl,
+                    .copy_from_gpu = options.copy_from_gpu,
+                    .unknown = unknown},
+                   deadline);
+}
+
+absl::StatusOr<Offer> TransportChooser::MakeOffer(const OfferRequest& request,
+                                                  absl::Time deadline) {
+  const std::vector<std::shared_ptr<Region>>& regions = request.regions;
+  const bool is_inline = request.choice == TransportChoice::kInline;
+  const std::optional<v1::Transport> named = Named(request.choice);
+  absl::Status status = is_inline ? absl::OkStatus() : CheckRegions(request);
   if (!status.ok()) return status;
   Offer offer;
   if (!regions.empty()) offer.gpu = regions.front()->gpu_memory();
-  offer.copies = offer.gpu != nullptr && options.copy_from_gpu;
-  const bool may_offer = !is_inline && !regions.empty() && !unknown;
+  offer.copies = offer.gpu != nullptr && request.copy_from_gpu;
+  const bool may_offer = !is_inline && !regions.empty() && !request.unknown;
   if (is_inline) {
     status = absl::CancelledError("inline was asked for");
   } else if (regions.empty()) {
-    status = absl::NotFoundError("no region was given (StreamOptions.regions)");
-  } else if (unknown) {
+    status = absl::NotFoundError(absl::StrCat("no region was given (", request.field, ")"));
+  } else if (request.unknown) {
     status = absl::NotFoundError("the server does not know the registered regions");
   } else if (named != v1::TRANSPORT_NCCL) {
     offer.transport = TransportOf(offer.gpu != nullptr);
     offer.regions = regions;
-    status = RegisterAll(options, deadline, &offer);
+    status = RegisterAll(request, deadline, &offer);
     // A region socket that is away is not the server's end; memory of a GPU is registered by a
     // call.
     const bool called = offer.server.channel == nullptr || offer.gpu != nullptr;
     if (!status.ok() && (named.has_value() || (called && ServerIsAway(status)))) return status;
     if (!status.ok()) offer.handles.clear();
   }
-  if (may_offer && offer.gpu != nullptr && options.nccl != nullptr &&
+  if (may_offer && offer.gpu != nullptr && request.nccl != nullptr &&
       named.value_or(v1::TRANSPORT_NCCL) == v1::TRANSPORT_NCCL) {
-    absl::StatusOr<std::shared_ptr<NcclPair>> pair = Attach(options, deadline);
+    absl::StatusOr<std::shared_ptr<NcclPair>> pair = Attach(request, deadline);
     if (!pair.ok() && (named.has_value() || ServerIsAway(pair.status()))) return pair.status();
     if (pair.ok()) {
       offer.pair = *std::move(pair);
@@ -295,7 +315,8 @@ absl::StatusOr<Offer> TransportChooser::MakeOffer(absl::Span<const BatchPrompt> 
   if (!is_inline) offer.reason = std::string(status.message());
   if (offer.handles.empty()) offer.regions.clear();
   if (RetiredBlocks::All().size() > 0) RetiredBlocks::All().Release(deadline);
-  if (offer.nothing() && offer.gpu != nullptr && !offer.copies) return NotCopied(status.message());
+  if (offer.nothing() && offer.gpu != nullptr && !offer.copies)
+    return NotReached(request, status.message());
   return offer;
 }
 

@@ -43,6 +43,27 @@ struct Offer {
   bool copies = false;  // and may be copied from there
 };
 
+// An empty one.
+Offer NoOffer(std::string reason);
+
+// What a call would like to offer.
+struct OfferRequest {
+  std::vector<std::shared_ptr<Region>> regions;  // each once
+  TransportChoice choice = TransportChoice::kAuto;
+  std::string tenant;
+  const char* field = "";         // of the options, that regions come from
+  std::shared_ptr<NcclGpu> nccl;  // null: none
+  bool copy_from_gpu = false;     // tensors in a GPU's memory may be copied to the host's
+  bool fetches = false;           // the regions are written alone
+  bool unknown = false;  // the server does not know the regions although they were registered
+};
+
+// How long a server that does not answer may use the region.
+absl::Duration PatienceOf(const Region& region);
+
+// The tenant that calls with these metadata are of.
+std::string TenantOf(const std::vector<std::pair<std::string, std::string>>& metadata);
+
 // Where a prompt's tensors lie beside its messages, should the server agree.
 struct SharedPlace {
   std::vector<std::shared_ptr<Region>> regions;  // in the order of `Open.regions`; empty: nowhere
@@ -68,10 +89,11 @@ class TransportChooser {
   // See Client::Register().
   absl::Status Register(Region& region, const std::string& tenant, absl::Time deadline);
 
-  // Registers what `prompts` may lie in, and takes back what a server has let go of. Where that is
-  // not possible, or the regions are `unknown` to the server although they were registered: with
-  // kAuto an offer of nothing, unless the server is away altogether, or tensors would lie in memory
-  // of a GPU that nothing reads (FAILED_PRECONDITION).
+  // Registers the regions, and takes back what a server has let go of. Where that is not possible:
+  // with kAuto an offer of nothing, unless the server is away altogether, or tensors would lie in
+  // memory of a GPU that nothing reaches (FAILED_PRECONDITION).
+  absl::StatusOr<Offer> MakeOffer(const OfferRequest& request, absl::Time deadline);
+  // Likewise what `prompts` may lie in.
   absl::StatusOr<Offer> MakeOffer(absl::Span<const BatchPrompt> prompts,
                                   const StreamOptions& options, bool unknown, absl::Time deadline);
 
@@ -93,11 +115,11 @@ class TransportChooser {
   absl::StatusOr<RegionServer> ServerFor(v1::Transport transport, const std::string& tenant,
                                          bool afresh, absl::Time deadline);
   absl::StatusOr<std::string> RegisterAt(const RegionServer& server, Region& region);
-  // Attaches `options.nccl` where it is not. UNIMPLEMENTED where the server has no NCCL.
-  absl::StatusOr<std::shared_ptr<NcclPair>> Attach(const StreamOptions& options,
+  // Attaches `request.nccl` where it is not. UNIMPLEMENTED where the server has no NCCL.
+  absl::StatusOr<std::shared_ptr<NcclPair>> Attach(const OfferRequest& request,
                                                    absl::Time deadline);
   // Registers the regions of `offer`.
-  absl::Status RegisterAll(const StreamOptions& options, absl::Time deadline, Offer* offer);
+  absl::Status RegisterAll(const OfferRequest& request, absl::Time deadline, Offer* offer);
 
   const std::shared_ptr<grpc::Channel> channel_;
   absl::Mutex mutex_;

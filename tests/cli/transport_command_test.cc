@@ -1,4 +1,4 @@
-// --transport of `structkv compress` and `bench`, with a real server.
+// --transport of `structkv compress`, `fetch` and `bench`, with a real server.
 #include <fstream>
 #include <iterator>
 #include <memory>
@@ -30,6 +30,7 @@ class TransportCommandTest : public CommandTest {
     std::vector<std::string> command = {STRUCTKV_SERVER, "--listen", address_};
     if (regions) {
       command.insert(command.end(), {"--region-socket", directory_.Path("regions")});
+      command.insert(command.end(), {"--hold-budget", "64MiB"});
     }
     server_ = std::make_unique<testkit::Process>(command);
     ASSERT_TRUE(server_->WaitForLine("ready")) << server_->error();
@@ -61,6 +62,26 @@ TEST_F(TransportCommandTest, CompressesTheSameOverEach) {
       EXPECT_TRUE(same == file);
     }
   }
+}
+
+TEST_F(TransportCommandTest, FetchesTheSameOverEach) {
+  Start(/*regions=*/true);
+  const Ran held =
+      RunCommand(std::string("compress ") + kCapture + " --hold --json --server " + address_);
+  ASSERT_EQ(held.code, 0) << held.output;
+  const std::string handle = nlohmann::json::parse(held.output).at("handle");
+  std::string expected;
+  for (const std::string transport : {"inline", "shm", "auto"}) {
+    const std::string out = directory_.Path("fetched.safetensors");
+    const Ran ran = RunCommand("fetch " + handle + " --json --server " + address_ + " --to " + out +
+                               " --kv-heads 1 --transport " + transport);
+    ASSERT_EQ(ran.code, 0) << ran.output;
+    const nlohmann::json json = nlohmann::json::parse(ran.output);
+    EXPECT_EQ(json.at("transport"), transport == "inline" ? "inline" : "shared_memory");
+    if (expected.empty()) expected = Read(out);
+    EXPECT_TRUE(Read(out) == expected);
+  }
+  EXPECT_EQ(RunCommand("release " + handle + " --server " + address_).code, 0);
 }
 
 TEST_F(TransportCommandTest, AutoSaysWhyNotSharedMemory) {

@@ -1,5 +1,4 @@
 // Fetches from a server that breaks off, refuses or lies.
-#include <atomic>
 #include <functional>
 #include <memory>
 #include <ostream>
@@ -10,136 +9,12 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "structkv/client.h"
-#include "structkv/v1/held_cache.grpc.pb.h"
-#include "tests/client/fake_server.h"
+#include "tests/client/fake_holder.h"
 
 namespace structkv::client {
 namespace {
 
 using ::testing::HasSubstr;
-using Writer = grpc::ServerWriter<v1::FetchCacheResponse>;
-using FetchScript = std::function<grpc::Status(int attempt, grpc::ServerContext* context,
-                                               const v1::FetchCacheRequest& request, Writer*)>;
-
-class FakeHeldCaches final : public v1::HeldCaches::Service {
- public:
-  explicit FakeHeldCaches(FetchScript script) : script_(std::move(script)) {
-    grpc::ServerBuilder builder;
-    int port = 0;
-    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
-    builder.RegisterService(this);
-    server_ = builder.BuildAndStart();
-    client_ = *Client::Connect("127.0.0.1:" + std::to_string(port));
-  }
-  ~FakeHeldCaches() override {
-    server_->Shutdown(std::chrono::system_clock::now());
-    server_->Wait();
-  }
-
-  grpc::Status FetchCache(grpc::ServerContext* context, const v1::FetchCacheRequest* request,
-                          Writer* writer) override {
-    return script_(attempts_.fetch_add(1) + 1, context, *request, writer);
-  }
-
-  Client& client() { return *client_; }
-  int attempts() const { return attempts_.load(); }
-
- private:
-  const FetchScript script_;
-  std::atomic<int> attempts_{0};
-  std::unique_ptr<grpc::Server> server_;
-  std::unique_ptr<Client> client_;
-};
-
-// Layers 1 and 2 of 4, 3 of 6 tokens kept, one head of 4 f32.
-v1::CacheInfo Info() {
-  v1::CacheInfo info;
-  info.mutable_geometry()->set_layer_count(4);
-  info.mutable_geometry()->set_query_head_count(2);
-  info.mutable_geometry()->set_kv_head_count(1);
-  info.mutable_geometry()->set_key_dim(4);
-  info.mutable_geometry()->set_value_dim(4);
-  info.mutable_kv_heads()->set_count(1);
-  info.set_first_layer(1);
-  info.set_layer_count(2);
-  info.set_dtype(v1::DTYPE_F32);
-  info.set_layout(v1::LAYOUT_HEAD_TOKEN_DIM);
-  info.set_logical_length(6);
-  info.set_kv_length(3);
-  for (int i = 0; i < 2; ++i) {
-    info.add_kept_tokens(3);
-    info.add_layer_bytes(12 + 48 + 48);
-  }
-  info.set_total_bytes(2 * (12 + 48 + 48));
-  info.set_fingerprint("f");
-  info.mutable_method()->mutable_snapkv()->set_granularity(v1::GRANULARITY_PER_LAYER);
-  return info;
-}
-
-std::string TensorBytes(uint32_t layer, v1::Tensor tensor) {
-  if (tensor != v1::TENSOR_POSITIONS) return TestTensor(layer, tensor, 48);
-  const int32_t positions[] = {0, 2, 4};
-  return {reinterpret_cast<const char*>(positions), sizeof(positions)};
-}
-
-// What an honest server sends, in pieces of at most 20 bytes with a message each.
-std::vector<v1::FetchCacheResponse> Honest(uint64_t skip = 0) {
-  std::vector<v1::FetchCacheResponse> responses(1);
-  *responses[0].mutable_info() = Info();
-  uint64_t passed = 0;
-  uint64_t sent = 0;
-  for (const uint32_t layer : {1U, 2U}) {
-    for (const v1::Tensor tensor : {v1::TENSOR_POSITIONS, v1::TENSOR_KEYS, v1::TENSOR_VALUES}) {
-      const std::string bytes = TensorBytes(layer, tensor);
-      for (size_t at = 0; at < bytes.size();) {
-        if (passed < skip) {
-          const auto step = std::min<uint64_t>(skip - passed, bytes.size() - at);
-          at += step;
-          passed += step;
-          continue;
-        }
-        v1::LayerResult* result = responses.emplace_back().mutable_layer();
-        result->set_layer(layer);
-        result->set_kept_tokens(3);
-        v1::TensorPiece* piece = result->add_pieces();
-        piece->set_layer(layer);
-        piece->set_tensor(tensor);
-        piece->set_offset_bytes(at);
-        piece->set_data(bytes.substr(at, 20));
-        at += piece->data().size();
-        sent += piece->data().size();
-        result->set_complete(tensor == v1::TENSOR_VALUES && at == bytes.size());
-      }
-    }
-  }
-  v1::FetchSummary* summary = responses.emplace_back().mutable_summary();
-  summary->set_total_bytes(Info().total_bytes());
-  summary->set_sent_bytes(sent);
-  return responses;
-}
-
-std::string Text(const Bytes& bytes) {
-  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
-}
-
-void ExpectGood(const absl::StatusOr<FetchedCache>& fetched) {
-  ASSERT_TRUE(fetched.ok()) << fetched.status();
-  ASSERT_EQ(fetched->layers.size(), 2U);
-  for (size_t i = 0; i < 2; ++i) {
-    const auto layer = static_cast<uint32_t>(i + 1);
-    EXPECT_EQ(fetched->layers[i].layer, layer);
-    EXPECT_EQ(Text(fetched->layers[i].positions), TensorBytes(layer, v1::TENSOR_POSITIONS));
-    EXPECT_EQ(Text(fetched->layers[i].keys), TensorBytes(layer, v1::TENSOR_KEYS));
-    EXPECT_EQ(Text(fetched->layers[i].values), TensorBytes(layer, v1::TENSOR_VALUES));
-  }
-}
-
-FetchOptions Quick(int attempts) {
-  FetchOptions options;
-  options.retry.max_attempts = attempts;
-  options.retry.initial_backoff = absl::Milliseconds(1);
-  return options;
-}
 
 TEST(FetchTest, AsksForWhatItWasTold) {
   FakeHeldCaches server(
@@ -148,17 +23,21 @@ TEST(FetchTest, AsksForWhatItWasTold) {
         EXPECT_EQ(request.first_layer(), 1U);
         EXPECT_EQ(request.layer_count(), 2U);
         EXPECT_EQ(request.first_kv_head(), 3U);
-        EXPECT_EQ(request.kv_head_count(), 4U);
+        EXPECT_EQ(request.kv_head_count(), 1U);
         EXPECT_EQ(request.max_response_message_bytes(), 5U);
         EXPECT_TRUE(request.checksums());
-        for (const auto& response : Honest()) writer->Write(response);
+        EXPECT_FALSE(request.info_only() || request.transports_size() > 0);
+        auto responses = Honest();
+        responses[0].mutable_info()->mutable_geometry()->set_kv_head_count(4);
+        responses[0].mutable_info()->mutable_held_kv_heads()->set_begin(2);
+        responses[0].mutable_info()->mutable_held_kv_heads()->set_count(2);
+        responses[0].mutable_info()->mutable_kv_heads()->set_begin(3);
+        for (const auto& response : responses) writer->Write(response);
         return grpc::Status::OK;
       });
   FetchOptions options = Quick(1);
-  options.first_layer = 1;
-  options.layer_count = 2;
   options.first_kv_head = 3;
-  options.kv_head_count = 4;
+  options.kv_head_count = 1;
   options.max_message_bytes = 5;
   options.checksums = true;
   ExpectGood(server.client().FetchCache("handle", options));
@@ -222,6 +101,14 @@ struct Lie {
 
 void PrintTo(const Lie& lie, std::ostream* out) { *out << lie.name; }
 
+// A lie in the first message.
+std::function<void(std::vector<v1::FetchCacheResponse>*)> Says(
+    std::function<void(v1::CacheInfo*)> lie) {
+  return [lie](std::vector<v1::FetchCacheResponse>* responses) {
+    lie(responses->front().mutable_info());
+  };
+}
+
 class LyingHolderTest : public ::testing::TestWithParam<Lie> {};
 
 TEST_P(LyingHolderTest, IsDataLoss) {
@@ -267,7 +154,7 @@ INSTANTIATE_TEST_SUITE_P(
            const uint64_t size = piece->data().size();
            piece->mutable_range()->set_size_bytes(size);
          },
-         "is a range"},
+         "is a range, which is not due"},
         {"HugeOffset",
          [](Responses* r) {
            (*r)[2].mutable_layer()->mutable_pieces(0)->set_offset_bytes(~uint64_t{0});
@@ -297,18 +184,47 @@ INSTANTIATE_TEST_SUITE_P(
            (*data)[0] = 6;
          },
          "keeps position 6 of 6"},
-        {"LayerBytes",
-         [](Responses* r) {
-           r->front().mutable_info()->set_layer_bytes(0, 1);
-           r->front().mutable_info()->set_total_bytes(109);
-         },
-         "CacheInfo.layer_bytes is 1"},
-        {"TotalBytes", [](Responses* r) { r->front().mutable_info()->set_total_bytes(9); },
-         "CacheInfo.total_bytes is 9"},
-        {"KeptTokensOfInfo", [](Responses* r) { r->front().mutable_info()->set_kept_tokens(1, 7); },
-         "kept_tokens is 7 of 6"},
-        {"Layers", [](Responses* r) { r->front().mutable_info()->set_layer_count(4); },
-         "of 4"},
+        {"LayerBytes", Says([](auto* i) { i->set_layer_bytes(0, 1); }),
+         "CacheInfo.layer_bytes is 1 of layer 1, whose tensors have 108"},
+        {"TotalBytes", Says([](auto* i) { i->set_total_bytes(9); }),
+         "CacheInfo.total_bytes is 9, its layers have 216"},
+        {"KeptTokensOfInfo", Says([](auto* i) { i->set_kept_tokens(1, 7); }),
+         "CacheInfo.kept_tokens is 7 of layer 2; kv_length is 3"},
+        {"KvLength", Says([](auto* i) { i->set_kv_length(7); }),
+         "CacheInfo.kv_length is 7; 0 to 6"},
+        {"Entries", Says([](auto* i) { i->add_kept_tokens(3); }),
+         "CacheInfo.kept_tokens has 3 entries and layer_bytes 2, for 2 layers"},
+        {"Layers", Says([](auto* i) { i->set_layer_count(4); }),
+         "CacheInfo.layer_count is 4; 2 was asked for"},
+        {"FirstLayer", Says([](auto* i) { i->set_first_layer(0); }),
+         "CacheInfo.first_layer is 0; 1 was asked for"},
+        {"NoSuchLayers", Says([](auto* i) { i->mutable_geometry()->set_layer_count(2); }),
+         "CacheInfo.layer_count is 2; 1 to 1"},
+        {"AllLayers", Says([](auto* i) { i->mutable_geometry()->set_layer_count(~0U); }),
+         "CacheInfo.geometry.layer_count is 4294967295; 1 to 16384"},
+        {"Heads", Says([](auto* i) { i->mutable_kv_heads()->set_count(2); }),
+         "CacheInfo.kv_heads.count is 2; 1 was asked for"},
+        {"FirstHead", Says([](auto* i) { i->mutable_kv_heads()->set_begin(1); }),
+         "CacheInfo.kv_heads.begin is 1; 0 was asked for"},
+        {"HeldHeads", Says([](auto* i) { i->mutable_held_kv_heads()->set_count(2); }),
+         "CacheInfo.held_kv_heads.begin is 2; 1 to 1"},
+        {"NoHeldHeads", Says([](auto* i) { i->clear_held_kv_heads(); }),
+         "CacheInfo.held_kv_heads.count is 0"},
+        {"AllHeads", Says([](auto* i) { i->mutable_geometry()->set_kv_head_count(~0U); }),
+         "CacheInfo.geometry.kv_head_count is 4294967295; 1 to 16384"},
+        {"QueryHeads", Says([](auto* i) { i->mutable_geometry()->clear_query_head_count(); }),
+         "CacheInfo.geometry.query_head_count is 0"},
+        {"KeyDim", Says([](auto* i) { i->mutable_geometry()->set_key_dim(~0U); }),
+         "CacheInfo.geometry.key_dim is 4294967295; 1 to 16384"},
+        {"ValueDim", Says([](auto* i) { i->mutable_geometry()->set_value_dim(20000); }),
+         "CacheInfo.geometry.value_dim is 20000; 0 to 16384"},
+        {"Blocks", Says([](auto* i) { i->set_block_tokens(~0U); }),
+         "CacheInfo.block_tokens is 4294967295; 0 to 4096"},
+        {"Length", Says([](auto* i) { i->set_logical_length(~0U); }),
+         "CacheInfo.logical_length is 4294967295; 1 to 2147483647"},
+        {"DType", Says([](auto* i) { i->clear_dtype(); }), "CacheInfo.dtype is 0"},
+        {"Transport", Says([](auto* i) { i->set_transport(v1::TRANSPORT_SHARED_MEMORY); }),
+         "CacheInfo.transport is TRANSPORT_SHARED_MEMORY, which the fetch did not name"},
     }),
     [](const ::testing::TestParamInfo<Lie>& lie) { return lie.param.name; });
 
@@ -324,6 +240,55 @@ TEST(FetchTest, AnotherCacheAfterABreakIsDataLoss) {
   const absl::Status status = server.client().FetchCache("handle", Quick(3)).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss) << status;
   EXPECT_THAT(std::string(status.message()), HasSubstr("another than before"));
+}
+
+// However much a server says that it holds, memory is taken for no more than the caller allows.
+TEST(FetchTest, MoreThanTheCallerAllowsIsRefusedBeforeMemoryIsTaken) {
+  FakeHeldCaches server(
+      [](int, grpc::ServerContext*, const v1::FetchCacheRequest&, Writer* writer) {
+        auto responses = Honest();
+        v1::CacheInfo* info = responses[0].mutable_info();
+        info->set_logical_length(INT32_MAX);
+        info->set_kv_length(INT32_MAX);
+        info->set_kept_tokens(0, INT32_MAX);
+        info->set_layer_bytes(0, uint64_t{INT32_MAX} * (4 + 16 + 16));
+        info->set_total_bytes(info->layer_bytes(0) + 108);
+        for (const auto& response : responses) writer->Write(response);
+        return grpc::Status::OK;
+      });
+  FetchOptions options = Quick(3);
+  options.allocate = [](uint32_t, v1::Tensor, size_t) {
+    ADD_FAILURE() << "memory was asked for";
+    return Bytes();
+  };
+  for (const uint64_t most : {FetchOptions().max_bytes, uint64_t{1000}}) {
+    options.max_bytes = most;
+    const absl::Status status = server.client().FetchCache("handle", options).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
+    EXPECT_THAT(std::string(status.message()),
+                HasSubstr("CacheInfo.layer_bytes up to layer 1 are 0 and 77309411292; "
+                          "FetchOptions.max_bytes is " +
+                          std::to_string(most)));
+  }
+  EXPECT_EQ(server.attempts(), 2);
+}
+
+TEST(FetchTest, DescribesWhatItWouldBring) {
+  FakeHeldCaches server(
+      [](int attempt, grpc::ServerContext*, const v1::FetchCacheRequest& request, Writer* writer) {
+        EXPECT_TRUE(request.info_only());
+        if (attempt == 1) return grpc::Status(grpc::StatusCode::UNAVAILABLE, "not yet");
+        const auto responses = Honest();
+        writer->Write(responses.front());
+        writer->Write(attempt == 2 ? responses.back() : responses[1]);
+        return grpc::Status::OK;
+      });
+  const auto info = server.client().DescribeCache("handle", Quick(2));
+  ASSERT_TRUE(info.ok()) << info.status();
+  EXPECT_EQ(info->SerializeAsString(), Info().SerializeAsString());
+  EXPECT_EQ(FetchResultBytes(*info), 2U * (64 + 64));
+  EXPECT_TRUE(absl::IsDataLoss(server.client().DescribeCache("handle", Quick(2)).status()));
+  EXPECT_EQ(server.attempts(), 3);
 }
 
 TEST(FetchTest, ASmallAllocationIsTheCallersFault) {

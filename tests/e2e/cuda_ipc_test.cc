@@ -10,6 +10,7 @@
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/imported_memory.h"
+#include "tests/e2e/held_test.h"
 #include "tests/kernels/cuda/fake_backend.h"
 #include "tests/testing/gpu_region.h"
 #include "tests/testing/process.h"
@@ -42,7 +43,7 @@ class CudaIpcTest : public RegionTest {
  protected:
   void SetUp() override {
     FakeCuda::Reset({.count = 2});
-    StartAlone(Options(), MakeFakeBackend());
+    StartAlone(HoldOptions(Options()), MakeFakeBackend());
     held_ = FakeCuda::held();
   }
   void TearDown() override {
@@ -318,6 +319,45 @@ TEST_F(CudaIpcTest, PromptsThatAreRefused) {
   ExpectFailure(Run(bad), kPrecondition, {"cuda_ipc: open.regions[0] is memory of the host"});
   ExpectMemoryBack();
   ExpectSame(prompt, Run(messages), Inline(data));
+}
+
+// Caches lie in the host's memory; they are fetched into a GPU's.
+class CudaIpcHeldTest : public HoldingTest<CudaIpcTest> {};
+
+TEST_F(CudaIpcHeldTest, AreFetchedIntoAGpu) {
+  v1::Open open = WideOpen(3000);
+  open.set_layout(v1::LAYOUT_TOKEN_HEAD_DIM);
+  open.mutable_method()->mutable_full();
+  const PromptData data(open, 8);
+  const Answer whole = Assemble(Run(AllMessages(data)));
+  const std::string handle = Hold(data).summary->held().handle();
+  const auto file = SharedFile::Sealed(12 << 20);  // where its bytes are looked at; not shared
+  GpuRegion region(file->size(), 1);
+  ASSERT_TRUE(region.Register(channel(), ProcessId()).ok());
+  for (const uint32_t heads : {4U, 3U}) {
+    v1::FetchCacheRequest request = Into(FetchRequest(handle), region.handle(), *file);
+    request.set_transports(0, v1::TRANSPORT_CUDA_IPC);
+    request.set_kv_head_count(heads);
+    request.set_first_kv_head(4 - heads);
+    const int64_t before = server().sessions().budget().reserved_bytes();
+    // What the first one wrote is what the second one says.
+    EXPECT_TRUE(Fetch(channel(), request, {}, file.get()).status.ok());
+    EXPECT_EQ(server().sessions().budget().reserved_bytes(), before);
+    region.Download(*file);
+    const Fetched fetched = Fetch(channel(), request, {}, file.get());
+    ExpectSlice(open, whole, fetched, 0, 4, 4 - heads, heads);
+    EXPECT_EQ(fetched.summary->transport(), "cuda_ipc");
+    EXPECT_EQ(fetched.message_bytes, 4 * 3000 * sizeof(int32_t)) << "positions";
+  }
+  v1::FetchCacheRequest request = Into(FetchRequest(handle), region.handle(), *file);
+  ExpectFetchFailure(Fetch(channel(), request), grpc::StatusCode::FAILED_PRECONDITION,
+                     {"shared_memory: regions[0] is memory of a GPU, for CUDA IPC"});
+  FakeCuda::FailCall(2, cudaErrorInvalidValue);
+  request.set_transports(0, v1::TRANSPORT_CUDA_IPC);
+  ExpectFetchFailure(Fetch(channel(), request), grpc::StatusCode::INTERNAL, {"GPU 1", "cuda"});
+  EXPECT_TRUE(Fetch(channel(), request, {}, file.get()).status.ok());
+  EXPECT_EQ(region.Unregister(channel()), 0);
+  EXPECT_TRUE(Release(channel(), handle).ok());
 }
 
 class CudaIpcOnCpuTest : public RegionTest {};

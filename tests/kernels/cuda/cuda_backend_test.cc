@@ -435,6 +435,33 @@ TEST_F(DeviceMemoryTest, CallsGoWhereTheTensorsLie) {
   EXPECT_EQ(FakeCuda::kernels(0) + FakeCuda::kernels(1), 0);
 }
 
+TEST_F(DeviceMemoryTest, IsFilledFromTheHost) {
+  Start({.count = 2});
+  constexpr int64_t kMany = (int64_t{9} << 20) + 100;  // more than two slices
+  ASSERT_EQ(cudaSetDevice(1), cudaSuccess);
+  const cuda::DeviceBytes to = *cuda::MakeDeviceBytes(kMany);
+  int64_t filled = 0;
+  const auto fill = [&filled](int64_t offset, absl::Span<std::byte> run) {
+    EXPECT_EQ(offset, filled);
+    for (std::byte& byte : run) byte = static_cast<std::byte>(filled++ % 251);
+  };
+  ASSERT_EQ(backend_->Fill(to.get(), kMany, fill), absl::OkStatus());
+  EXPECT_EQ(filled, kMany);
+  const cuda::PinnedBytes bytes = *cuda::MakePinnedBytes(kMany);
+  const auto stream = cuda::MakeStream();
+  ASSERT_EQ(cudaMemcpyAsync(bytes.get(), to.get(), kMany, cudaMemcpyDefault, stream->get()),
+            cudaSuccess);
+  ASSERT_EQ(cudaStreamSynchronize(stream->get()), cudaSuccess);
+  for (int64_t i = 0; i < kMany; ++i) {
+    ASSERT_EQ(bytes.get()[i], static_cast<std::byte>(i % 251)) << i;
+  }
+  filled = 0;
+  std::vector<std::byte> host(100);
+  ASSERT_EQ(backend_->Fill(host.data(), 100, fill), absl::OkStatus());
+  EXPECT_EQ(host[99], std::byte{99});
+  EXPECT_EQ(backend_->Fill(to.get(), 0, fill), absl::OkStatus());
+}
+
 TEST_F(DeviceMemoryTest, BothSidesOfAGatherAreOfOneGpu) {
   Start({.count = 2});
   const cuda::DeviceBytes from = On(0);

@@ -86,6 +86,10 @@ class Client {
   // rest is as FetchCache says.
   absl::StatusOr<FetchedCache> FetchCache(const std::string& handle,
                                           const FetchOptions& options = {});
+  // What FetchCache() would bring, without the tensors: for instance to make an arena of
+  // FetchResultBytes().
+  absl::StatusOr<v1::CacheInfo> DescribeCache(const std::string& handle,
+                                              const FetchOptions& options = {});
   // Begins the lease of a held cache anew, of that length or the one in force, and returns it.
   absl::StatusOr<absl::Duration> RenewCache(const std::string& handle,
                                             std::optional<absl::Duration> lease = std::nullopt,

@@ -26,6 +26,7 @@
 
 namespace structkv::client {
 
+class Arena;  // arena.h
 class Client;
 
 // Of each call of the service.
@@ -53,6 +54,18 @@ struct FetchOptions : HeldCallOptions {
   RetryPolicy retry;
   // Where tensors go; null: memory from the client's pool.
   ResultAllocator allocate;
+  // Keys and values of all layers lie here, in one block that LayerResult.keys and .values share,
+  // and over shared memory the server writes them there. FetchResultBytes() of it are needed,
+  // otherwise the fetch is RESOURCE_EXHAUSTED. A GPU's arena is written over CUDA IPC, and a fetch
+  // without that is FAILED_PRECONDITION. Null: they come in messages.
+  std::shared_ptr<Arena> results;
+  // As StreamOptions.transport, without NCCL: with `results`, and where the server has shared memory
+  // on this host, that is taken. CacheInfo.transport and .transport_reason say which it was and why.
+  TransportChoice transport = TransportChoice::kAuto;
+  // The most tensor bytes that are taken in; a cache that has more is refused as
+  // RESOURCE_EXHAUSTED before memory is taken for it, whatever the server says. The default is
+  // above a whole cache of 131,072 tokens of models with 8 KV heads of 128 in 80 layers.
+  uint64_t max_bytes = uint64_t{64} << 30;
   // Called by the calling thread with the first `info`.
   std::function<void(const v1::CacheInfo&)> on_info;
   // Takes the layers as they are complete, in place of FetchedCache.layers. Called by the calling
@@ -96,5 +109,8 @@ class CacheLease {
 // fetched keep 0 tokens.
 v1::Open OpenOf(const v1::CacheInfo& info);
 v1::Opened OpenedOf(const v1::CacheInfo& info);
+
+// Bytes that what `info` describes takes of FetchOptions.results.
+uint64_t FetchResultBytes(const v1::CacheInfo& info);
 
 }  // namespace structkv::client

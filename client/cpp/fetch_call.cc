@@ -1,0 +1,219 @@
+#include "client/cpp/fetch_call.h"
+
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "client/cpp/cache_info.h"
+#include "client/cpp/retired_blocks.h"
+#include "client/cpp/retry.h"
+#include "grpcpp/impl/rpc_method.h"
+#include "grpcpp/support/sync_stream.h"
+#include "structkv/arena.h"
+#include "structkv/v1/held_cache.grpc.pb.h"
+
+namespace structkv::client::internal {
+namespace {
+
+constexpr char kFetchMethod[] = "/structkv.v1.HeldCaches/FetchCache";
+
+absl::Status Broken(absl::string_view text) {
+  return absl::DataLossError(absl::StrCat("the server broke the protocol: ", text));
+}
+
+v1::FetchCacheRequest RequestFor(const std::string& handle, const FetchOptions& options) {
+  v1::FetchCacheRequest request;
+  request.set_handle(handle);
+  request.set_first_layer(options.first_layer);
+  request.set_layer_count(options.layer_count);
+  request.set_first_kv_head(options.first_kv_head);
+  request.set_kv_head_count(options.kv_head_count);
+  request.set_max_response_message_bytes(options.max_message_bytes);
+  request.set_checksums(options.checksums);
+  return request;
+}
+
+}  // namespace
+
+void Prepare(const HeldCallOptions& options, absl::Time deadline, grpc::ClientContext* context) {
+  if (deadline != absl::InfiniteFuture()) context->set_deadline(absl::ToChronoTime(deadline));
+  for (const auto& [key, value] : options.metadata) context->AddMetadata(key, value);
+}
+
+FetchCall::FetchCall(std::shared_ptr<grpc::Channel> channel, TransportChooser* transports,
+                     BytesPool* pool, const std::string& handle, const FetchOptions& options)
+    : channel_(std::move(channel)),
+      transports_(*transports),
+      options_(options),
+      tenant_(TenantOf(options.metadata)),
+      deadline_(absl::Now() + options.timeout),
+      request_(RequestFor(handle, options)),
+      assembler_(options, pool, [this](LayerResult layer) {
+        if (options_.on_layer) {
+          options_.on_layer(std::move(layer));
+        } else {
+          fetched_.layers.push_back(std::move(layer));
+        }
+      }) {}
+
+absl::Status FetchCall::Retry(absl::FunctionRef<absl::Status(bool*)> attempt) {
+  for (int count = 1;; ++count) {
+    bool got_on = false;
+    absl::Status status = attempt(&got_on);
+    if (status.ok()) return status;
+    // A region that the server does not know is registered anew or, with auto, done without.
+    const bool lost = absl::IsNotFound(status) && !offer_.regions.empty();
+    if (lost && unknown_ < (options_.transport == TransportChoice::kAuto ? 2 : 1)) {
+      ++unknown_;
+      transports_.Forget(offer_);
+      continue;
+    }
+    if (got_on) count = 1;
+    const auto delay = RetryDelay(options_.retry, count, status);
+    if (!delay.has_value() || absl::Now() + *delay >= deadline_) return status;
+    absl::SleepFor(*delay);
+  }
+}
+
+absl::StatusOr<FetchedCache> FetchCall::Fetch() {
+  absl::Status status = Retry([this](bool* got_on) {
+    const uint64_t before = assembler_.received_bytes();
+    ++fetched_.attempts;
+    absl::Status attempt = FetchOnce();
+    *got_on = assembler_.received_bytes() > before;
+    return attempt;
+  });
+  if (!status.ok()) return status;
+  fetched_.info = *assembler_.info();
+  return std::move(fetched_);
+}
+
+absl::StatusOr<v1::CacheInfo> FetchCall::Describe() {
+  v1::CacheInfo info;
+  absl::Status status = Retry([&](bool*) {
+    absl::StatusOr<v1::CacheInfo> described = DescribeOnce();
+    if (described.ok()) info = *std::move(described);
+    return described.status();
+  });
+  if (!status.ok()) return status;
+  return info;
+}
+
+absl::Status FetchCall::FetchOnce() {
+  if (absl::Status offered = OfferRoom(); !offered.ok()) return offered;
+  absl::Status status = ReadAll();
+  // What the server still writes must not meet another use of the room.
+  if (!status.ok() && !offer_.regions.empty()) {
+    RetiredBlocks::All().Add(
+        {room_, offer_.server, offer_.handles[0], PatienceOf(*options_.results->region())});
+  }
+  return status;
+}
+
+absl::Status FetchCall::OfferRoom() {
+  request_.clear_transports();
+  request_.clear_regions();
+  request_.clear_result_range();
+  if (options_.transport == TransportChoice::kNccl) {
+    return absl::InvalidArgumentError(
+        "FetchOptions.transport is NCCL; allowed: auto, inline, shared memory, CUDA IPC");
+  }
+  OfferRequest wanted = {.choice = options_.transport,
+                         .tenant = tenant_,
+                         .field = "FetchOptions.results",
+                         .fetches = true,
+                         .unknown = unknown_ >= 2};
+  if (options_.results != nullptr) wanted.regions = {options_.results->region()};
+  absl::StatusOr<Offer> offer = transports_.MakeOffer(wanted, deadline_);
+  if (!offer.ok()) return offer.status();
+  offer_ = *std::move(offer);
+  if (offer_.regions.empty()) return absl::OkStatus();
+  if (room_.empty()) {
+    absl::Status made = MakeRoom(offer_);
+    if (!made.ok() || room_.empty()) {
+      offer_ = NoOffer("");
+      return made;
+    }
+  }
+  request_.add_transports(offer_.transport);
+  // The host does not write to a GPU's memory.
+  if (options_.transport == TransportChoice::kAuto && offer_.gpu == nullptr) {
+    request_.add_transports(v1::TRANSPORT_INLINE);
+  }
+  request_.add_regions(offer_.handles[0]);
+  request_.mutable_result_range()->set_offset_bytes(range_.offset_bytes);
+  request_.mutable_result_range()->set_size_bytes(range_.size_bytes);
+  return absl::OkStatus();
+}
+
+absl::Status FetchCall::MakeRoom(const Offer& offer) {
+  const absl::StatusOr<v1::CacheInfo> info = DescribeOnce();
+  if (!info.ok()) return info.status();
+  absl::StatusOr<Bytes> room = options_.results->Allocate(FetchResultBytes(*info));
+  if (!room.ok()) {
+    return absl::Status(room.status().code(),
+                        absl::StrCat("FetchOptions.results: ", room.status().message()));
+  }
+  if (room->empty()) return absl::OkStatus();
+  room_ = *std::move(room);
+  range_ = {0, *offer.regions[0]->OffsetOf(room_.span()), room_.size()};
+  assembler_.UseRoom(room_, range_);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<v1::CacheInfo> FetchCall::DescribeOnce() {
+  v1::FetchCacheRequest request = request_;
+  request.set_info_only(true);
+  grpc::ClientContext context;
+  Prepare(options_, deadline_, &context);
+  const auto stub = v1::HeldCaches::NewStub(channel_);
+  const auto reader = stub->FetchCache(&context, request);
+  v1::FetchCacheResponse info;
+  v1::FetchCacheResponse summary;
+  v1::FetchCacheResponse more;
+  absl::Status fault;
+  if (reader->Read(&info) && !info.has_info()) {
+    fault = Broken("the first message is not `info`");
+  } else if (reader->Read(&summary) && (!summary.has_summary() || reader->Read(&more))) {
+    fault = Broken("`info` alone was asked for");
+  }
+  if (!fault.ok()) context.TryCancel();
+  absl::Status ended = StatusOfCall(reader->Finish(), context);
+  if (fault.ok()) fault = ended;
+  if (fault.ok() && !summary.has_summary()) fault = Broken("the stream ended without a summary");
+  if (fault.ok()) fault = CheckCacheInfo(info.info(), options_);
+  if (!fault.ok()) return fault;
+  return std::move(*info.mutable_info());
+}
+
+absl::Status FetchCall::ReadAll() {
+  request_.set_skip_bytes(assembler_.received_bytes());
+  grpc::ClientContext context;
+  Prepare(options_, deadline_, &context);
+  // The generated stub's call with messages as bytes, whose tensors are then copied once.
+  const grpc::internal::RpcMethod method(kFetchMethod, grpc::internal::RpcMethod::SERVER_STREAMING,
+                                         channel_);
+  const std::unique_ptr<grpc::ClientReader<grpc::ByteBuffer>> reader(
+      grpc::internal::ClientReaderFactory<grpc::ByteBuffer>::Create(
+          channel_.get(), method, &context, wire::Encode(request_)));
+  assembler_.StartStream(request_);
+  absl::Status fault;
+  for (grpc::ByteBuffer message; fault.ok() && reader->Read(&message); message.Clear()) {
+    absl::StatusOr<wire::FetchResponse> response = wire::DecodeFetchResponse(message);
+    if (!response.ok()) {
+      fault = Broken(response.status().message());
+      continue;
+    }
+    if (response->message.has_info() && response->message.info().transport_reason().empty()) {
+      response->message.mutable_info()->set_transport_reason(offer_.reason);
+    }
+    fault = assembler_.Add(*response);
+  }
+  if (!fault.ok()) context.TryCancel();
+  absl::Status ended = StatusOfCall(reader->Finish(), context);
+  if (!fault.ok()) return fault;
+  return ended.ok() ? assembler_.Finish() : ended;
+}
+
+}  // namespace structkv::client::internal
