@@ -1,6 +1,7 @@
 // Memory of a GPU that another process allocated, for a backend to compute on.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -37,9 +38,9 @@ class ImportedMemory {
   // Of the GPU, CUDA's.
   virtual int gpu() const = 0;
   // Waits until the event's last record, as of now, was reached: what the exporter wrote before it
-  // may be read then. DEADLINE_EXCEEDED where that takes longer than 5 seconds, UNAVAILABLE where
+  // may be read then. DEADLINE_EXCEEDED where that is not before `end`, UNAVAILABLE where
   // the GPU is lost.
-  virtual absl::Status Await() const = 0;
+  virtual absl::Status Await(std::chrono::steady_clock::time_point end) const = 0;
 };
 
 // Unlike that of any other process, and not to be guessed: who names it as the exporter is trusted

@@ -1,6 +1,7 @@
 // structkv-server: options, start, signals, drain.
 #include <malloc.h>
 #include <pthread.h>
+#include <sys/resource.h>
 
 #include <csignal>
 #include <cstdio>
@@ -44,6 +45,20 @@ sigset_t BlockSignals() {
   return signals;
 }
 
+// Connections, and each named region, take a descriptor; a soft limit is for programs that use
+// select(), which nothing here does.
+void RaiseFileLimit() {
+  rlimit files = {};
+  if (getrlimit(RLIMIT_NOFILE, &files) != 0) return;
+  files.rlim_cur = files.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &files);  // within the hard limit it may
+}
+
+int Refuse(const absl::Status& status) {
+  std::fprintf(stderr, "structkv-server: %s\n", std::string(status.message()).c_str());
+  return 1;
+}
+
 int Serve(Config config) {
   auto log = std::make_shared<rpc::Log>(config.log_format);
   if (config.log_sessions) config.server.log = log;
@@ -54,10 +69,7 @@ int Serve(Config config) {
   const std::string region_socket = config.server.regions.socket.path;
   const std::string nccl_library = config.server.nccl.library;
   absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(std::move(config.server));
-  if (!server.ok()) {
-    std::fprintf(stderr, "structkv-server: %s\n", std::string(server.status().message()).c_str());
-    return 1;
-  }
+  if (!server.ok()) return Refuse(server.status());
   session::SessionManager& sessions = (*server)->sessions();
   const std::string nccl = (*server)->nccl_status().ok() ? nccl_library : "";
   const std::string addresses = absl::StrJoin((*server)->addresses(), ",");
@@ -84,6 +96,7 @@ int Main(int argc, const char* const* argv) {
   }
   auto& config = std::get<Config>(parsed);
   if (config.check_only) {
+    if (absl::Status valid = CheckOptions(config.server); !valid.ok()) return Refuse(valid);
     std::puts("structkv-server: the options are valid");
     return 0;
   }
@@ -95,6 +108,7 @@ int Main(int argc, const char* const* argv) {
 
 int main(int argc, char** argv) {
   structkv::TuneMalloc();
+  structkv::RaiseFileLimit();
   grpc_init();  // once more than gRPC does itself: its last shutdown could hang at exit
   return structkv::Main(argc, argv);
 }

@@ -50,6 +50,8 @@ absl::Duration TickFor(const rpc::StreamLimits& limits) {
   return std::clamp(shortest / 8, absl::Milliseconds(5), absl::Milliseconds(500));
 }
 
+}  // namespace
+
 absl::Status CheckOptions(const ServerOptions& options) {
   if (options.streams.max_message_bytes < rpc::kMinMessageBytes) {
     return absl::InvalidArgumentError(absl::StrCat("max_message_bytes is ",
@@ -81,6 +83,8 @@ absl::Status CheckOptions(const ServerOptions& options) {
   return absl::OkStatus();
 }
 
+namespace {
+
 // The options with what the sessions need of regions and of NCCL, where these are not null.
 ServerOptions WithTransports(ServerOptions options,
                              const std::shared_ptr<transport::RegionRegistry>& registry,
@@ -105,7 +109,9 @@ ServerOptions WithTransports(ServerOptions options,
 
 std::shared_ptr<transport::RegionRegistry> MakeRegistry(const ServerOptions& options) {
   if (options.regions.socket.path.empty()) return nullptr;
-  return std::make_shared<transport::RegionRegistry>(options.regions.regions);
+  transport::RegionOptions regions = options.regions.regions;
+  if (options.sessions.clock != nullptr) regions.clock = options.sessions.clock;
+  return std::make_shared<transport::RegionRegistry>(regions);
 }
 
 std::unique_ptr<rpc::NcclHost> MakeNccl(const ServerOptions& options, const Backend& backend) {

@@ -53,6 +53,9 @@ struct ServerOptions {
   std::shared_ptr<rpc::Log> warnings;
 };
 
+// INVALID_ARGUMENT for options out of range, which Server::Start() returns as well.
+absl::Status CheckOptions(const ServerOptions& options);
+
 // Thread-safe.
 class Server {
  public:

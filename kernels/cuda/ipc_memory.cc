@@ -15,8 +15,6 @@
 namespace structkv::cuda {
 namespace {
 
-constexpr std::chrono::seconds kEventLimit{5};
-
 // What another process's handle may be wrong in is not this one's fault, as Backend::Import has it.
 absl::Status HandleStatus(cudaError_t error, std::string_view what) {
   absl::Status status = CudaStatus(error, what);
@@ -107,17 +105,15 @@ class IpcImports::Imported final : public ImportedMemory {
   int gpu() const override { return gpu_; }
 
   // Asks instead of waiting in CUDA, where an exporter that died would keep the thread for ever.
-  absl::Status Await() const override {
+  absl::Status Await(std::chrono::steady_clock::time_point end) const override {
     if (event_ == nullptr) return absl::OkStatus();
-    const auto end = std::chrono::steady_clock::now() + kEventLimit;
     std::chrono::microseconds pause{10};
     while (true) {
       const cudaError_t error = cudaEventQuery(event_);
       if (error != cudaErrorNotReady) return CudaStatus(error, "cudaEventQuery");
       if (std::chrono::steady_clock::now() > end) {
         return absl::DeadlineExceededError(
-            absl::StrCat("the exporter's event was not reached within ", kEventLimit.count(),
-                         " s: what it recorded it behind has not run"));
+            "the exporter's event was not reached in time: what it recorded it behind has not run");
       }
       std::this_thread::sleep_for(pause);
       pause = std::min(2 * pause, std::chrono::microseconds(500));

@@ -75,11 +75,10 @@ grpc::ServerUnaryReactor* RegionService::RegisterRegion(grpc::CallbackServerCont
                                                         const v1::RegisterRegionRequest* request,
                                                         v1::RegisterRegionResponse* response) {
   return Answer(context, [&](RegionRegistry& registry, const std::string& tenant) {
-    const transport::NewRegion wanted = {
-        .size_bytes = static_cast<int64_t>(request->size_bytes()),  // above 2^63: below 1, refused
-        .writable = request->writable(),
-        .lease = Lease(request->lease_millis()),
-        .tenant = tenant};
+    const transport::NewRegion wanted = {.size_bytes = request->size_bytes(),
+                                         .writable = request->writable(),
+                                         .lease = Lease(request->lease_millis()),
+                                         .tenant = tenant};
     if (request->has_cuda_ipc() && !request->name().empty()) {
       return absl::InvalidArgumentError("name and cuda_ipc are both set; one of them is allowed");
     }
@@ -95,14 +94,15 @@ grpc::ServerUnaryReactor* RegionService::RegisterRegion(grpc::CallbackServerCont
 
 absl::StatusOr<transport::RegisteredRegion> RegionService::RegisterGpuMemory(
     const v1::CudaIpcMemory& memory, const transport::NewRegion& wanted) {
-  absl::StatusOr<ExportedMemory> exported = Decode(memory, wanted.size_bytes);
-  if (!exported.ok()) return exported.status();
-  absl::StatusOr<std::unique_ptr<ImportedMemory>> imported = backend_.Import(*exported);
-  if (!imported.ok()) return imported.status();
-  transport::NewRegion region = wanted;
-  region.owner = absl::StrCat("GPU ", (*imported)->gpu());
-  return registry_->AddMemory(
-      transport::GpuRegion(*std::move(imported), wanted.size_bytes, wanted.writable), region);
+  const auto open = [&]() -> absl::StatusOr<std::unique_ptr<transport::RegionMemory>> {
+    const auto bytes = static_cast<int64_t>(wanted.size_bytes);
+    absl::StatusOr<ExportedMemory> exported = Decode(memory, bytes);
+    if (!exported.ok()) return exported.status();
+    absl::StatusOr<std::unique_ptr<ImportedMemory>> imported = backend_.Import(*exported);
+    if (!imported.ok()) return imported.status();
+    return transport::GpuRegion(*std::move(imported), bytes, wanted.writable);
+  };
+  return registry_->AddMemory(open, wanted);
 }
 
 grpc::ServerUnaryReactor* RegionService::GetRegion(grpc::CallbackServerContext* context,

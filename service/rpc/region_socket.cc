@@ -228,7 +228,7 @@ class RegionSocket::Impl {
                                                        " are allowed"));
     }
     transport::NewRegion region = {
-        .size_bytes = static_cast<int64_t>(request.size_bytes()),  // above 2^63: below 1, refused
+        .size_bytes = request.size_bytes(),
         .writable = request.writable(),
         .tenant = absl::StrCat("name:", request.tenant()),  // as TenantOf has it
         .owner = connections_.at(id)->owner,

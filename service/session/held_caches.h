@@ -15,7 +15,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
-#include "service/session/clock.h"
+#include "service/clock.h"
 #include "service/session/held_cache.h"
 #include "service/session/memory_budget.h"
 

@@ -1,5 +1,6 @@
 #include "service/transport/cuda_ipc.h"
 
+#include <chrono>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -7,6 +8,9 @@
 
 namespace structkv::transport {
 namespace {
+
+// How long a layer waits until its client has written it.
+constexpr std::chrono::seconds kEventLimit{5};
 
 class GpuMemory final : public RegionMemory {
  public:
@@ -17,7 +21,9 @@ class GpuMemory final : public RegionMemory {
   int64_t size() const override { return bytes_; }
   bool writable() const override { return writable_; }
   std::optional<int> gpu() const override { return imported_->gpu(); }
-  absl::Status Await() const override { return imported_->Await(); }
+  absl::Status Await(std::chrono::steady_clock::time_point end) const override {
+    return imported_->Await(end);
+  }
   // What is imported stays, whatever the exporter does.
   absl::Status Check() const override { return absl::OkStatus(); }
 
@@ -39,8 +45,13 @@ class CudaIpc final : public RegionTransport {
         "other tensors come as `data`");
   }
   absl::Status Await() const override {
+    const auto end = std::chrono::steady_clock::now() + kEventLimit;  // of all together
     for (size_t i = 0; i < regions().size(); ++i) {
-      absl::Status status = OfRegion(i, regions()[i]->memory().Await());
+      absl::Status status = OfRegion(i, regions()[i]->memory().Await(end));
+      if (absl::IsDeadlineExceeded(status)) {
+        return absl::DeadlineExceededError(absl::StrCat(status.message(), "; a layer waits ",
+                                                        kEventLimit.count(), " s for its regions"));
+      }
       if (!status.ok()) return status;
     }
     return absl::OkStatus();

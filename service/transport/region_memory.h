@@ -1,6 +1,7 @@
 // What a region consists of: a mapped file, or memory of a GPU.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -21,8 +22,11 @@ class RegionMemory {
   // host's.
   virtual std::optional<int> gpu() const { return std::nullopt; }
 
-  // Waits, a few seconds at most, until what the client wrote before it named it can be read.
-  virtual absl::Status Await() const { return absl::OkStatus(); }
+  // Waits until what the client wrote before it named it can be read; DEADLINE_EXCEEDED where that
+  // is not before `end`.
+  virtual absl::Status Await(std::chrono::steady_clock::time_point /*end*/) const {
+    return absl::OkStatus();
+  }
   // FAILED_PRECONDITION, with the sizes then and now, where bytes are gone. Ask after each use:
   // what was read before may be zeros.
   virtual absl::Status Check() const = 0;

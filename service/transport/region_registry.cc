@@ -16,8 +16,6 @@
 namespace structkv::transport {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 absl::Status NotFound(const std::string& handle) {
   return absl::NotFoundError(absl::StrCat(
       "the region ", absl::BytesToHexString(handle.substr(0, kHandleBytes)), " is not registered"));
@@ -46,7 +44,7 @@ struct RegionRegistry::Region {
   int64_t size = 0;
   // Under the mutex, but for whoever is counted as a use:
   std::unique_ptr<RegionMemory> memory;  // null: it is being unmapped
-  std::optional<Clock::time_point> expires;
+  std::optional<Clock::Time> expires;
   bool leaving = false;  // unregistered
   int64_t uses = 0;
 };
@@ -59,10 +57,10 @@ class RegionRegistry::State {
   explicit State(RegionOptions options_in) : options(std::move(options_in)) {}
 
   absl::Status Check(const NewRegion& wanted) const {
-    if (wanted.size_bytes < 1 || wanted.size_bytes > options.max_bytes) {
+    const auto most = static_cast<uint64_t>(options.max_bytes);
+    if (wanted.size_bytes < 1 || wanted.size_bytes > most) {
       return absl::InvalidArgumentError(absl::StrCat("size_bytes is ", wanted.size_bytes, "; 1 to ",
-                                                     options.max_bytes,
-                                                     " (the server's limit) are allowed"));
+                                                     most, " (the server's limit) are allowed"));
     }
     if (!wanted.lease.has_value()) return absl::OkStatus();
     return CheckLease(*wanted.lease, options.max_lease);
@@ -75,22 +73,22 @@ class RegionRegistry::State {
     region->tenant = wanted.tenant;
     region->owner = wanted.owner;
     region->connection = wanted.connection;
-    region->size = wanted.size_bytes;
+    region->size = static_cast<int64_t>(wanted.size_bytes);
     region->memory = std::move(memory);
     if (wanted.lease.has_value()) {
-      region->expires = options.now() + absl::ToChronoNanoseconds(*wanted.lease);
+      region->expires = options.clock->Now() + absl::ToChronoNanoseconds(*wanted.lease);
     }
     const std::lock_guard lock(mutex);
     if (static_cast<int64_t>(regions.size()) >= options.max_regions) {
       return absl::ResourceExhaustedError(absl::StrCat(regions.size(), " regions are registered; ",
                                                        options.max_regions, " are allowed"));
     }
-    if (wanted.size_bytes > options.max_bytes - mapped_bytes) {
+    if (region->size > options.max_bytes - mapped_bytes) {
       return absl::ResourceExhaustedError(
           absl::StrCat("size_bytes is ", wanted.size_bytes, ", and regions of ", mapped_bytes,
                        " bytes are mapped; ", options.max_bytes, " are allowed together"));
     }
-    mapped_bytes += wanted.size_bytes;
+    mapped_bytes += region->size;
     regions.emplace(region->handle, region);
     return RegisteredRegion{region->handle, wanted.lease};
   }
@@ -172,19 +170,23 @@ RegionRegistry::~RegionRegistry() = default;
 absl::StatusOr<RegisteredRegion> RegionRegistry::AddDescriptor(FileDescriptor file,
                                                                const NewRegion& wanted) {
   if (absl::Status valid = state_->Check(wanted); !valid.ok()) return valid;
-  if (absl::Status fits = CheckDescriptor(file.get(), wanted.size_bytes); !fits.ok()) return fits;
+  const auto size = static_cast<int64_t>(wanted.size_bytes);
+  if (absl::Status fits = CheckDescriptor(file.get(), size); !fits.ok()) return fits;
   absl::StatusOr<std::unique_ptr<Mapping>> mapping =
-      Mapping::Map(std::move(file), wanted.size_bytes, wanted.writable, /*sealed=*/true);
+      Mapping::Map(std::move(file), size, wanted.writable, /*sealed=*/true);
   if (!mapping.ok()) return mapping.status();
   return state_->Add(*std::move(mapping), wanted);
 }
 
-absl::StatusOr<RegisteredRegion> RegionRegistry::AddMemory(std::unique_ptr<RegionMemory> memory,
+absl::StatusOr<RegisteredRegion> RegionRegistry::AddMemory(OpenMemory open,
                                                            const NewRegion& wanted) {
   NewRegion region = wanted;
   if (!region.lease.has_value()) region.lease = options().lease;
   if (absl::Status valid = state_->Check(region); !valid.ok()) return valid;
-  return state_->Add(std::move(memory), region);
+  absl::StatusOr<std::unique_ptr<RegionMemory>> memory = open();
+  if (!memory.ok()) return memory.status();
+  if (const auto gpu = (*memory)->gpu()) region.owner = absl::StrCat("GPU ", *gpu);
+  return state_->Add(*std::move(memory), region);
 }
 
 absl::StatusOr<RegisteredRegion> RegionRegistry::AddName(const std::string& name,
@@ -192,8 +194,8 @@ absl::StatusOr<RegisteredRegion> RegionRegistry::AddName(const std::string& name
   NewRegion region = wanted;
   if (!region.lease.has_value()) region.lease = options().lease;
   if (absl::Status valid = state_->Check(region); !valid.ok()) return valid;
-  absl::StatusOr<NamedFile> named =
-      OpenNamed(options().directory, name, region.size_bytes, region.writable);
+  const auto size = static_cast<int64_t>(region.size_bytes);
+  absl::StatusOr<NamedFile> named = OpenNamed(options().directory, name, size, region.writable);
   if (!named.ok()) return named.status();
   region.owner = absl::StrCat("uid ", named->owner);
   const FileDescriptor file(fcntl(named->file.get(), F_DUPFD_CLOEXEC, 0));
@@ -202,7 +204,7 @@ absl::StatusOr<RegisteredRegion> RegionRegistry::AddName(const std::string& name
         absl::StrCat(name, ": the server has no descriptor left for it"));
   }
   absl::StatusOr<std::unique_ptr<Mapping>> mapping =
-      Mapping::Map(std::move(named->file), region.size_bytes, region.writable, /*sealed=*/false);
+      Mapping::Map(std::move(named->file), size, region.writable, /*sealed=*/false);
   if (!mapping.ok()) return mapping.status();
   absl::StatusOr<RegisteredRegion> added = state_->Add(*std::move(mapping), region);
   if (!added.ok()) return added.status();
@@ -224,7 +226,7 @@ absl::StatusOr<RegionInfo> RegionRegistry::Get(const std::string& handle,
   info.owner = region->owner;
   if (region->expires.has_value()) {
     info.lease_left =
-        std::max(absl::ZeroDuration(), absl::FromChrono(*region->expires - options().now()));
+        std::max(absl::ZeroDuration(), absl::FromChrono(*region->expires - options().clock->Now()));
   }
   if (region->memory == nullptr) return info;
   info.writable = region->memory->writable();
@@ -240,7 +242,7 @@ absl::StatusOr<std::optional<absl::Duration>> RegionRegistry::Renew(
   const State::RegionPtr region = state_->Find(handle, tenant);
   if (region == nullptr || region->leaving) return NotFound(handle);
   if (!lease.has_value() && !region->expires.has_value()) return lease;
-  region->expires = options().now() + absl::ToChronoNanoseconds(wanted);
+  region->expires = options().clock->Now() + absl::ToChronoNanoseconds(wanted);
   return wanted;
 }
 
@@ -275,7 +277,7 @@ void RegionRegistry::EndConnection(int64_t connection) {
 }
 
 void RegionRegistry::Expire() {
-  state_->LeaveAll([now = options().now()](const Region& region) {
+  state_->LeaveAll([now = options().clock->Now()](const Region& region) {
     return region.expires.has_value() && *region.expires <= now;
   });
 }

@@ -1,7 +1,6 @@
 // The regions that clients have registered: whose they are, how long they live, who uses them.
 #pragma once
 
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -10,9 +9,11 @@
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "service/clock.h"
 #include "service/transport/file_descriptor.h"
 #include "service/transport/handle.h"
 #include "service/transport/region_files.h"
@@ -30,8 +31,7 @@ struct RegionOptions {
   absl::Duration max_lease = absl::Minutes(10);
   // Where names lie.
   std::string directory = kRegionDirectory;
-  // Monotonic.
-  std::function<std::chrono::steady_clock::time_point()> now = std::chrono::steady_clock::now;
+  std::shared_ptr<const Clock> clock = std::make_shared<SteadyClock>();  // of leases; not null
 };
 
 inline constexpr absl::Duration kMinLease = absl::Milliseconds(100);
@@ -40,11 +40,11 @@ inline constexpr absl::Duration kMinLease = absl::Milliseconds(100);
 absl::Duration LeaseOf(uint64_t millis);
 
 struct NewRegion {
-  int64_t size_bytes = 0;
+  uint64_t size_bytes = 0;
   bool writable = false;
   std::optional<absl::Duration> lease;
   std::string tenant;
-  // For people; of a name it is made from its file.
+  // For people; of a name, and of a GPU's memory, it is made from what that is.
   std::string owner;
   // The connection whose end is the region's; 0: none.
   int64_t connection = 0;
@@ -90,10 +90,10 @@ class RegionRegistry {
   // Maps a file and gives it a handle. INVALID_ARGUMENT for sizes and leases out of range, and
   // descriptors that CheckDescriptor refuses; RESOURCE_EXHAUSTED beyond the limits.
   absl::StatusOr<RegisteredRegion> AddDescriptor(FileDescriptor file, const NewRegion& wanted);
-  // Likewise of memory that is not a file's, and lives by a lease. `memory` has the size that is
-  // wanted, and is not held where this fails.
-  absl::StatusOr<RegisteredRegion> AddMemory(std::unique_ptr<RegionMemory> memory,
-                                             const NewRegion& wanted);
+  // Likewise of memory that is not a file's, and lives by a lease. `open` is called once what is
+  // wanted is within its limits, and gives memory of that size; also what it returns.
+  using OpenMemory = absl::FunctionRef<absl::StatusOr<std::unique_ptr<RegionMemory>>()>;
+  absl::StatusOr<RegisteredRegion> AddMemory(OpenMemory open, const NewRegion& wanted);
   // Likewise of a name, which is gone afterwards; also what OpenNamed and RemoveName return.
   absl::StatusOr<RegisteredRegion> AddName(const std::string& name, const NewRegion& wanted);
 

@@ -2,6 +2,7 @@
 #include "tests/testing/process.h"
 
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -11,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/testing/call.h"
@@ -42,6 +44,33 @@ grpc::StatusCode RunOnce(const std::string& address, const Messages& messages, b
     call.HalfClose();
   }
   return call.Finish().status.error_code();
+}
+
+// --check-config finds whatever the start would.
+TEST_F(ProcessTest, CheckConfigComparesOptionsToo) {
+  const auto check = [](const std::vector<std::string>& flags) {
+    std::vector<std::string> command = {STRUCTKV_SERVER, "--check-config"};
+    command.insert(command.end(), flags.begin(), flags.end());
+    Process server(command);
+    const int code = server.Wait().value_or(-1);
+    return std::pair(code, server.output() + server.error());
+  };
+  EXPECT_EQ(check({"--hold-lease", "10s", "--max-hold-lease", "10s"}).first, 0);
+  const auto [code, text] = check({"--hold-lease", "20s", "--max-hold-lease", "10s"});
+  EXPECT_EQ(code, 1);
+  EXPECT_EQ(text, "structkv-server: hold-lease is 20s; 1ms to max-hold-lease (10s) are allowed\n");
+  EXPECT_EQ(check({"--region-lease", "20s", "--region-lease-limit", "10s"}).first, 1);
+}
+
+// Each named region takes a descriptor: the soft limit of a shell is raised to the hard one.
+TEST_F(ProcessTest, RaisesTheLimitOfDescriptors) {
+  Process server({"/bin/sh", "-c",
+                  absl::StrCat("ulimit -Sn 64; exec ", STRUCTKV_SERVER, " --listen ", Address())});
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.error();
+  rlimit files = {};
+  ASSERT_EQ(prlimit(server.pid(), RLIMIT_NOFILE, nullptr, &files), 0);
+  EXPECT_EQ(files.rlim_cur, files.rlim_max);
+  EXPECT_GT(files.rlim_cur, 64U);
 }
 
 // Every way for a stream of 6 MB to end, again and again: the process has neither more memory nor

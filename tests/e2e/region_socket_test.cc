@@ -82,7 +82,8 @@ TEST_F(RegionSocketTest, DescriptorsThatAreRefused) {
     ExpectRefused(Wanted(), 0, 1, invalid, "can be sealed");
     ExpectRefused(Wanted(kBytes + 1), sealed->fd(), 1, invalid, "the file has 65536 bytes");
     ExpectRefused(Wanted(0), sealed->fd(), 1, invalid, "size_bytes is 0");
-    ExpectRefused(Wanted(UINT64_MAX), sealed->fd(), 1, invalid, "size_bytes is -1");
+    ExpectRefused(Wanted(UINT64_MAX), sealed->fd(), 1, invalid,
+                  "size_bytes is 18446744073709551615");
     v1::RegisterDescriptorRequest request = Wanted();
     request.set_lease_millis(1);
     ExpectRefused(request, sealed->fd(), 1, invalid, "lease_millis is 1; 100 to 600000");

@@ -1,5 +1,6 @@
 // CUDA IPC between two processes on a real GPU: opened once, waited for, computed on in place, and
 // freed by the exporter once it is closed.
+#include <chrono>
 #include <memory>
 #include <string>
 #include <utility>
@@ -42,7 +43,7 @@ TEST(DeviceIpcTest, AnotherProcessExports) {
   ASSERT_TRUE(one.ok() && two.ok()) << one.status() << two.status();
   EXPECT_EQ((*one)->data(), (*two)->data());
   exporter.RunStream();
-  ASSERT_TRUE((*one)->Await().ok());
+  ASSERT_TRUE((*one)->Await(std::chrono::steady_clock::now() + std::chrono::seconds(5)).ok());
   EXPECT_EQ(FirstByte(**backend, **one), 7);
 
   ExportedMemory more = exporter.memory();
@@ -81,7 +82,7 @@ TEST(DeviceIpcTest, OfThisProcess) {
       .event_address = reinterpret_cast<uint64_t>(event.get())};
   const auto memory = (*backend)->Import(own);
   ASSERT_TRUE(memory.ok()) << memory.status();
-  ASSERT_TRUE((*memory)->Await().ok());
+  ASSERT_TRUE((*memory)->Await(std::chrono::steady_clock::now() + std::chrono::seconds(5)).ok());
   EXPECT_EQ(FirstByte(**backend, **memory), 7);
 }
 

@@ -4,12 +4,12 @@
 #include <chrono>
 #include <mutex>
 
-#include "service/session/clock.h"
+#include "service/clock.h"
 
 namespace structkv::testkit {
 
 // Thread-safe.
-class FakeClock final : public session::Clock {
+class FakeClock final : public Clock {
  public:
   Time Now() const override {
     const std::lock_guard lock(mutex_);

@@ -11,6 +11,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "service/transport/shared_memory.h"
+#include "tests/testing/fake_clock.h"
 #include "tests/transport/region_makers.h"
 
 namespace structkv::transport {
@@ -34,7 +35,9 @@ class OwnMemory final : public ImportedMemory {
 
   std::byte* data() const override { return bytes_.data(); }
   int gpu() const override { return gpu_; }
-  absl::Status Await() const override { return ready_; }
+  absl::Status Await(std::chrono::steady_clock::time_point /*end*/) const override {
+    return ready_;
+  }
 
  private:
   const int gpu_;
@@ -44,16 +47,36 @@ class OwnMemory final : public ImportedMemory {
   mutable std::vector<std::byte> bytes_;
 };
 
+// Notes until when it may be waited for.
+class NotedMemory final : public ImportedMemory {
+ public:
+  explicit NotedMemory(std::vector<std::chrono::steady_clock::time_point>* ends) : ends_(*ends) {}
+
+  std::byte* data() const override { return bytes_.data(); }
+  int gpu() const override { return 0; }
+  absl::Status Await(std::chrono::steady_clock::time_point end) const override {
+    ends_.push_back(end);
+    return absl::OkStatus();
+  }
+
+ private:
+  std::vector<std::chrono::steady_clock::time_point>& ends_;
+  mutable std::vector<std::byte> bytes_ = std::vector<std::byte>(kBytes);
+};
+
 class CudaIpcTest : public ::testing::Test {
  protected:
   CudaIpcTest() { request_.tenant = "name:a"; }
 
   absl::StatusOr<RegisteredRegion> Add(const NewRegion& wanted, int gpu = 0,
                                        absl::Status ready = absl::OkStatus()) {
-    return registry_.AddMemory(
-        GpuRegion(std::make_unique<OwnMemory>(gpu, &open_, &gate_, std::move(ready)), kBytes,
-                  wanted.writable),
-        wanted);
+    const auto open = [&] {
+      ++opens_;
+      return absl::StatusOr<std::unique_ptr<RegionMemory>>(
+          GpuRegion(std::make_unique<OwnMemory>(gpu, &open_, &gate_, std::move(ready)), kBytes,
+                    wanted.writable));
+    };
+    return registry_.AddMemory(open, wanted);
   }
   std::string Added(int gpu = 0, absl::Status ready = absl::OkStatus()) {
     return Add(kWanted, gpu, std::move(ready))->handle;
@@ -62,10 +85,11 @@ class CudaIpcTest : public ::testing::Test {
 
   const NewRegion kWanted = {
       .size_bytes = kBytes, .writable = true, .lease = absl::Seconds(20), .tenant = "name:a"};
-  std::chrono::steady_clock::time_point now_;
+  const std::shared_ptr<testkit::FakeClock> clock_ = std::make_shared<testkit::FakeClock>();
   int open_ = 0;
+  int opens_ = 0;  // so far
   std::mutex gate_;
-  RegionRegistry registry_{{.max_bytes = 4 * kBytes, .now = [this] { return now_; }}};
+  RegionRegistry registry_{{.max_bytes = 4 * kBytes, .clock = clock_}};
   TransportRequest request_;
   PromptSizes sizes_{.layers = 3, .key_bytes = 1000, .value_bytes = 500};
 };
@@ -121,14 +145,37 @@ TEST_F(CudaIpcTest, AnEventThatIsNotReachedNamesItsRegion) {
   ASSERT_TRUE(granted.ok()) << granted.status();
   const absl::Status status = (*granted)->Await();
   EXPECT_TRUE(absl::IsDeadlineExceeded(status));
-  EXPECT_EQ(status.message(), "open.regions[1]: not reached");
+  EXPECT_EQ(status.message(), "open.regions[1]: not reached; a layer waits 5 s for its regions");
+}
+
+// A layer does not wait as long again for each of its regions.
+TEST_F(CudaIpcTest, AllRegionsTogetherAreWaitedForOnce) {
+  std::vector<std::chrono::steady_clock::time_point> ends;
+  for (int i = 0; i < 3; ++i) {
+    const auto open = [&] {
+      return absl::StatusOr<std::unique_ptr<RegionMemory>>(
+          GpuRegion(std::make_unique<NotedMemory>(&ends), kBytes, true));
+    };
+    request_.regions.push_back(registry_.AddMemory(open, kWanted)->handle);
+  }
+  const auto granted = GrantCudaIpc(registry_, request_, sizes_);
+  ASSERT_TRUE(granted.ok()) << granted.status();
+  EXPECT_TRUE((*granted)->Await().ok());
+  ASSERT_EQ(ends.size(), 3U);
+  EXPECT_EQ(ends[0], ends[2]);
+  EXPECT_LE(ends[0], std::chrono::steady_clock::now() + std::chrono::seconds(5));
 }
 
 TEST_F(CudaIpcTest, WhatIsRefusedIsClosed) {
   NewRegion bad = kWanted;
   bad.lease = absl::Milliseconds(1);
   EXPECT_TRUE(absl::IsInvalidArgument(Add(bad).status()));
-  EXPECT_EQ(open_, 0);
+  bad = kWanted;
+  bad.size_bytes = UINT64_MAX;
+  const absl::Status size = Add(bad).status();
+  EXPECT_TRUE(absl::IsInvalidArgument(size));
+  EXPECT_THAT(std::string(size.message()), HasSubstr("size_bytes is 18446744073709551615; 1 to"));
+  EXPECT_EQ(opens_, 0) << "it is not even opened";
   for (int i = 0; i < 4; ++i) EXPECT_TRUE(Add(kWanted).ok());
   EXPECT_TRUE(absl::IsResourceExhausted(Add(kWanted).status()));
   EXPECT_EQ(open_, 4);
@@ -171,10 +218,10 @@ TEST_F(CudaIpcTest, ItsLeaseEnds) {
   const std::string idle = Added();
   request_.regions = {used};
   auto granted = GrantCudaIpc(registry_, request_, sizes_);
-  now_ += std::chrono::seconds(19);
+  clock_->Advance(std::chrono::seconds(19));
   registry_.Expire();
   EXPECT_EQ(open_, 2);
-  now_ += std::chrono::seconds(1);
+  clock_->Advance(std::chrono::seconds(1));
   registry_.Expire();
   EXPECT_EQ(open_, 1) << "what nobody uses is closed at once";
   EXPECT_TRUE(registry_.Get(used, "name:a")->unregistering);

@@ -15,7 +15,7 @@ inline FileDescriptor Copy(const testkit::SharedFile& file) {
 }
 
 inline NewRegion Wanted(const testkit::SharedFile& file, bool writable = true) {
-  return {.size_bytes = static_cast<int64_t>(file.size()),
+  return {.size_bytes = file.size(),
           .writable = writable,
           .tenant = "name:a",
           .owner = "a test",

@@ -11,6 +11,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "tests/testing/fake_clock.h"
 #include "tests/testing/process.h"
 #include "tests/transport/region_makers.h"
 
@@ -31,7 +32,7 @@ class RegionRegistryTest : public ::testing::Test {
   }
 
   void Make(RegionOptions options) {
-    options.now = [this] { return now_; };
+    options.clock = clock_;
     registry_ = std::make_unique<RegionRegistry>(std::move(options));
   }
 
@@ -49,7 +50,7 @@ class RegionRegistryTest : public ::testing::Test {
   }
 
   const int64_t files_ = testkit::OpenFiles(getpid());
-  std::chrono::steady_clock::time_point now_{std::chrono::hours(1)};
+  const std::shared_ptr<testkit::FakeClock> clock_ = std::make_shared<testkit::FakeClock>();
   std::unique_ptr<RegionRegistry> registry_;
 };
 
@@ -131,14 +132,14 @@ TEST_F(RegionRegistryTest, ALeaseEnds) {
   wanted.lease = absl::Seconds(5);
   const RegisteredRegion region = Add(*file, wanted);
   EXPECT_EQ(region.lease, absl::Seconds(5));
-  now_ += std::chrono::seconds(3);
+  clock_->Advance(std::chrono::seconds(3));
   EXPECT_EQ(registry_->Get(region.handle, "name:a")->lease_left, absl::Seconds(2));
   EXPECT_EQ(*registry_->Renew(region.handle, "name:a", absl::Seconds(4)), absl::Seconds(4));
-  now_ += std::chrono::milliseconds(3999);
+  clock_->Advance(std::chrono::milliseconds(3999));
   registry_->Expire();
   EXPECT_TRUE(registry_->Get(region.handle, "name:a").ok());
   auto use = *registry_->Use(region.handle, "name:a");
-  now_ += std::chrono::milliseconds(1);
+  clock_->Advance(std::chrono::milliseconds(1));
   registry_->Expire();
   EXPECT_TRUE(registry_->Get(region.handle, "name:a")->unregistering) << "it is in use";
   use.reset();
@@ -181,8 +182,8 @@ TEST_F(RegionRegistryTest, AConnectionTakesItsRegionsWithIt) {
 TEST_F(RegionRegistryTest, Limits) {
   Make({.max_bytes = 3 * static_cast<int64_t>(kBytes), .max_regions = 3});
   const auto file = SharedFile::Sealed(kBytes);
-  for (const int64_t size :
-       {int64_t{0}, int64_t{-1}, INT64_MIN, INT64_MAX, 3 * static_cast<int64_t>(kBytes) + 1}) {
+  for (const uint64_t size : {uint64_t{0}, UINT64_MAX, uint64_t{INT64_MAX}, uint64_t{1} << 63,
+                              3 * uint64_t{kBytes} + 1}) {
     NewRegion wanted = Wanted(*file);
     wanted.size_bytes = size;
     EXPECT_TRUE(absl::IsInvalidArgument(registry_->AddDescriptor(Copy(*file), wanted).status()));

@@ -3,7 +3,7 @@
 
 #include <chrono>
 
-namespace structkv::session {
+namespace structkv {
 
 // Thread-safe.
 class Clock {
@@ -20,4 +20,4 @@ class SteadyClock final : public Clock {
   Time Now() const override { return std::chrono::steady_clock::now(); }
 };
 
-}  // namespace structkv::session
+}  // namespace structkv
