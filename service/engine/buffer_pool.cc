@@ -91,6 +91,13 @@ struct Buffer::Core {
     Unmap(dropped);
   }
 
+  // The end of a run that is in use.
+  void Cut(Run end) {
+    munmap(end.data, end.size);
+    const std::lock_guard lock(mutex);
+    in_use_bytes -= end.size;
+  }
+
   void ChangeAllowance(size_t add, size_t remove) {
     Runs dropped;
     {
@@ -163,6 +170,13 @@ void Buffer::Reset() {
   data_ = nullptr;
   size_ = 0;
   capacity_ = 0;
+}
+
+void Buffer::Trim() {
+  const size_t kept = RoundUpToPages(size_);
+  if (core_ == nullptr || kept == 0 || kept >= capacity_) return;
+  core_->Cut({data_ + kept, capacity_ - kept});
+  capacity_ = kept;
 }
 
 BufferAllowance& BufferAllowance::operator=(BufferAllowance&& other) noexcept {

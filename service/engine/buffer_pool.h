@@ -45,6 +45,9 @@ class Buffer {
   absl::Span<std::byte> span() const { return {data_, size_}; }
   // Keeps the first bytes alone, `size` of size() at most; the memory is held as before.
   void Truncate(size_t size) { size_ = size; }
+  // Gives back to the system what the buffer holds behind its size(): the pool may have given it up
+  // to an eighth more. For what is kept for long, and counted.
+  void Trim();
   void Reset();
 
  private:

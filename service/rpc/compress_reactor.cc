@@ -376,7 +376,7 @@ void CompressReactor::SendSummary(Slot& slot, const session::SessionSummary& sum
     slot.held = summary.held->handle;
   }
   SendTerminal(response);
-  if (summary.held.has_value() && IsGone() && !is_batch()) ReleaseHeld();
+  if (summary.held.has_value() && IsGone()) ReleaseHeld();
 }
 
 void CompressReactor::SendTerminal(const v1::CompressResponse& response) {
@@ -394,7 +394,7 @@ void CompressReactor::SendTerminal(const v1::CompressResponse& response) {
   }
   if (!last) {
     std::vector<OutgoingMessage> messages;
-    messages.push_back({.bytes = bytes, .prompt = prompt});
+    messages.push_back({.bytes = bytes, .prompt = prompt, .ends_prompt = true});
     Send(std::move(messages));
     absl::MutexLock lock(&session_mutex_);
     --sending_;
@@ -466,7 +466,12 @@ void CompressReactor::OnEndOfInput(bool cancelled) {
   SendLastIfDue();
 }
 
-void CompressReactor::OnSent(uint32_t prompt, int64_t tensor_bytes) {
+void CompressReactor::OnSent(uint32_t prompt, int64_t tensor_bytes, bool ends_prompt) {
+  if (ends_prompt) {
+    absl::MutexLock lock(&session_mutex_);
+    slots_[prompt]->told = true;
+  }
+  if (tensor_bytes == 0) return;
   if (auto running = session(*slots_[prompt])) running->OutputSent(tensor_bytes);
 }
 
@@ -549,7 +554,7 @@ void CompressReactor::ReleaseHeld() {
   {
     absl::MutexLock lock(&session_mutex_);
     for (const auto& slot : slots_) {
-      if (!slot->held.empty()) held.emplace_back(slot->tenant, slot->held);
+      if (!slot->held.empty() && !slot->told) held.emplace_back(slot->tenant, slot->held);
     }
   }
   for (const auto& [tenant, handle] : held) {
@@ -559,9 +564,9 @@ void CompressReactor::ReleaseHeld() {
 }
 
 void CompressReactor::OnGone() {
-  // In a batch a prompt's summary counts whatever becomes of the others. A summary that comes later
-  // finds that the stream is gone.
-  if (!is_batch() && (context()->IsCancelled() || !end_status().ok())) {
+  // In a batch a prompt's summary counts once it has left, whatever becomes of the others. One that
+  // comes later finds that the stream is gone.
+  if (context()->IsCancelled() || !end_status().ok()) {
     {
       absl::MutexLock lock(&session_mutex_);
       gone_ = true;

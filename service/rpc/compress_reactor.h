@@ -88,11 +88,12 @@ class CompressReactor final : public StreamIo, public Stream {
     std::shared_ptr<session::Session> session;  // under session_mutex_
     absl::Status status;                        // of `failed`; under session_mutex_
     std::string held;                           // handle; under session_mutex_
+    bool told = false;                          // of the handle, in a batch; under session_mutex_
   };
 
   void OnMessage(const grpc::ByteBuffer& message) override;
   void OnEndOfInput(bool cancelled) override;
-  void OnSent(uint32_t prompt, int64_t tensor_bytes) override;
+  void OnSent(uint32_t prompt, int64_t tensor_bytes, bool ends_prompt) override;
   void OnBroken() override;
   void OnGone() override;
 
@@ -115,7 +116,7 @@ class CompressReactor final : public StreamIo, public Stream {
   void SendTerminal(const v1::CompressResponse& response);
   void SendLastIfDue();
   void Queue(Slot& slot, std::vector<OutgoingMessage> messages);
-  // Nobody was told what is held: drops it.
+  // Drops what is held and nobody was told of.
   void ReleaseHeld();
   bool IsGone() const;
   // One line of the log; null where there was no prompt.
@@ -138,7 +139,7 @@ class CompressReactor final : public StreamIo, public Stream {
 
   mutable absl::Mutex session_mutex_;
   bool ended_ ABSL_GUARDED_BY(session_mutex_) = false;
-  bool gone_ ABSL_GUARDED_BY(session_mutex_) = false;  // without its summary, for good
+  bool gone_ ABSL_GUARDED_BY(session_mutex_) = false;  // broken, for good
   bool half_closed_ ABSL_GUARDED_BY(session_mutex_) = false;
   size_t unfinished_ ABSL_GUARDED_BY(session_mutex_) = 0;  // prompts without a last message
   int sending_ ABSL_GUARDED_BY(session_mutex_) = 0;        // threads that send one

@@ -17,6 +17,7 @@ namespace {
 
 // One message is being written while the transport may still hold the one before.
 constexpr int64_t kMessagesOnTheirWay = 2;
+constexpr int64_t kPageBytes = 4096;
 
 absl::StatusOr<int64_t> MaxMessageBytes(const v1::FetchCacheRequest& request, int64_t most) {
   const int64_t longest = request.max_response_message_bytes();
@@ -79,7 +80,8 @@ absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
     if (!granted.ok()) return granted.status();
     options.granted = *std::move(granted);
     if (slice->strided() && !options.granted.transport->in_place()) {
-      if (absl::Status reserved = ReserveCopies(*longest); !reserved.ok()) return reserved;
+      absl::Status reserved = ReserveCopies(*longest, slice->result_sizes());
+      if (!reserved.ok()) return reserved;
     }
   }
   builder_.emplace(*std::move(slice), options, &shared_->sessions->buffers(),
@@ -105,8 +107,11 @@ absl::StatusOr<transport::Granted> FetchReactor::Negotiate(const v1::FetchCacheR
   return transport::Negotiate(*wanted, slice.result_sizes(), offers);
 }
 
-absl::Status FetchReactor::ReserveCopies(int64_t max_message_bytes) {
-  const int64_t bytes = kMessagesOnTheirWay * max_message_bytes;
+absl::Status FetchReactor::ReserveCopies(int64_t max_message_bytes,
+                                         const transport::ResultSizes& sizes) {
+  // A message has keys and values of one layer, each in whole pages.
+  const int64_t message = std::min(max_message_bytes, sizes.key_bytes + sizes.value_bytes);
+  const int64_t bytes = kMessagesOnTheirWay * (message + 2 * kPageBytes);
   absl::StatusOr<session::Reservation> reservation = shared_->sessions->Reserve(bytes);
   if (!reservation.ok()) {
     context()->AddTrailingMetadata(

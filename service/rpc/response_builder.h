@@ -19,6 +19,8 @@ struct OutgoingMessage {
   int64_t elsewhere_bytes = 0;
   // Of a batch.
   uint32_t prompt = 0;
+  // Whether it is the prompt's last one.
+  bool ends_prompt = false;
 };
 
 // `max_message_bytes`: kMinMessageBytes or more; no message is longer. What fits goes into one

@@ -164,10 +164,9 @@ void StreamIo::OnWriteDone(bool ok) {
     return;
   }
   Advance();
-  if (sent.tensor_bytes > 0) {
-    const int64_t tensor_bytes = sent.tensor_bytes;
+  if (sent.tensor_bytes > 0 || sent.ends_prompt) {
     sent.bytes.Clear();
-    OnSent(sent.prompt, tensor_bytes);
+    OnSent(sent.prompt, sent.tensor_bytes, sent.ends_prompt);
   }
 }
 

@@ -40,8 +40,9 @@ class StreamIo : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuff
   virtual void OnMessage(const grpc::ByteBuffer& message) = 0;
   // The caller half-closed, or the stream broke; `cancelled` where gRPC says so already.
   virtual void OnEndOfInput(bool cancelled) = 0;
-  // A message of that many tensor bytes, of that prompt of a batch, has left.
-  virtual void OnSent(uint32_t prompt, int64_t tensor_bytes) = 0;
+  // A message of that prompt of a batch has left that has tensor bytes, so many, or was its last
+  // one.
+  virtual void OnSent(uint32_t prompt, int64_t tensor_bytes, bool ends_prompt) = 0;
   // The stream broke or was cancelled. Perhaps more than once, perhaps after the end.
   virtual void OnBroken() = 0;
   // The last reaction.

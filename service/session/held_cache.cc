@@ -26,6 +26,10 @@ engine::LayerOutput HoldRows(engine::LayerOutput output, HeldCache* cache) {
   rest.positions = output.positions;
   rest.saliency = std::move(output.saliency);
   cache->size_bytes += OutputBytes(output);
+  for (engine::Buffer* buffer :
+       {&output.keys, &output.values, &output.key_scales, &output.value_scales}) {
+    buffer->Trim();
+  }
   const auto layer = static_cast<size_t>(output.layer);
   cache->layers[layer] = std::move(output);
   return rest;

@@ -275,24 +275,45 @@ TEST_F(HeldFailureTest, ABudgetThatIsTakenOrTooSmall) {
   EXPECT_TRUE(Release(channel(), again).ok());
 }
 
+// Of a few heads of a short cache that is not much.
 TEST_F(HeldFailureTest, AFetchOfSomeHeadsNeedsRoomForItsCopies) {
-  ServerOptions options = HoldOptions();
-  options.sessions.memory_budget_bytes = 7 << 20;
-  StartAlone(options);
+  StartAlone(HoldOptions());
   v1::Open open = WideOpen();
   open.set_layout(v1::LAYOUT_TOKEN_HEAD_DIM);
-  const PromptData data(open, 1);
-  const std::string handle = Hold(data).summary->held().handle();
-  EXPECT_TRUE(Eventually([&] { return server().sessions().budget().reserved_bytes() == 0; }));
+  open.mutable_method()->mutable_full();
+  const std::string handle = Hold(PromptData(open, 1)).summary->held().handle();
+  session::SessionManager& sessions = server().sessions();
+  EXPECT_TRUE(Eventually([&] { return sessions.budget().reserved_bytes() == 0; }));
+  constexpr int64_t kCopies = 2 * (2 * 200 * 32 * 2 + 2 * 4096);  // keys and values of a head
   v1::FetchCacheRequest request = FetchRequest(handle);
   request.set_kv_head_count(1);
-  const Fetched refused = Fetch(channel(), request);
-  ExpectFetchFailure(refused, grpc::StatusCode::RESOURCE_EXHAUSTED, {"8388608", "7340032"});
-  EXPECT_EQ(refused.trailers.at("grpc-retry-pushback-ms"), "-1");
-  request.set_max_response_message_bytes(1 << 20);
+  {
+    const auto taken = sessions.Reserve(sessions.budget().limit_bytes() - kCopies + 1);
+    ASSERT_TRUE(taken.ok()) << taken.status();
+    const Fetched refused = Fetch(channel(), request);
+    ExpectFetchFailure(refused, grpc::StatusCode::RESOURCE_EXHAUSTED, {std::to_string(kCopies)});
+    EXPECT_EQ(refused.trailers.at("grpc-retry-pushback-ms"), "1000");
+    EXPECT_TRUE(Fetch(channel(), FetchRequest(handle)).status.ok()) << "all heads lie together";
+  }
+  const auto taken = sessions.Reserve(sessions.budget().limit_bytes() - kCopies);
+  ASSERT_TRUE(taken.ok()) << taken.status();
   EXPECT_TRUE(Fetch(channel(), request).status.ok());
-  EXPECT_TRUE(Fetch(channel(), FetchRequest(handle)).status.ok()) << "all heads lie together";
   EXPECT_TRUE(Release(channel(), handle).ok());
+}
+
+// Buffers come in sizes; what is held is what was reserved, to the page.
+TEST_F(HeldFailureTest, HoldsNoMoreThanItReserved) {
+  StartAlone(HoldOptions());
+  v1::Open open = WideOpen(4000);
+  open.mutable_method()->mutable_full();
+  std::vector<std::string> handles;
+  for (uint32_t tokens : {4000U, 3900U, 3800U}) {  // into buffers of the one before
+    open.set_prompt_tokens(tokens);
+    handles.push_back(Hold(PromptData(open, 1)).summary->held().handle());
+    EXPECT_TRUE(Eventually([&] { return server().active_streams() == 0; }));
+    EXPECT_LE(buffer_bytes(), static_cast<size_t>(held_bytes())) << tokens;
+    EXPECT_TRUE(Release(channel(), handles.back()).ok());
+  }
 }
 
 TEST_F(HeldFailureTest, SessionsThatFailLeaveNothing) {
@@ -370,6 +391,38 @@ TEST_F(HeldFailureTest, WhatNobodyWasToldOfIsDropped) {
   EXPECT_TRUE(Eventually([&] { return server().sessions().held_caches().count() == 1; }));
   call.Cancel();
   ExpectFailure(call.Finish(), grpc::StatusCode::CANCELLED, {});
+  EXPECT_TRUE(Eventually([&] { return held_bytes() == 0; }));
+}
+
+// In a batch a summary counts once it has left; a caller that was not told has nothing to release.
+TEST_F(HeldFailureTest, OfABatchThatBreaksWhatWasToldStays) {
+  Start(HoldOptions());
+  v1::Open open = Held(WideOpen());
+  open.set_batch_prompt_count(2);
+  const PromptData data(open, 4);
+  const auto of_prompt = [](v1::CompressRequest message, uint32_t prompt) {
+    message.set_prompt(prompt);
+    return message;
+  };
+  std::string told;
+  {
+    Call call(channel());
+    for (const v1::CompressRequest& message : AllMessages(data)) call.Send(of_prompt(message, 0));
+    ASSERT_TRUE(call.WaitForResponses(7));  // opened, layers, the pivot, its summary
+    EXPECT_EQ(server().sessions().held_caches().count(), 1);
+    std::vector<v1::CompressRequest> messages = AllMessages(data);
+    for (const v1::CompressRequest& message : messages) call.Send(of_prompt(message, 1));
+    // The last summary waits for the half-close.
+    EXPECT_TRUE(Eventually([&] { return server().sessions().held_caches().count() == 2; }));
+    call.Cancel();
+    const Outcome outcome = call.Finish();
+    for (const v1::CompressResponse& response : outcome.responses) {
+      if (response.has_summary()) told = response.summary().held().handle();
+    }
+  }
+  EXPECT_TRUE(Eventually([&] { return server().sessions().held_caches().count() == 1; }));
+  EXPECT_TRUE(Fetch(channel(), FetchRequest(told)).status.ok());
+  EXPECT_TRUE(Release(channel(), told).ok());
   EXPECT_TRUE(Eventually([&] { return held_bytes() == 0; }));
 }
 

@@ -46,6 +46,27 @@ TEST(BufferPoolTest, NothingIsAnEmptyBuffer) {
   EXPECT_EQ(pool.in_use_bytes(), 0U);
 }
 
+TEST(BufferPoolTest, TrimmedBuffersHoldTheirPagesAlone) {
+  BufferPool pool(4 * kMiB);
+  pool.Acquire(kMiB).Reset();
+  Buffer buffer = pool.Acquire(kMiB - 100 * 1024 + 1);
+  EXPECT_EQ(pool.in_use_bytes(), kMiB) << "the one that was there";
+  std::memset(buffer.data(), 0x5A, buffer.size());
+  buffer.Trim();
+  const size_t pages = (buffer.size() + PageBytes() - 1) / PageBytes() * PageBytes();
+  EXPECT_EQ(pool.in_use_bytes(), pages);
+  EXPECT_EQ(buffer.data()[buffer.size() - 1], std::byte{0x5A});
+  buffer.Trim();
+  EXPECT_EQ(pool.in_use_bytes(), pages);
+  buffer.Reset();
+  EXPECT_EQ(pool.idle_bytes(), pages);
+  Buffer again = pool.Acquire(pages);
+  std::memset(again.data(), 1, pages);
+  Buffer lent = Buffer::Borrowed(again.data(), 1);
+  lent.Trim();
+  EXPECT_EQ(pool.in_use_bytes(), pages);
+}
+
 TEST(BufferPoolTest, CountsWholePagesInUseAndIdle) {
   BufferPool pool(kMiB);
   Buffer buffer = pool.Acquire(1);
