@@ -4,11 +4,19 @@
 #include <utility>
 #include <variant>
 
+#include "absl/time/clock.h"
+#include "client/cpp/staged_blocks.h"
 #include "structkv/arena.h"
 #include "structkv/sizes.h"
 
 namespace structkv::client::internal {
 namespace {
+
+// How long sending waits for room in an arena that layers of other sessions fill. Two that each
+// hold a part of it, and wait for the rest, would otherwise wait for ever.
+constexpr absl::Duration kStagingPatience = absl::Seconds(10);
+// How often it looks whether its own session has ended meanwhile.
+constexpr absl::Duration kLook = absl::Milliseconds(50);
 
 size_t BufferedBytes(const Event& event) {
   const auto* layer = std::get_if<LayerResult>(&event);
@@ -216,18 +224,34 @@ absl::StatusOr<Bytes> SessionCore::AllocateStaging(size_t size, bool wait) {
   if (place_.staging == nullptr) {
     return absl::InvalidArgumentError("there is no StreamOptions.staging to copy it to");
   }
+  const Arena* const arena = place_.staging.get();
+  StagedBlocks& staged = StagedBlocks::All();
+  absl::Time patience = absl::InfiniteFuture();  // with the others
   while (true) {
     size_t answered = 0;
     {
       absl::MutexLock lock(&mutex_);
       answered = answered_.size();
     }
+    const int64_t returned = staged.returned(arena);
     absl::StatusOr<Bytes> block = place_.staging->Allocate(size);
-    if (block.ok() || !wait || !absl::IsResourceExhausted(block.status())) return block;
+    if (block.ok()) return staged.Note(*std::move(block), arena, this);
+    if (!wait || !absl::IsResourceExhausted(block.status())) return block;
+    {
+      absl::MutexLock lock(&mutex_);
+      if (answered != answered_.size() || RoomIsDue()) {
+        while (!status_.has_value() && answered == answered_.size()) changed_.Wait(&mutex_);
+        if (status_.has_value()) return EndedStatus();
+        continue;
+      }
+    }
+    // No answer of this session makes room; those of others may.
+    const absl::Time now = absl::Now();
+    patience = std::min(patience, now + kStagingPatience);
+    if (staged.WaitForOthers(arena, this, returned, std::min(patience, now + kLook))) continue;
     absl::MutexLock lock(&mutex_);
-    if (answered == answered_.size() && !RoomIsDue()) return block;
-    while (!status_.has_value() && answered == answered_.size()) changed_.Wait(&mutex_);
     if (status_.has_value()) return EndedStatus();
+    if (absl::Now() >= patience || !staged.OthersHave(arena, this)) return block;
   }
 }
 

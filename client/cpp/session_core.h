@@ -74,7 +74,8 @@ class SessionCore final {
   absl::StatusOr<Bytes> CopyToHost(absl::Span<const std::byte> data) const;
   // Keeps `owner` until the layer was answered. Before the layer is sent.
   void HoldUntilAnswered(uint32_t layer, std::shared_ptr<const void> owner);
-  // A block of the staging arena. Where that is full, and `wait`, waits for answers that make room.
+  // A block of the staging arena. Where that is full, and `wait`, waits for answers that make room,
+  // and 10 seconds for those of other sessions.
   //   INVALID_ARGUMENT    there is no staging arena
   //   RESOURCE_EXHAUSTED  no answer that is due makes room
   //   and what the session ended with

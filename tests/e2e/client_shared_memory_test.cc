@@ -6,9 +6,11 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
+#include "absl/time/clock.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "structkv/arena.h"
@@ -151,6 +153,43 @@ TEST_F(ClientSharedMemoryTest, OfTensorsElsewhereByStaging) {
   EXPECT_EQ(staged->opened.transport(), v1::TRANSPORT_SHARED_MEMORY);
   EXPECT_TRUE(Text(*staged) == Text(*whole));
   EXPECT_EQ(options.staging->free_bytes(), 2 << 20);
+}
+
+// Two prompts share a staging arena that has room for one's layer at a time.
+TEST_F(ClientSharedMemoryTest, StagingThatAnotherPromptFillsIsWaitedFor) {
+  Start();
+  const PromptData data(SmallOpen(3000), 43);
+  client::SessionOptions options;
+  const auto arena = NewArena(4 << 20);
+  const size_t layer_bytes =
+      data.tensor(0, v1::TENSOR_KEYS).size() + data.tensor(0, v1::TENSOR_VALUES).size();
+  options.staging = NewArena((layer_bytes + 4095) / 4096 * 4096);
+  options.regions = {arena->region()};
+  auto first = client_->OpenPrompt(data.open(), options);
+  auto second = client_->OpenPrompt(data.open(), options);
+  ASSERT_TRUE(first.ok() && second.ok()) << first.status() << second.status();
+  client::LayerTensors keys = TensorsOf(data, 0);
+  keys.values = {};
+  ASSERT_TRUE((*first)->SendLayer(0, keys).ok());
+  absl::Status sent = absl::UnknownError("");
+  std::thread sender([&] { sent = (*second)->SendLayer(0, TensorsOf(data, 0)); });
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  // The rest of the first one's layer lies in a region; its answer lets go of the keys.
+  client::LayerTensors values;
+  const absl::Span<const std::byte> from = AsBytes(data.tensor(0, v1::TENSOR_VALUES));
+  const client::Bytes block = *arena->Allocate(from.size());
+  std::copy(from.begin(), from.end(), block.data());
+  values.values = block.span();
+  EXPECT_TRUE((*first)->SendLayer(0, values).ok());
+  EXPECT_TRUE((*first)->NextEvent().ok());
+  sender.join();
+  EXPECT_TRUE(sent.ok()) << sent;
+  EXPECT_TRUE((*second)->NextEvent().ok());
+  // Nobody else has any of it: a layer that never fits is an error at once.
+  const client::Bytes rest = *options.staging->Allocate(options.staging->free_bytes() - 64);
+  const absl::Time start = absl::Now();
+  EXPECT_TRUE(absl::IsResourceExhausted((*first)->SendLayer(1, TensorsOf(data, 1))));
+  EXPECT_LT(absl::Now() - start, absl::Seconds(5));
 }
 
 TEST_F(ClientSharedMemoryTest, PullsRowsThroughStaging) {
