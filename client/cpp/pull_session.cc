@@ -88,9 +88,7 @@ void SessionCore::AnswerPull(const RowPull& pull) {
   for (const auto& [tensor, data] :
        {std::pair(v1::TENSOR_KEYS, rows->keys), std::pair(v1::TENSOR_VALUES, rows->values)}) {
     const bool asked = tensor == v1::TENSOR_VALUES || pull.keys;
-    const uint64_t needed =
-        asked ? AnswerTensorBytes(open_, opened_, tensor, open_.prompt_tokens(), pull.kept_tokens)
-              : 0;
+    const uint64_t needed = asked ? RowsBytes(open_, tensor, pull.kept_tokens) : 0;
     if (data.size() != needed) {
       return Fail(absl::InvalidArgumentError(absl::StrCat(
           "PromptOptions.rows gave ", data.size(), " bytes of ", v1::Tensor_Name(tensor),

@@ -20,7 +20,7 @@ uint64_t RowBytes(const v1::Open& open, v1::Tensor tensor) {
 
 absl::Status CheckSize(const v1::Open& open, uint32_t layer, v1::Tensor tensor, size_t size,
                        size_t tokens) {
-  const uint64_t needed = RowBytes(open, tensor) * KvHeads(open) * tokens;
+  const uint64_t needed = RowsBytes(open, tensor, tokens);
   if (size == needed) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat("layer ", layer, ": ", v1::Tensor_Name(tensor),
                                                  " has ", size, " bytes; the server may ask for ",
@@ -72,6 +72,10 @@ void Gather(const v1::Open& open, const std::byte* from, size_t row, size_t toke
 }
 
 }  // namespace
+
+uint64_t RowsBytes(const v1::Open& open, v1::Tensor tensor, uint64_t rows) {
+  return RowBytes(open, tensor) * KvHeads(open) * rows;
+}
 
 absl::Status CheckPullable(const v1::Open& open, uint32_t layer, const LayerTensors& tensors,
                            size_t tokens) {

@@ -25,6 +25,9 @@ absl::StatusOr<PulledRows> GatherPulledRows(const v1::Open& open, const LayerTen
                                             absl::Span<const int32_t> positions,
                                             const RowPull& pull, RowAllocator allocate);
 
+// Bytes of `rows` tokens of every KV head that the stream carries, whatever becomes of the answer.
+uint64_t RowsBytes(const v1::Open& open, v1::Tensor tensor, uint64_t rows);
+
 // INVALID_ARGUMENT where `tensors`, of `tokens` tokens, do not have what `open.pull` may ask for.
 absl::Status CheckPullable(const v1::Open& open, uint32_t layer, const LayerTensors& tensors,
                            size_t tokens);

@@ -85,6 +85,39 @@ TEST_P(ClientHeldWaysTest, FetchesIntoAnArenaByItself) {
 
 INSTANTIATE_TEST_SUITE_P(, ClientHeldWaysTest, HeldGrid(), HeldName);
 
+// The library answers pulls of prompts that are held, in messages and from staging.
+TEST_F(ClientHeldRegionTest, PulledRowsAreHeld) {
+  StartHere();
+  const PromptData data(WideOpen(), 9);
+  const std::string plain = HandleOf(data);
+  const auto expected = client_->FetchCache(plain);
+  ASSERT_TRUE(expected.ok()) << expected.status();
+  v1::Open open = Held(data.open());
+  open.set_pull(v1::PULL_VALUES);
+  for (const bool shared : {false, true}) {
+    client::SessionOptions options;
+    if (shared) {
+      options.transport = client::TransportChoice::kSharedMemory;
+      options.staging =
+          std::make_shared<client::Arena>(*client::Region::Create({.size_bytes = 4 << 20}));
+    }
+    const auto held = client::CompressPrompt(
+        *client_, open,
+        [&](uint32_t layer) -> absl::StatusOr<client::LayerTensors> {
+          return TensorsOf(data, layer);
+        },
+        options);
+    ASSERT_TRUE(held.ok()) << held.status();
+    EXPECT_EQ(held->summary.transport(), shared ? "shared_memory" : "inline");
+    const std::string handle = held->summary.held().handle();
+    const auto fetched = client_->FetchCache(handle);
+    ASSERT_TRUE(fetched.ok()) << fetched.status();
+    EXPECT_TRUE(RowsOf(fetched->layers) == RowsOf(expected->layers));
+    EXPECT_TRUE(client_->ReleaseCache(handle).ok());
+  }
+  EXPECT_TRUE(client_->ReleaseCache(plain).ok());
+}
+
 TEST_F(ClientHeldRegionTest, ABrokenConnectionIsGoneOnWith) {
   StartHere();
   v1::Open open = WideOpen(4096);

@@ -356,6 +356,8 @@ TEST_F(CudaIpcHeldTest, AreFetchedIntoAGpu) {
   request.set_transports(0, v1::TRANSPORT_CUDA_IPC);
   ExpectFetchFailure(Fetch(channel(), request), grpc::StatusCode::INTERNAL, {"GPU 1", "cuda"});
   EXPECT_TRUE(Fetch(channel(), request, {}, file.get()).status.ok());
+  // A fetch's use ends a moment after its last message.
+  EXPECT_TRUE(Eventually([&] { return server().active_streams() == 0; }));
   EXPECT_EQ(region.Unregister(channel()), 0);
   EXPECT_TRUE(Release(channel(), handle).ok());
 }
