@@ -58,6 +58,10 @@ void AddBenchFlags(CLI::App* app, BenchFlags* flags) {
                 "of keys")
       ->excludes(plan)
       ->group(kPrompt);
+  app->add_flag("--hold", flags->hold,
+                "Leave compacted caches in the server, then fetch and release each")
+      ->excludes(plan)
+      ->group(kPrompt);
   app->add_flag("--bytes", flags->bytes,
                 "Print what each mode moves for this geometry, and measure nothing")
       ->group(kPrompt);
@@ -105,6 +109,9 @@ absl::Status CheckBenchFlags(const BenchFlags& flags) {
   }
   if (flags.connection.in_process && flags.batch > 1) {
     return absl::InvalidArgumentError("--batch needs a server: its prompts share a stream");
+  }
+  if (flags.connection.in_process && flags.hold) {
+    return absl::InvalidArgumentError("--hold needs a server: it is where caches are held");
   }
   if (flags.shards > 1 && flags.batch > 1) {
     return absl::InvalidArgumentError(absl::StrCat("--batch ", flags.batch, " and --shards ",
@@ -182,6 +189,7 @@ absl::StatusOr<v1::Open> MakeBenchOpen(const BenchFlags& flags, uint32_t tokens)
   if (!statistic.ok()) return statistic.status();
   open.set_statistic(*statistic);
   open.set_output(flags.plan || open.method().has_gemfilter() ? v1::OUTPUT_PLAN
+                  : flags.hold                                ? v1::OUTPUT_HOLD
                                                               : v1::OUTPUT_COMPACT);
   SetRotary(flags.rotary, /*metadata=*/{}, &open);
   if (flags.pull) {

@@ -38,6 +38,7 @@ struct BenchFlags {
   uint64_t seed = 1;
   bool plan = false;
   bool pull = false;
+  bool hold = false;
   bool bytes = false;
   bool checksums = false;
   bool json = false;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -29,6 +30,33 @@ uint64_t PeakResidentBytes() {
   return static_cast<uint64_t>(usage.ru_maxrss) << 10;
 }
 
+double Sum(const std::vector<double>& values) {
+  return std::accumulate(values.begin(), values.end(), 0.0);
+}
+
+double PerGigabyte(double seconds, uint64_t bytes) {
+  return bytes == 0 ? 0 : seconds * 1e9 / static_cast<double>(bytes);
+}
+
+// Of prompts that run beside one another nobody can say which of them took the time.
+bool KnowsCpu(const BenchFlags& flags) { return flags.concurrency == 1; }
+
+std::string RateText(uint64_t bytes, double seconds) {
+  return absl::StrCat(BytesText(static_cast<uint64_t>(static_cast<double>(bytes) / seconds)), "/s");
+}
+
+void PrintHoldText(const BenchFlags& flags, const BenchFigures& m) {
+  const FetchFigures& fetches = m.fetches;
+  std::printf("held        %s in of each prompt, fetched with %s of each (%s%s%s)\n",
+              RateText(m.input_bytes, Sum(m.prompt_seconds)).c_str(),
+              RateText(fetches.bytes, Sum(fetches.seconds)).c_str(), fetches.transport.c_str(),
+              fetches.transport_reason.empty() ? "" : ": ", fetches.transport_reason.c_str());
+  if (!KnowsCpu(flags)) return;
+  std::printf("CPU         %.3f s/GB to hold, %.3f s/GB to fetch, of this process\n",
+              PerGigabyte(m.hold_cpu_seconds, m.input_bytes),
+              PerGigabyte(fetches.cpu_seconds, fetches.bytes));
+}
+
 // What is in a stream, where that is not a whole prompt.
 std::string StreamsText(const BenchFlags& flags) {
   if (flags.shards > 1) return absl::StrCat("each of ", flags.shards, " ranks, ");
@@ -51,6 +79,7 @@ void PrintBenchText(const BenchFlags& flags, const std::vector<BenchPrompt>& pro
               HeadsText(g).c_str(), CountText(flags.tokens).c_str(), flags.dtype.c_str(),
               MethodKind(opened.method()).c_str(),
               flags.plan            ? ", plan"
+              : flags.hold          ? ", held"
               : flags.pull          ? ", pull"
               : opened.has_rotary() ? ", keys turned"
                                     : "");
@@ -68,6 +97,7 @@ void PrintBenchText(const BenchFlags& flags, const std::vector<BenchPrompt>& pro
   std::printf("bytes       %s in, %s out; %s reserved for a %s\n",
               BytesText(m->input_bytes).c_str(), BytesText(m->output_bytes).c_str(),
               BytesText(opened.reserved_bytes()).c_str(), flags.shards > 1 ? "rank" : "prompt");
+  if (flags.hold) PrintHoldText(flags, *m);
   const auto per_layer = [&](uint64_t micros) {
     return DurationText(absl::Microseconds(micros) /
                         static_cast<double>(std::max<size_t>(1, m->layer_seconds.size())));
@@ -76,7 +106,10 @@ void PrintBenchText(const BenchFlags& flags, const std::vector<BenchPrompt>& pro
               per_layer(m->compute_micros).c_str(), per_layer(m->queue_micros).c_str());
   Table table({"latency", "p50", "p90", "p99", "max"});
   for (const auto& [name, values] :
-       {std::pair("layer", &m->layer_seconds), std::pair("prompt", &m->prompt_seconds)}) {
+       {std::pair("layer", &m->layer_seconds), std::pair("prompt", &m->prompt_seconds),
+        std::pair("fetch", &m->fetches.seconds),
+        std::pair("release", &m->fetches.release_seconds)}) {
+    if (values->empty()) continue;
     std::vector<std::string> row = {name};
     for (double share : {0.5, 0.9, 0.99, 1.0}) {
       row.push_back(DurationText(absl::Seconds(Percentile(values, share))));
@@ -128,8 +161,24 @@ void PrintBenchJson(const BenchFlags& flags, const std::vector<BenchPrompt>& pro
   json["queue_micros"] = m->queue_micros;
   json["synthetic_bytes"] = synthetic_bytes;
   json["peak_resident_bytes"] = PeakResidentBytes();
+  json["hold"] = flags.hold;
+  if (flags.hold) {
+    const FetchFigures& fetches = m->fetches;
+    json["held_bytes_per_second"] = static_cast<double>(m->input_bytes) / Sum(m->prompt_seconds);
+    json["fetch_transport"] = fetches.transport;
+    json["fetch_transport_reason"] = fetches.transport_reason;
+    json["fetch_bytes"] = fetches.bytes;
+    json["fetch_bytes_per_second"] = static_cast<double>(fetches.bytes) / Sum(fetches.seconds);
+    if (KnowsCpu(flags)) {
+      json["hold_cpu_seconds_per_gb"] = PerGigabyte(m->hold_cpu_seconds, m->input_bytes);
+      json["fetch_cpu_seconds_per_gb"] = PerGigabyte(fetches.cpu_seconds, fetches.bytes);
+    }
+  }
   for (const auto& [name, values] : {std::pair("layer_seconds", &m->layer_seconds),
-                                     std::pair("prompt_seconds", &m->prompt_seconds)}) {
+                                     std::pair("prompt_seconds", &m->prompt_seconds),
+                                     std::pair("fetch_seconds", &m->fetches.seconds),
+                                     std::pair("release_seconds", &m->fetches.release_seconds)}) {
+    if (values->empty()) continue;
     json[name] = {{"p50", Percentile(values, 0.5)},
                   {"p90", Percentile(values, 0.9)},
                   {"p99", Percentile(values, 0.99)},

@@ -135,8 +135,10 @@ class Worker {
     while (true) {
       const uint32_t first = next->fetch_add(flags_.batch);
       if (first >= flags_.prompts) return;
+      const double cpu = OwnCpuSeconds();
       absl::Status status =
           flags_.batch > 1 ? RunBatch(std::min(flags_.batch, flags_.prompts - first)) : RunRanks();
+      if (status.ok() && flags_.hold) status = FetchAll(OwnCpuSeconds() - cpu);
       if (status.ok()) continue;
       absl::MutexLock lock(&figures_->mutex);
       figures_->status.Update(status);
@@ -158,6 +160,23 @@ class Worker {
     return options;
   }
 
+  // Fetches and frees what the last prompts left in the server.
+  absl::Status FetchAll(double hold_cpu_seconds) {
+    if (!fetcher_.has_value()) {
+      absl::StatusOr<HeldFetcher> fetcher = HeldFetcher::Connect(flags_, prompts_[0].arena);
+      if (!fetcher.ok()) return fetcher.status();
+      fetcher_.emplace(*std::move(fetcher));
+    }
+    FetchFigures fetches;
+    for (const std::string& handle : handles_) {
+      if (absl::Status status = fetcher_->Run(handle, &fetches); !status.ok()) return status;
+    }
+    absl::MutexLock lock(&figures_->mutex);
+    figures_->fetches.Add(fetches);
+    figures_->hold_cpu_seconds += hold_cpu_seconds;
+    return absl::OkStatus();
+  }
+
   absl::Status RunRank(size_t rank, const std::string& group) {
     const BenchPrompt& prompt = prompts_[rank];
     const bool first = rank == 0;
@@ -167,13 +186,16 @@ class Worker {
     const auto source = [&](uint32_t layer) { return timed.Layer(layer); };
     absl::StatusOr<v1::Summary> summary =
         compressors_[rank]->Run(open, source, OptionsOf(rank, &timed));
-    if (summary.ok()) timed.AddTo(*summary, first, figures_);
-    return summary.status();
+    if (!summary.ok()) return summary.status();
+    timed.AddTo(*summary, first, figures_);
+    handles_[rank] = summary->held().handle();
+    return absl::OkStatus();
   }
 
   // The ranks of one prompt together, each on a thread and a connection of its own.
   absl::Status RunRanks() {
     const std::string group = NewGroup(this);
+    handles_.assign(prompts_.size(), "");
     std::vector<absl::Status> statuses(prompts_.size());
     std::vector<std::thread> threads;
     for (size_t i = 1; i < prompts_.size(); ++i) {
@@ -192,6 +214,7 @@ class Worker {
 
   // The first `count` prompts, in one stream.
   absl::Status RunBatch(uint32_t count) {
+    handles_.assign(count, "");
     std::deque<Timed> timed;
     std::vector<client::BatchPrompt> batch;
     client::SessionOptions options;
@@ -205,6 +228,7 @@ class Worker {
     for (uint32_t i = 0; i < count; ++i) {
       if (!summaries[i].ok()) return summaries[i].status();
       timed[i].AddTo(*summaries[i], /*times=*/true, figures_);
+      handles_[i] = summaries[i]->held().handle();
     }
     return absl::OkStatus();
   }
@@ -214,16 +238,20 @@ class Worker {
   const std::vector<BenchPrompt>& prompts_;
   std::atomic<uint64_t>* const layers_done_;
   BenchFigures* const figures_;
-  std::vector<Scratch> scratch_;  // of each prompt
+  std::vector<Scratch> scratch_;      // of each prompt
+  std::vector<std::string> handles_;  // of what the last prompts left in the server
+  std::optional<HeldFetcher> fetcher_;
 };
 
 // Makes the tensors of `prompts`, in memory that a server can share where the flags allow.
 absl::Status MakeTensors(const BenchFlags& flags, std::vector<BenchPrompt>* prompts) {
   uint64_t bytes = 0;
   for (BenchPrompt& prompt : *prompts) {
-    // Results, and rows that are pulled, of each prompt that runs at a time.
+    // Results, or what is fetched, and rows that are pulled, of each prompt that runs at a time.
+    v1::Open whole = prompt.open;
+    if (flags.hold) whole.set_output(v1::OUTPUT_COMPACT);
     bytes += SyntheticPrompt::SizeOf(prompt.open, WithPulledTensors(prompt.open, prompt.opened)) +
-             2 * flags.concurrency * client::MostResultBytes(prompt.open);
+             2 * flags.concurrency * client::MostResultBytes(whole);
   }
   const absl::StatusOr<SharedMemory> memory = MakeSharedMemory(flags.connection, bytes);
   if (!memory.ok()) return memory.status();

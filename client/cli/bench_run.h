@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "client/cli/bench_flags.h"
+#include "client/cli/bench_hold.h"
 #include "client/cli/compressor.h"
 #include "client/cli/shared_memory.h"
 #include "client/cli/synthetic.h"
@@ -42,6 +43,8 @@ struct BenchFigures {
   std::string backend;
   std::string transport;         // of the last prompt
   std::string transport_reason;  // likewise: why not a better one
+  FetchFigures fetches;          // with --hold
+  double hold_cpu_seconds = 0;   // of this process while the prompts ran that were held
   absl::Status status;
   double wall_seconds = 0;
 };

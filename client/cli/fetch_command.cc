@@ -11,7 +11,6 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
-#include "absl/strings/strip.h"
 #include "absl/time/clock.h"
 #include "client/cli/commands.h"
 #include "client/cli/compacted_file.h"
@@ -57,11 +56,6 @@ absl::Status ParseRange(const char* flag, const std::string& text, uint32_t* fir
   }
   *count = last - *first + 1;
   return absl::OkStatus();
-}
-
-// As summaries name it.
-std::string TransportText(v1::Transport transport) {
-  return absl::AsciiStrToLower(absl::StripPrefix(v1::Transport_Name(transport), "TRANSPORT_"));
 }
 
 absl::Duration Timeout(const ConnectionFlags& flags, absl::Duration otherwise) {

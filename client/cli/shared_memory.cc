@@ -5,6 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/ascii.h"
+#include "absl/strings/strip.h"
 #include "absl/types/span.h"
 #include "structkv/region.h"
 
@@ -37,6 +39,10 @@ void AddTransportFlag(CLI::App* app, ConnectionFlags* flags) {
   app->add_option("--nccl-library", flags->nccl_library, "With nccl: name or path of NCCL")
       ->capture_default_str()
       ->group(kGroup);
+}
+
+std::string TransportText(v1::Transport transport) {
+  return absl::AsciiStrToLower(absl::StripPrefix(v1::Transport_Name(transport), "TRANSPORT_"));
 }
 
 absl::StatusOr<SharedMemory> MakeSharedMemory(const ConnectionFlags& flags, uint64_t bytes) {

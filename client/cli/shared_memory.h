@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "CLI/CLI.hpp"
 #include "absl/status/statusor.h"
@@ -11,11 +12,15 @@
 #include "structkv/nccl.h"
 #include "structkv/options.h"
 #include "structkv/result.h"
+#include "structkv/v1/compression.pb.h"
 
 namespace structkv::cli {
 
 // --transport, --gpu and the libraries that it needs.
 void AddTransportFlag(CLI::App* app, ConnectionFlags* flags);
+
+// As summaries name it.
+std::string TransportText(v1::Transport transport);
 
 struct SharedMemory {
   std::shared_ptr<client::Arena> arena;   // null: none

@@ -1,6 +1,6 @@
 # Streams and round trips over real sockets, beside a bare gRPC service in the same run.
 add_executable(structkv_wire_bench
-  server_process.cc wire_arithmetic.cc wire_bare.cc wire_bench.cc wire_peer.cc wire_plan.cc wire_prompt.cc
+  server_process.cc wire_arithmetic.cc wire_bare.cc wire_bench.cc wire_hold.cc wire_peer.cc wire_plan.cc wire_prompt.cc
   wire_round_trip.cc wire_stream.cc wire_transports.cc)
 target_link_libraries(structkv_wire_bench PRIVATE
   structkv_options structkv_cli structkv_wire structkv_session structkv_open_decoder structkv_kernels

@@ -1,7 +1,5 @@
 #include "tests/bench/wire_transports.h"
 
-#include <sys/resource.h>
-
 #include <chrono>
 #include <cstdio>
 #include <fstream>
@@ -12,6 +10,7 @@
 #include <variant>
 #include <vector>
 
+#include "client/cli/bench_hold.h"
 #include "client/cli/compressor.h"
 #include "client/cli/synthetic.h"
 #include "structkv/arena.h"
@@ -42,15 +41,6 @@ v1::Open OpenOf(uint32_t tokens) {
   return open;
 }
 
-double OwnCpuSeconds() {
-  rusage usage = {};
-  getrusage(RUSAGE_SELF, &usage);
-  const auto seconds = [](const timeval& t) {
-    return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec);
-  };
-  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
-}
-
 // Bytes that this network namespace has sent over its loopback device.
 uint64_t LoopbackBytes() {
   std::ifstream file("/proc/net/dev");
@@ -79,7 +69,7 @@ struct Way {
   uint64_t bytes = 0;  // of tensors, both ways
 
   double CpuSeconds() const {
-    return OwnCpuSeconds() + (server_pid > 0 ? ProcessCpuSeconds(server_pid) : 0);
+    return cli::OwnCpuSeconds() + (server_pid > 0 ? ProcessCpuSeconds(server_pid) : 0);
   }
 };
 

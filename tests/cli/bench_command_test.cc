@@ -149,6 +149,46 @@ TEST_F(BenchCommandTest, RunsSeveralPromptsInOneStream) {
   EXPECT_THAT(ranks.output, HasSubstr("--batch 3 and --shards 2"));
 }
 
+TEST_F(BenchCommandTest, HoldsAndFetches) {
+  const std::string address = "unix:" + directory_.Path("socket");
+  testkit::Process server({STRUCTKV_SERVER, "--listen", address, "--hold-budget", "64MiB",
+                           "--region-socket", directory_.Path("regions")});
+  ASSERT_TRUE(server.WaitForLine("ready")) << server.error();
+  const std::string bench =
+      "bench --geometry tiny-llama --tokens 500 --prompts 4 --hold --json --server " + address;
+  // Positions, and rows of 2 heads of 32 in bf16, of 50 tokens in 12 layers.
+  constexpr int64_t kCache = 12 * 50 * (4 + 2 * 2 * 32 * 2);
+  for (const auto& [flags, caches] :
+       std::vector<std::pair<std::string, int64_t>>{{" --transport inline", 4},
+                                                    {" --transport shm", 4},
+                                                    {" --concurrency 2", 4},
+                                                    {" --shards 2", 4},
+                                                    {" --pull", 4}}) {
+    const Ran ran = RunCommand(bench + flags);
+    ASSERT_EQ(ran.code, 0) << flags << ran.output;
+    const auto json = nlohmann::json::parse(ran.output);
+    EXPECT_TRUE(json.at("hold"));
+    // Positions, of each pull too, and the skeleton; each rank has both.
+    const int64_t pulled = flags == " --pull" ? 12 * 50 : 0;
+    EXPECT_EQ(json.at("output_bytes").get<int64_t>(),
+              (flags == " --shards 2" ? 2 : 1) * 4 * 4 * (12 * 50 + pulled + 100))
+        << flags;
+    const int64_t ranks = flags == " --shards 2" ? 4 * 12 * 50 * 4 : 0;  // each has positions
+    EXPECT_EQ(json.at("fetch_bytes").get<int64_t>(), caches * kCache + ranks) << flags;
+    EXPECT_EQ(json.at("fetch_transport"),
+              flags == " --transport inline" ? "inline" : "shared_memory")
+        << flags;
+    EXPECT_GT(json.at("fetch_bytes_per_second").get<double>(), 0);
+    EXPECT_GT(json.at("fetch_seconds").at("p99").get<double>(), 0);
+    EXPECT_EQ(json.contains("fetch_cpu_seconds_per_gb"), flags != " --concurrency 2");
+  }
+  const Ran batch = RunCommand(bench + " --batch 2");
+  ASSERT_EQ(batch.code, 0) << batch.output;
+  const Ran alone = RunCommand("bench --hold --in-process");
+  EXPECT_NE(alone.code, 0);
+  EXPECT_THAT(alone.output, HasSubstr("--hold needs a server"));
+}
+
 TEST_F(BenchCommandTest, RefusesAStatisticThatTheMethodCannotTake) {
   const std::string bench = "bench --geometry tiny-llama --tokens 100 --prompts 1 --in-process ";
   for (const auto& [flags, refusal] : std::vector<std::pair<std::string, std::string>>{

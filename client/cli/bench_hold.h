@@ -1,0 +1,49 @@
+// The second half of `structkv bench --hold`: what was held is fetched, and released.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "client/cli/bench_flags.h"
+#include "structkv/arena.h"
+#include "structkv/client.h"
+
+namespace structkv::cli {
+
+// What fetches have measured.
+struct FetchFigures {
+  std::vector<double> seconds;  // of each fetch, its description included
+  std::vector<double> release_seconds;
+  uint64_t bytes = 0;
+  double cpu_seconds = 0;        // of this process while it fetched
+  std::string transport;         // of the last one
+  std::string transport_reason;  // likewise: why not a better one
+
+  void Add(const FetchFigures& more);
+};
+
+// User and system time of this process so far.
+double OwnCpuSeconds();
+
+// One connection. Not thread-safe.
+class HeldFetcher {
+ public:
+  // `arena`: where rows go over shared memory; null: nowhere.
+  static absl::StatusOr<HeldFetcher> Connect(const BenchFlags& flags,
+                                             std::shared_ptr<client::Arena> arena);
+
+  // Fetches all of a cache and frees it.
+  absl::Status Run(const std::string& handle, FetchFigures* figures);
+
+ private:
+  HeldFetcher(std::unique_ptr<client::Client> client, client::FetchOptions options)
+      : client_(std::move(client)), options_(std::move(options)) {}
+
+  std::unique_ptr<client::Client> client_;
+  client::FetchOptions options_;
+};
+
+}  // namespace structkv::cli
