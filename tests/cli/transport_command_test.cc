@@ -113,8 +113,8 @@ TEST_F(TransportCommandTest, SaysWhatAGpuIsMissing) {
   Start(/*regions=*/true);
   const std::string where = " --server " + address_ + " --cuda-library libno-such-cuda.so.1" +
                             " --nccl-library libno-such-nccl.so.2 --transport ";
-  for (const std::string command :
-       {"bench --geometry tiny-llama --tokens 500 --prompts 1",
+  for (const std::string& command :
+       {std::string("bench --geometry tiny-llama --tokens 500 --prompts 1"),
         std::string("compress ") + kCapture + " --out " + directory_.Path("none")}) {
     const Ran ipc = RunCommand(command + where + "cuda_ipc");
     EXPECT_NE(ipc.code, 0);
