@@ -119,8 +119,11 @@ absl::Status RunFetch(const FetchFlags& flags) {
     written = created.status();
     if (created.ok()) file = *std::move(created);
   };
-  options.on_layer = [&](const client::LayerResult& layer) {
-    if (written.ok()) written = file->Add(layer);
+  SharedMemory memory;
+  options.on_layer = [&](client::LayerResult layer) {
+    absl::StatusOr<client::LayerResult> on_host = ToHost(memory, std::move(layer));
+    written.Update(on_host.status());
+    if (written.ok()) written = file->Add(*on_host);
     progress.Update(++answered, layers, "layers");
   };
   absl::StatusOr<std::unique_ptr<client::Client>> client =
@@ -129,10 +132,11 @@ absl::Status RunFetch(const FetchFlags& flags) {
   if (flags.connection.transport != client::TransportChoice::kInline) {
     const absl::StatusOr<v1::CacheInfo> info = (*client)->DescribeCache(*handle, options);
     if (!info.ok()) return info.status();
-    absl::StatusOr<std::shared_ptr<client::Arena>> arena =
-        MakeArena(flags.connection, client::FetchResultBytes(*info));
-    if (!arena.ok()) return arena.status();
-    options.results = *std::move(arena);
+    absl::StatusOr<SharedMemory> made =
+        MakeSharedMemory(flags.connection, client::FetchResultBytes(*info));
+    if (!made.ok()) return made.status();
+    memory = *std::move(made);
+    options.results = memory.arena;
   }
   const absl::Time start = absl::Now();
   const absl::StatusOr<client::FetchedCache> fetched = (*client)->FetchCache(*handle, options);
