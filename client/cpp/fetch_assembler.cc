@@ -164,6 +164,10 @@ absl::Status FetchAssembler::AddPiece(const wire::Piece& piece) {
   const Due& due = due_[tensor_];
   std::byte* out = (layer_.*due.place).data() + offset_;
   const bool in_room = InRegions(info_->transport()) && !RoomOf(due).empty();
+  if (piece.transfer.has_value()) {
+    return Broken("a piece of tensor ", piece.tensor, " of layer ", piece.layer,
+                  " is a transfer, by which no fetch goes");
+  }
   if (piece.range.has_value() != in_room) {
     return Broken("a piece of tensor ", piece.tensor, " of layer ", piece.layer, " is ",
                   in_room ? "no range, and a range is due" : "a range, which is not due");

@@ -169,7 +169,8 @@ absl::StatusOr<Bytes> SessionCore::CopyToHost(absl::Span<const std::byte> data) 
 absl::Status SessionCore::CopyToResults(LayerResult* layer) const {
   const bool copies = place_.gpu != nullptr && opened_.transport() == v1::TRANSPORT_INLINE;
   if (!copies || place_.results.empty()) return absl::OkStatus();
-  if (ResultBytes(open_, opened_) > place_.results.size()) {
+  const uint32_t layers = open_.geometry().layer_count();
+  if (ResultBytes(open_, opened_, layers) > place_.results.size()) {
     return absl::DataLossError("Opened.kept_tokens are more than Open lets a layer keep");
   }
   for (const auto& [tensor, rows] :

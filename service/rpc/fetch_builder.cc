@@ -4,6 +4,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "service/rpc/message_room.h"
@@ -134,8 +135,9 @@ absl::StatusOr<wire::OutgoingPiece> FetchBuilder::Piece(const session::SlicedTen
           session::CopyOut(tensor, offset_ + done, run);
         });
     if (!written.ok()) return written;
-    const auto range = *transport().result_place().RangeOf({to, size});
-    piece.range = {range.region, range.offset_bytes, range.size_bytes};
+    const auto range =
+        std::get<transport::RegionRange>(transport().result_place().SourceOf(layer_, {to, size}));
+    piece.range = wire::Range{range.region, range.offset_bytes, range.size_bytes};
     return piece;
   }
   if (tensor.contiguous()) {

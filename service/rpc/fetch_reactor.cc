@@ -108,7 +108,7 @@ absl::StatusOr<transport::Granted> FetchReactor::Negotiate(const v1::FetchCacheR
 }
 
 absl::Status FetchReactor::ReserveCopies(int64_t max_message_bytes,
-                                         const transport::ResultSizes& sizes) {
+                                         const transport::PromptSizes& sizes) {
   // A message has keys and values of one layer, each in whole pages.
   const int64_t message = std::min(max_message_bytes, sizes.key_bytes + sizes.value_bytes);
   const int64_t bytes = kMessagesOnTheirWay * (message + 2 * kPageBytes);

@@ -35,7 +35,7 @@ class FetchReactor final : public WriteStream, public Stream {
                                                const session::HeldSlice& slice,
                                                const std::string& tenant) const;
   // Memory to arrange heads in; adds to the trailing metadata where there is none.
-  absl::Status ReserveCopies(int64_t max_message_bytes, const transport::ResultSizes& sizes);
+  absl::Status ReserveCopies(int64_t max_message_bytes, const transport::PromptSizes& sizes);
   absl::StatusOr<Message> Next() override;
   void OnBroken() override;
   void OnGone() override;

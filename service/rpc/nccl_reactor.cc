@@ -49,7 +49,9 @@ void NcclReactor::OnEndOfInput(bool cancelled) {
   Fail(absl::UnavailableError(cancelled ? "the client broke off" : "the client left"));
 }
 
-void NcclReactor::OnSent(uint32_t /*prompt*/, int64_t bytes) { unread_bytes_ -= bytes; }
+void NcclReactor::OnSent(uint32_t /*prompt*/, int64_t bytes, bool /*ends_prompt*/) {
+  unread_bytes_ -= bytes;
+}
 
 void NcclReactor::OnBroken() { Fail(absl::CancelledError("the stream broke")); }
 

@@ -28,7 +28,7 @@ class NcclReactor final : public StreamIo {
  private:
   void OnMessage(const grpc::ByteBuffer& message) override;
   void OnEndOfInput(bool cancelled) override;
-  void OnSent(uint32_t prompt, int64_t bytes) override;
+  void OnSent(uint32_t prompt, int64_t bytes, bool ends_prompt) override;
   void OnBroken() override;
   void OnGone() override;
 
