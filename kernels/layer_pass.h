@@ -13,7 +13,7 @@ namespace structkv {
 // Gather at the positions that were selected, with the results that these have one after the other
 // (Backend::RunLayer).
 struct LayerPass {
-  SaliencyParams saliency;  // without window_max
+  SaliencyParams saliency;  // as Saliency takes it
   int64_t top_count = 0;    // as Sums takes it, of the sum over the heads
 
   // Selected by the sum over the heads or, `per_head`, for each KV head by its own saliency. The

@@ -40,7 +40,8 @@ cudaError_t LaunchStatistics(const StatisticsParams& params, cudaStream_t stream
 cudaError_t LaunchPool(const PoolParams& params, cudaStream_t stream) noexcept {
   if (params.in == nullptr || params.out == nullptr || params.rows < 1 ||
       params.rows > kMaxPoolRows || params.tokens < 1 || params.tokens > kMaxTokens ||
-      params.row_stride < params.tokens || params.kernel < 1 || params.kernel % 2 == 0 || params.smoothing > Smoothing::kMaximum) {
+      params.row_stride < params.tokens || params.kernel < 1 || params.kernel % 2 == 0 ||
+      params.smoothing > Smoothing::kMaximum) {
     return cudaErrorInvalidValue;
   }
   const int64_t blocks = (params.tokens + kPoolThreads - 1) / kPoolThreads;
