@@ -40,6 +40,7 @@ from typing import Literal, TypeAlias
 SCALARS = {
     FieldDescriptorProto.TYPE_UINT32: ("int", "0"),
     FieldDescriptorProto.TYPE_UINT64: ("int", "0"),
+    FieldDescriptorProto.TYPE_FIXED64: ("int", "0"),
     FieldDescriptorProto.TYPE_DOUBLE: ("float", "0.0"),
     FieldDescriptorProto.TYPE_BOOL: ("bool", "False"),
     FieldDescriptorProto.TYPE_STRING: ("str", '""'),
