@@ -135,6 +135,8 @@ TEST_F(FetchRegionTest, WhatCannotBeHadIsAReasonOrAnError) {
          "no region was given (FetchOptions.results)");
   server.set_region_socket(socket_.path());
   socket_.Refuse(8, "full");
+  // What it lacked a moment ago is asked for again, where somebody insists.
+  EXPECT_TRUE(absl::IsResourceExhausted(server.client().Register(*arena_->region())));
   expect(Options(TransportChoice::kAuto), absl::StatusCode::kResourceExhausted, "full");
   socket_.Refuse(0, "");
   const auto block = arena_->Allocate(arena_->region()->size() - 64);
