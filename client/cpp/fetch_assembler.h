@@ -29,8 +29,8 @@ class FetchAssembler {
   // Keys and values are to lie in `room` from now on, however they travel; it is `range` to the
   // server. Before the first message.
   void UseRoom(Bytes room, const wire::Range& range);
-  // The next messages come from another stream, whose `request` skips received_bytes() and names the
-  // room or not.
+  // The next messages come from another stream, whose `request` skips received_bytes() and names
+  // the room or not.
   void StartStream(const v1::FetchCacheRequest& request);
   absl::Status Add(const wire::FetchResponse& response);
   // The stream ended with OK.

@@ -59,8 +59,9 @@ struct FetchOptions : HeldCallOptions {
   // otherwise the fetch is RESOURCE_EXHAUSTED. A GPU's arena is written over CUDA IPC, and a fetch
   // without that is FAILED_PRECONDITION. Null: they come in messages.
   std::shared_ptr<Arena> results;
-  // As StreamOptions.transport, without NCCL: with `results`, and where the server has shared memory
-  // on this host, that is taken. CacheInfo.transport and .transport_reason say which it was and why.
+  // As StreamOptions.transport, without NCCL: with `results`, and where the server has shared
+  // memory on this host, that is taken. CacheInfo.transport and .transport_reason say which it was
+  // and why.
   TransportChoice transport = TransportChoice::kAuto;
   // The most tensor bytes that are taken in; a cache that has more is refused as
   // RESOURCE_EXHAUSTED before memory is taken for it, whatever the server says. The default is
