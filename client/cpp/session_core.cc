@@ -259,16 +259,19 @@ absl::StatusOr<Bytes> SessionCore::AllocateStaging(size_t size, bool wait) {
 void SessionCore::Deliver(Event event) {
   if (options_.on_event) return options_.on_event(std::move(event));
   const size_t bytes = BufferedBytes(event);
+  bool dropped = false;
   stream_->AddUnread(bytes);
   {
     absl::MutexLock lock(&mutex_);
-    if (!status_.has_value()) {
+    if (status_.has_value()) {
+      dropped = true;
+    } else {
       events_.push_back(std::move(event));
       changed_.SignalAll();
-      return;
     }
   }
-  stream_->RemoveUnread(bytes);
+  if (dropped) return stream_->RemoveUnread(bytes);
+  if (options_.on_ready) options_.on_ready();
 }
 
 absl::StatusOr<Event> SessionCore::NextEvent() {

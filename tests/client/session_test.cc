@@ -270,6 +270,24 @@ TEST_F(SessionTest, HandsEventsToTheCallback) {
   EXPECT_EQ((*session)->NextEvent().status().code(), absl::StatusCode::kFailedPrecondition);
 }
 
+TEST_F(SessionTest, SaysWhenAnEventIsThere) {
+  SessionOptions options;
+  std::atomic<int> ready = 0;
+  absl::Notification over;
+  options.on_ready = [&] { ++ready; };
+  options.on_end = [&](const absl::Status&) { over.Notify(); };
+  auto session = client_->OpenPrompt(SmallOpen(), options);
+  ASSERT_TRUE(session.ok()) << session.status();
+  ASSERT_TRUE(SendLayer(**session, 0).ok());
+  ASSERT_TRUE(SendLayer(**session, 1).ok());
+  ASSERT_TRUE((*session)->Commit().ok());
+  over.WaitForNotification();
+  int events = 0;
+  while (!std::holds_alternative<v1::Summary>(*(*session)->NextEvent())) ++events;
+  EXPECT_EQ(ready.load(), events);
+  EXPECT_GT(events, 1);
+}
+
 TEST_F(SessionTest, SaysHowACancelledSessionEnded) {
   std::vector<absl::StatusCode> ends;
   SessionOptions options;

@@ -83,6 +83,25 @@ def test_a_thread_sends_while_another_reads(client: structkv.Client, capture: Pr
         sender.join()
 
 
+def test_many_sessions_that_are_read_late(server: Server) -> None:
+    """More than gRPC has threads, each with more results than may wait."""
+    code = """
+def late(client):
+    options = structkv.SessionOptions(max_buffered_result_bytes=1)
+    sessions = [client.open_prompt(small_open(), options) for _ in range(17)]
+    for session in sessions:
+        for layer in range(2):
+            session.send_layer(layer, source(layer))
+        session.commit()
+    print(sum(len(session.collect().layers) for session in sessions))
+late(client)
+with structkv.Engine(log_sessions=False) as engine:
+    late(engine)
+"""
+    ran = run(server, code)
+    assert (ran.returncode, ran.stdout) == (0, "34\n34\n"), ran.stderr
+
+
 def test_cancel_from_another_thread(client: structkv.Client) -> None:
     session = client.open_prompt(small_open())
     threading.Timer(0.2, session.cancel).start()

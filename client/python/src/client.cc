@@ -43,23 +43,19 @@ struct Request {
   client::PromptOptions options;
 };
 
-Request RequestOf(nb::handle open, nb::handle options, size_t limit_bytes) {
+Request RequestOf(nb::handle open, nb::handle options) {
   Request request;
   request.prompt = std::make_shared<Prompt>();
   request.prompt->open = MessageOf<v1::Open>(open);
-  request.events = std::make_shared<Events>(limit_bytes);
+  request.events = std::make_shared<Events>();
   request.options = PromptOptionsOf(options, request.prompt);
   request.options.on_opened = [prompt = request.prompt,
                                events = request.events](const v1::Opened& opened) {
     prompt->opened = opened;
     events->Begin();
   };
-  request.options.on_event = [events = request.events](client::Event event) {
-    events->Push(std::move(event));
-  };
-  request.options.on_end = [events = request.events](const absl::Status& status) {
-    events->End(status);
-  };
+  request.options.on_ready = [events = request.events] { events->Add(); };
+  request.options.on_end = [events = request.events](const absl::Status&) { events->End(); };
   return request;
 }
 
@@ -91,7 +87,7 @@ PendingHandle OpenBatch(const ConnectionHandle& self, nb::handle prompts, nb::ha
   const client::StreamOptions options = StreamOptionsOf(stream);
   std::vector<Request> requests;
   for (nb::handle prompt : prompts) {
-    requests.push_back(RequestOf(prompt[0], prompt[1], options.max_buffered_result_bytes));
+    requests.push_back(RequestOf(prompt[0], prompt[1]));
   }
   return PendingHandle(
       Start(nullptr, [connection = self.get(), requests, options]() -> Pending::Outcome {

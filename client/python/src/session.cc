@@ -117,9 +117,13 @@ PendingHandle SendBytes(const SessionHandle& self, uint32_t layer, nb::handle te
 
 nb::object NextEvent(const SessionHandle& self) {
   RefuseFork();
-  std::optional<client::Event> event = Take(self->events().Next());
-  if (!event.has_value()) return nb::none();
-  return FromEvent(*std::move(event), self->prompt().open, self->prompt().opened);
+  if (!self->events().Take()) return nb::none();
+  absl::StatusOr<client::Event> event;
+  {
+    const nb::gil_scoped_release release;  // the library may read on, on this thread
+    event = self->session().NextEvent();
+  }
+  return FromEvent(Take(std::move(event)), self->prompt().open, self->prompt().opened);
 }
 
 }  // namespace

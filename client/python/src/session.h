@@ -24,13 +24,8 @@ class Session : public std::enable_shared_from_this<Session> {
         prompt_(std::move(prompt)),
         events_(std::move(events)),
         session_(std::move(session)) {}
-  ~Session() { events_->Close(); }  // then the session ends
 
-  void Cancel() {
-    events_->Close();
-    session_->Cancel();
-  }
-
+  void Cancel() { session_->Cancel(); }
   const Prompt& prompt() const { return *prompt_; }
   Events& events() { return *events_; }
   client::CompressSession& session() { return *session_; }

@@ -67,7 +67,8 @@ class _Session:
         return opened
 
     def cancel(self) -> None:
-        """Ends the session as Cancelled, without waiting; of one that is over: nothing."""
+        """Ends the session as Cancelled, without waiting; events that were not read are dropped. Of
+        one that is over: nothing."""
         self._core.cancel()
 
 

@@ -138,6 +138,9 @@ struct PromptOptions {
   std::function<void(const v1::Opened&)> on_opened;
   // Takes the events as they arrive, one at a time, in place of NextEvent().
   std::function<void(Event)> on_event;
+  // Called once for each event but the summary, when NextEvent() has it; for the summary, and for a
+  // failure, on_end is called. Not with on_event.
+  std::function<void()> on_ready;
   // Called once for each attempt, when it is over and after its last event, with what it ended
   // with; by the thread that cancels or drops a session where that is what ends it.
   std::function<void(const absl::Status&)> on_end;
