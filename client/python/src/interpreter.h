@@ -51,15 +51,17 @@ class Held {
   Held& operator=(const Held&) = delete;
   ~Held() { Reset(); }
 
+  // With the GIL, which guards this object: it is empty before the GIL is given away.
   void Reset() {
-    if (value_ == nullptr) return;
+    std::shared_ptr<T> value = std::move(value_);
+    if (value == nullptr) return;
     if (Forked()) {
-      static_cast<void>(new std::shared_ptr<T>(std::move(value_)));
+      static_cast<void>(new std::shared_ptr<T>(std::move(value)));
     } else if (InWithGil()) {
-      std::thread([value = std::move(value_)]() mutable { value.reset(); }).detach();
+      std::thread([value = std::move(value)]() mutable { value.reset(); }).detach();
     } else {
       nb::gil_scoped_release release;
-      value_.reset();
+      value.reset();
     }
   }
 
