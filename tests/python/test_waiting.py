@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -298,6 +299,42 @@ print(len(session.collect().layers))
         "processes with the method spawn or forkserver",
         "2",
     ]
+
+
+def test_a_tensor_is_the_last_to_hold_a_region(start_server: Callable[..., Server]) -> None:
+    """The end of a region that is registered by name waits for a thread, and for the server."""
+    code = """
+def last():
+    region = structkv.Region(1 << 20, named=True, lease=3)
+    client.register(region)
+    return structkv.Arena(region).empty([16], "u8")
+tensor = last()
+child = os.fork()
+if child == 0:
+    del tensor
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+# With the server stopped, other threads run all the while.
+ticks = []
+def count():
+    while True:
+        ticks.append(time.monotonic())
+        time.sleep(0.01)
+threading.Thread(target=count, daemon=True).start()
+os.kill({pid}, signal.SIGSTOP)
+threading.Timer(1, lambda: os.kill({pid}, signal.SIGCONT)).start()
+begin = time.monotonic()
+del tensor
+end = time.monotonic()
+assert end - begin > 0.5, end - begin
+print(len([tick for tick in ticks if begin < tick < end]) > 10)
+"""
+    server = start_server()
+    try:
+        ran = run(server, code.replace("{pid}", str(server.process.pid)))
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    assert (ran.returncode, ran.stdout) == (0, "True\n"), ran.stderr
 
 
 def test_processes_that_are_spawned(server: Server) -> None:

@@ -8,7 +8,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "error.h"
-#include "interpreter.h"
 
 namespace structkv::python {
 namespace {
@@ -182,8 +181,12 @@ std::shared_ptr<const void> Arguments::Owner() && {
           [](auto* arrays) { Post([arrays] { delete arrays; }); }};
 }
 
-Tensor::Tensor(client::Bytes memory, const Element& type, Shape dims)
-    : bytes(std::move(memory)), element(type), shape(std::move(dims)), strides(shape.size()) {
+Tensor::Tensor(const client::Bytes& bytes, const Element& type, Shape dims)
+    : memory(bytes.span()),
+      owner(bytes.owner()),
+      element(type),
+      shape(std::move(dims)),
+      strides(shape.size()) {
   auto stride = static_cast<int64_t>(element.bytes());
   for (size_t i = shape.size(); i-- > 0;) {
     strides[i] = stride;
@@ -205,9 +208,9 @@ int GetBuffer(PyObject* object, Py_buffer* view, int /*flags*/) noexcept {
   auto& tensor = *nb::inst_ptr<Tensor>(object);
   static_assert(sizeof(Py_ssize_t) == sizeof(int64_t));
   *view = {};
-  view->buf = tensor.bytes.data();
+  view->buf = tensor.memory.data();
   view->obj = Py_NewRef(object);
-  view->len = static_cast<Py_ssize_t>(tensor.bytes.size());
+  view->len = static_cast<Py_ssize_t>(tensor.memory.size());
   view->itemsize = static_cast<Py_ssize_t>(tensor.element.bytes());
   view->format = const_cast<char*>(tensor.element.format);
   view->ndim = static_cast<int>(tensor.shape.size());
@@ -219,7 +222,7 @@ int GetBuffer(PyObject* object, Py_buffer* view, int /*flags*/) noexcept {
 nb::object DLPack(nb::handle_t<Tensor> self, const nb::kwargs& arguments) {
   const auto& tensor = *nb::inst_ptr<Tensor>(self);
   const std::vector<size_t> shape(tensor.shape.begin(), tensor.shape.end());
-  const nb::ndarray<nb::array_api> array(tensor.bytes.data(), shape.size(), shape.data(), self,
+  const nb::ndarray<nb::array_api> array(tensor.memory.data(), shape.size(), shape.data(), self,
                                          nullptr, tensor.element.dtype, nb::device::cpu::value);
   return nb::cast(array).attr("__dlpack__")(**arguments);
 }
@@ -256,7 +259,7 @@ void BindTensor(nb::module_& module) {
           "dtype", [](const Tensor& self) { return std::string(self.element.name); },
           "'f32', 'f16', 'bf16', 'f8_e4m3', 'f8_e5m2', 'i32' or 'u8'.")
       .def_prop_ro(
-          "nbytes", [](const Tensor& self) { return self.bytes.size(); }, "Bytes of the memory.")
+          "nbytes", [](const Tensor& self) { return self.memory.size(); }, "Bytes of the memory.")
       .def("__dlpack__", &DLPack,
            nb::sig("def __dlpack__(self, **kwargs: typing.Any) -> typing_extensions.CapsuleType"))
       .def(

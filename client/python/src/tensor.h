@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "absl/types/span.h"
+#include "interpreter.h"
 #include "structkv/bytes.h"
 #include "structkv/v1/compression.pb.h"
 
@@ -62,9 +63,10 @@ class Arguments {
 
 // A result, or a block of an arena, as Python sees it.
 struct Tensor {
-  Tensor(client::Bytes memory, const Element& type, Shape dims);
+  Tensor(const client::Bytes& bytes, const Element& type, Shape dims);
 
-  client::Bytes bytes;
+  absl::Span<std::byte> memory;
+  Held<const void> owner;  // of a block's region for one, whose end waits for threads
   const Element& element;
   Shape shape;
   Shape strides;  // in bytes
