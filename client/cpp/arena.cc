@@ -120,10 +120,9 @@ size_t Arena::free_bytes() const { return core_->free_bytes(); }
 size_t Arena::largest_free_bytes() const { return core_->largest_free_bytes(); }
 
 ResultAllocator AllocateFrom(std::shared_ptr<Arena> arena) {
-  return [arena = std::move(arena)](uint32_t, v1::Tensor, size_t size) {
+  return [arena = std::move(arena)](uint32_t, v1::Tensor, size_t size) -> absl::StatusOr<Bytes> {
     if (arena->region()->on_gpu()) return Bytes();  // nothing of the host's can be put there
-    absl::StatusOr<Bytes> block = arena->Allocate(size);
-    return block.ok() ? *std::move(block) : Bytes();
+    return arena->Allocate(size);
   };
 }
 

@@ -137,24 +137,26 @@ bool Assembler::PlacesResults() const {
   return !results_.empty() && opened_->transport() > v1::TRANSPORT_INLINE;
 }
 
-Growing Assembler::Expect(uint32_t layer, v1::Tensor tensor, uint32_t tokens, uint32_t kept) {
-  Growing growing;
-  growing.expected = AnswerTensorBytes(open_, *opened_, tensor, tokens, kept);
-  if (growing.expected == 0) return growing;
+absl::Status Assembler::Expect(uint32_t layer, v1::Tensor tensor, uint32_t tokens, uint32_t kept,
+                               Growing* growing) {
+  growing->expected = AnswerTensorBytes(open_, *opened_, tensor, tokens, kept);
+  if (growing->expected == 0) return absl::OkStatus();
   if (PlacesResults() && (tensor == v1::TENSOR_KEYS || tensor == v1::TENSOR_VALUES)) {
     const uint64_t at = ResultOffset(open_, *opened_, layer, tensor);
     if (InRegions(opened_->transport())) {
-      growing.range = {open_.result_range().region(), open_.result_range().offset_bytes() + at,
-                       growing.expected};
+      growing->range = {open_.result_range().region(), open_.result_range().offset_bytes() + at,
+                        growing->expected};
     } else {
-      growing.transferred = true;
+      growing->transferred = true;
     }
-    growing.bytes = {results_.data() + at, growing.expected, results_.owner()};
-    return growing;
+    growing->bytes = {results_.data() + at, growing->expected, results_.owner()};
+    return absl::OkStatus();
   }
-  growing.bytes =
-      allocate_ ? allocate_(layer, tensor, growing.expected) : pool_->Acquire(growing.expected);
-  return growing;
+  absl::StatusOr<Bytes> bytes = allocate_ ? allocate_(layer, tensor, growing->expected)
+                                          : pool_->Acquire(growing->expected);
+  if (!bytes.ok()) return bytes.status();
+  growing->bytes = *std::move(bytes);
+  return absl::OkStatus();
 }
 
 absl::Status Assembler::AppendRange(const wire::Piece& piece, Growing* tensor, const char* name) {
@@ -250,12 +252,15 @@ Assembler::MaybeEvent Assembler::AddLayer(const v1::LayerResult& message,
       return Broken("layer ", layer, " comes in ", message.kept_blocks(), " blocks, ", kept,
                     " tokens fill ", pending.result.kept_blocks);
     }
-    pending.positions = Expect(layer, v1::TENSOR_POSITIONS, tokens, kept);
-    pending.keys = Expect(layer, v1::TENSOR_KEYS, tokens, kept);
-    pending.values = Expect(layer, v1::TENSOR_VALUES, tokens, kept);
-    pending.key_scales = Expect(layer, v1::TENSOR_KEY_SCALES, tokens, kept);
-    pending.value_scales = Expect(layer, v1::TENSOR_VALUE_SCALES, tokens, kept);
-    pending.saliency = Expect(layer, v1::TENSOR_SALIENCY, tokens, kept);
+    for (const auto& [tensor, growing] : {std::pair(v1::TENSOR_POSITIONS, &pending.positions),
+                                          std::pair(v1::TENSOR_KEYS, &pending.keys),
+                                          std::pair(v1::TENSOR_VALUES, &pending.values),
+                                          std::pair(v1::TENSOR_KEY_SCALES, &pending.key_scales),
+                                          std::pair(v1::TENSOR_VALUE_SCALES, &pending.value_scales),
+                                          std::pair(v1::TENSOR_SALIENCY, &pending.saliency)}) {
+      const absl::Status status = Expect(layer, tensor, tokens, kept, growing);
+      if (!status.ok()) return status;
+    }
   } else if (layer_->result.layer != layer) {
     return Broken("layer ", layer_->result.layer, " was interrupted by layer ", layer);
   }

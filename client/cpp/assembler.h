@@ -45,7 +45,8 @@ struct PendingPivot {
   Growing skeleton, centrality;
 };
 
-// Not thread-safe. Every error is DATA_LOSS and says what the server did wrong.
+// Not thread-safe. Every error is DATA_LOSS and says what the server did wrong, but for those of
+// memory that `allocate` does not give.
 class Assembler {
  public:
   // Results are allocated by `allocate`, or from `pool` where that is null. `sent_skeleton` says
@@ -87,8 +88,9 @@ class Assembler {
   absl::Status Append(const wire::Piece& piece, Growing* tensor, const char* name);
   absl::Status AppendTransfer(const wire::Piece& piece, Growing* tensor, const char* name);
   absl::Status AppendRange(const wire::Piece& piece, Growing* tensor, const char* name);
-  // `tokens`: that the layer has; `kept`: that it keeps.
-  Growing Expect(uint32_t layer, v1::Tensor tensor, uint32_t tokens, uint32_t kept);
+  // Memory for a tensor of a layer that has `tokens` and keeps `kept`; fails as `allocate` does.
+  absl::Status Expect(uint32_t layer, v1::Tensor tensor, uint32_t tokens, uint32_t kept,
+                      Growing* growing);
   absl::StatusOr<LayerResult> TakeLayer();
   absl::StatusOr<PivotResult> TakePivot();
 

@@ -120,8 +120,11 @@ absl::Status FetchAssembler::StartLayer(uint32_t index) {
     Bytes& bytes = layer_.*due.place;
     bytes = RoomOf(due);
     if (!bytes.empty()) continue;
-    bytes = options_.allocate ? options_.allocate(layer_.layer, due.tensor, due.size)
-                              : pool_->Acquire(due.size);
+    absl::StatusOr<Bytes> given = options_.allocate
+                                      ? options_.allocate(layer_.layer, due.tensor, due.size)
+                                      : pool_->Acquire(due.size);
+    if (!given.ok()) return given.status();
+    bytes = *std::move(given);
     if (bytes.size() >= due.size) continue;
     return absl::ResourceExhaustedError(absl::StrCat("FetchOptions.allocate gave ", bytes.size(),
                                                      " bytes for ", v1::Tensor_Name(due.tensor),

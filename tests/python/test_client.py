@@ -189,6 +189,33 @@ def test_a_failing_function_fails_its_session(client: structkv.Client) -> None:
             small_open(pull="values"), small_source, structkv.SessionOptions(rows=rows)
         )
 
+    def allocate(layer: int, tensor: str, nbytes: int) -> numpy.ndarray:
+        raise KeyError(tensor)
+
+    with pytest.raises(structkv.errors.Internal, match="allocate: KeyError: 'positions'"):
+        client.compress(small_open(), small_source, structkv.SessionOptions(allocate=allocate))
+
+
+def test_a_failing_function_fails_its_fetch(client: structkv.Client) -> None:
+    held = client.compress(small_open(output="hold"), small_source).summary.held
+    assert held is not None
+    layers = []
+
+    def on_layer(layer: structkv.LayerResult) -> None:
+        layers.append(layer.layer)
+        raise OSError(f"no room for layer {layer.layer}")
+
+    with pytest.raises(structkv.errors.Internal, match="on_layer: OSError: no room for layer 0"):
+        client.fetch(held.handle, structkv.FetchOptions(on_layer=on_layer))
+    assert layers == [0]
+
+    def allocate(layer: int, tensor: str, nbytes: int) -> bytearray:
+        return bytearray(3)
+
+    with pytest.raises(structkv.errors.Internal, match=r"allocate: .*u8 \[3\] came"):
+        client.fetch(held.handle, structkv.FetchOptions(allocate=allocate))
+    client.release(held.handle)
+
 
 def test_allocate(client: structkv.Client) -> None:
     given: dict[tuple[int, str], numpy.ndarray] = {}

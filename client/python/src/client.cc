@@ -188,11 +188,15 @@ void BindClient(nb::module_& module) {
       .def(
           "fetch",
           [](const ConnectionHandle& self, nb::bytes handle, nb::handle options) {
+            const auto taking = std::make_shared<absl::Status>();
             return Async(
                 self,
-                [handle = std::string(handle.c_str(), handle.size()),
-                 options = FetchOptionsOf(options)](client::Client& client) {
-                  return client.FetchCache(handle, options);
+                [handle = std::string(handle.c_str(), handle.size()), taking,
+                 options = FetchOptionsOf(options, taking)](
+                    client::Client& client) -> absl::StatusOr<client::FetchedCache> {
+                  absl::StatusOr<client::FetchedCache> fetched = client.FetchCache(handle, options);
+                  if (!taking->ok()) return *taking;
+                  return fetched;
                 },
                 [](const client::FetchedCache& fetched) { return FromFetched(fetched); });
           },

@@ -113,17 +113,18 @@ client::RowSource RowsOf(Function function, std::shared_ptr<const Prompt> prompt
 }
 
 client::ResultAllocator AllocatorOf(Function function) {
-  return [function = std::move(function)](uint32_t layer, v1::Tensor tensor, size_t size) {
+  return [function = std::move(function)](uint32_t layer, v1::Tensor tensor,
+                                          size_t size) -> absl::StatusOr<client::Bytes> {
     client::Bytes bytes;
-    // No memory is RESOURCE_EXHAUSTED, which the library says.
-    Calling("allocate", [&] {
+    absl::Status status = Calling("allocate", [&] {
       Arguments arguments;
       const absl::Span<std::byte> memory = arguments.TakeWritable(
           Callable(function)(layer, FromEnum(v1::Tensor_descriptor(), tensor), size),
           {absl::StrCat("allocate: memory for layer ", layer), Byte(),
            Shape{static_cast<int64_t>(size)}});
       bytes = {memory.data(), memory.size(), std::move(arguments).Owner()};
-    }).IgnoreError();
+    });
+    if (!status.ok()) return status;
     return bytes;
   };
 }
@@ -186,7 +187,7 @@ client::HeldCallOptions HeldCallOptionsOf(nb::handle options) {
   return result;
 }
 
-client::FetchOptions FetchOptionsOf(nb::handle options) {
+client::FetchOptions FetchOptionsOf(nb::handle options, std::shared_ptr<absl::Status> taking) {
   client::FetchOptions result;
   ReadCall(options, &result);
   Read(options, "first_layer", &result.first_layer);
@@ -202,8 +203,11 @@ client::FetchOptions FetchOptionsOf(nb::handle options) {
     result.on_info = [prompt](const v1::CacheInfo& info) {
       *prompt = {client::OpenOf(info), client::OpenedOf(info)};
     };
-    result.on_layer = [on_layer, prompt](client::LayerResult layer) {
-      WithGil([&] { Callable(on_layer)(FromLayer(layer, prompt->open, prompt->opened)); });
+    result.on_layer = [on_layer, prompt, taking = std::move(taking)](client::LayerResult layer) {
+      if (!taking->ok()) return;
+      *taking = Calling("on_layer", [&] {
+        Callable(on_layer)(FromLayer(layer, prompt->open, prompt->opened));
+      });
     };
   }
   return result;

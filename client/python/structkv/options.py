@@ -90,6 +90,7 @@ class StreamOptions:
 class PromptOptions:
     """Of one prompt. Functions are called on a thread of the library, which reads nothing further
     meanwhile: they are quick, wait for no session, and hold none (it would never be collected).
+    What one raises ends the session, as Internal.
 
     allocate: gives memory for one tensor of a result, `allocate(layer, tensor, nbytes)`: a writable
         u8 [nbytes], which is not copied and stays alive; or an arena.
@@ -132,7 +133,7 @@ class FetchOptions(HeldCallOptions):
     max_message_bytes: bytes of a message, at most.
     allocate: as in PromptOptions.
     on_layer: takes each layer as it is complete, in place of FetchedCache.layers, on a thread of
-        the library.
+        the library. What it, or allocate, raises is raised by the fetch, as Internal.
     """
 
     first_layer: int | None = None

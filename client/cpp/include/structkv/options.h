@@ -54,8 +54,10 @@ struct ClientOptions {
 };
 
 // Gives the memory for one tensor of a layer's result: `size` bytes that stay valid as long as the
-// `Bytes` do. Called on a library thread.
-using ResultAllocator = std::function<Bytes(uint32_t layer, v1::Tensor tensor, size_t size)>;
+// `Bytes` do. An error ends the session, or the fetch, with it; fewer bytes are RESOURCE_EXHAUSTED.
+// Called on a library thread.
+using ResultAllocator =
+    std::function<absl::StatusOr<Bytes>(uint32_t layer, v1::Tensor tensor, size_t size)>;
 
 // The rows that a pull asks for, [kv_heads, kept_tokens, dim] or the layout of `Open`: row i of
 // head h is the token positions[i] or, selected per KV head, positions[h * kept_tokens + i].
