@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <set>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -62,24 +63,25 @@ void SendAll(absl::Span<const std::unique_ptr<Run>> runs, BatchSource source) {
 absl::StatusOr<v1::Summary> Step(CompressSession& session, SteppedSource source,
                                  const std::function<void(Event)>& on_event) {
   std::optional<PivotResult> pivot;
-  uint32_t answered = 0;
+  std::set<uint32_t> answered;  // layers; those that need no tensors come when they will
   std::optional<v1::Summary> summary;
   const auto read = [&]() -> absl::Status {
     absl::StatusOr<Event> event = session.NextEvent();
     if (!event.ok()) return event.status();
     if (const auto* decided = std::get_if<PivotResult>(&*event)) pivot = *decided;
     if (const auto* last = std::get_if<v1::Summary>(&*event)) summary = *last;
-    if (std::holds_alternative<LayerResult>(*event)) ++answered;
+    if (const auto* result = std::get_if<LayerResult>(&*event)) answered.insert(result->layer);
     on_event(*std::move(event));
     return absl::OkStatus();
   };
   const uint32_t layers = session.open().geometry().layer_count();
   absl::Status status;
   for (uint32_t layer = 0; layer < layers && status.ok(); ++layer) {
+    if (session.opened().kept_tokens(static_cast<int>(layer)) == 0) continue;  // as in SendOne()
     absl::StatusOr<LayerTensors> tensors = source(layer, pivot.has_value() ? &*pivot : nullptr);
     if (!tensors.ok()) return tensors.status();
     status = session.SendLayer(layer, *tensors);
-    while (status.ok() && answered <= layer) status = read();
+    while (status.ok() && !answered.contains(layer)) status = read();
   }
   if (status.ok()) status = session.Commit();
   while (status.ok() && !summary.has_value()) status = read();

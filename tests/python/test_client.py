@@ -94,6 +94,24 @@ def test_in_steps_as_the_command(
     same(asyncio.run(aio.compress_in_steps(open, source)), got)
 
 
+def test_in_steps_where_one_layer_is_looked_at(client: structkv.Client, server: Server) -> None:
+    open = small_open(method=structkv.GemFilterMethod(filter_layer=1, window_tokens=8), output="plan")
+    asked = []
+
+    def source(layer: int, pivot: structkv.PivotResult | None) -> structkv.LayerTensors:
+        asked.append(layer)
+        tensors = small_layer(layer)
+        return structkv.LayerTensors(
+            keys=tensors["keys"], window_queries=tensors["window_queries"]
+        )
+
+    got = client.compress_in_steps(open, source)
+    assert [layer.kept_tokens for layer in got.layers] == [0, 10] and got.pivot is not None
+    aio = structkv.AsyncClient(server.target)
+    same(asyncio.run(aio.compress_in_steps(open, source)), got)
+    assert asked == [1, 1]
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
 def test_the_engine_answers_as_a_server(
     client: structkv.Client, engine: structkv.Engine, method: structkv.messages.Method

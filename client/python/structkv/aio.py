@@ -74,9 +74,11 @@ class AsyncClient(_Connection):
         """As Client.compress_in_steps()."""
         async with await self.open_prompt(open, options) as session:
             gatherer = Gatherer(session.opened)
-            for layer in range(len(session.opened.kept_tokens)):
+            for layer, kept in enumerate(session.opened.kept_tokens):
+                if kept == 0:
+                    continue
                 await session.send_layer(layer, source(layer, gatherer.pivot))
-                while gatherer.answered <= layer:
+                while not gatherer.has(layer):
                     gatherer.add(await session.next_event())
             await session.commit()
             while (compressed := gatherer.add(await session.next_event())) is None:

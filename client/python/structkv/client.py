@@ -115,9 +115,11 @@ class Client(_Connection):
         for, so that a worker can cut its prefill at the pivot."""
         with self.open_prompt(open, options) as session:
             gatherer = Gatherer(session.opened)
-            for layer in range(len(session.opened.kept_tokens)):
+            for layer, kept in enumerate(session.opened.kept_tokens):
+                if kept == 0:
+                    continue
                 session.send_layer(layer, source(layer, gatherer.pivot))
-                while gatherer.answered <= layer:
+                while not gatherer.has(layer):
                     gatherer.add(session.next_event())
             session.commit()
             while (compressed := gatherer.add(session.next_event())) is None:

@@ -17,13 +17,12 @@ class Gatherer:
 
     def __init__(self, opened: Opened) -> None:
         self._opened = opened
-        self._layers: list[LayerResult] = []
+        self._layers: dict[int, LayerResult] = {}
         self._pivot: PivotResult | None = None
 
-    @property
-    def answered(self) -> int:
-        """Layers that were answered."""
-        return len(self._layers)
+    def has(self, layer: int) -> bool:
+        """Whether the layer was answered."""
+        return layer in self._layers
 
     @property
     def pivot(self) -> PivotResult | None:
@@ -32,11 +31,11 @@ class Gatherer:
 
     def add(self, event: Event) -> Compressed | None:
         if isinstance(event, LayerResult):
-            self._layers.append(event)
+            self._layers[event.layer] = event
         elif isinstance(event, PivotResult):
             self._pivot = event
         else:
-            layers = tuple(sorted(self._layers, key=lambda layer: layer.layer))
+            layers = tuple(self._layers[layer] for layer in sorted(self._layers))
             return Compressed(
                 opened=self._opened, layers=layers, pivot=self._pivot, summary=event
             )

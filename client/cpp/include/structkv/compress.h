@@ -43,9 +43,9 @@ std::vector<absl::StatusOr<v1::Summary>> StreamBatch(Client& client,
                                                      BatchSource source,
                                                      const StreamOptions& options = {});
 
-// Gives a layer's tensors once the layers before it were answered. `pivot` is null until they have
-// decided it; from pivot->skeleton_from_layer on the layer may hold skeleton rows
-// (LayerTensors.positions).
+// Gives a layer's tensors once the layers before it were answered; asked for the layers that keep
+// tokens. `pivot` is null until they have decided it; from pivot->skeleton_from_layer on the layer
+// may hold skeleton rows (LayerTensors.positions).
 using SteppedSource =
     absl::FunctionRef<absl::StatusOr<LayerTensors>(uint32_t layer, const PivotResult* pivot)>;
 
