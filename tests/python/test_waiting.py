@@ -274,6 +274,31 @@ def test_the_interpreter_ends(server: Server, end: str) -> None:
     assert ran.returncode == 0, ran.stderr
 
 
+def test_calls_after_the_end(server: Server) -> None:
+    """Of a handler that runs behind structkv's own, also where a session's end fails."""
+    code = """
+import atexit
+session = client.open_prompt(small_open())
+class Bad:
+    def cancel(self): raise RuntimeError("not today")
+bad = Bad()
+structkv._waiting.sessions.add(bad)
+def later():
+    for call in (session.next_event, client.get_capabilities, session.commit):
+        try:
+            call()
+        except structkv.errors.FailedPrecondition as error:
+            print(error.text, flush=True)
+structkv._waiting.atexit.unregister(structkv._waiting._stop)
+atexit.register(later)
+atexit.register(structkv._waiting._stop)
+"""
+    ran = run(server, code)
+    text = "the interpreter is at its end, and structkv has stopped"
+    assert (ran.returncode, ran.stdout.splitlines()) == (0, [text] * 3), ran.stderr
+    assert "not today" in ran.stderr
+
+
 def test_fork(server: Server) -> None:
     code = """
 session = client.open_prompt(small_open())

@@ -140,7 +140,7 @@ PendingHandle Release(const ConnectionHandle& self, nb::bytes handle, nb::handle
 }
 
 LeaseHandle Keep(const ConnectionHandle& self, nb::bytes handle, double lease, nb::handle options) {
-  RefuseFork();
+  RefuseEnded();
   auto kept = std::make_shared<client::CacheLease>(
       self->client.get(), std::string(handle.c_str(), handle.size()), absl::Seconds(lease),
       HeldCallOptionsOf(options));
@@ -214,7 +214,7 @@ void BindClient(nb::module_& module) {
   module.def(
       "connect",
       [](const std::string& target, nb::handle options) {
-        RefuseFork();
+        RefuseEnded();
         auto connection = std::make_shared<Connection>();
         connection->client = Take(client::Client::Connect(target, ClientOptionsOf(options)));
         return ConnectionHandle(std::move(connection));

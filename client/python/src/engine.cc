@@ -48,7 +48,7 @@ void BindEngine(nb::module_& module) {
   module.def(
       "embed",
       [](const std::vector<std::string>& flags, nb::handle options) {
-        RefuseFork();
+        RefuseEnded();
         const client::ClientOptions client = ClientOptionsOf(options);
         absl::StatusOr<std::shared_ptr<Connection>> connection;
         {

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <atomic>
 #include <deque>
 #include <mutex>
 #include <shared_mutex>
@@ -91,7 +92,7 @@ Courier& TheCourier() {
 // Shared by threads that are in the interpreter, or on their way to it.
 struct Gate {
   std::shared_mutex mutex;
-  bool closed = false;
+  std::atomic<bool> closed = false;  // set under the mutex
 };
 
 Gate& TheGate() {
@@ -107,11 +108,15 @@ bool InWithGil() { return in_with_gil; }
 
 bool Forked() { return getpid() != kProcess; }
 
-void RefuseFork() {
-  if (!Forked()) return;
-  Throw(absl::FailedPreconditionError(
-      "structkv was loaded before this process was forked; its threads are not here. Start "
-      "processes with the method spawn or forkserver, or import structkv in the child"));
+void RefuseEnded() {
+  if (Forked()) {
+    Throw(absl::FailedPreconditionError(
+        "structkv was loaded before this process was forked; its threads are not here. Start "
+        "processes with the method spawn or forkserver, or import structkv in the child"));
+  }
+  if (TheGate().closed) {
+    Throw(absl::FailedPreconditionError("the interpreter is at its end, and structkv has stopped"));
+  }
 }
 
 void Post(std::function<void()> work) {

@@ -34,8 +34,9 @@ bool InWithGil();
 // Whether this process was forked from the one that loaded the library, and has none of its
 // threads.
 bool Forked();
-// Throws FailedPrecondition where it was.
-void RefuseFork();
+// Throws FailedPrecondition where it was, and after StopInterpreting(): nothing would ever finish.
+// With the GIL.
+void RefuseEnded();
 
 // Keeps `object` alive. The last copy may die on any thread.
 std::shared_ptr<const void> KeepAlive(nb::object object);

@@ -130,7 +130,7 @@ void Strand::Loop() {
 
 std::shared_ptr<Pending> Start(const std::shared_ptr<Strand>& strand,
                                std::function<Pending::Outcome()> work) {
-  RefuseFork();
+  RefuseEnded();
   auto pending = std::make_shared<Pending>();
   auto run = [pending, work = std::move(work)] { pending->Finish(work()); };
   if (strand != nullptr) {

@@ -21,7 +21,7 @@ namespace {
 RegionHandle CreateRegion(size_t size_bytes, bool named, std::optional<bool> writable,
                           std::optional<bool> prefault, std::optional<bool> huge_pages,
                           std::optional<double> lease) {
-  RefuseFork();
+  RefuseEnded();
   client::RegionOptions options;
   options.size_bytes = size_bytes;
   options.kind = named ? client::RegionKind::kNamed : client::RegionKind::kDescriptor;
@@ -38,7 +38,7 @@ RegionHandle CreateRegion(size_t size_bytes, bool named, std::optional<bool> wri
 }
 
 Tensor Allocate(const ArenaHandle& arena, const Element& element, std::vector<int64_t> shape) {
-  RefuseFork();
+  RefuseEnded();
   int64_t size = static_cast<int64_t>(element.bytes());
   for (const int64_t axis : shape) {
     if (axis < 0 || __builtin_mul_overflow(size, axis, &size)) {

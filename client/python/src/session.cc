@@ -116,7 +116,7 @@ PendingHandle SendBytes(const SessionHandle& self, uint32_t layer, nb::handle te
 }
 
 nb::object NextEvent(const SessionHandle& self) {
-  RefuseFork();
+  RefuseEnded();
   if (!self->events().Take()) return nb::none();
   absl::StatusOr<client::Event> event;
   {
@@ -158,7 +158,7 @@ void BindSession(nb::module_& module) {
       .def(
           "ready",
           [](const SessionHandle& self) {
-            RefuseFork();
+            RefuseEnded();
             return PendingHandle(self->events().Ready());
           },
           "Finishes once next_event() has something to say.")

@@ -45,8 +45,10 @@ connections: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @atexit.register
 def _stop() -> None:
-    for session in list(sessions):
-        session.cancel()
-    for connection in list(connections):
-        connection.close()
-    _core.stop()
+    try:
+        for session in list(sessions):
+            session.cancel()
+        for connection in list(connections):
+            connection.close()
+    finally:
+        _core.stop()
