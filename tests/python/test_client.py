@@ -144,15 +144,19 @@ def test_events_come_in_order(client: structkv.Client) -> None:
         # Skeleton rows alone, from here on.
         rows = numpy.asarray(pivot.skeleton)
         full = small_layer(1)
-        session.send_layer(
-            1,
-            structkv.LayerTensors(
-                keys=numpy.ascontiguousarray(full["keys"][:, rows]),
-                values=numpy.ascontiguousarray(full["values"][:, rows]),
-                window_queries=full["window_queries"],
-                positions=pivot.skeleton,
-            ),
+        layer_1 = structkv.LayerTensors(
+            keys=numpy.ascontiguousarray(full["keys"][:, rows]),
+            values=numpy.ascontiguousarray(full["values"][:, rows]),
+            window_queries=full["window_queries"],
         )
+        for bad, text in (
+            (rows.astype(numpy.int64), r"positions: int64 \[20\] came; i32"),
+            (rows.tobytes() + b"1", r"positions: u8 \[81\] came; i32 \[20\]"),
+            (memoryview(b"1" + rows.tobytes())[1:], "positions lie at the address .* a multiple"),
+        ):
+            with pytest.raises(structkv.errors.InvalidArgument, match=text):
+                session.send_layer(1, replace(layer_1, positions=bad))
+        session.send_layer(1, replace(layer_1, positions=rows.tobytes()))
         session.commit()
         kinds = [type(event) for event in session]
         assert kinds == [structkv.LayerResult, structkv.Summary]

@@ -56,13 +56,18 @@ class Inputs {
   Arguments arguments_;
 };
 
-// Elements of the one axis that `positions` must have.
+// Tokens of `positions`, by their bytes; whether these are i32 is checked where they are taken.
 uint32_t CountPositions(nb::handle positions) {
-  const nb::object shape = nb::getattr(positions, "shape", nb::make_tuple());
-  if (nb::len(shape) != 1) {
-    Throw(absl::InvalidArgumentError("positions: a tensor of i32 [tokens] is expected"));
+  Arguments arguments;
+  const absl::Span<const std::byte> bytes =
+      arguments.Take(positions, {"positions", Int32(), std::nullopt});
+  const auto address = reinterpret_cast<uintptr_t>(bytes.data());
+  if (address % alignof(int32_t) != 0) {
+    Throw(absl::InvalidArgumentError(
+        absl::StrCat("positions lie at the address ", address, "; a multiple of ",
+                     alignof(int32_t), " is expected")));
   }
-  return nb::cast<uint32_t>(shape[0]);
+  return static_cast<uint32_t>(bytes.size() / sizeof(int32_t));
 }
 
 // `tensors`: a LayerTensors.
@@ -73,6 +78,8 @@ PendingHandle SendLayer(const SessionHandle& self, uint32_t layer, nb::handle te
                 skeleton ? CountPositions(positions) : self->prompt().open.prompt_tokens(),
                 /*whole=*/!skeleton);
   client::LayerTensors layer_tensors;
+  // First, since the others' shapes follow from them.
+  const absl::Span<const std::byte> rows = inputs.Take(positions, v1::TENSOR_POSITIONS);
   layer_tensors.keys = inputs.Take(tensors.attr("keys"), v1::TENSOR_KEYS);
   layer_tensors.values = inputs.Take(tensors.attr("values"), v1::TENSOR_VALUES);
   layer_tensors.window_queries =
@@ -81,7 +88,6 @@ PendingHandle SendLayer(const SessionHandle& self, uint32_t layer, nb::handle te
   layer_tensors.saliency = inputs.Take(tensors.attr("saliency"), v1::TENSOR_SALIENCY);
   layer_tensors.key_scales = inputs.Take(tensors.attr("key_scales"), v1::TENSOR_KEY_SCALES);
   layer_tensors.value_scales = inputs.Take(tensors.attr("value_scales"), v1::TENSOR_VALUE_SCALES);
-  const absl::Span<const std::byte> rows = inputs.Take(positions, v1::TENSOR_POSITIONS);
   layer_tensors.positions = {reinterpret_cast<const int32_t*>(rows.data()),
                              rows.size() / sizeof(int32_t)};
   layer_tensors.owner = inputs.Owner();
