@@ -179,6 +179,27 @@ def test_arenas(server: Server) -> None:
         client.compress(small_open(), source, bare)
 
 
+def test_fetches_into_an_arena(client: structkv.Client) -> None:
+    wanted = client.compress(small_open(), source)
+    held = client.compress(small_open(output="hold"), source).summary.held
+    assert held is not None
+    arena = structkv.Arena(structkv.Region(1 << 20))
+    for transport in ("shared_memory", "inline"):
+        options = structkv.FetchOptions(results=arena, transport=transport)
+        fetched = client.fetch(held.handle, options)
+        assert fetched.info.transport == transport
+        for a, b in zip(fetched.layers, wanted.layers):
+            for name in ("keys", "values", "positions"):
+                assert (numpy.asarray(getattr(a, name)) == numpy.asarray(getattr(b, name))).all()
+        if transport == "shared_memory":
+            assert arena.free_bytes < 1 << 20
+    with pytest.raises(structkv.errors.FailedPrecondition):
+        client.fetch(held.handle, structkv.FetchOptions(transport="shared_memory"))
+    with pytest.raises(structkv.errors.ResourceExhausted, match="max_bytes"):
+        client.fetch(held.handle, structkv.FetchOptions(max_bytes=1000))
+    client.release(held.handle)
+
+
 def test_the_engine_reads_and_writes_in_place(tmp_path: Path) -> None:
     arena = structkv.Arena(structkv.Region(1 << 20))
     options = structkv.SessionOptions(regions=[arena.region], results=arena)

@@ -196,8 +196,11 @@ client::FetchOptions FetchOptionsOf(nb::handle options, std::shared_ptr<absl::St
   Read(options, "kv_head_count", &result.kv_head_count);
   Read(options, "max_message_bytes", &result.max_message_bytes);
   Read(options, "checksums", &result.checksums);
+  Read(options, "max_bytes", &result.max_bytes);
   result.retry = RetryOf(options);
   result.allocate = ReadAllocator(options);
+  result.results = ArenaOf(options, "results");
+  result.transport = TransportOf(options);
   if (Function on_layer = FunctionOf(options, "on_layer")) {
     const auto prompt = std::make_shared<Prompt>();
     result.on_info = [prompt](const v1::CacheInfo& info) {

@@ -131,7 +131,13 @@ class FetchOptions(HeldCallOptions):
     """Which layers and KV heads of the model; None: all. What breaks is gone on with.
 
     max_message_bytes: bytes of a message, at most.
+    max_bytes: the most tensor bytes that are taken in; a cache that has more is ResourceExhausted
+        before memory is taken for it.
     allocate: as in PromptOptions.
+    results: keys and values lie here, written by the server where it has shared memory on this
+        host. ResourceExhausted where it has no room for all.
+    transport: "auto" takes shared memory where results is given and the server has it;
+        FetchedCache.info.transport says which it was.
     on_layer: takes each layer as it is complete, in place of FetchedCache.layers, on a thread of
         the library. What it, or allocate, raises is raised by the fetch, as Internal.
     """
@@ -142,8 +148,11 @@ class FetchOptions(HeldCallOptions):
     kv_head_count: int | None = None
     max_message_bytes: int | None = None
     checksums: bool | None = None
+    max_bytes: int | None = None
     retry: RetryPolicy | None = None
     allocate: Callable[[int, str, int], Array] | Arena | None = None
+    results: Arena | None = None
+    transport: Transport | None = None
     on_layer: Callable[[LayerResult], None] | None = None
 
 
