@@ -96,7 +96,7 @@ def test_in_steps_as_the_command(
 
 def test_in_steps_where_one_layer_is_looked_at(client: structkv.Client, server: Server) -> None:
     open = small_open(method=structkv.GemFilterMethod(filter_layer=1, window_tokens=8), output="plan")
-    asked = []
+    asked: list[int] = []
 
     def source(layer: int, pivot: structkv.PivotResult | None) -> structkv.LayerTensors:
         asked.append(layer)
@@ -221,7 +221,7 @@ def test_a_failing_function_fails_its_session(client: structkv.Client) -> None:
 def test_a_failing_function_fails_its_fetch(client: structkv.Client) -> None:
     held = client.compress(small_open(output="hold"), small_source).summary.held
     assert held is not None
-    layers = []
+    layers: list[int] = []
 
     def on_layer(layer: structkv.LayerResult) -> None:
         layers.append(layer.layer)

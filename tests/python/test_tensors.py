@@ -184,7 +184,8 @@ def test_fetches_into_an_arena(client: structkv.Client) -> None:
     held = client.compress(small_open(output="hold"), source).summary.held
     assert held is not None
     arena = structkv.Arena(structkv.Region(1 << 20))
-    for transport in ("shared_memory", "inline"):
+    transports: list[structkv.options.Transport] = ["shared_memory", "inline"]
+    for transport in transports:
         options = structkv.FetchOptions(results=arena, transport=transport)
         fetched = client.fetch(held.handle, options)
         assert fetched.info.transport == transport
@@ -193,7 +194,7 @@ def test_fetches_into_an_arena(client: structkv.Client) -> None:
                 assert (numpy.asarray(getattr(a, name)) == numpy.asarray(getattr(b, name))).all()
         if transport == "shared_memory":
             assert arena.free_bytes < 1 << 20
-    with pytest.raises(structkv.errors.FailedPrecondition):
+    with pytest.raises(structkv.errors.InvalidArgument, match="no region was given"):
         client.fetch(held.handle, structkv.FetchOptions(transport="shared_memory"))
     with pytest.raises(structkv.errors.ResourceExhausted, match="max_bytes"):
         client.fetch(held.handle, structkv.FetchOptions(max_bytes=1000))

@@ -134,8 +134,8 @@ class FetchOptions(HeldCallOptions):
     max_bytes: the most tensor bytes that are taken in; a cache that has more is ResourceExhausted
         before memory is taken for it.
     allocate: as in PromptOptions.
-    results: keys and values lie here, written by the server where it has shared memory on this
-        host. ResourceExhausted where it has no room for all.
+    results: with shared memory, keys and values are written here by the server.
+        ResourceExhausted where it has no room for all.
     transport: "auto" takes shared memory where results is given and the server has it;
         FetchedCache.info.transport says which it was.
     on_layer: takes each layer as it is complete, in place of FetchedCache.layers, on a thread of
