@@ -152,8 +152,8 @@ absl::Status Assembler::Expect(uint32_t layer, v1::Tensor tensor, uint32_t token
     growing->bytes = {results_.data() + at, growing->expected, results_.owner()};
     return absl::OkStatus();
   }
-  absl::StatusOr<Bytes> bytes = allocate_ ? allocate_(layer, tensor, growing->expected)
-                                          : pool_->Acquire(growing->expected);
+  absl::StatusOr<Bytes> bytes =
+      allocate_ ? allocate_(layer, tensor, growing->expected) : pool_->Acquire(growing->expected);
   if (!bytes.ok()) return bytes.status();
   growing->bytes = *std::move(bytes);
   return absl::OkStatus();
@@ -252,12 +252,12 @@ Assembler::MaybeEvent Assembler::AddLayer(const v1::LayerResult& message,
       return Broken("layer ", layer, " comes in ", message.kept_blocks(), " blocks, ", kept,
                     " tokens fill ", pending.result.kept_blocks);
     }
-    for (const auto& [tensor, growing] : {std::pair(v1::TENSOR_POSITIONS, &pending.positions),
-                                          std::pair(v1::TENSOR_KEYS, &pending.keys),
-                                          std::pair(v1::TENSOR_VALUES, &pending.values),
-                                          std::pair(v1::TENSOR_KEY_SCALES, &pending.key_scales),
-                                          std::pair(v1::TENSOR_VALUE_SCALES, &pending.value_scales),
-                                          std::pair(v1::TENSOR_SALIENCY, &pending.saliency)}) {
+    for (const auto& [tensor, growing] :
+         {std::pair(v1::TENSOR_POSITIONS, &pending.positions),
+          std::pair(v1::TENSOR_KEYS, &pending.keys), std::pair(v1::TENSOR_VALUES, &pending.values),
+          std::pair(v1::TENSOR_KEY_SCALES, &pending.key_scales),
+          std::pair(v1::TENSOR_VALUE_SCALES, &pending.value_scales),
+          std::pair(v1::TENSOR_SALIENCY, &pending.saliency)}) {
       const absl::Status status = Expect(layer, tensor, tokens, kept, growing);
       if (!status.ok()) return status;
     }

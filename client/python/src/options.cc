@@ -208,9 +208,8 @@ client::FetchOptions FetchOptionsOf(nb::handle options, std::shared_ptr<absl::St
     };
     result.on_layer = [on_layer, prompt, taking = std::move(taking)](client::LayerResult layer) {
       if (!taking->ok()) return;
-      *taking = Calling("on_layer", [&] {
-        Callable(on_layer)(FromLayer(layer, prompt->open, prompt->opened));
-      });
+      *taking = Calling(
+          "on_layer", [&] { Callable(on_layer)(FromLayer(layer, prompt->open, prompt->opened)); });
     };
   }
   return result;

@@ -22,8 +22,7 @@ client::ClientOptions ClientOptionsOf(nanobind::handle options);
 client::StreamOptions StreamOptionsOf(nanobind::handle options);
 client::HeldCallOptions HeldCallOptionsOf(nanobind::handle options);
 // `taking`: becomes what on_layer raised; after that it is called no more.
-client::FetchOptions FetchOptionsOf(nanobind::handle options,
-                                    std::shared_ptr<absl::Status> taking);
+client::FetchOptions FetchOptionsOf(nanobind::handle options, std::shared_ptr<absl::Status> taking);
 
 // What a prompt's tensors follow from. `opened` is there once the prompt was admitted.
 struct Prompt {

@@ -63,9 +63,9 @@ uint32_t CountPositions(nb::handle positions) {
       arguments.Take(positions, {"positions", Int32(), std::nullopt});
   const auto address = reinterpret_cast<uintptr_t>(bytes.data());
   if (address % alignof(int32_t) != 0) {
-    Throw(absl::InvalidArgumentError(
-        absl::StrCat("positions lie at the address ", address, "; a multiple of ",
-                     alignof(int32_t), " is expected")));
+    Throw(absl::InvalidArgumentError(absl::StrCat("positions lie at the address ", address,
+                                                  "; a multiple of ", alignof(int32_t),
+                                                  " is expected")));
   }
   return static_cast<uint32_t>(bytes.size() / sizeof(int32_t));
 }
