@@ -248,6 +248,8 @@ class Server::Impl {
     server_->Shutdown(absl::ToChronoTime(absl::Now() + kShutdownLimit));
     streams_.WaitUntilEmpty(absl::InfiniteDuration());
     server_->Wait();
+    // Its threads tell sessions how transfers end, also those that have ended.
+    if (nccl_ != nullptr) nccl_->Stop();
   }
 
   const std::shared_ptr<transport::RegionRegistry> regions_;  // null: none

@@ -84,4 +84,8 @@ void NcclHost::EndAll(const absl::Status& why) {
   for (const std::unique_ptr<nccl::Hub>& hub : hubs_) hub->EndAll(why);
 }
 
+void NcclHost::Stop() {
+  for (const std::unique_ptr<nccl::Hub>& hub : hubs_) hub->Stop();
+}
+
 }  // namespace structkv::rpc

@@ -44,6 +44,9 @@ class NcclHost {
   void StopAttaching(const absl::Status& why);
   // Ends all pairs, and every new one; to be called before the gRPC server is shut down.
   void EndAll(const absl::Status& why);
+  // That too, and ends the hubs' threads: none of them touches a session any more. Not by two at
+  // once.
+  void Stop();
 
  private:
   absl::StatusOr<std::vector<nccl::Hub*>> Hubs() const;

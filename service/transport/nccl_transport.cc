@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
-#include <mutex>
-#include <set>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/numeric/int128.h"
 #include "absl/strings/escaping.h"
@@ -43,27 +42,6 @@ struct MemoryLayout {
   int64_t result_bytes = 0;
 };
 
-// The keys of a prompt's transfers that are not over. Thread-safe.
-class Pending {
- public:
-  void Add(const std::string& key) {
-    const std::lock_guard lock(mutex_);
-    keys_.insert(key);
-  }
-  void Remove(const std::string& key) {
-    const std::lock_guard lock(mutex_);
-    if (const auto found = keys_.find(key); found != keys_.end()) keys_.erase(found);
-  }
-  std::multiset<std::string> TakeAll() {
-    const std::lock_guard lock(mutex_);
-    return std::exchange(keys_, {});
-  }
-
- private:
-  std::mutex mutex_;
-  std::multiset<std::string> keys_;
-};
-
 engine::Buffer Part(const std::shared_ptr<std::byte>& slot, int64_t offset, int64_t bytes) {
   if (bytes == 0) return {};
   return engine::Buffer::Lent(slot.get() + offset, static_cast<size_t>(bytes), slot);
@@ -80,10 +58,8 @@ class NcclTransport final : public Transport, private Transfers {
         sizes_(sizes),
         layout_(sizes) {}
 
-  // What the client has not offered yet is not waited for any longer.
-  ~NcclTransport() override {
-    for (const std::string& key : pending_->TakeAll()) hub_.Cancel(pair_, key);
-  }
+  // What was not ordered yet is not waited for any longer.
+  ~NcclTransport() override { hub_.Cancel(pair_, this); }
 
   Kind kind() const override { return Kind::kNccl; }
   bool in_place() const override { return true; }
@@ -151,10 +127,8 @@ class NcclTransport final : public Transport, private Transfers {
       owners->push_back(tensor->owner());
     }
     transfer.hold = std::move(owners);
-    pending_->Add(key);
-    transfer.done = [pending = pending_, life = life_, key,
-                     done = std::move(done)](const absl::Status& status) mutable {
-      pending->Remove(key);
+    transfer.owner = this;
+    transfer.done = [life = life_, done = std::move(done)](const absl::Status& status) mutable {
       // Of a pair that has ended before, the hub knows no more than that.
       const absl::Status ended = status.ok() ? absl::OkStatus() : life->status();
       done(ended.ok() ? status : ended);
@@ -168,7 +142,6 @@ class NcclTransport final : public Transport, private Transfers {
   const Backend& backend_;
   const PromptSizes sizes_;
   const MemoryLayout layout_;
-  const std::shared_ptr<Pending> pending_ = std::make_shared<Pending>();
   // Since Reserve().
   std::shared_ptr<Slots> inputs_;
   std::shared_ptr<Slots> results_;

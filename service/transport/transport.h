@@ -66,8 +66,9 @@ struct ResultPlace {
 };
 
 // The transfers of one prompt. Both functions begin one and return; `done` is called once, on any
-// thread, without a lock, also where the transport is gone before. The memory of the buffers stays
-// until the transfer has let go of it, whatever becomes of them. Thread-safe.
+// thread, which it must not hold up, without a lock, also where the transport is gone before. The
+// memory of the buffers stays until the transfer has let go of it, whatever becomes of them.
+// Thread-safe.
 class Transfers {
  public:
   // Layers whose rows are on their way back, at most: whoever sends takes care.

@@ -17,9 +17,10 @@
 namespace structkv::nccl {
 
 inline constexpr size_t kMaxKeyBytes = 128;
-// Transfers of a pair that wait for the other end's word.
-inline constexpr size_t kMaxWaitingTransfers = 4096;
-inline constexpr size_t kMaxBuffersPerTransfer = 4096;
+// Offers of a pair that wait for the service's word: some 400 bytes each.
+inline constexpr size_t kMaxWaitingOffers = 1024;
+// A prompt's transfers have two.
+inline constexpr size_t kMaxBuffersPerTransfer = 8;
 // Far more than a GPU has; sums of lengths cannot overflow.
 inline constexpr int64_t kMaxBufferBytes = int64_t{1} << 40;
 

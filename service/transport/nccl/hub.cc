@@ -1,5 +1,6 @@
 #include "service/transport/nccl/hub.h"
 
+#include <algorithm>
 #include <random>
 
 #include "absl/strings/str_cat.h"
@@ -10,6 +11,11 @@ namespace {
 Hub::PairId NewPairId() {
   std::random_device random;
   return (uint64_t{random()} << 32) | random();
+}
+
+absl::Status Silent(absl::string_view about, absl::Duration limit) {
+  return absl::UnavailableError(absl::StrCat("the client was silent", about, " for longer than ",
+                                             absl::FormatDuration(limit)));
 }
 
 }  // namespace
@@ -35,7 +41,12 @@ absl::StatusOr<std::unique_ptr<Hub>> Hub::Start(std::shared_ptr<const Api> api,
   return hub;
 }
 
-Hub::~Hub() { EndAll(absl::UnavailableError("the NCCL transport shuts down")); }
+Hub::~Hub() { Stop(); }
+
+void Hub::Stop() {
+  EndAll(absl::UnavailableError("the NCCL transport shuts down"));
+  if (worker_ != nullptr) worker_->Stop();
+}
 
 void Hub::StopAttaching(const absl::Status& why) {
   std::lock_guard lock(mutex_);
@@ -60,11 +71,26 @@ Hub::PairId Hub::Attach(ServiceChannel channel, std::string tenant) {
   {
     std::lock_guard lock(mutex_);
     while (id == 0 || pairs_.contains(id)) id = NewPairId();
+    absl::Status status = closed_;
+    status.Update(CheckRoom(pair->tenant));
     pairs_.emplace(id, std::move(pair));
-    if (!closed_.ok()) End(id, closed_);
+    if (!status.ok()) End(id, status);
   }
   outbox_.Run();
   return id;
+}
+
+absl::Status Hub::CheckRoom(const std::string& tenant) const {
+  const auto check = [](int64_t attached, const char* whose, int most) {
+    if (attached < most) return absl::OkStatus();
+    return absl::ResourceExhaustedError(absl::StrCat(
+        attached, " NCCL pairs", whose, " are attached, at most ", most, " are allowed"));
+  };
+  absl::Status status = check(static_cast<int64_t>(pairs_.size()), "", options_.max_pairs);
+  const auto own = std::count_if(pairs_.begin(), pairs_.end(),
+                                 [&](const auto& entry) { return entry.second->tenant == tenant; });
+  status.Update(check(own, " of the tenant", options_.max_pairs_of_tenant));
+  return status;
 }
 
 void Hub::OnMessage(PairId id, ClientMessage message) {
@@ -122,18 +148,20 @@ void Hub::Submit(PairId id, const std::string& key, Transfer transfer) {
   outbox_.Run();
 }
 
-bool Hub::Cancel(PairId id, const std::string& key) {
+void Hub::Cancel(PairId id, const void* owner) {
   {
     std::lock_guard lock(mutex_);
     const auto found = pairs_.find(id);
-    if (found == pairs_.end()) return false;
-    absl::StatusOr<Transfer> transfer = found->second->order.Withdraw(key);
-    if (!transfer.ok()) return false;
-    Tell(*std::move(transfer),
-         absl::CancelledError(absl::StrCat(TransferText(key), " was cancelled")));
+    if (found == pairs_.end()) return;
+    const auto is_owners = [owner](const Transfer& transfer, Clock::time_point) {
+      return transfer.owner == owner;
+    };
+    for (auto& [key, transfer, offered] : found->second->order.Withdraw(is_owners)) {
+      Tell(std::move(transfer),
+           absl::CancelledError(absl::StrCat(TransferText(key), " was cancelled")));
+    }
   }
   outbox_.Run();
-  return true;
 }
 
 HubStats Hub::stats() const {
@@ -187,13 +215,14 @@ void Hub::Handle(PairId id, Pair& pair, Offer offer) {
 }
 
 void Hub::Handle(PairId id, Pair& pair, Finished finished) {
-  const uint64_t launched = pair.order.last_sequence() - pair.numbered.size();
+  const uint64_t launched = pair.order.last_sequence();
   if (finished.sequence != pair.client_finished + 1 || finished.sequence > launched) {
     return End(id, absl::InvalidArgumentError(
                        absl::StrCat("finished of sequence ", finished.sequence, " came, of ",
                                     pair.client_finished + 1, " to ", launched, " is due")));
   }
   pair.client_finished = finished.sequence;
+  pair.owes_since = Clock::now();
   EvictForThoseWhoWait();
 }
 
@@ -211,13 +240,11 @@ void Hub::Handle(PairId, Pair& pair, Withdraw withdraw) {
 }
 
 void Hub::Advance(PairId id, Pair& pair) {
-  TransferOrder::Decided decided = pair.order.Take();
-  for (TransferOrder::Numbered& one : decided.numbered) pair.numbered.push_back(std::move(one));
-  for (TransferOrder::Mismatch& one : decided.mismatched) {
+  for (TransferOrder::Mismatch& one : pair.order.TakeMismatches()) {
     Send(pair, Refused{one.key, one.why});
     Tell(std::move(one.transfer), std::move(one.why));
   }
-  if (pair.numbered.empty()) return;
+  if (!pair.order.has_next()) return;
   if (pair.state == State::kConnected) {
     Launch(id, pair);
   } else if (pair.state == State::kIdle) {
@@ -238,7 +265,7 @@ void Hub::StartJoining(Pair& pair) {
 
 void Hub::Launch(PairId id, Pair& pair) {
   cache_.Touch(id);
-  for (TransferOrder::Numbered& one : std::exchange(pair.numbered, {})) {
+  for (TransferOrder::Numbered& one : pair.order.Take()) {
     Send(pair, Order{pair.generation, one.sequence, std::move(one.key)});
     one.transfer.done = [this, id,
                          done = std::move(one.transfer.done)](const absl::Status& status) mutable {
@@ -282,9 +309,9 @@ std::shared_ptr<const Hub::ServiceChannel> Hub::Forget(PairId id, const absl::St
   Pair& pair = *ended.mapped();
   const absl::Status unavailable = absl::UnavailableError(why.message());
   pair.life->End(unavailable);
-  for (auto& [key, transfer] : pair.order.WithdrawAll()) Tell(std::move(transfer), unavailable);
-  for (TransferOrder::Numbered& one : pair.numbered) {
-    Tell(std::move(one.transfer), unavailable);
+  const auto all = [](const Transfer&, Clock::time_point) { return true; };
+  for (auto& [key, transfer, offered] : pair.order.Withdraw(all)) {
+    Tell(std::move(transfer), unavailable);
   }
   cache_.Quarantine(id);
   if (pair.peer != 0) {
@@ -338,7 +365,8 @@ void Hub::OnOwnFinished(PairId id) {
     std::lock_guard lock(mutex_);
     const auto found = pairs_.find(id);
     if (found == pairs_.end()) return;
-    ++found->second->own_finished;
+    Pair& pair = *found->second;
+    if (pair.own_finished++ == pair.client_finished) pair.owes_since = Clock::now();
     EvictForThoseWhoWait();
   }
   outbox_.Run();
@@ -348,30 +376,42 @@ void Hub::Tick() {
   {
     std::lock_guard lock(mutex_);
     const Clock::time_point now = Clock::now();
-    const auto silence = absl::ToChronoNanoseconds(options_.worker.silence_limit);
-    const auto offer_limit = absl::ToChronoNanoseconds(options_.offer_limit);
-    std::vector<std::pair<PairId, absl::Duration>> late;
+    const WorkerOptions& limits = options_.worker;
+    std::vector<std::pair<PairId, absl::Status>> late;
     for (const auto& [id, pair] : pairs_) {
       if (pair->state != State::kHello) Send(*pair, Heartbeat{});
-      for (auto& [key, transfer] : pair->order.WithdrawAll(now - offer_limit)) {
-        Tell(std::move(transfer),
-             absl::DeadlineExceededError(absl::StrCat(
-                 TransferText(key), ": the client did not offer it within the limit of ",
-                 absl::FormatDuration(options_.offer_limit))));
-      }
+      WithdrawLate(*pair, now);
+      const auto over = [now](Clock::time_point since, absl::Duration limit) {
+        return now - since > absl::ToChronoNanoseconds(limit);
+      };
       const bool limited = pair->state == State::kHello || pair->state == State::kJoining;
       if (limited && now > pair->deadline) {
-        late.emplace_back(id, options_.worker.connect_limit);
-      } else if (now - pair->heard > silence) {
-        late.emplace_back(id, options_.worker.silence_limit);
+        late.emplace_back(id, Silent("", limits.connect_limit));
+      } else if (over(pair->heard, limits.silence_limit)) {
+        late.emplace_back(id, Silent("", limits.silence_limit));
+      } else if (pair->client_finished < pair->own_finished &&
+                 over(pair->owes_since, limits.group_limit)) {
+        late.emplace_back(
+            id, Silent(absl::StrCat(" about the end of transfer ", pair->client_finished + 1),
+                       limits.group_limit));
       }
     }
-    for (const auto& [id, limit] : late) {
-      End(id, absl::UnavailableError(absl::StrCat("the client was silent for longer than ",
-                                                  absl::FormatDuration(limit))));
-    }
+    for (const auto& [id, why] : late) End(id, why);
   }
   outbox_.Run();
+}
+
+void Hub::WithdrawLate(Pair& pair, Clock::time_point now) {
+  const auto is_late = [&](const Transfer&, Clock::time_point since) {
+    return now - since > absl::ToChronoNanoseconds(options_.offer_limit);
+  };
+  for (auto& [key, transfer, offered] : pair.order.Withdraw(is_late)) {
+    Tell(std::move(transfer),
+         absl::DeadlineExceededError(
+             absl::StrCat(TransferText(key), ": ",
+                          offered ? "no communicator was free" : "the client did not offer it",
+                          " within the limit of ", absl::FormatDuration(options_.offer_limit))));
+  }
 }
 
 }  // namespace structkv::nccl

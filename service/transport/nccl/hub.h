@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -26,8 +25,11 @@ struct HubOptions {
   // the hub's own.
   WorkerOptions worker;
   std::string host_id = HostId();
-  // How long a transfer of the service's waits for the client's offer.
+  // How long a transfer of the service's waits for the client's offer, and then for a communicator.
   absl::Duration offer_limit = absl::Seconds(30);
+  // Pairs that are attached, of all tenants and of each: a client's GPU needs one.
+  int max_pairs = 1024;
+  int max_pairs_of_tenant = 256;
 };
 
 // Whether a pair still lives. Thread-safe; may outlive the hub.
@@ -65,11 +67,11 @@ class Hub {
   static absl::StatusOr<std::unique_ptr<Hub>> Start(std::shared_ptr<const Api> api,
                                                     const DeviceApi& device_api,
                                                     HubOptions options);
-  // Ends all pairs.
+  // Stop().
   ~Hub();
 
   // A control stream was opened, by `tenant`. OnEnd tells that it is over; the channel's `end` is
-  // not called then.
+  // not called then. Ends it as RESOURCE_EXHAUSTED where too many are attached.
   PairId Attach(ServiceChannel channel, std::string tenant = "");
   void OnMessage(PairId pair, ClientMessage message);
   void OnEnd(PairId pair, const absl::Status& why);
@@ -78,19 +80,22 @@ class Hub {
   absl::StatusOr<std::shared_ptr<const PairLife>> Find(PairId pair,
                                                        const std::string& tenant) const;
 
-  // The service is ready for the transfer that the client offers, or will offer, under `key`. Any
-  // error but those of the pair itself (UNAVAILABLE): ALREADY_EXISTS for a key that waits,
-  // RESOURCE_EXHAUSTED where too many do, INVALID_ARGUMENT where the offer is of other lengths or
-  // of the same direction, DEADLINE_EXCEEDED where none came within `offer_limit`.
+  // The service is ready for the transfer that the client offers, or will offer, under `key`. Its
+  // errors but those of the pair itself (UNAVAILABLE): ALREADY_EXISTS for a key that waits,
+  // INVALID_ARGUMENT where the offer is of other lengths or of the same direction,
+  // DEADLINE_EXCEEDED where none came within `offer_limit`, or then no communicator was free.
   void Submit(PairId pair, const std::string& key, Transfer transfer);
-  // Takes a transfer back that the client has not offered yet; its `done` is called with CANCELLED.
-  // False where it is too late for that.
-  bool Cancel(PairId pair, const std::string& key);
+  // Takes all transfers of an owner back that were not ordered yet; their `done` is called with
+  // CANCELLED.
+  void Cancel(PairId pair, const void* owner);
 
   // Ends every new pair at once with `why`; those that there are go on.
   void StopAttaching(const absl::Status& why);
   // The same, and ends all pairs.
   void EndAll(const absl::Status& why);
+  // That too, and ends the GPU's thread, which calls nobody any more once this returns. What comes
+  // afterwards finds no pair. Not on that thread, nor by two at once.
+  void Stop();
 
   HubStats stats() const;
   // The CUDA device.
@@ -116,9 +121,9 @@ class Hub {
     uint64_t generation = 0;     // counts its communicators
     PeerId peer = 0;             // from kConnecting to kClosing
     TransferOrder order;
-    std::deque<TransferOrder::Numbered> numbered;  // not under way yet
     uint64_t own_finished = 0;
     uint64_t client_finished = 0;
+    Clock::time_point owes_since;  // `finished`, where it has finished less than the service
     Clock::time_point heard = Clock::now();
   };
 
@@ -137,10 +142,14 @@ class Hub {
   // What leaves the hub does so through the outbox.
   void Send(Pair& pair, ServiceMessage message);
   void Tell(Transfer transfer, absl::Status status);
-  // Goes as far as it can with what was numbered.
+  // Whether one more of the tenant's may be attached.
+  absl::Status CheckRoom(const std::string& tenant) const;
+  // Goes as far as it can with what both ends are ready for.
   void Advance(PairId id, Pair& pair);
   void StartJoining(Pair& pair);
   void Launch(PairId id, Pair& pair);
+  // Takes back what has waited for too long.
+  void WithdrawLate(Pair& pair, Clock::time_point now);
   void EvictForThoseWhoWait();
   void ReleasePlace(PairId id);
   void End(PairId id, const absl::Status& why);

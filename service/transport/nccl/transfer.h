@@ -25,6 +25,8 @@ struct Transfer {
   std::vector<Buffer> buffers;
   // A recorded cudaEvent_t after which the buffers may be read or written; may be null.
   void* after = nullptr;
+  // Whose it is, for Hub::Cancel; may be null.
+  const void* owner = nullptr;
   // Whatever keeps buffers and event. Let go of once NCCL touches them no more: with `done`, or,
   // where that is an error, when the abort is through, which may be later.
   std::shared_ptr<void> hold;

@@ -1,5 +1,6 @@
 #include "service/transport/nccl/transfer_order.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/escaping.h"
@@ -31,6 +32,10 @@ absl::Status Compare(const std::string& key, const Transfer& own, const Offer& o
   return absl::OkStatus();
 }
 
+absl::Status WaitsAlready(const std::string& key) {
+  return absl::AlreadyExistsError(absl::StrCat(TransferText(key), " waits already"));
+}
+
 }  // namespace
 
 std::string TransferText(const std::string& key) {
@@ -56,59 +61,69 @@ absl::Status CheckOffer(const Offer& offer) {
   return absl::OkStatus();
 }
 
-absl::Status TransferOrder::CheckRoom(const std::string& key, bool taken, size_t waiting) const {
-  if (taken) return absl::AlreadyExistsError(absl::StrCat(TransferText(key), " waits already"));
-  if (waiting < kMaxWaitingTransfers) return absl::OkStatus();
-  return absl::ResourceExhaustedError(
-      absl::StrCat(waiting, " transfers wait, at most ", kMaxWaitingTransfers, " are allowed"));
-}
-
 absl::Status TransferOrder::Add(const std::string& key, Transfer& transfer) {
-  absl::Status status = CheckRoom(key, own_.contains(key), own_.size());
-  if (!status.ok()) return status;
-  if (auto offer = offers_.extract(key); !offer.empty()) {
-    Decide(key, std::move(transfer), offer.mapped());
-  } else {
-    own_.emplace(key, Own{std::move(transfer), Clock::now()});
-  }
+  if (own_.contains(key)) return WaitsAlready(key);
+  own_.emplace(key, Own{std::move(transfer), Clock::now()});
+  Match(key);
   return absl::OkStatus();
 }
 
 absl::Status TransferOrder::Add(Offer offer) {
-  absl::Status status = CheckOffer(offer);
-  status.Update(CheckRoom(offer.key, offers_.contains(offer.key), offers_.size()));
-  if (!status.ok()) return status;
-  if (auto own = own_.extract(offer.key); !own.empty()) {
-    Decide(offer.key, std::move(own.mapped().transfer), offer);
-  } else {
-    std::string key = offer.key;
-    offers_.emplace(std::move(key), std::move(offer));
+  if (absl::Status status = CheckOffer(offer); !status.ok()) return status;
+  if (offers_.contains(offer.key)) return WaitsAlready(offer.key);
+  if (offers_.size() >= kMaxWaitingOffers) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(offers_.size(), " offers wait, at most ", kMaxWaitingOffers, " are allowed"));
   }
+  const std::string key = offer.key;
+  offers_.emplace(key, std::move(offer));
+  Match(key);
   return absl::OkStatus();
 }
 
-void TransferOrder::Decide(std::string key, Transfer transfer, const Offer& offer) {
-  absl::Status status = Compare(key, transfer, offer);
+void TransferOrder::Match(const std::string& key) {
+  const auto own = own_.find(key);
+  const auto offer = offers_.find(key);
+  if (own == own_.end() || offer == offers_.end()) return;
+  absl::Status status = Compare(key, own->second.transfer, offer->second);
   if (status.ok()) {
-    decided_.numbered.push_back({++last_sequence_, std::move(key), std::move(transfer)});
-  } else {
-    decided_.mismatched.push_back({std::move(key), std::move(transfer), std::move(status)});
+    own->second.since = Clock::now();
+    next_.push_back(key);
+    return;
   }
+  mismatches_.push_back({key, std::move(own->second.transfer), std::move(status)});
+  own_.erase(own);
+  offers_.erase(offer);
 }
 
-absl::StatusOr<Transfer> TransferOrder::Withdraw(const std::string& key) {
-  auto own = own_.extract(key);
-  if (own.empty()) return absl::NotFoundError(absl::StrCat("no ", TransferText(key), " waits"));
-  return std::move(own.mapped().transfer);
+std::vector<TransferOrder::Numbered> TransferOrder::Take() {
+  std::vector<Numbered> taken;
+  for (std::string& key : std::exchange(next_, {})) {
+    offers_.erase(key);
+    Transfer transfer = std::move(own_.extract(key).mapped().transfer);
+    taken.push_back({++last_sequence_, std::move(key), std::move(transfer)});
+  }
+  return taken;
 }
 
-std::vector<std::pair<std::string, Transfer>> TransferOrder::WithdrawAll(
-    std::optional<Clock::time_point> limit) {
-  std::vector<std::pair<std::string, Transfer>> taken;
+void TransferOrder::LeaveLine(const std::string& key) {
+  next_.erase(std::remove(next_.begin(), next_.end(), key), next_.end());
+}
+
+bool TransferOrder::DropOffer(const std::string& key) {
+  if (offers_.erase(key) == 0) return false;
+  LeaveLine(key);
+  return true;
+}
+
+std::vector<TransferOrder::Withdrawn> TransferOrder::Withdraw(
+    absl::FunctionRef<bool(const Transfer&, Clock::time_point)> which) {
+  std::vector<Withdrawn> taken;
   for (auto own = own_.begin(); own != own_.end();) {
     const auto each = own++;
-    if (limit.has_value() && each->second.since >= *limit) continue;
-    taken.emplace_back(each->first, std::move(each->second.transfer));
+    if (!which(each->second.transfer, each->second.since)) continue;
+    LeaveLine(each->first);
+    taken.push_back({each->first, std::move(each->second.transfer), offers_.contains(each->first)});
     own_.erase(each);
   }
   return taken;

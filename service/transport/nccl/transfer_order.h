@@ -2,14 +2,14 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
+#include <deque>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
-#include "absl/status/statusor.h"
 #include "service/transport/nccl/control.h"
 #include "service/transport/nccl/transfer.h"
 #include "service/transport/nccl/worker_options.h"
@@ -22,9 +22,9 @@ std::string TransferText(const std::string& key);
 // INVALID_ARGUMENT for a key or lengths out of range (control.h).
 absl::Status CheckOffer(const Offer& offer);
 
-// Transfers that one end is ready for and the other is not yet, by key. A transfer that both are
-// ready for gets the next number: so neither ever waits for the other's buffers with NCCL under
-// way. Not thread-safe.
+// Transfers that wait, by key: for the other end, or, where both are ready, for their turn. One
+// that both are ready for when its turn comes gets the next number: so neither ever waits for the
+// other's buffers with NCCL under way. Not thread-safe.
 class TransferOrder {
  public:
   struct Numbered {
@@ -38,42 +38,49 @@ class TransferOrder {
     Transfer transfer;
     absl::Status why;  // INVALID_ARGUMENT
   };
-  // Numbers that were given out, or the reverse, since the last call.
-  struct Decided {
-    std::vector<Numbered> numbered;
-    std::vector<Mismatch> mismatched;
+  // An own transfer that was taken back.
+  struct Withdrawn {
+    std::string key;
+    Transfer transfer;
+    bool offered = false;  // the client was ready: it waited for its turn
   };
 
   // The service's own end is ready. Takes `transfer` unless it fails: ALREADY_EXISTS for a key that
-  // waits, RESOURCE_EXHAUSTED where too many do.
+  // waits.
   absl::Status Add(const std::string& key, Transfer& transfer);
-  // The client's end is. Errors as of Add, and INVALID_ARGUMENT.
+  // The client's end is. Errors as of the other Add, RESOURCE_EXHAUSTED where too many wait, and
+  // INVALID_ARGUMENT.
   absl::Status Add(Offer offer);
-  Decided Take() { return std::exchange(decided_, {}); }
+  std::vector<Mismatch> TakeMismatches() { return std::exchange(mismatches_, {}); }
 
-  // An own transfer that waits; NOT_FOUND once it has its number.
-  absl::StatusOr<Transfer> Withdraw(const std::string& key);
-  // All own ones that wait, by their keys: since before `limit`, where that is given.
-  std::vector<std::pair<std::string, Transfer>> WithdrawAll(
-      std::optional<Clock::time_point> limit = std::nullopt);
+  // Whether both ends are ready for a transfer.
+  bool has_next() const { return !next_.empty(); }
+  // Numbers all of these, in the order in which they became so.
+  std::vector<Numbered> Take();
+
+  // Takes own ones back that wait, and of which `which` (since when) says so.
+  std::vector<Withdrawn> Withdraw(
+      absl::FunctionRef<bool(const Transfer&, Clock::time_point)> which);
   // Drops an offer of the client's that waits. False where there is none.
-  bool DropOffer(const std::string& key) { return offers_.erase(key) > 0; }
+  bool DropOffer(const std::string& key);
 
   // Numbers given out so far; the first is 1.
   uint64_t last_sequence() const { return last_sequence_; }
 
  private:
-  absl::Status CheckRoom(const std::string& key, bool taken, size_t waiting) const;
-  void Decide(std::string key, Transfer transfer, const Offer& offer);
+  // Where both ends are ready for `key`: puts it in line, or finds that they do not fit.
+  void Match(const std::string& key);
+  void LeaveLine(const std::string& key);
 
   struct Own {
     Transfer transfer;
-    Clock::time_point since;
+    Clock::time_point since;  // that it waits for what it waits for
   };
 
   absl::flat_hash_map<std::string, Own> own_;
   absl::flat_hash_map<std::string, Offer> offers_;
-  Decided decided_;
+  std::deque<std::string> next_;  // keys that are in both
+  std::vector<Mismatch> mismatches_;
   uint64_t last_sequence_ = 0;
 };
 

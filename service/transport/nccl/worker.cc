@@ -64,7 +64,10 @@ Worker::Worker(std::shared_ptr<const Api> api, const DeviceApi& device_api, Work
                    inbox->Post([this, peers] { Gone(peers); });
                  }) {}
 
-Worker::~Worker() {
+Worker::~Worker() { Stop(); }
+
+void Worker::Stop() {
+  if (!thread_.joinable()) return;
   inbox_->Post([this] { stopping_ = true; });
   thread_.join();
   (void)reclaimer_.WaitUntilEmpty(options_.abort_limit);

@@ -43,7 +43,7 @@ class Worker {
   static absl::StatusOr<std::unique_ptr<Worker>> Start(std::shared_ptr<const Api> api,
                                                        const DeviceApi& device_api,
                                                        WorkerOptions options);
-  // Aborts all, as one group, and waits for that up to `abort_limit`. Not on its own thread.
+  // Stop().
   ~Worker();
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
@@ -65,6 +65,10 @@ class Worker {
   void Abort(PeerId peer, absl::Status why);
   // The peer has shown that it lives.
   void PeerAlive(PeerId peer);
+
+  // Ends the thread: aborts all, as one group, and waits for that up to `abort_limit`. What is
+  // asked for afterwards is dropped. Not on its own thread, nor by two at once.
+  void Stop();
 
   WorkerStats stats() const { return {live_.load(), reclaiming_.load()}; }
   const WorkerOptions& options() const { return options_; }

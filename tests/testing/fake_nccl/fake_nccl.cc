@@ -33,7 +33,7 @@ std::shared_ptr<const Api> FakeApi() {
 DeviceApi FakeDeviceApi() {
   DeviceApi api;
   api.set_device = [](int device) {
-    return device == 0 ? absl::OkStatus() : absl::InvalidArgumentError("there is device 0 alone");
+    return device < 2 ? absl::OkStatus() : absl::InvalidArgumentError("there are devices 0 and 1");
   };
   api.create_stream = []() -> absl::StatusOr<Stream*> {
     return Find<Stream*()>("fakeStreamCreate")();

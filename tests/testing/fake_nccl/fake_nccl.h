@@ -17,7 +17,7 @@ namespace structkv::nccl::testing {
 
 // The library of the build, loaded. Aborts the program where that fails.
 std::shared_ptr<const Api> FakeApi();
-// One device, of host memory.
+// Devices 0 and 1, of host memory.
 DeviceApi FakeDeviceApi();
 
 // Called before and after each piece of memory that is sent or received is touched, on any thread.

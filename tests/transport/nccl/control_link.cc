@@ -29,7 +29,9 @@ ControlLink::ControlLink(Hub* hub, Worker* client, const Identity& identity) : h
     });
   };
   Channel<ClientMessage> to_service;
-  to_service.send = [this](const ClientMessage& message) { SendAsClient(message); };
+  to_service.send = [this](const ClientMessage& message) {
+    if (!drop_finished_ || !std::holds_alternative<Finished>(message)) SendAsClient(message);
+  };
   to_service.end = [this](const absl::Status&) {
     Post([this] { hub_->OnEnd(pair_, absl::OkStatus()); });
   };

@@ -2,6 +2,7 @@
 // link.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -29,6 +30,8 @@ class ControlLink {
   absl::Status WaitEnded();
   // Drops everything in both directions, as where the network is cut.
   void Cut();
+  // Drops what the client says of the ends of transfers.
+  void DropFinished() { drop_finished_ = true; }
   // Ends the stream under both, as where a proxy does.
   void Break();
   // Hands a message to the service as if the client had sent it.
@@ -47,6 +50,7 @@ class ControlLink {
   std::deque<std::function<void()>> queue_;
   bool stopping_ = false;
   bool cut_ = false;
+  std::atomic<bool> drop_finished_ = false;
   bool attached_set_ = false;
   bool ended_set_ = false;
   absl::StatusOr<uint64_t> attached_ = absl::UnknownError("");

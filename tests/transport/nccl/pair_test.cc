@@ -269,9 +269,8 @@ TEST_F(NcclPairTest, WhatDoesNotFitIsRefusedAndThePairGoesOn) {
   hub_->Submit(client.pair(), "t", MakeTransfer(Direction::kSend, &data, twice[0].Setter()));
   hub_->Submit(client.pair(), "t", MakeTransfer(Direction::kSend, &data, twice[1].Setter()));
   EXPECT_EQ(twice[1].Wait().code(), absl::StatusCode::kAlreadyExists);
-  EXPECT_TRUE(hub_->Cancel(client.pair(), "t"));
+  hub_->Cancel(client.pair(), nullptr);
   EXPECT_EQ(twice[0].Wait().code(), absl::StatusCode::kCancelled);
-  EXPECT_FALSE(hub_->Cancel(client.pair(), "t"));
   Outcome unnamed;
   client.link->client()->Offer("", MakeTransfer(Direction::kReceive, &data, unnamed.Setter()));
   EXPECT_EQ(unnamed.Wait().code(), absl::StatusCode::kInvalidArgument);
@@ -279,6 +278,32 @@ TEST_F(NcclPairTest, WhatDoesNotFitIsRefusedAndThePairGoesOn) {
   Outcome nobody;
   hub_->Submit(client.pair() + 1, "k", MakeTransfer(Direction::kSend, &data, nobody.Setter()));
   EXPECT_EQ(nobody.Wait().code(), absl::StatusCode::kUnavailable);
+}
+
+TEST_F(NcclPairTest, WhoCancelsTakesBackHisOwnAlone) {
+  Start();
+  Client& client = NewClient();
+  Data data({10}, 1);
+  Data room({10}, 0);
+  const int owners[2] = {};
+  const auto submit = [&](int owner, const char* key, const Outcome& outcome) {
+    Transfer transfer = MakeTransfer(Direction::kSend, &data, outcome.Setter());
+    transfer.owner = &owners[owner];
+    hub_->Submit(client.pair(), key, std::move(transfer));
+  };
+  Outcome first;
+  Outcome same_key;
+  Outcome other_key;
+  submit(0, "k", first);
+  submit(1, "k", same_key);
+  submit(1, "l", other_key);
+  EXPECT_EQ(same_key.Wait().code(), absl::StatusCode::kAlreadyExists);
+  hub_->Cancel(client.pair(), &owners[1]);
+  EXPECT_EQ(other_key.Wait(), absl::CancelledError("transfer 'l' was cancelled"));
+  Outcome offered;
+  client.link->client()->Offer("k", MakeTransfer(Direction::kReceive, &room, offered.Setter()));
+  EXPECT_EQ(first.Wait(), absl::OkStatus());
+  EXPECT_EQ(offered.Wait(), absl::OkStatus());
 }
 
 TEST_F(NcclPairTest, AnOfferIsTakenBack) {
@@ -307,6 +332,79 @@ TEST_F(NcclPairTest, AnOfferIsNotWaitedForForever) {
   EXPECT_EQ(own.Wait(), absl::DeadlineExceededError(
                             "transfer 'k': the client did not offer it within the limit of 100ms"));
   Exchange(hub_.get(), client, "k", Direction::kSend, {kMiB}, 1).ExpectDone();
+}
+
+// All communicators are others': what waits for one can be cancelled, and does not wait for ever.
+TEST_F(NcclPairTest, WhatWaitsForACommunicatorCanBeTakenBack) {
+  HubOptions options{QuickOptions(), "service"};
+  options.worker.max_communicators = 1;
+  options.offer_limit = absl::Seconds(1);
+  hub_ = *Hub::Start(FakeApi(), FakeDeviceApi(), options);
+  Client& busy = NewClient();
+  FaultNext("hang");
+  const Exchange hangs(hub_.get(), busy, "k", Direction::kSend, {8 * kMiB}, 1);
+  EXPECT_TRUE(Eventually([this] { return hub_->stats().communicators.live == 1; }));
+  Client& waits = NewClient();
+  const Exchange cancelled(hub_.get(), waits, "cancelled", Direction::kSend, {kMiB}, 1);
+  hub_->Cancel(waits.pair(), nullptr);
+  EXPECT_EQ(cancelled.at_service.Wait(),
+            absl::CancelledError("transfer 'cancelled' was cancelled"));
+  const Exchange late(hub_.get(), waits, "late", Direction::kSend, {kMiB}, 1);
+  EXPECT_EQ(late.at_service.Wait(),
+            absl::DeadlineExceededError("transfer 'late': no communicator was free within the "
+                                        "limit of 1s"));
+  EXPECT_FALSE(late.at_client.is_set());
+  busy.link->Break();
+  Exchange(hub_.get(), waits, "next", Direction::kSend, {kMiB}, 1).ExpectDone();
+  waits.link->Break();
+  EXPECT_EQ(late.at_client.Wait().code(), absl::StatusCode::kUnavailable);
+}
+
+TEST_F(NcclPairTest, PairsAreLimited) {
+  HubOptions options{QuickOptions(), "service"};
+  options.worker.tick_interval = absl::Seconds(30);  // only Attach calls
+  options.max_pairs = 3;
+  options.max_pairs_of_tenant = 2;
+  hub_ = *Hub::Start(FakeApi(), FakeDeviceApi(), options);
+  const auto attach = [this](const std::string& tenant) {
+    auto status = std::make_shared<absl::Status>();
+    hub_->Attach(
+        {[](const ServiceMessage&) {}, [status](const absl::Status& why) { *status = why; }},
+        tenant);
+    return *status;
+  };
+  EXPECT_EQ(attach("a"), absl::OkStatus());
+  EXPECT_EQ(attach("a"), absl::OkStatus());
+  EXPECT_EQ(attach("a"), absl::ResourceExhaustedError(
+                             "2 NCCL pairs of the tenant are attached, at most 2 are allowed"));
+  EXPECT_EQ(attach("b"), absl::OkStatus());
+  EXPECT_EQ(attach("c"),
+            absl::ResourceExhaustedError("3 NCCL pairs are attached, at most 3 are allowed"));
+  EXPECT_EQ(hub_->stats().pairs, 3);
+}
+
+TEST_F(NcclPairTest, OnceItHasStoppedItCallsNobody) {
+  Start();
+  Client& client = NewClient();
+  Data data({10}, 1);
+  Data room({10}, 0);
+  std::atomic<bool> returned = false;
+  Outcome told;
+  hub_->Submit(client.pair(), "k",
+               MakeTransfer(Direction::kSend, &data, [&](const absl::Status& status) {
+                 told.Setter()(status);
+                 std::this_thread::sleep_for(std::chrono::milliseconds(200));
+                 returned = true;
+               }));
+  Outcome offered;
+  client.link->client()->Offer("k", MakeTransfer(Direction::kReceive, &room, offered.Setter()));
+  EXPECT_EQ(told.Wait(), absl::OkStatus());
+  hub_->Stop();
+  EXPECT_TRUE(returned);
+  Outcome after;
+  hub_->Submit(client.pair(), "l", MakeTransfer(Direction::kSend, &data, after.Setter()));
+  EXPECT_EQ(after.Wait().code(), absl::StatusCode::kUnavailable);
+  hub_->Cancel(client.pair(), nullptr);
 }
 
 TEST_F(NcclPairTest, APairIsItsTenants) {
@@ -398,6 +496,21 @@ TEST_F(NcclPairTest, AClientThatDoesNotJoin) {
   EXPECT_EQ(own.Wait(), absl::UnavailableError("the client was silent for longer than 3s"));
   client.link->Break();
   EXPECT_EQ(offered.Wait().code(), absl::StatusCode::kUnavailable);
+}
+
+// Its heartbeats come, so that it would keep its communicator for ever.
+TEST_F(NcclPairTest, AClientThatDoesNotSayThatItHasFinished) {
+  WorkerOptions options = ImpatientOptions();
+  options.max_communicators = 1;
+  Start(options);
+  Client& client = NewClient();
+  client.link->DropFinished();
+  Exchange(hub_.get(), client, "k", Direction::kSend, {kMiB}, 1).ExpectDone();
+  Client& next = NewClient();
+  Exchange(hub_.get(), next, "k", Direction::kSend, {kMiB}, 1).ExpectDone();
+  EXPECT_EQ(client.link->WaitEnded(),
+            absl::UnavailableError(
+                "the client was silent about the end of transfer 1 for longer than 3s"));
 }
 
 TEST_F(NcclPairTest, ACommunicatorThatIsNeverJoined) {

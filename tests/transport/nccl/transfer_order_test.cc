@@ -34,17 +34,19 @@ TEST(TransferOrderTest, NumbersInTheOrderInWhichBothAreReady) {
   EXPECT_EQ(Add(order, "a"), absl::OkStatus());
   EXPECT_EQ(Add(order, "b"), absl::OkStatus());
   EXPECT_EQ(AddOffer(order, "c"), absl::OkStatus());
-  EXPECT_TRUE(order.Take().numbered.empty());
+  EXPECT_FALSE(order.has_next());
   EXPECT_EQ(AddOffer(order, "b"), absl::OkStatus());
   EXPECT_EQ(Add(order, "c"), absl::OkStatus());
   EXPECT_EQ(AddOffer(order, "a"), absl::OkStatus());
-  const TransferOrder::Decided decided = order.Take();
-  ASSERT_EQ(decided.numbered.size(), 3u);
-  for (uint64_t i = 0; i < 3; ++i) EXPECT_EQ(decided.numbered[i].sequence, i + 1);
-  EXPECT_EQ(decided.numbered[0].key, "b");
-  EXPECT_EQ(decided.numbered[1].key, "c");
-  EXPECT_EQ(decided.numbered[2].key, "a");
-  EXPECT_TRUE(order.Take().numbered.empty());
+  EXPECT_TRUE(order.has_next());
+  EXPECT_EQ(order.last_sequence(), 0u);
+  const std::vector<TransferOrder::Numbered> numbered = order.Take();
+  ASSERT_EQ(numbered.size(), 3u);
+  for (uint64_t i = 0; i < 3; ++i) EXPECT_EQ(numbered[i].sequence, i + 1);
+  EXPECT_EQ(numbered[0].key, "b");
+  EXPECT_EQ(numbered[1].key, "c");
+  EXPECT_EQ(numbered[2].key, "a");
+  EXPECT_TRUE(order.Take().empty());
   EXPECT_EQ(order.last_sequence(), 3u);
   EXPECT_EQ(Add(order, "a"), absl::OkStatus());  // the key is free again
 }
@@ -57,15 +59,14 @@ TEST(TransferOrderTest, SaysWhatDoesNotFit) {
   EXPECT_EQ(AddOffer(order, "l", {1, 3}), absl::OkStatus());
   EXPECT_EQ(Add(order, "d"), absl::OkStatus());
   EXPECT_EQ(AddOffer(order, "d", {1}, Direction::kReceive), absl::OkStatus());
-  const TransferOrder::Decided decided = order.Take();
-  EXPECT_TRUE(decided.numbered.empty());
-  ASSERT_EQ(decided.mismatched.size(), 3u);
-  EXPECT_EQ(decided.mismatched[0].why,
+  EXPECT_FALSE(order.has_next());
+  const std::vector<TransferOrder::Mismatch> mismatched = order.TakeMismatches();
+  ASSERT_EQ(mismatched.size(), 3u);
+  EXPECT_EQ(mismatched[0].why,
             absl::InvalidArgumentError("transfer 'n': 1 buffers were offered, 2 are needed"));
-  EXPECT_EQ(decided.mismatched[1].why,
+  EXPECT_EQ(mismatched[1].why,
             absl::InvalidArgumentError("transfer 'l': buffer 1 has 3 bytes, 2 are needed"));
-  EXPECT_EQ(decided.mismatched[2].why,
-            absl::InvalidArgumentError("transfer 'd': both ends receive"));
+  EXPECT_EQ(mismatched[2].why, absl::InvalidArgumentError("transfer 'd': both ends receive"));
   EXPECT_EQ(order.last_sequence(), 0u);
 }
 
@@ -80,7 +81,7 @@ TEST(TransferOrderTest, RefusesOffersOutOfRange) {
   refused({std::string(129, 'k'), Direction::kSend, {}}, "key has 129 bytes");
   refused({"k", Direction::kSend, {-1}}, "a buffer of -1 bytes, 0 to 1099511627776");
   refused({"k", Direction::kSend, {kMaxBufferBytes + 1}}, "a buffer of 1099511627777 bytes");
-  refused({"k", Direction::kSend, std::vector<int64_t>(4097)}, "has 4097 buffers, at most 4096");
+  refused({"k", Direction::kSend, std::vector<int64_t>(9)}, "has 9 buffers, at most 8");
 }
 
 TEST(TransferOrderTest, DropsOffersAndWhatWaitsForLong) {
@@ -90,26 +91,49 @@ TEST(TransferOrderTest, DropsOffersAndWhatWaitsForLong) {
   EXPECT_FALSE(order.DropOffer("offer"));
   ASSERT_EQ(AddOffer(order, "offer"), absl::OkStatus());
   ASSERT_EQ(Add(order, "own"), absl::OkStatus());
-  EXPECT_TRUE(order.WithdrawAll(Clock::now() - std::chrono::seconds(10)).empty());
-  const auto late = order.WithdrawAll(Clock::now() + std::chrono::seconds(1));
+  const auto since_before = [&order](Clock::time_point limit) {
+    return order.Withdraw(
+        [limit](const Transfer&, Clock::time_point since) { return since < limit; });
+  };
+  EXPECT_TRUE(since_before(Clock::now() - std::chrono::seconds(10)).empty());
+  const auto late = since_before(Clock::now() + std::chrono::seconds(1));
   ASSERT_EQ(late.size(), 1U);
-  EXPECT_EQ(late[0].first, "own");
+  EXPECT_EQ(late[0].key, "own");
+  EXPECT_FALSE(late[0].offered);
   EXPECT_EQ(TransferText("a\xff'"), "transfer 'a\\xff\\''");
 }
 
-TEST(TransferOrderTest, BoundsWhatWaits) {
+// Until it has its number, either end can still leave, and the other waits on.
+TEST(TransferOrderTest, WhatHasNoNumberCanBeTakenBack) {
   TransferOrder order;
-  for (size_t i = 0; i < kMaxWaitingTransfers; ++i) {
+  const auto all = [](const Transfer&, Clock::time_point) { return true; };
+  ASSERT_EQ(Add(order, "a"), absl::OkStatus());
+  ASSERT_EQ(AddOffer(order, "a"), absl::OkStatus());
+  EXPECT_EQ(Add(order, "a").code(), absl::StatusCode::kAlreadyExists);
+  const auto own = order.Withdraw(all);
+  ASSERT_EQ(own.size(), 1U);
+  EXPECT_TRUE(own[0].offered);
+  EXPECT_FALSE(order.has_next());
+  ASSERT_EQ(Add(order, "a"), absl::OkStatus());
+  EXPECT_TRUE(order.has_next());
+  EXPECT_TRUE(order.DropOffer("a"));
+  EXPECT_FALSE(order.has_next());
+  ASSERT_EQ(AddOffer(order, "a"), absl::OkStatus());
+  EXPECT_EQ(order.Take().size(), 1U);
+  EXPECT_TRUE(order.Withdraw(all).empty());
+}
+
+TEST(TransferOrderTest, BoundsTheOffersThatWait) {
+  TransferOrder order;
+  for (size_t i = 0; i < kMaxWaitingOffers; ++i) {
     ASSERT_EQ(AddOffer(order, "offer" + std::to_string(i)), absl::OkStatus());
     ASSERT_EQ(Add(order, "own" + std::to_string(i)), absl::OkStatus());
   }
-  EXPECT_EQ(AddOffer(order, "more").code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_EQ(Add(order, "more").code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(AddOffer(order, "more"),
+            absl::ResourceExhaustedError("1024 offers wait, at most 1024 are allowed"));
+  EXPECT_EQ(Add(order, "more"), absl::OkStatus());
   EXPECT_EQ(AddOffer(order, "offer0").code(), absl::StatusCode::kAlreadyExists);
   EXPECT_EQ(Add(order, "own0").code(), absl::StatusCode::kAlreadyExists);
-  EXPECT_TRUE(order.Withdraw("own0").ok());
-  EXPECT_EQ(order.Withdraw("own0").status().code(), absl::StatusCode::kNotFound);
-  EXPECT_EQ(order.WithdrawAll().size(), kMaxWaitingTransfers - 1);
 }
 
 }  // namespace

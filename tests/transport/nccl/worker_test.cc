@@ -70,9 +70,9 @@ TEST_F(WorkerTest, RefusesOptionsOutOfRange) {
   EXPECT_THAT(std::string(Worker::Start(FakeApi(), FakeDeviceApi(), options).status().message()),
               HasSubstr("group_limit is 0"));
   options = QuickOptions();
-  options.device = 1;
+  options.device = 2;
   EXPECT_THAT(std::string(Worker::Start(FakeApi(), FakeDeviceApi(), options).status().message()),
-              HasSubstr("device 0 alone"));
+              HasSubstr("devices 0 and 1"));
 }
 
 TEST_F(WorkerTest, MovesGroupedBuffersBothWays) {
