@@ -115,7 +115,8 @@ struct SessionCallbacks {
 enum class Turn : uint8_t {
   kNobodys,  // there are none, or all were answered
   kCallers,  // one is incomplete, or its rows were pulled and have not all come
-  kServers,  // all are complete, or come by transfers, and one or more wait for their answers
+  kServers,  // all are complete, or come by transfers, and one or more wait for their answers; or
+             // rows go back by a transfer
 };
 
 // Bytes of a result's tensors, which OutputSent() expects back; of those that were written into a
@@ -217,12 +218,12 @@ class SessionManager {
   // Validates, reserves memory and registers. A shard joins its group, which begins with the last
   // one; the ranks that wait in a group end as INVALID_ARGUMENT where the new one disagrees. A
   // running session with the same non-empty idempotency key fails as ABORTED first, and its memory
-  // comes back: that waits for a layer that is being computed, 2 seconds at most. Not to be called
-  // from a callback of that session.
+  // comes back: that waits for a layer that is being computed, and for transfers that are under
+  // way, 2 seconds at most. Not to be called from a callback of that session.
   //   INVALID_ARGUMENT    the spec; also what transport::Negotiate returns
   //   RESOURCE_EXHAUSTED  the budget, that of held caches, the transport's own memory or the
-  //   session
-  //                       limit is taken, or a whole budget is too small (payload kNeverFits)
+  //                       session limit is taken, or a whole budget is too small (payload
+  //                       kNeverFits)
   //   UNIMPLEMENTED       a hold, where nothing is held
   //   UNAVAILABLE         draining
   absl::StatusOr<std::shared_ptr<Session>> Open(const SessionRequest& wanted);

@@ -48,9 +48,12 @@ SessionCore::SessionCore(std::string id, const SessionRequest& request, const Se
       layers_in_flight_(request.layers_in_flight),
       transport_kind_(granted.transport->kind()),
       transport_reason_(granted.reason),
+      host_readable_(granted.transport->host_readable()),
       result_place_(granted.transport->result_place()),
       host_(host),
       lane_(host.scheduler->NewLane()),
+      transfer_lane_(host.scheduler->NewLane()),
+      peers_(granted.transport),
       transport_(granted.transport),
       reservation_(std::move(reservation)),
       allowance_(host.buffers->Allow(static_cast<size_t>(plan.reserved_bytes))),
@@ -73,8 +76,15 @@ void SessionCore::Enqueue(absl::AnyInvocable<void()> event) {
   const std::shared_ptr<SessionCore> self = shared_from_this();
   queue_.Run([this, event = std::move(event)]() mutable {
     event();
-    turn_.store(assembler_.has_value() ? assembler_->turn() : Turn::kNobodys);
+    transfers_.store(receiving_ + sending_ > 0);
+    turn_.store(CurrentTurn());
   });
+}
+
+Turn SessionCore::CurrentTurn() const {
+  if (!assembler_.has_value()) return Turn::kNobodys;
+  // The caller may wait for the rows of one layer before it sends the next.
+  return sending_ > 0 ? Turn::kServers : assembler_->turn();
 }
 
 // Events. Each may find the session ended by one before it.
@@ -185,10 +195,10 @@ void SessionCore::Cancel(absl::Status reason) {
 // The group
 
 void SessionCore::CheckPeers(absl::Duration group_limit) {
-  Enqueue([this] {
-    if (ended()) return;
-    if (absl::Status there = transport_->Check(); !there.ok()) DoFail(there);
-  });
+  // Not as an event: what waits for the queue must not become the caller's to do.
+  if (const auto transport = peers_.lock(); transport != nullptr) {
+    if (absl::Status there = transport->Check(); !there.ok()) Fail(std::move(there));
+  }
   if (group_ != nullptr) group_->CheckWait(group_limit);
 }
 
@@ -269,17 +279,32 @@ void SessionCore::AskForMessage() {
 
 // Transfers
 
+transport::Transfers::Done SessionCore::OnTransfer(
+    absl::AnyInvocable<void(const absl::Status&)> event) {
+  return [self = shared_from_this(), event = std::move(event)](const absl::Status& status) mutable {
+    engine::Scheduler& scheduler = *self->host_.scheduler;
+    const std::shared_ptr<engine::Scheduler::Lane> lane = self->transfer_lane_;
+    scheduler.Post(lane, /*small=*/true,
+                   [self = std::move(self), event = std::move(event), status](ParallelFor) mutable {
+                     self->Enqueue([event = std::move(event),
+                                    status = std::move(status)]() mutable { event(status); });
+                   });
+  };
+}
+
 void SessionCore::ReceiveLayers() {
   while (const std::optional<LayerAssembler::Incoming> next = assembler_->PopIncoming()) {
+    ++receiving_;
     transport_->transfers()->Receive(
         next->key, *next->input,
-        [self = shared_from_this(), layer = next->input->layer](const absl::Status& status) {
-          self->Enqueue([core = self.get(), layer, status] { core->OnReceived(layer, status); });
-        });
+        OnTransfer([this, layer = next->input->layer](const absl::Status& status) {
+          OnReceived(layer, status);
+        }));
   }
 }
 
 void SessionCore::OnReceived(int64_t layer, const absl::Status& status) {
+  --receiving_;
   if (ended()) return;
   if (!status.ok()) {
     DoFail(status);
@@ -292,9 +317,8 @@ void SessionCore::OnReceived(int64_t layer, const absl::Status& status) {
 void SessionCore::SendRows(const engine::LayerOutput& output) {
   if (transport_->transfers() == nullptr || !output.keys.is_lent()) return;
   ++sending_;
-  transport_->transfers()->Send(output, [self = shared_from_this()](const absl::Status& status) {
-    self->Enqueue([core = self.get(), status] { core->OnRowsSent(status); });
-  });
+  transport_->transfers()->Send(
+      output, OnTransfer([this](const absl::Status& status) { OnRowsSent(status); }));
 }
 
 void SessionCore::OnRowsSent(const absl::Status& status) {
@@ -323,7 +347,7 @@ void SessionCore::StartLayer() {
   engine::Scheduler::Job job = [self = shared_from_this(), posted = Clock::now()](
                                    ParallelFor parallel) { self->ComputeLayer(posted, parallel); };
   // Who waits for a GPU's event must not hold up the thread that reads streams.
-  const bool here = plan_.small && transport_->host_readable();
+  const bool here = plan_.small && host_readable_;
   if (here && host_.scheduler->TryRunHere(lane_, job)) return;
   host_.scheduler->Post(lane_, plan_.small, std::move(job));
 }

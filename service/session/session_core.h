@@ -75,9 +75,13 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   transport::Kind transport() const { return transport_kind_; }
   const std::string& transport_reason() const { return transport_reason_; }
   const transport::ResultPlace& result_place() const { return result_place_; }
+  // Transport::host_readable().
+  bool host_readable() const { return host_readable_; }
   // Transport::Await(), for a group that computes a layer of this rank.
   absl::Status AwaitInput() const { return transport_->Await(); }
   Turn turn() const { return turn_.load(); }
+  // Whether a transfer of the prompt is under way.
+  bool transfers() const { return transfers_.load(); }
 
   // As those of Session.
   void Start(SessionCallbacks callbacks);
@@ -110,6 +114,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
 
   // On the serial queue:
   bool ended() const { return state_ == State::kFinished || state_ == State::kFailed; }
+  Turn CurrentTurn() const;
   bool pulls() const { return spec_.pull != engine::Pull::kNone; }
   bool output_full() const {
     if (sending_ >= transport::Transfers::kMostSending) return true;
@@ -118,6 +123,9 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   }
   void TakeMessage(Parked parked);
   void AskForMessage();
+  // What a transfer is given to call: an event, on a thread of the scheduler, as it may take longer
+  // than whoever tells of transfers has.
+  transport::Transfers::Done OnTransfer(absl::AnyInvocable<void(const absl::Status&)> event);
   // Begins the transfers that the client has named.
   void ReceiveLayers();
   void OnReceived(int64_t layer, const absl::Status& status);
@@ -152,12 +160,16 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   const int64_t layers_in_flight_;
   const transport::Kind transport_kind_;
   const std::string transport_reason_;
+  const bool host_readable_;
   const transport::ResultPlace result_place_;
   const SessionHost host_;
   const std::shared_ptr<engine::Scheduler::Lane> lane_;
+  const std::shared_ptr<engine::Scheduler::Lane> transfer_lane_;  // of ends of transfers
+  const std::weak_ptr<const transport::Transport> peers_;         // transport_, for any thread
   std::atomic<bool> stopped_{false};  // ended: whoever works for the session may give up
   std::atomic<bool> cancelled_{false};
   std::atomic<Turn> turn_{Turn::kNobodys};  // after the last event: its answers are out
+  std::atomic<bool> transfers_{false};      // likewise
 
   SerialQueue queue_;
   // Touched on the serial queue alone.
@@ -176,7 +188,8 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   bool told_done_ = false;    // the group knows that this rank is done
   bool told_room_ = false;    // the group knows that there is room for an answer
   int64_t unsent_bytes_ = 0;  // of results
-  int64_t sending_ = 0;       // layers whose rows go by a transfer
+  int64_t receiving_ = 0;     // layers whose tensors come by a transfer
+  int64_t sending_ = 0;       // layers whose rows go by one
   std::map<int64_t, engine::LayerOutput> wait_for_rows_;  // by layer
   Reservation reservation_;
   engine::BufferAllowance allowance_;  // of the same bytes; goes first

@@ -6,8 +6,10 @@
 #include <thread>
 #include <utility>
 
+#include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/time/clock.h"
 #include "service/session/session.h"
 #include "service/session/session_core.h"
 #include "service/session/session_impl.h"
@@ -93,15 +95,16 @@ class SessionManager::Impl {
     return holding;
   }
 
-  // Ends the session that holds `key`, if there is one, and waits for its memory.
-  void Replace(const std::string& key, absl::Duration limit) {
+  // Ends the session that holds `key`, and waits for its memory. False where there is none.
+  bool Replace(const std::string& key, absl::Duration limit) {
     const std::shared_ptr<SessionCore> old = registry->FindKey(key);
-    if (old == nullptr) return;
+    if (old == nullptr) return false;
     old->Fail(
         absl::AbortedError("a new stream with the same idempotency_key took this one's place"),
         /*replaced=*/true);
     registry->WaitRemoved(old->id(), limit);
     registry->ForgetKey(old->id());
+    return true;
   }
 
   const SessionManagerOptions options;
@@ -162,10 +165,13 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
     return impl_->held_caches.Reserve(*held_bytes).status();
   }
   const auto begin = std::chrono::steady_clock::now();
+  const auto left = [begin] {
+    return kReplaceLimit - absl::FromChrono(std::chrono::steady_clock::now() - begin);
+  };
+  bool replaces = false;
   while (true) {
-    const absl::Duration waited = absl::FromChrono(std::chrono::steady_clock::now() - begin);
     if (!request.idempotency_key.empty()) {
-      impl_->Replace(request.idempotency_key, kReplaceLimit - waited);
+      replaces |= impl_->Replace(request.idempotency_key, left());
     }
     const SessionHost host = {.backend = impl_->backend.get(),
                               .buffers = &impl_->buffers,
@@ -185,7 +191,13 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
     }
     absl::StatusOr<Reservation> reservation = impl_->budget.Reserve(plan->reserved_bytes);
     if (!reservation.ok()) return reservation.status();
-    if (absl::Status taken = granted->transport->Reserve(); !taken.ok()) return taken;
+    absl::Status taken = granted->transport->Reserve();
+    // What the other session has on its way keeps its memory until that is over.
+    while (absl::IsResourceExhausted(taken) && replaces && left() > absl::ZeroDuration()) {
+      absl::SleepFor(absl::Milliseconds(5));
+      taken = granted->transport->Reserve();
+    }
+    if (!taken.ok()) return taken;
     absl::StatusOr<Holding> holding = impl_->Hold(request);
     if (!holding.ok()) return holding.status();
     auto core =

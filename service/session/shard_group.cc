@@ -223,14 +223,16 @@ void ShardGroup::Left(const SessionCore* core, const absl::Status& status) {
 }
 
 // Whether every rank waits for its answer and no layer has come from all of them. A rank that owes
-// a message is its silence limit's, one that takes no results its stall limit's.
+// a message is its silence limit's, one that takes no results its stall limit's, one with a
+// transfer under way its transport's.
 bool ShardGroup::StandsStill() {
   if (!begun_ || computing_ || parts_.empty() || !ready_.empty()) return false;
   if (std::find(room_.begin(), room_.end(), false) != room_.end()) return false;
   const std::lock_guard lock(mutex_);
   return phase_ == Phase::kRunning &&
-         std::all_of(members_.begin(), members_.end(),
-                     [](const Member& member) { return member.core->turn() == Turn::kServers; });
+         std::all_of(members_.begin(), members_.end(), [](const Member& member) {
+           return member.core->turn() == Turn::kServers && !member.core->transfers();
+         });
 }
 
 void ShardGroup::CheckStandstill(absl::Duration limit) {
@@ -261,6 +263,10 @@ void ShardGroup::Begin() {
     const std::lock_guard lock(mutex_);
     if (phase_ != Phase::kRunning) return;
     for (const Member& member : members_) shards.push_back(member.shard.heads);
+    // Who waits for a GPU's event must not hold up the thread that reads streams.
+    here_ = small_ && std::all_of(members_.begin(), members_.end(), [](const Member& member) {
+              return member.core->host_readable();
+            });
   }
   begun_ = true;
   prompt_.emplace(spec(), host_.backend, host_.buffers, std::move(shards));
@@ -283,7 +289,7 @@ void ShardGroup::Advance() {
   computing_ = true;
   engine::Scheduler::Job job = [self = shared_from_this(), posted = Clock::now()](
                                    ParallelFor parallel) { self->Compute(posted, parallel); };
-  if (small_ && host_.scheduler->TryRunHere(lane_, job)) return;
+  if (here_ && host_.scheduler->TryRunHere(lane_, job)) return;
   host_.scheduler->Post(lane_, small_, std::move(job));
 }
 

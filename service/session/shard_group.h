@@ -119,6 +119,7 @@ class ShardGroup : public std::enable_shared_from_this<ShardGroup> {
   SerialQueue queue_;
   // Touched on the serial queue alone.
   bool begun_ = false;
+  bool here_ = false;               // a layer may be computed by whoever brings its last part
   std::map<int64_t, Parts> parts_;  // by layer
   std::deque<int64_t> ready_;       // layers of which all parts are here
   std::vector<bool> room_;          // by shard index
