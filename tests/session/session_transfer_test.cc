@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -54,12 +53,7 @@ class HandTransport final : public transport::Transport, private transport::Tran
     input->values = Room(sizes_.input_value_bytes);
   }
   transport::ResultPlace result_place() const override { return {}; }
-  absl::Status Check() const override {
-    if (on_check_) on_check_();
-    return absl::OkStatus();
-  }
-  void OnCheck(std::function<void()> call) { on_check_ = std::move(call); }
-
+  absl::Status Check() const override { return absl::OkStatus(); }
   // Called by the thread that computes.
   absl::Status Await() const override {
     computing_ = std::this_thread::get_id();
@@ -88,6 +82,8 @@ class HandTransport final : public transport::Transport, private transport::Tran
   struct Waiting {
     std::byte* keys = nullptr;
     std::byte* values = nullptr;
+    std::shared_ptr<const void> key_owner;
+    std::shared_ptr<const void> value_owner;
     Done done;
   };
 
@@ -97,7 +93,8 @@ class HandTransport final : public transport::Transport, private transport::Tran
   }
   void Receive(const std::string& key, const engine::LayerInput& input, Done done) const override {
     const std::lock_guard lock(mutex_);
-    waiting_[key] = {input.keys.data(), input.values.data(), std::move(done)};
+    waiting_[key] = {input.keys.data(), input.values.data(), input.keys.owner(),
+                     input.values.owner(), std::move(done)};
   }
   void Send(const engine::LayerOutput&, Done done) const override { done(absl::OkStatus()); }
 
@@ -105,7 +102,6 @@ class HandTransport final : public transport::Transport, private transport::Tran
 
   const transport::PromptSizes sizes_;
   bool reserved_ = false;
-  std::function<void()> on_check_;
   mutable std::atomic<std::thread::id> computing_;
   mutable std::mutex mutex_;
   mutable std::map<std::string, Waiting> waiting_;
@@ -178,24 +174,6 @@ TEST_F(SessionTransferTest, WhatFollowsFromATransferIsDoneByThePool) {
   ASSERT_TRUE(probe->WaitFor([](const Seen& seen) { return seen.failed.has_value(); }));
   EXPECT_EQ(probe->seen().failed, absl::UnavailableError("the pair is gone"));
   EXPECT_NE(told, std::this_thread::get_id());
-}
-
-// Many streams are looked after by one thread.
-TEST_F(SessionTransferTest, WhoChecksPeersIsNotLeftWithWhatOthersBring) {
-  const testkit::PromptData data(testkit::SmallOpen(), 9);
-  const auto probe = std::make_shared<Probe>();
-  const std::shared_ptr<Session> session = Open(Request(data));
-  session->Start(probe->Callbacks());
-  bool taken = false;
-  transport_->OnCheck([&] {
-    std::thread([&] { session->Append(FirstLayer(data, session->spec())); }).join();
-    taken = transport_->waits("k");
-  });
-  session->CheckPeers(absl::Seconds(1));
-  EXPECT_TRUE(taken);
-  transport_->OnCheck(nullptr);
-  session->Cancel();
-  EndTransfer(data, absl::CancelledError());
 }
 
 // The memory of what is under way for the session that is replaced comes back a little later.
