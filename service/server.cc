@@ -6,7 +6,6 @@
 #include <cerrno>
 #include <chrono>
 #include <limits>
-#include <optional>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -27,6 +26,7 @@
 #include "service/rpc/region_service.h"
 #include "service/rpc/stream_set.h"
 #include "service/transport/cuda_ipc.h"
+#include "service/transport/nccl/nccl_api.h"
 #include "service/transport/shared_memory.h"
 #include "service/unix_socket.h"
 
@@ -79,6 +79,11 @@ absl::Status CheckOptions(const ServerOptions& options) {
         absl::StrCat("region-lease is ", absl::FormatDuration(regions.lease), "; ",
                      absl::FormatDuration(transport::kMinLease), " to region-lease-limit (",
                      absl::FormatDuration(regions.max_lease), ") are allowed"));
+  }
+  if (options.nccl.library.empty() && options.nccl.memory_bytes > 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("nccl-memory is ", options.nccl.memory_bytes,
+                     " bytes, and there is no nccl-library that would use them"));
   }
   return absl::OkStatus();
 }
@@ -285,25 +290,31 @@ absl::StatusOr<std::shared_ptr<session::PivotProfile>> OpenPivotProfile(
                       absl::StrCat("pivot-profile: ", profile.status().message()));
 }
 
-std::optional<int64_t> ReserveBytes(const ServerOptions& options) {
-  if (options.nccl.library.empty()) return std::nullopt;
-  return options.nccl.memory_bytes;
+// That of ChooseBackend, in the words of the options.
+absl::Status BackendError(const ServerOptions& options, const absl::Status& status) {
+  std::string text = absl::StrCat("backend ", options.backend, ": ", status.message());
+  if (status.code() == absl::StatusCode::kResourceExhausted) {
+    absl::StrAppend(&text, " (device-memory, of which nccl-memory is a part)");
+  }
+  return absl::Status(status.code(), text);
 }
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options) {
-  absl::StatusOr<ChosenBackend> backend =
-      ChooseBackend(options.backend, {.device_memory_bytes = options.device_memory_bytes,
-                                      .reserve_bytes = ReserveBytes(options),
-                                      .warn = [log = options.warnings](const std::string& text) {
-                                        if (log != nullptr)
-                                          log->Write("warning", {{"backend", text}});
-                                      }});
-  if (!backend.ok()) {
-    return absl::Status(backend.status().code(), absl::StrCat("backend ", options.backend, ": ",
-                                                              backend.status().message()));
+BackendOptions BackendOptionsOf(const ServerOptions& options) {
+  BackendOptions backend = {.device_memory_bytes = options.device_memory_bytes};
+  if (!options.nccl.library.empty() && nccl::Api::Load(options.nccl.library).ok()) {
+    backend.reserve_bytes = options.nccl.memory_bytes;
   }
+  backend.warn = [log = options.warnings](const std::string& text) {
+    if (log != nullptr) log->Write("warning", {{"backend", text}});
+  };
+  return backend;
+}
+
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options) {
+  absl::StatusOr<ChosenBackend> backend = ChooseBackend(options.backend, BackendOptionsOf(options));
+  if (!backend.ok()) return BackendError(options, backend.status());
   return Start(std::move(options), *std::move(backend));
 }
 

@@ -56,6 +56,10 @@ struct ServerOptions {
 // INVALID_ARGUMENT for options out of range, which Server::Start() returns as well.
 absl::Status CheckOptions(const ServerOptions& options);
 
+// What the backend registry is asked for. Of a GPU's memory a part is set apart for transfers where
+// NCCL can be loaded.
+BackendOptions BackendOptionsOf(const ServerOptions& options);
+
 // Thread-safe.
 class Server {
  public:

@@ -33,10 +33,11 @@ int Main(int argc, char** argv) {
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  const BackendOptions backend = BackendOptionsOf(config.server);
   cuda::DeviceOptions device;
-  device.memory_bytes = config.server.device_memory_bytes;
+  device.memory_bytes = backend.device_memory_bytes;
   device.slice_bytes = testing::kFakeSliceBytes;
-  device.reserve_bytes = config.server.nccl.memory_bytes;
+  device.reserve_bytes = backend.reserve_bytes;
   auto server = Server::Start(std::move(config.server), testing::MakeFakeBackend(device));
   if (!server.ok()) {
     std::fprintf(stderr, "%s\n", server.status().ToString().c_str());
