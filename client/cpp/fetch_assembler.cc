@@ -74,16 +74,19 @@ absl::Status FetchAssembler::AddInfo(v1::CacheInfo info) {
   if (info_.has_value()) {
     info_->set_transport(info.transport());
     info_->set_transport_reason(info.transport_reason());
-    if (info.SerializeAsString() == info_->SerializeAsString()) return absl::OkStatus();
-    return Broken("CacheInfo is another than before the fetch broke");
+    if (info.SerializeAsString() != info_->SerializeAsString()) {
+      return Broken("CacheInfo is another than before the fetch broke");
+    }
+  } else {
+    if (absl::Status status = CheckCacheInfo(info, options_); !status.ok()) return status;
+    open_ = OpenOf(info);
+    opened_ = OpenedOf(info);
   }
-  if (absl::Status status = CheckCacheInfo(info, options_); !status.ok()) return status;
-  open_ = OpenOf(info);
-  opened_ = OpenedOf(info);
   if (!room_.empty() && ResultBytes(open_, opened_, info.layer_count()) > room_.size()) {
     return Broken("CacheInfo.kept_tokens need ", ResultBytes(open_, opened_, info.layer_count()),
                   " bytes, before they needed ", room_.size());
   }
+  if (info_.has_value()) return absl::OkStatus();
   info_ = std::move(info);
   if (options_.on_info) options_.on_info(*info_);
   return StartLayer(0);

@@ -129,6 +129,11 @@ absl::Status FetchCall::OfferRoom() {
   if (!offer.ok()) return offer.status();
   offer_ = *std::move(offer);
   if (offer_.regions.empty()) return absl::OkStatus();
+  if (room_.empty() && assembler_.info().has_value()) {
+    // A layer that has come in part lies elsewhere.
+    offer_ = NoOffer("the fetch has begun without a room in FetchOptions.results");
+    return absl::OkStatus();
+  }
   if (room_.empty()) {
     absl::Status made = MakeRoom(offer_);
     if (!made.ok() || room_.empty()) {

@@ -89,6 +89,24 @@ TEST_F(FetchRegionTest, GoesOnWhereItBrokeAndKeepsTheRoomUntilTheServerIsDone) {
   EXPECT_LT(arena_->free_bytes(), arena_->region()->size()) << "a broken stream may still write";
 }
 
+// What lies elsewhere by then stays there, also once the region can be had.
+TEST_F(FetchRegionTest, AFetchThatBeganInMessagesGoesOnSo) {
+  socket_.Refuse(8, "full");
+  FakeHeldCaches server([this](int attempt, grpc::ServerContext*,
+                               const v1::FetchCacheRequest& request, Writer* writer) {
+    EXPECT_FALSE(request.info_only());
+    EXPECT_EQ(request.regions_size(), 0);
+    socket_.Refuse(0, "");
+    return Send(InPlace(request), writer, attempt == 1 ? 3 : 1000);
+  });
+  server.set_region_socket(socket_.path());
+  const auto fetched = server.client().FetchCache("handle", Options(TransportChoice::kAuto));
+  ExpectGood(fetched);
+  EXPECT_EQ(fetched->attempts, 2);
+  EXPECT_FALSE(LiesInArena(fetched->layers[1].keys));
+  EXPECT_THAT(fetched->info.transport_reason(), HasSubstr("has begun without a room"));
+}
+
 TEST_F(FetchRegionTest, ARegionThatIsNotKnownIsRegisteredAnewAndThenDoneWithout) {
   for (const TransportChoice choice : {TransportChoice::kSharedMemory, TransportChoice::kAuto}) {
     int refused = 0;

@@ -57,7 +57,8 @@ struct FetchOptions : HeldCallOptions {
   // Keys and values of all layers lie here, in one block that LayerResult.keys and .values share,
   // and over shared memory the server writes them there. FetchResultBytes() of it are needed,
   // otherwise the fetch is RESOURCE_EXHAUSTED. A GPU's arena is written over CUDA IPC, and a fetch
-  // without that is FAILED_PRECONDITION. Null: they come in messages.
+  // without that is FAILED_PRECONDITION. Null, or where the host's arena cannot be offered when the
+  // fetch begins: they come in messages and lie elsewhere, to the end of the fetch.
   std::shared_ptr<Arena> results;
   // As StreamOptions.transport, without NCCL: with `results`, and where the server has shared
   // memory on this host, that is taken. CacheInfo.transport and .transport_reason say which it was
