@@ -60,13 +60,13 @@ absl::Status CheckSlice(const v1::CacheInfo& info, const FetchOptions& options) 
   const uint64_t held_end = uint64_t{held.begin()} + held.count();
   const bool all_heads = options.first_kv_head == 0 && options.kv_head_count == 0;
   const uint64_t first = all_heads ? held.begin() : options.first_kv_head;
-  absl::Status status =
-      First({CheckRange("held_kv_heads.count", held.count(), 1, kMaxHeads),
-             CheckRange("held_kv_heads.begin", held_end, 1, info.geometry().kv_head_count()),
-             CheckSame("kv_heads.begin", info.kv_heads().begin(), first),
-             CheckRange("kv_heads.begin", first, held.begin(), held_end - 1),
-             CheckSame("first_layer", info.first_layer(), options.first_layer),
-             CheckRange("first_layer", info.first_layer(), 0, info.geometry().layer_count() - 1)});
+  absl::Status status = First(
+      {CheckRange("held_kv_heads.count", held.count(), 1, kMaxHeads),
+       CheckRange("held_kv_heads.begin + count", held_end, 1, info.geometry().kv_head_count()),
+       CheckSame("kv_heads.begin", info.kv_heads().begin(), first),
+       CheckRange("kv_heads.begin", first, held.begin(), held_end - 1),
+       CheckSame("first_layer", info.first_layer(), options.first_layer),
+       CheckRange("first_layer", info.first_layer(), 0, info.geometry().layer_count() - 1)});
   if (!status.ok()) return status;
   const uint64_t heads = options.kv_head_count == 0 ? held_end - first : options.kv_head_count;
   const uint64_t rest = info.geometry().layer_count() - info.first_layer();

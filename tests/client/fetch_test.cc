@@ -207,7 +207,7 @@ INSTANTIATE_TEST_SUITE_P(
         {"FirstHead", Says([](auto* i) { i->mutable_kv_heads()->set_begin(1); }),
          "CacheInfo.kv_heads.begin is 1; 0 was asked for"},
         {"HeldHeads", Says([](auto* i) { i->mutable_held_kv_heads()->set_count(2); }),
-         "CacheInfo.held_kv_heads.begin is 2; 1 to 1"},
+         "CacheInfo.held_kv_heads.begin + count is 2; 1 to 1"},
         {"NoHeldHeads", Says([](auto* i) { i->clear_held_kv_heads(); }),
          "CacheInfo.held_kv_heads.count is 0"},
         {"AllHeads", Says([](auto* i) { i->mutable_geometry()->set_kv_head_count(~0U); }),
