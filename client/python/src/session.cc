@@ -124,12 +124,8 @@ PendingHandle SendBytes(const SessionHandle& self, uint32_t layer, nb::handle te
 nb::object NextEvent(const SessionHandle& self) {
   RefuseEnded();
   if (!self->events().Take()) return nb::none();
-  absl::StatusOr<client::Event> event;
-  {
-    const nb::gil_scoped_release release;  // the library may read on, on this thread
-    event = self->session().NextEvent();
-  }
-  return FromEvent(Take(std::move(event)), self->prompt().open, self->prompt().opened);
+  // With the GIL: it does not wait, and a daemon thread that gives the GIL away may never return.
+  return FromEvent(Take(self->session().NextEvent()), self->prompt().open, self->prompt().opened);
 }
 
 }  // namespace
