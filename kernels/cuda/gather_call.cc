@@ -13,10 +13,6 @@
 namespace structkv::cuda {
 namespace {
 
-int64_t BytesOf(const TensorView& view) {
-  return view.heads * view.tokens * view.dim * static_cast<int64_t>(DTypeSize(view.dtype));
-}
-
 class GatherCall {
  public:
   // `from` and `to`: where the source and the destination lie.
@@ -32,9 +28,9 @@ class GatherCall {
         writes_in_place_(to.on_device()) {
     kept_ = TensorView::Dense(nullptr, source.dtype, Layout::kHeadTokenDim, source.heads,
                               destination.tokens, source.dim);
-    packed_at_ = parts_.Add<std::byte>(in_place_ ? 0 : BytesOf(kept_));
+    packed_at_ = parts_.Add<std::byte>(in_place_ ? 0 : VectorBytes(kept_));
     rows_at_ = parts_.Add<int32_t>(Rows());
-    out_at_ = parts_.Add<std::byte>(writes_in_place_ ? 0 : BytesOf(kept_));
+    out_at_ = parts_.Add<std::byte>(writes_in_place_ ? 0 : VectorBytes(kept_));
     table_at_ = parts_.Add<int32_t>(in_place_ ? TableBlocks(source) : 0);
     if (rotation == nullptr) return;
     stood_at_ = parts_.Add<int32_t>(Rows());

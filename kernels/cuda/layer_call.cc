@@ -21,10 +21,6 @@ namespace {
 
 constexpr int64_t kFloat = sizeof(float);
 
-int64_t BytesOf(const MutableTensorView& view) {
-  return view.heads * view.tokens * view.dim * static_cast<int64_t>(DTypeSize(view.dtype));
-}
-
 // Rows that the device gathers.
 struct DeviceRows {
   const LayerPass::Rows* rows = nullptr;
@@ -58,7 +54,7 @@ class LayerCall {
     if (!taken.are_keys && !from.on_device() && !CanBeReadInPlace(rows.source)) return false;
     taken.table_blocks = taken.are_keys ? 0 : TableBlocks(rows.source);
     taken.table_at = parts_.Add<int32_t>(taken.table_blocks);
-    taken.out_at = parts_.Add<std::byte>(to.on_device() ? 0 : BytesOf(rows.destination));
+    taken.out_at = parts_.Add<std::byte>(to.on_device() ? 0 : VectorBytes(rows.destination));
     rows_.push_back(taken);
     return true;
   }

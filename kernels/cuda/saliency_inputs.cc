@@ -34,9 +34,6 @@ SaliencyInputs::SaliencyInputs(const SaliencyParams& params, const Place& keys_a
     : params_(params), in_place_(keys_at.on_device() && IsAligned(params.keys)) {
   const TensorView& q = params.queries;
   const TensorView& k = params.keys;
-  const auto bytes = [](const TensorView& v) {
-    return v.heads * v.tokens * v.dim * static_cast<int64_t>(DTypeSize(v.dtype));
-  };
   request_.queries =
       TensorView::Dense(q.data, q.dtype, Layout::kHeadTokenDim, q.heads, q.tokens, q.dim);
   request_.keys =
@@ -46,8 +43,8 @@ SaliencyInputs::SaliencyInputs(const SaliencyParams& params, const Place& keys_a
   request_.scale = static_cast<float>(SaliencyScale(params));
   request_.window_max = params.window_max;
   request_.workspace_bytes = SaliencyWorkspaceBytes(request_);
-  queries_ = parts->Add<std::byte>(bytes(q));
-  keys_ = parts->Add<std::byte>(in_place_ ? 0 : bytes(k));
+  queries_ = parts->Add<std::byte>(VectorBytes(q));
+  keys_ = parts->Add<std::byte>(in_place_ ? 0 : VectorBytes(k));
   table_ = parts->Add<int32_t>(in_place_ ? TableBlocks(k) : 0);
   lse_ = parts->Add<float>(params.lse != nullptr ? q.heads * q.tokens : 0);
   key_scales_ = parts->Add<float>(params.key_scales != nullptr ? k.heads : 0);

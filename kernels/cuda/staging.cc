@@ -148,7 +148,7 @@ absl::Status DownloadTensor(const Lease& lease, const void* from, const MutableT
   const TensorView view = {to.data,         to.dtype,       to.heads,        to.tokens,
                            to.dim,          to.head_stride, to.token_stride, nullptr,
                            to.block_tokens, to.block_stride};
-  const int64_t bytes = to.heads * to.tokens * to.dim * static_cast<int64_t>(DTypeSize(to.dtype));
+  const int64_t bytes = VectorBytes(to);
   TensorRuns runs(view, layout);
   Run run;
   return DownloadPieces(

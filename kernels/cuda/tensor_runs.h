@@ -21,6 +21,12 @@ inline Layout LayoutOf(const MutableTensorView& view) {
   return LayoutOf(view.heads, view.head_stride, view.token_stride);
 }
 
+// Of a view's vectors, without what lies between them.
+template <class View>
+int64_t VectorBytes(const View& view) {
+  return view.heads * view.tokens * view.dim * static_cast<int64_t>(DTypeSize(view.dtype));
+}
+
 // Entries of a view's block table; 0 where it has none.
 inline int64_t TableBlocks(const TensorView& view) {
   if (!view.paged() || view.block_table == nullptr) return 0;
