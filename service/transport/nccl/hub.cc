@@ -153,8 +153,8 @@ void Hub::Cancel(PairId id, const void* owner) {
     std::lock_guard lock(mutex_);
     const auto found = pairs_.find(id);
     if (found == pairs_.end()) return;
-    const auto is_owners = [owner](const Transfer& transfer, Clock::time_point) {
-      return transfer.owner == owner;
+    const auto is_owners = [owner](const TransferOrder::Waiting& waiting) {
+      return waiting.transfer.owner == owner;
     };
     for (auto& [key, transfer, offered] : found->second->order.Withdraw(is_owners)) {
       Tell(std::move(transfer),
@@ -309,7 +309,7 @@ std::shared_ptr<const Hub::ServiceChannel> Hub::Forget(PairId id, const absl::St
   Pair& pair = *ended.mapped();
   const absl::Status unavailable = absl::UnavailableError(why.message());
   pair.life->End(unavailable);
-  const auto all = [](const Transfer&, Clock::time_point) { return true; };
+  const auto all = [](const TransferOrder::Waiting&) { return true; };
   for (auto& [key, transfer, offered] : pair.order.Withdraw(all)) {
     Tell(std::move(transfer), unavailable);
   }
@@ -402,8 +402,11 @@ void Hub::Tick() {
 }
 
 void Hub::WithdrawLate(Pair& pair, Clock::time_point now) {
-  const auto is_late = [&](const Transfer&, Clock::time_point since) {
-    return now - since > absl::ToChronoNanoseconds(options_.offer_limit);
+  // A communicator that is on its way has a limit of its own.
+  const bool comes = pair.state == State::kJoining || pair.state == State::kConnecting;
+  const auto is_late = [&](const TransferOrder::Waiting& waiting) {
+    return !(waiting.offered && comes) &&
+           now - waiting.since > absl::ToChronoNanoseconds(options_.offer_limit);
   };
   for (auto& [key, transfer, offered] : pair.order.Withdraw(is_late)) {
     Tell(std::move(transfer),

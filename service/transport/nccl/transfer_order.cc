@@ -117,13 +117,14 @@ bool TransferOrder::DropOffer(const std::string& key) {
 }
 
 std::vector<TransferOrder::Withdrawn> TransferOrder::Withdraw(
-    absl::FunctionRef<bool(const Transfer&, Clock::time_point)> which) {
+    absl::FunctionRef<bool(const Waiting&)> which) {
   std::vector<Withdrawn> taken;
   for (auto own = own_.begin(); own != own_.end();) {
     const auto each = own++;
-    if (!which(each->second.transfer, each->second.since)) continue;
+    const bool offered = offers_.contains(each->first);
+    if (!which({each->second.transfer, each->second.since, offered})) continue;
     LeaveLine(each->first);
-    taken.push_back({each->first, std::move(each->second.transfer), offers_.contains(each->first)});
+    taken.push_back({each->first, std::move(each->second.transfer), offered});
     own_.erase(each);
   }
   return taken;

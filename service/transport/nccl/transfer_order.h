@@ -38,11 +38,17 @@ class TransferOrder {
     Transfer transfer;
     absl::Status why;  // INVALID_ARGUMENT
   };
+  // An own transfer that waits.
+  struct Waiting {
+    const Transfer& transfer;
+    Clock::time_point since;  // that it waits for what it waits for
+    bool offered = false;     // the client is ready: it waits for its turn
+  };
   // An own transfer that was taken back.
   struct Withdrawn {
     std::string key;
     Transfer transfer;
-    bool offered = false;  // the client was ready: it waited for its turn
+    bool offered = false;  // as of Waiting
   };
 
   // The service's own end is ready. Takes `transfer` unless it fails: ALREADY_EXISTS for a key that
@@ -58,9 +64,8 @@ class TransferOrder {
   // Numbers all of these, in the order in which they became so.
   std::vector<Numbered> Take();
 
-  // Takes own ones back that wait, and of which `which` (since when) says so.
-  std::vector<Withdrawn> Withdraw(
-      absl::FunctionRef<bool(const Transfer&, Clock::time_point)> which);
+  // Takes own ones back that wait, and of which `which` says so.
+  std::vector<Withdrawn> Withdraw(absl::FunctionRef<bool(const Waiting&)> which);
   // Drops an offer of the client's that waits. False where there is none.
   bool DropOffer(const std::string& key);
 
@@ -74,7 +79,7 @@ class TransferOrder {
 
   struct Own {
     Transfer transfer;
-    Clock::time_point since;  // that it waits for what it waits for
+    Clock::time_point since;  // as of Waiting
   };
 
   absl::flat_hash_map<std::string, Own> own_;

@@ -523,6 +523,16 @@ TEST_F(NcclPairTest, ACommunicatorThatIsNeverJoined) {
       .ExpectLost("connecting took longer than 3s", "");
 }
 
+// A transfer that waits for a communicator which is on its way has the limit of connecting.
+TEST_F(NcclPairTest, AConnectThatTakesLongerThanOffersMay) {
+  HubOptions options{ImpatientOptions(), "service"};
+  options.offer_limit = absl::Seconds(1);
+  hub_ = *Hub::Start(FakeApi(), FakeDeviceApi(), options);
+  FaultNext("never_join@0");
+  Exchange(hub_.get(), NewClient(), "k", Direction::kSend, {kMiB}, 1)
+      .ExpectLost("connecting took longer than 3s", "");
+}
+
 TEST_F(NcclPairTest, AnAsynchronousErrorEndsThePairAtBothEnds) {
   Start();
   StartGood();

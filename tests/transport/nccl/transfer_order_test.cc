@@ -93,7 +93,7 @@ TEST(TransferOrderTest, DropsOffersAndWhatWaitsForLong) {
   ASSERT_EQ(Add(order, "own"), absl::OkStatus());
   const auto since_before = [&order](Clock::time_point limit) {
     return order.Withdraw(
-        [limit](const Transfer&, Clock::time_point since) { return since < limit; });
+        [limit](const TransferOrder::Waiting& waiting) { return waiting.since < limit; });
   };
   EXPECT_TRUE(since_before(Clock::now() - std::chrono::seconds(10)).empty());
   const auto late = since_before(Clock::now() + std::chrono::seconds(1));
@@ -106,11 +106,12 @@ TEST(TransferOrderTest, DropsOffersAndWhatWaitsForLong) {
 // Until it has its number, either end can still leave, and the other waits on.
 TEST(TransferOrderTest, WhatHasNoNumberCanBeTakenBack) {
   TransferOrder order;
-  const auto all = [](const Transfer&, Clock::time_point) { return true; };
+  const auto offered = [](const TransferOrder::Waiting& waiting) { return waiting.offered; };
   ASSERT_EQ(Add(order, "a"), absl::OkStatus());
   ASSERT_EQ(AddOffer(order, "a"), absl::OkStatus());
   EXPECT_EQ(Add(order, "a").code(), absl::StatusCode::kAlreadyExists);
-  const auto own = order.Withdraw(all);
+  ASSERT_EQ(Add(order, "not offered"), absl::OkStatus());
+  const auto own = order.Withdraw(offered);
   ASSERT_EQ(own.size(), 1U);
   EXPECT_TRUE(own[0].offered);
   EXPECT_FALSE(order.has_next());
@@ -120,7 +121,7 @@ TEST(TransferOrderTest, WhatHasNoNumberCanBeTakenBack) {
   EXPECT_FALSE(order.has_next());
   ASSERT_EQ(AddOffer(order, "a"), absl::OkStatus());
   EXPECT_EQ(order.Take().size(), 1U);
-  EXPECT_TRUE(order.Withdraw(all).empty());
+  EXPECT_TRUE(order.Withdraw(offered).empty());
 }
 
 TEST(TransferOrderTest, BoundsTheOffersThatWait) {
