@@ -35,8 +35,9 @@ struct IpcEventHandle {
   char bytes[64] = {};
 };
 
-// CU_EVENT_DISABLE_TIMING | CU_EVENT_INTERPROCESS, CU_STREAM_NON_BLOCKING.
-inline constexpr unsigned kInterprocessEvent = 2 | 4;
+// CU_EVENT_DISABLE_TIMING, that | CU_EVENT_INTERPROCESS, CU_STREAM_NON_BLOCKING.
+inline constexpr unsigned kUntimedEvent = 2;
+inline constexpr unsigned kInterprocessEvent = kUntimedEvent | 4;
 inline constexpr unsigned kNonBlockingStream = 1;
 // CU_POINTER_ATTRIBUTE_MEMORY_TYPE with CU_MEMORYTYPE_DEVICE, and .._DEVICE_ORDINAL.
 inline constexpr int kMemoryTypeAttribute = 2;

@@ -84,6 +84,11 @@ absl::StatusOr<std::shared_ptr<CudaDevice>> CudaDevice::Open(const std::string& 
   status = check(call.device_get_uuid(&uuid, device->device_), "cuDeviceGetUuid");
   if (!status.ok()) return status;
   device->uuid_.assign(uuid.bytes, sizeof(uuid.bytes));
+  char bus_id[32] = {};
+  status =
+      check(call.device_get_bus_id(bus_id, sizeof(bus_id), device->device_), "cuDeviceGetPCIBusId");
+  if (!status.ok()) return status;
+  device->bus_id_ = bus_id;
   status = check(call.primary_context_retain(&device->context_, device->device_),
                  "cuDevicePrimaryCtxRetain");
   if (!status.ok()) return status;
@@ -102,14 +107,21 @@ CudaDevice::~CudaDevice() {
   call().primary_context_release(device_);
 }
 
+absl::Status CudaDevice::Wait(cuda::Event* event) const {
+  const Scope scope(*this);
+  return driver_->ToStatus(call().stream_wait_event(stream_, event, 0), "cuStreamWaitEvent");
+}
+
+absl::Status CudaDevice::Record(cuda::Event* event, cuda::Stream* stream) const {
+  const Scope scope(*this);
+  return driver_->ToStatus(call().event_record(event, stream), "cuEventRecord");
+}
+
 absl::Status CudaDevice::Copy(std::byte* to, const std::byte* from, size_t bytes,
                               cuda::Event* after) const {
   if (bytes == 0) return absl::OkStatus();
   const Scope scope(*this);
-  absl::Status status;
-  if (after != nullptr) {
-    status = driver_->ToStatus(call().stream_wait_event(stream_, after, 0), "cuStreamWaitEvent");
-  }
+  absl::Status status = after != nullptr ? Wait(after) : absl::OkStatus();
   if (!status.ok()) return status;
   status = driver_->ToStatus(
       call().memory_copy_async(reinterpret_cast<cuda::DevicePointer>(to),

@@ -63,11 +63,18 @@ class CudaDevice {
   int ordinal() const { return ordinal_; }
   // 16 bytes.
   const std::string& uuid() const { return uuid_; }
+  // Of its PCI bus, as cuDeviceGetPCIBusId writes it.
+  const std::string& bus_id() const { return bus_id_; }
 
   // Makes the context the calling thread's for good.
   absl::Status MakeCurrent() const {
     return driver_->ToStatus(call().context_push(context_), "cuCtxPushCurrent");
   }
+  // Its own, of copies; a cudaStream_t.
+  cuda::Stream* stream() const { return stream_; }
+  // Has it wait for the last record of `event`.
+  absl::Status Wait(cuda::Event* event) const;
+  absl::Status Record(cuda::Event* event, cuda::Stream* stream) const;
   // Copies between any two kinds of memory and waits for that. What writes `from` has run, or is
   // behind the last record of `after`, which may be null.
   absl::Status Copy(std::byte* to, const std::byte* from, size_t bytes, cuda::Event* after) const;
@@ -84,6 +91,7 @@ class CudaDevice {
   cuda::Context* context_ = nullptr;
   cuda::Stream* stream_ = nullptr;  // for copies
   std::string uuid_;
+  std::string bus_id_;
 };
 
 }  // namespace structkv::client::internal

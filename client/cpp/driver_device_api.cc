@@ -24,6 +24,13 @@ Opened& All() {
   return *all;
 }
 
+absl::StatusOr<std::shared_ptr<CudaDevice>> Find(int ordinal) {
+  absl::MutexLock lock(&All().mutex);
+  const auto found = All().devices.find(ordinal);
+  if (found != All().devices.end()) return found->second;
+  return absl::InternalError(absl::StrCat("GPU ", ordinal, " was not opened"));
+}
+
 const CudaDriver& Driver() {
   absl::MutexLock lock(&All().mutex);
   return *All().driver;
@@ -43,12 +50,8 @@ absl::StatusOr<nccl::DeviceApi> DriverDeviceApi(const std::string& library, int 
   }
   nccl::DeviceApi api;
   api.set_device = [](int device) {
-    absl::MutexLock lock(&All().mutex);
-    const auto found = All().devices.find(device);
-    if (found == All().devices.end()) {
-      return absl::InternalError(absl::StrCat("GPU ", device, " was not opened"));
-    }
-    return found->second->MakeCurrent();
+    const auto found = Find(device);
+    return found.ok() ? (*found)->MakeCurrent() : found.status();
   };
   api.create_stream = []() -> absl::StatusOr<nccl::Stream*> {
     cuda::Stream* stream = nullptr;
@@ -72,15 +75,9 @@ absl::StatusOr<nccl::DeviceApi> DriverDeviceApi(const std::string& library, int 
     return true;
   };
   api.bus_id = [](int device) -> absl::StatusOr<std::string> {
-    cuda::Device handle = 0;
-    absl::Status status =
-        Driver().ToStatus(Driver().call().device_get(&handle, device), "cuDeviceGet");
-    if (!status.ok()) return status;
-    char id[32] = {};
-    status = Driver().ToStatus(Driver().call().device_get_bus_id(id, sizeof(id), handle),
-                               "cuDeviceGetPCIBusId");
-    if (!status.ok()) return status;
-    return std::string(id);
+    const auto found = Find(device);
+    if (!found.ok()) return found.status();
+    return (*found)->bus_id();
   };
   return api;
 }

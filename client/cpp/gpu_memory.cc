@@ -46,10 +46,12 @@ absl::StatusOr<std::shared_ptr<GpuMemory>> GpuMemory::Make(const GpuAllocation& 
     status = memory->Allocate(options->size_bytes);
   }
   if (!status.ok()) return status;
-  status = memory->device_->driver().ToStatus(
-      memory->device_->call().event_create(&memory->event_, cuda::kInterprocessEvent),
-      "cuEventCreate");
-  if (!status.ok()) return status;
+  for (const auto& [event, flags] : {std::pair(&memory->event_, cuda::kInterprocessEvent),
+                                     std::pair(&memory->mark_, cuda::kUntimedEvent)}) {
+    status = memory->device_->driver().ToStatus(memory->device_->call().event_create(event, flags),
+                                                "cuEventCreate");
+    if (!status.ok()) return status;
+  }
   return memory;
 }
 
@@ -96,14 +98,28 @@ absl::Status GpuMemory::Adopt(const GpuAllocation& adopted, RegionOptions* optio
 
 GpuMemory::~GpuMemory() {
   const CudaDevice::Scope scope(*device_);
-  if (event_ != nullptr) device_->call().event_destroy(event_);
+  for (cuda::Event* const event : {event_, mark_}) {
+    if (event != nullptr) device_->call().event_destroy(event);
+  }
   if (allocated_) device_->call().memory_free(Address(data_));
 }
 
 absl::Status GpuMemory::Record(void* stream) const {
-  const CudaDevice::Scope scope(*device_);
-  return device_->driver().ToStatus(
-      device_->call().event_record(event_, static_cast<cuda::Stream*>(stream)), "cuEventRecord");
+  absl::MutexLock lock(&record_mutex_);
+  absl::Status status = device_->Record(mark_, static_cast<cuda::Stream*>(stream));
+  return status.ok() ? RecordBehind(mark_) : status;
+}
+
+absl::Status GpuMemory::RecordAlso(const GpuMemory& other) const {
+  absl::MutexLock lock(&record_mutex_);
+  return RecordBehind(other.event_);
+}
+
+// By way of a stream of its own, which waits for one after the other: a record would replace the
+// one before, and streams of the caller's that wait for each other may wait for ever.
+absl::Status GpuMemory::RecordBehind(cuda::Event* event) const {
+  absl::Status status = device_->Wait(event);
+  return status.ok() ? device_->Record(event_, device_->stream()) : status;
 }
 
 absl::StatusOr<v1::CudaIpcMemory> GpuMemory::Export(bool own_process) const {

@@ -75,8 +75,10 @@ absl::Status Packer::AddTransfer(uint32_t layer, v1::Tensor tensor,
   }
   if (absl::Status status = MakeRoom(); !status.ok()) return status;
   core_->HoldUntilAnswered(layer, held);
+  absl::StatusOr<std::string> key = core_->Transfer(layer, tensor, rows, held);
+  if (!key.ok()) return key.status();
   wire::OutgoingPiece piece;
-  piece.transfer = {core_->Transfer(layer, tensor, rows, held), rows.size()};
+  piece.transfer = {*std::move(key), rows.size()};
   AddName(layer, tensor, offset, std::move(piece));
   return absl::OkStatus();
 }
@@ -102,7 +104,7 @@ absl::StatusOr<Bytes> Packer::Stage(uint32_t layer, v1::Tensor tensor,
     std::memcpy(block->data(), data.data(), data.size());
     return block;
   }
-  absl::Status status = core_->gpu()->Copy(block->data(), data.data(), data.size());
+  absl::Status status = core_->GpuOf(data)->Copy(block->data(), data.data(), data.size());
   if (!status.ok()) return status;
   return block;
 }

@@ -27,6 +27,7 @@ void PromptTransfers::Offer(const std::string& key, nccl::Direction direction,
                             std::shared_ptr<void> hold, Done done) {
   {
     absl::MutexLock lock(&mutex_);
+    if (withdrawn_) return;
     waiting_.insert(key);
   }
   nccl::Transfer transfer;
@@ -42,6 +43,11 @@ void PromptTransfers::Offer(const std::string& key, nccl::Direction direction,
     });
   };
   pair_->Offer(key, std::move(transfer));
+  {
+    absl::MutexLock lock(&mutex_);
+    if (!withdrawn_) return;
+  }
+  pair_->Withdraw(key);  // Withdraw() may have come before it was offered
 }
 
 void PromptTransfers::Finished(const std::string& key, const Done& done,
@@ -69,6 +75,7 @@ void PromptTransfers::Withdraw() {
   std::set<std::string> waiting;
   {
     absl::MutexLock lock(&mutex_);
+    withdrawn_ = true;
     waiting = waiting_;
   }
   for (const std::string& key : waiting) pair_->Withdraw(key);

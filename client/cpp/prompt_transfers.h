@@ -32,7 +32,7 @@ class PromptTransfers : public std::enable_shared_from_this<PromptTransfers> {
              void* after, std::shared_ptr<void> hold, Done done);
   // Has the pair's thread call it.
   void Post(std::function<void()> call);
-  // Takes back what is not under way yet.
+  // Takes back what is not under way yet; what is offered from now on is dropped untold.
   void Withdraw();
   // Nothing is called from now on; waits for what is being called.
   void Close();
@@ -46,7 +46,8 @@ class PromptTransfers : public std::enable_shared_from_this<PromptTransfers> {
   const std::string prefix_;  // of keys
   absl::Mutex mutex_;
   std::set<std::string> waiting_ ABSL_GUARDED_BY(mutex_);  // keys of transfers that are not over
-  absl::Mutex call_mutex_;                                 // held while something is called
+  bool withdrawn_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Mutex call_mutex_;  // held while something is called
   bool closed_ ABSL_GUARDED_BY(call_mutex_) = false;
 };
 

@@ -4,6 +4,7 @@
 #include <utility>
 #include <variant>
 
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/cpp/staged_blocks.h"
 #include "structkv/arena.h"
@@ -159,9 +160,16 @@ absl::Status SessionCore::Record(const std::optional<void*>& stream) const {
   return place_.gpu->Record(*stream);
 }
 
+std::shared_ptr<const GpuMemory> SessionCore::GpuOf(absl::Span<const std::byte> data) const {
+  for (const auto& region : stream_->options().regions) {
+    if (region->OffsetOf(data).has_value()) return region->gpu_memory();
+  }
+  return place_.gpu;
+}
+
 absl::StatusOr<Bytes> SessionCore::CopyToHost(absl::Span<const std::byte> data) const {
   Bytes copy = pool_->Acquire(data.size());
-  const absl::Status status = place_.gpu->Copy(copy.data(), data.data(), data.size());
+  const absl::Status status = GpuOf(data)->Copy(copy.data(), data.data(), data.size());
   if (!status.ok()) return status;
   return copy;
 }
@@ -169,9 +177,11 @@ absl::StatusOr<Bytes> SessionCore::CopyToHost(absl::Span<const std::byte> data) 
 absl::Status SessionCore::CopyToResults(LayerResult* layer) const {
   const bool copies = place_.gpu != nullptr && opened_.transport() == v1::TRANSPORT_INLINE;
   if (!copies || place_.results.empty()) return absl::OkStatus();
-  const uint32_t layers = open_.geometry().layer_count();
-  if (ResultBytes(open_, opened_, layers) > place_.results.size()) {
-    return absl::DataLossError("Opened.kept_tokens are more than Open lets a layer keep");
+  const uint64_t needed = ResultBytes(open_, opened_, open_.geometry().layer_count());
+  if (needed > place_.results.size()) {
+    return absl::DataLossError(
+        absl::StrCat("the server broke the protocol: Opened.kept_tokens need ", needed,
+                     " bytes, and what Open lets layers keep ", place_.results.size()));
   }
   for (const auto& [tensor, rows] :
        {std::pair(v1::TENSOR_KEYS, &layer->keys), std::pair(v1::TENSOR_VALUES, &layer->values)}) {
@@ -355,15 +365,21 @@ void SessionCore::Fail(const absl::Status& status) {
 void SessionCore::Finish() {
   std::map<uint32_t, Held> held;
   decltype(owners_) owners;
+  decltype(leaving_) leaving;
+  decltype(arriving_) arriving;
   absl::Status status;
   {
     absl::MutexLock lock(&mutex_);
     held.swap(held_);
     owners.swap(owners_);
+    leaving.swap(leaving_);
+    arriving.swap(arriving_);
     status = *status_;
   }
   held.clear();
   owners.clear();
+  leaving.clear();
+  arriving.clear();
   if (transfers_ != nullptr) transfers_->Withdraw();
   // The server may be at it still.
   if (shared_place() != nullptr && !place_.results.empty() && !status.ok()) {

@@ -64,10 +64,13 @@ class SessionCore final {
   // Whether keys and values go by the NCCL pair, after WaitOpened() has returned OK.
   bool transfers() const { return opened_.transport() == v1::TRANSPORT_NCCL; }
   // Offers a layer's keys and values once all of them were named; the key that names them.
-  std::string Transfer(uint32_t layer, v1::Tensor tensor, absl::Span<const std::byte> data,
-                       const std::shared_ptr<const void>& owner);
+  absl::StatusOr<std::string> Transfer(uint32_t layer, v1::Tensor tensor,
+                                       absl::Span<const std::byte> data,
+                                       const std::shared_ptr<const void>& owner);
   // What copies from and to the GPU in whose memory tensors may lie; null: all lie in the host's.
   const GpuMemory* gpu() const { return place_.gpu.get(); }
+  // Likewise with the event that is recorded behind `data`.
+  std::shared_ptr<const GpuMemory> GpuOf(absl::Span<const std::byte> data) const;
   // Has the server, and copies, wait for what was queued on `stream`, where that is set.
   absl::Status Record(const std::optional<void*>& stream) const;
   // `data` of a GPU in the host's memory.

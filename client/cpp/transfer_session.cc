@@ -22,13 +22,14 @@ bool Requires(const v1::Opened& opened, v1::Tensor tensor) {
 
 }  // namespace
 
-std::string SessionCore::Transfer(uint32_t layer, v1::Tensor tensor,
-                                  absl::Span<const std::byte> data,
-                                  const std::shared_ptr<const void>& owner) {
+absl::StatusOr<std::string> SessionCore::Transfer(uint32_t layer, v1::Tensor tensor,
+                                                  absl::Span<const std::byte> data,
+                                                  const std::shared_ptr<const void>& owner) {
   std::string key = transfers_->KeyOf(layer);
   Leaving rows;
   {
     absl::MutexLock lock(&mutex_);
+    if (status_.has_value()) return key;
     Leaving& leaving = leaving_[layer];
     (tensor == v1::TENSOR_KEYS ? leaving.keys : leaving.values) = data;
     leaving.owners.push_back(owner);
@@ -38,9 +39,17 @@ std::string SessionCore::Transfer(uint32_t layer, v1::Tensor tensor,
     leaving_.erase(layer);
   }
   std::vector<nccl::Buffer> buffers = {BufferOf(rows.keys)};
-  if (!rows.values.empty()) buffers.push_back(BufferOf(rows.values));
+  const std::shared_ptr<const GpuMemory> memory = GpuOf(rows.keys);
+  if (!rows.values.empty()) {
+    buffers.push_back(BufferOf(rows.values));
+    const std::shared_ptr<const GpuMemory> other = GpuOf(rows.values);
+    if (other != memory) {
+      if (absl::Status status = memory->RecordAlso(*other); !status.ok()) return status;
+    }
+  }
+  rows.owners.push_back(memory);  // NCCL waits for its event
   transfers_->Offer(
-      key, nccl::Direction::kSend, std::move(buffers), place_.gpu->event(),
+      key, nccl::Direction::kSend, std::move(buffers), memory->event(),
       std::make_shared<std::vector<std::shared_ptr<const void>>>(std::move(rows.owners)),
       [this](const absl::Status& status) {
         if (!status.ok()) Fail(status);
@@ -55,6 +64,7 @@ void SessionCore::DeliverInTurn(Event event) {
   arriving->event = std::move(event);
   {
     absl::MutexLock lock(&mutex_);
+    if (status_.has_value()) return;
     arriving_.push_back(arriving);
   }
   if (key.empty()) return transfers_->Post([this] { DeliverArrived(); });

@@ -20,6 +20,7 @@ constexpr absl::Duration kAskAgain = absl::Seconds(10);
 constexpr char kTenantKey[] = "structkv-tenant";
 
 const char* NameOf(v1::Transport transport) {
+  if (transport == v1::TRANSPORT_INLINE) return "inline";
   if (transport == v1::TRANSPORT_NCCL) return "NCCL";
   return transport == v1::TRANSPORT_CUDA_IPC ? "CUDA IPC" : "shared memory";
 }
@@ -60,14 +61,21 @@ std::optional<v1::Transport> Named(TransportChoice choice) {
   }
 }
 
-// Whether the transport that was asked for by name, if one was, can use the regions.
+// Of a region of a GPU.
+const CudaDevice& GpuOf(const Region& region) { return region.gpu_memory()->device(); }
+
+// Whether the transport that was asked for by name, if one was, can use the regions, or copy from
+// them.
 absl::Status CheckRegions(const OfferRequest& request) {
   const std::vector<std::shared_ptr<Region>>& regions = request.regions;
+  const bool is_inline = request.choice == TransportChoice::kInline;
   const std::optional<v1::Transport> named = Named(request.choice);
   const auto invalid = [&](const auto&... text) {
-    const v1::Transport transport = named.value_or(
-        regions.empty() ? v1::TRANSPORT_SHARED_MEMORY : TransportOf(regions.front()->on_gpu()));
-    return absl::InvalidArgumentError(absl::StrCat(NameOf(transport), ": ", text...));
+    const v1::Transport transport = is_inline         ? v1::TRANSPORT_INLINE
+                                    : regions.empty() ? v1::TRANSPORT_SHARED_MEMORY
+                                                      : TransportOf(regions.front()->on_gpu());
+    return absl::InvalidArgumentError(
+        absl::StrCat(NameOf(named.value_or(transport)), ": ", text...));
   };
   if (named == v1::TRANSPORT_NCCL && request.nccl == nullptr) {
     return invalid("no GPU was given (StreamOptions.nccl)");
@@ -80,13 +88,25 @@ absl::Status CheckRegions(const OfferRequest& request) {
   if (named.has_value() && (*named != v1::TRANSPORT_SHARED_MEMORY) != on_gpu) {
     return invalid("the regions are memory of ", on_gpu ? "a GPU, for CUDA IPC" : "the host");
   }
+  constexpr absl::string_view kSome =
+      "some regions (StreamOptions.regions, .staging, PromptOptions.results) are memory of ";
   for (const auto& region : regions) {
-    if (region->on_gpu() == on_gpu) continue;
-    return invalid(
-        "some regions (StreamOptions.regions, .staging, PromptOptions.results) are memory of a GPU "
-        "and some of the host; all of a stream are of one");
+    if (region->on_gpu() != on_gpu) {
+      return invalid(kSome, "a GPU and some of the host; all of a stream are of one");
+    }
+    if (on_gpu && GpuOf(*region).uuid() != GpuOf(*regions.front()).uuid()) {
+      return invalid(kSome, "GPU ", GpuOf(*regions.front()).ordinal(), " and some of GPU ",
+                     GpuOf(*region).ordinal(), "; all of a stream are of one");
+    }
   }
-  if (regions.size() <= kMaxRegions) return absl::OkStatus();
+  const bool pairs = on_gpu && request.nccl != nullptr && !is_inline &&
+                     named.value_or(v1::TRANSPORT_NCCL) == v1::TRANSPORT_NCCL;
+  if (pairs && request.nccl->device().identity().bus_id != GpuOf(*regions.front()).bus_id()) {
+    return invalid("StreamOptions.nccl is GPU ", request.nccl->device().identity().bus_id,
+                   ", and the regions are memory of GPU ", GpuOf(*regions.front()).bus_id(),
+                   "; both are one");
+  }
+  if (is_inline || regions.size() <= kMaxRegions) return absl::OkStatus();
   return invalid(regions.size(), " regions are in use; a stream may have ", kMaxRegions);
 }
 
@@ -217,11 +237,13 @@ absl::StatusOr<TransportChooser::Server> TransportChooser::Ask(absl::Time deadli
 absl::StatusOr<std::string> TransportChooser::RegisterAt(const RegionServer& server,
                                                          Region& region) {
   absl::StatusOr<std::string> handle = region.Register(server);
-  if (!handle.ok()) {  // another server may be there by the next time
-    absl::MutexLock lock(&mutex_);
-    server_.reset();
-  }
+  if (!handle.ok()) ForgetServer();
   return handle;
+}
+
+void TransportChooser::ForgetServer() {
+  absl::MutexLock lock(&mutex_);
+  server_.reset();
 }
 
 absl::Status TransportChooser::Register(Region& region, const std::string& tenant,
@@ -248,17 +270,21 @@ absl::Status TransportChooser::RegisterAll(const OfferRequest& request, absl::Ti
 }
 
 absl::StatusOr<std::shared_ptr<NcclPair>> TransportChooser::Attach(const OfferRequest& request,
-                                                                   absl::Time deadline) {
+                                                                   bool must, absl::Time deadline) {
   const bool afresh = request.choice != TransportChoice::kAuto;
   const auto server = ServerFor(v1::TRANSPORT_NCCL, request.tenant, afresh, deadline);
   if (!server.ok()) return server.status();
   absl::MutexLock lock(&attaching_);
-  std::shared_ptr<NcclPair>& pair = pairs_[{request.nccl.get(), request.tenant}];
-  if (pair != nullptr && !pair->ended()) return pair;
-  pair.reset();
-  auto attached = NcclPair::Attach(channel_, request.nccl, request.tenant);
-  if (attached.ok()) pair = *attached;
-  return attached;
+  Attached& attached = attached_[{request.nccl.get(), request.tenant}];
+  if (attached.pair != nullptr && !attached.pair->ended()) return attached.pair;
+  attached.pair.reset();
+  if (!must && !attached.refused.ok() && absl::Now() - attached.asked < kAskAgain) {
+    return attached.refused;
+  }
+  auto pair = NcclPair::Attach(channel_, request.nccl, request.tenant);
+  attached = {pair.ok() ? *pair : nullptr, pair.status(), absl::Now()};
+  if (!pair.ok()) ForgetServer();
+  return pair;
 }
 
 absl::StatusOr<Offer> TransportChooser::MakeOffer(absl::Span<const BatchPrompt> prompts,
@@ -279,7 +305,7 @@ absl::StatusOr<Offer> TransportChooser::MakeOffer(const OfferRequest& request,
   const std::vector<std::shared_ptr<Region>>& regions = request.regions;
   const bool is_inline = request.choice == TransportChoice::kInline;
   const std::optional<v1::Transport> named = Named(request.choice);
-  absl::Status status = is_inline ? absl::OkStatus() : CheckRegions(request);
+  absl::Status status = CheckRegions(request);
   if (!status.ok()) return status;
   Offer offer;
   if (!regions.empty()) offer.gpu = regions.front()->gpu_memory();
@@ -303,8 +329,12 @@ absl::StatusOr<Offer> TransportChooser::MakeOffer(const OfferRequest& request,
   }
   if (may_offer && offer.gpu != nullptr && request.nccl != nullptr &&
       named.value_or(v1::TRANSPORT_NCCL) == v1::TRANSPORT_NCCL) {
-    absl::StatusOr<std::shared_ptr<NcclPair>> pair = Attach(request, deadline);
-    if (!pair.ok() && (named.has_value() || ServerIsAway(pair.status()))) return pair.status();
+    const bool must = offer.handles.empty() && !offer.copies;  // there is nothing else
+    absl::StatusOr<std::shared_ptr<NcclPair>> pair =
+        Attach(request, must || named.has_value(), deadline);
+    if (!pair.ok() && (named.has_value() || (must && ServerIsAway(pair.status())))) {
+      return pair.status();
+    }
     if (pair.ok()) {
       offer.pair = *std::move(pair);
     } else {
@@ -325,8 +355,7 @@ void TransportChooser::Forget(const Offer& offer) {
     offer.regions[i]->Forget(offer.server, offer.handles[i]);
   }
   if (offer.pair != nullptr) offer.pair->MarkEnded();
-  absl::MutexLock lock(&mutex_);
-  server_.reset();
+  ForgetServer();
 }
 
 absl::StatusOr<SharedPlace> PlacePrompt(const Offer& offer, const StreamOptions& stream,
@@ -361,7 +390,9 @@ absl::StatusOr<SharedPlace> PlacePrompt(const Offer& offer, const StreamOptions&
   }
   if (offer.pair != nullptr && options.results == nullptr && ReturnsRows(*open)) {
     place.reason = "NCCL: PromptOptions.results is null, and kept rows are received there";
-    if (offer.handles.empty() && !offer.copies) return absl::InvalidArgumentError(place.reason);
+    if (must || (offer.handles.empty() && !offer.copies)) {
+      return absl::InvalidArgumentError(place.reason);
+    }
   } else if (offer.pair != nullptr) {
     open->add_transports(v1::TRANSPORT_NCCL);
     open->set_nccl_pair(offer.pair->name());

@@ -110,13 +110,22 @@ class TransportChooser {
 
     bool Has(v1::Transport transport) const;
   };
+  // What came of attaching.
+  struct Attached {
+    std::shared_ptr<NcclPair> pair;  // null: none
+    absl::Status refused;            // why
+    absl::Time asked;
+  };
   absl::StatusOr<Server> Ask(absl::Time deadline);
+  // Another one may be there by the next time.
+  void ForgetServer();
   // UNIMPLEMENTED where the server lacks `transport`, of which it is asked again with `afresh`.
   absl::StatusOr<RegionServer> ServerFor(v1::Transport transport, const std::string& tenant,
                                          bool afresh, absl::Time deadline);
   absl::StatusOr<std::string> RegisterAt(const RegionServer& server, Region& region);
-  // Attaches `request.nccl` where it is not. UNIMPLEMENTED where the server has no NCCL.
-  absl::StatusOr<std::shared_ptr<NcclPair>> Attach(const OfferRequest& request,
+  // Attaches `request.nccl` where it is not; one that was refused a moment ago only with `must`.
+  // UNIMPLEMENTED where the server has no NCCL.
+  absl::StatusOr<std::shared_ptr<NcclPair>> Attach(const OfferRequest& request, bool must,
                                                    absl::Time deadline);
   // Registers the regions of `offer`.
   absl::Status RegisterAll(const OfferRequest& request, absl::Time deadline, Offer* offer);
@@ -126,8 +135,7 @@ class TransportChooser {
   std::optional<Server> server_ ABSL_GUARDED_BY(mutex_);  // none: not asked yet
   absl::Mutex attaching_;
   // By GPU and tenant.
-  std::map<std::pair<NcclGpu*, std::string>, std::shared_ptr<NcclPair>> pairs_
-      ABSL_GUARDED_BY(attaching_);
+  std::map<std::pair<NcclGpu*, std::string>, Attached> attached_ ABSL_GUARDED_BY(attaching_);
 };
 
 // Puts the offer into `open`, with room for results out of `options.results`.

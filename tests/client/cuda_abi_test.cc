@@ -69,6 +69,7 @@ TEST(CudaAbi, ValuesAreCudas) {
   EXPECT_EQ(sizeof(Uuid), sizeof(CUuuid));
   EXPECT_EQ(sizeof(IpcMemoryHandle), sizeof(CUipcMemHandle));
   EXPECT_EQ(sizeof(IpcEventHandle), sizeof(CUipcEventHandle));
+  EXPECT_EQ(kUntimedEvent, unsigned{CU_EVENT_DISABLE_TIMING});
   EXPECT_EQ(kInterprocessEvent, unsigned{CU_EVENT_DISABLE_TIMING} | CU_EVENT_INTERPROCESS);
   EXPECT_EQ(kNonBlockingStream, unsigned{CU_STREAM_NON_BLOCKING});
   EXPECT_EQ(kMemoryTypeAttribute, static_cast<int>(CU_POINTER_ATTRIBUTE_MEMORY_TYPE));

@@ -2,7 +2,7 @@
 // it collects is what it collects inline, to the byte, and memory, handles and streams come back,
 // whatever goes wrong. The client is the server's process, or one of its own.
 #include <csignal>
-#include <map>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <utility>
@@ -11,8 +11,9 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
-#include "tests/e2e/client_gpu.h"
+#include "tests/e2e/client_gpu_test.h"
 #include "tests/kernels/cuda/fake_backend.h"
+#include "tests/testing/cutting_proxy.h"
 #include "tests/testing/process.h"
 #include "tests/testing/prompt_cases.h"
 #include "tests/testing/region_test.h"
@@ -26,7 +27,7 @@ using structkv::testing::FakeHeld;
 using structkv::testing::MakeFakeBackend;
 using ::testing::HasSubstr;
 
-class ClientCudaIpcTest : public RegionTest {
+class ClientCudaIpcTest : public ClientGpuTest<RegionTest> {
  protected:
   void SetUp() override { FakeCuda::Reset({.count = 2}); }
   void TearDown() override {
@@ -40,33 +41,29 @@ class ClientCudaIpcTest : public RegionTest {
 
   void StartOnGpus(ServerOptions options) {
     StartAlone(std::move(options), MakeFakeBackend());
-    client_ = *client::Client::Connect(target());
-    held_ = FakeCuda::held();
+    Connect();
   }
   void StartOnCpu(ServerOptions options) {
     StartAlone(std::move(options), *cpu::CreateCpuBackend());
-    client_ = *client::Client::Connect(target());
-    held_ = FakeCuda::held();
+    Connect();
   }
-  std::string Inline(const PromptData& data) {
-    const auto compressed = CompressInline(*client_, data);
-    EXPECT_TRUE(compressed.ok()) << compressed.status();
-    return Text(*compressed);
+  ServerOptions HoldingOptions() {
+    ServerOptions options = Options();
+    options.sessions.hold.budget_bytes = int64_t{64} << 20;
+    return options;
   }
-  // Of a session whose tensors all lie in `arena`; the transport's name.
-  std::string ExpectSame(const PromptData& data, const std::shared_ptr<client::Arena>& arena,
-                         const client::SessionOptions& options) {
-    const std::string expected = Inline(data);
-    const auto got = CompressFromGpu(*client_, data, arena, options);
-    EXPECT_TRUE(got.ok()) << got.status();
-    if (!got.ok()) return "";
-    EXPECT_TRUE(TextOf(*got, *arena->region()) == expected);
-    for (const client::LayerResult& layer : got->layers) {
-      if (layer.keys.empty()) continue;
-      EXPECT_EQ(arena->region()->OffsetOf(layer.keys.span()).has_value(),
-                options.results != nullptr);
-    }
-    return got->summary.transport();
+  // Has the server hold a cache; its handle.
+  std::string Hold() {
+    v1::Open open = SmallOpen(4096);
+    open.mutable_method()->mutable_full();
+    const PromptData data(open, 21);
+    open.set_output(v1::OUTPUT_HOLD);
+    const auto held = client::CompressPrompt(
+        *client_, open, [&](uint32_t layer) -> absl::StatusOr<client::LayerTensors> {
+          return TensorsOf(data, layer);
+        });
+    EXPECT_TRUE(held.ok()) << held.status();
+    return held.ok() ? held->summary.held().handle() : "";
   }
   std::unique_ptr<Process> Peer(const std::string& mode) {
     return std::make_unique<Process>(
@@ -83,9 +80,6 @@ class ClientCudaIpcTest : public RegionTest {
     EXPECT_TRUE(ResultBytes(Assemble(neighbour.Finish())) == undisturbed);
     EXPECT_TRUE(Eventually([&] { return mapped_bytes() == 0; }));
   }
-
-  std::unique_ptr<client::Client> client_;
-  FakeHeld held_;
 };
 
 TEST_F(ClientCudaIpcTest, CollectsWhatMessagesGiveOfPromptsOfEveryKind) {
@@ -132,64 +126,103 @@ TEST_F(ClientCudaIpcTest, OfTensorsElsewhere) {
   }
 }
 
+// What lies behind a record is there for who reads, whatever is recorded after it, and the streams
+// do not wait for each other.
+TEST_F(ClientCudaIpcTest, RecordsOfSeveralStreamsAddUp) {
+  StartOnGpus(Options());
+  const FakeStream streams[2];
+  bool has_run[2] = {};
+  for (const int i : {0, 1}) {
+    EXPECT_EQ(FakeCuda::Launch(streams[i].get(), [&, i] { has_run[i] = true; }), cudaSuccess);
+  }
+  const auto arena = GpuArena(GpuOptions());
+  EXPECT_TRUE(arena->region()->Record(streams[0].get()).ok());
+  EXPECT_TRUE(arena->region()->Record(streams[1].get()).ok());
+  EXPECT_EQ(cudaStreamSynchronize(streams[1].get()), cudaSuccess);
+  EXPECT_TRUE(has_run[1] && !has_run[0]);
+  std::byte got{};
+  EXPECT_TRUE(arena->region()->Read(0, absl::MakeSpan(&got, 1)).ok());
+  EXPECT_TRUE(has_run[0]);
+}
+
+// Two sessions share a region, each with a stream of its own: no layer is read before it is there.
+TEST_F(ClientCudaIpcTest, SessionsOnSeveralStreamsShareARegion) {
+  StartOnGpus(Options());
+  const FakeStream streams[2];
+  const auto arena = GpuArena(GpuOptions());
+  const PromptData data(SmallOpen(), 5);
+  std::vector<std::unique_ptr<client::CompressSession>> sessions;
+  for (int i = 0; i < 2; ++i) {
+    auto session = client_->OpenPrompt(data.open(), InArena(arena));
+    ASSERT_TRUE(session.ok()) << session.status();
+    sessions.push_back(*std::move(session));
+  }
+  for (uint32_t layer = 0; layer < data.layers(); ++layer) {
+    client::LayerTensors tensors[2];
+    for (const int i : {0, 1}) {
+      tensors[i] = *GpuLayer(arena.get(), data, layer);
+      // The queries follow, so that the layer is computed when both have recorded.
+      tensors[i].window_queries = {};
+    }
+    for (const int i : {0, 1}) {
+      WriteLate(tensors[i].keys, streams[i].get());
+      WriteLate(tensors[i].values, streams[i].get());
+    }
+    for (const int i : {0, 1}) {
+      tensors[i].cuda_stream = streams[i].get();
+      ASSERT_TRUE(sessions[i]->SendLayer(layer, tensors[i]).ok());
+    }
+    for (const int i : {0, 1}) {
+      const auto& queries = TensorsOf(data, layer).window_queries;
+      ASSERT_TRUE(sessions[i]->Send(layer, v1::TENSOR_WINDOW_QUERIES, queries, 0, nullptr).ok());
+    }
+  }
+  const std::string expected = Inline(data);
+  for (const auto& session : sessions) {
+    ASSERT_TRUE(session->Commit().ok());
+    const auto got = session->Collect();
+    ASSERT_TRUE(got.ok()) << got.status();
+    EXPECT_TRUE(TextOf(*got, *arena->region()) == expected);
+  }
+}
+
+// Keys and values of the second region, recorded there alone, are copied from it.
+TEST_F(ClientCudaIpcTest, CopiesBehindTheRecordOfTheirOwnRegion) {
+  StartOnGpus(Options());
+  const FakeStream stream;
+  const auto first = GpuArena(GpuOptions());
+  const auto second = GpuArena(GpuOptions());
+  const PromptData data(SmallOpen(), 5);
+  client::SessionOptions options;
+  options.regions = {first->region(), second->region()};
+  options.copy_from_gpu = true;
+  options.transport = TransportChoice::kInline;
+  const auto got = client::CompressPrompt(
+      *client_, data.open(),
+      [&](uint32_t layer) {
+        auto tensors = GpuLayer(second.get(), data, layer);
+        if (!tensors.ok()) return tensors;
+        WriteLate(tensors->keys, stream.get());
+        WriteLate(tensors->values, stream.get());
+        EXPECT_TRUE(second->region()->Record(stream.get()).ok());
+        return tensors;
+      },
+      options);
+  ASSERT_TRUE(got.ok()) << got.status();
+  EXPECT_TRUE(Text(*got) == Inline(data));
+}
+
 TEST_F(ClientCudaIpcTest, OfSkeletonRowsInSteps) {
   StartOnGpus(Options());
-  v1::Open open = SmallOpen(400);
-  open.mutable_geometry()->set_layer_count(8);
-  v1::StructKvMethod* method = open.mutable_method()->mutable_structkv();
-  method->mutable_pivot()->set_mode(v1::PIVOT_MODE_FIXED);
-  method->mutable_pivot()->set_fixed_layer(3);
   const auto arena = GpuArena(GpuOptions());
-  std::string texts[2];
-  for (const bool on_gpu : {false, true}) {
-    PromptData data(open, 53);
-    client::SessionOptions options = on_gpu ? InArena(arena) : client::SessionOptions();
-    options.on_event = [&](const client::Event& event) {
-      const auto* layer = std::get_if<client::LayerResult>(&event);
-      if (layer != nullptr) texts[on_gpu] += Text(ToHost(*layer, *arena->region()));
-    };
-    const auto source = [&](uint32_t layer, const client::PivotResult* pivot) {
-      if (pivot != nullptr && layer >= *pivot->skeleton_from_layer) {
-        data.KeepRows(layer, pivot->skeleton);
-      }
-      return on_gpu ? GpuLayer(arena.get(), data, layer)
-                    : absl::StatusOr<client::LayerTensors>(TensorsOf(data, layer));
-    };
-    const auto summary = client::StreamPromptInSteps(*client_, open, source, options);
-    ASSERT_TRUE(summary.ok()) << summary.status();
-    EXPECT_EQ(summary->transport(), on_gpu ? "cuda_ipc" : "inline");
-  }
-  EXPECT_FALSE(texts[0].empty());
-  EXPECT_TRUE(texts[1] == texts[0]);
+  ExpectSameInSteps(arena, InArena(arena), "cuda_ipc");
 }
 
 TEST_F(ClientCudaIpcTest, PromptsOfABatchOnTwoGpus) {
   StartOnGpus(Options());
   for (const int gpu : {0, 1}) {
     const auto arena = GpuArena(GpuOptions(gpu));
-    std::vector<PromptData> prompts;
-    for (const uint32_t tokens : {300, 70, 411}) prompts.emplace_back(SmallOpen(tokens), tokens);
-    std::vector<std::map<uint32_t, std::string>> texts(prompts.size());  // by layer
-    std::vector<client::BatchPrompt> batch;
-    client::SessionOptions options = InArena(arena);
-    for (size_t i = 0; i < prompts.size(); ++i) {
-      options.on_event = [&, i](const client::Event& event) {
-        const auto* layer = std::get_if<client::LayerResult>(&event);
-        if (layer != nullptr) texts[i][layer->layer] = Text(ToHost(*layer, *arena->region()));
-      };
-      batch.push_back({prompts[i].open(), options});
-    }
-    const auto summaries = client::StreamBatch(
-        *client_, batch,
-        [&](size_t i, uint32_t layer) { return GpuLayer(arena.get(), prompts[i], layer); },
-        options);
-    for (size_t i = 0; i < prompts.size(); ++i) {
-      ASSERT_TRUE(summaries[i].ok()) << summaries[i].status();
-      EXPECT_EQ(summaries[i]->transport(), "cuda_ipc");
-      const auto whole = CompressInline(*client_, prompts[i]);
-      ASSERT_TRUE(whole.ok()) << whole.status();
-      for (const auto& layer : whole->layers) EXPECT_TRUE(texts[i][layer.layer] == Text(layer));
-    }
+    ExpectSameInABatch(arena, InArena(arena), "cuda_ipc");
   }
 }
 
@@ -328,9 +361,14 @@ TEST_F(ClientCudaIpcTest, WhatCannotBeHadIsSaid) {
   client::RegionOptions on_host;
   on_host.size_bytes = 4096;
   const auto host = client::Region::Create(on_host);
+  options.regions.insert(options.regions.begin(), *host);  // and a GPU's memory behind it
+  EXPECT_THAT(refused(options), HasSubstr("inline: some regions"));
+  options.regions.erase(options.regions.begin());
   options.transport = TransportChoice::kAuto;
   options.regions.push_back(*host);
   EXPECT_THAT(refused(options), HasSubstr("some regions"));
+  options.regions = {arena->region(), *client::Region::Create(GpuOptions(1))};
+  EXPECT_THAT(refused(options), HasSubstr("are memory of GPU 0 and some of GPU 1"));
   options = client::SessionOptions();
   options.transport = TransportChoice::kCudaIpc;
   EXPECT_EQ(refused(options), "CUDA IPC: no region was given (StreamOptions.regions)");
@@ -343,6 +381,48 @@ TEST_F(ClientCudaIpcTest, WhatCannotBeHadIsSaid) {
   EXPECT_EQ((*host)->Record(nullptr).code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_EQ(arena->region()->Write(arena->region()->size(), AsBytes("x")).code(),
             absl::StatusCode::kInvalidArgument);
+}
+
+// A held cache is fetched into a GPU's memory, also over a connection that breaks.
+TEST_F(ClientCudaIpcTest, HeldCachesAreFetchedIntoIt) {
+  StartOnGpus(HoldingOptions());
+  const std::string handle = Hold();
+  const auto expected = client_->FetchCache(handle);
+  ASSERT_TRUE(expected.ok()) << expected.status();
+  client::FetchOptions into;
+  into.retry.initial_backoff = absl::Milliseconds(1);
+  for (const bool breaks : {false, true}) {
+    CuttingProxy proxy(server().port(), {breaks ? size_t{9'000} : size_t{1'000'000}});
+    const auto client = *client::Client::Connect(proxy.target());
+    const auto arena = GpuArena(GpuOptions(0, size_t{16} << 20));
+    into.results = arena;
+    {
+      const auto fetched = client->FetchCache(handle, into);
+      ASSERT_TRUE(fetched.ok()) << fetched.status();
+      EXPECT_EQ(fetched->attempts > 1, breaks);
+      EXPECT_EQ(fetched->info.transport(), v1::TRANSPORT_CUDA_IPC);
+      ASSERT_EQ(fetched->layers.size(), expected->layers.size());
+      for (size_t i = 0; i < fetched->layers.size(); ++i) {
+        EXPECT_TRUE(arena->region()->OffsetOf(fetched->layers[i].keys.span()).has_value());
+        EXPECT_TRUE(Text(ToHost(fetched->layers[i], *arena->region())) ==
+                    Text(expected->layers[i]));
+      }
+    }
+    EXPECT_TRUE(Eventually([&] { return arena->free_bytes() == arena->region()->size(); }));
+    into.results = nullptr;
+  }
+  EXPECT_TRUE(client_->ReleaseCache(handle).ok());
+}
+
+TEST_F(ClientCudaIpcTest, HeldCachesOfAServerOnTheCpuAreNot) {
+  StartOnCpu(HoldingOptions());
+  const std::string handle = Hold();
+  client::FetchOptions into;
+  into.results = GpuArena(GpuOptions());
+  const absl::Status refused = client_->FetchCache(handle, into).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition) << refused;
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("FetchOptions.results is memory of a GPU"));
+  EXPECT_TRUE(client_->ReleaseCache(handle).ok());
 }
 
 // A server that computes on the CPU, and one that has no regions, as older ones.

@@ -1,17 +1,22 @@
 // Prompts of the client library whose tensors lie in memory of a GPU, of the fake CUDA runtime.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "gtest/gtest.h"
 #include "structkv/arena.h"
 #include "structkv/client.h"
 #include "structkv/compress.h"
 #include "tests/e2e/client_prompt.h"
+#include "tests/kernels/cuda/fake_runtime.h"
 
 namespace structkv::testkit {
 
@@ -50,6 +55,30 @@ inline absl::StatusOr<client::LayerTensors> GpuLayer(client::Arena* arena, const
   }
   tensors.owner = blocks;
   return tensors;
+}
+
+// A stream of the fake runtime, of the current device, whose work runs when it is waited for.
+class FakeStream {
+ public:
+  FakeStream() { EXPECT_EQ(cudaStreamCreateWithFlags(&stream_, 0), cudaSuccess); }
+  ~FakeStream() { EXPECT_EQ(cudaStreamDestroy(stream_), cudaSuccess); }
+  FakeStream(const FakeStream&) = delete;
+  FakeStream& operator=(const FakeStream&) = delete;
+  cudaStream_t get() const { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+// Has what lies in a GPU's memory there only once the work of `stream` has run; zeros until then.
+inline void WriteLate(absl::Span<const std::byte> data, cudaStream_t stream) {
+  auto* const to = const_cast<std::byte*>(data.data());
+  structkv::testing::FakeCuda::BeginAccess();
+  const std::string bytes(reinterpret_cast<const char*>(to), data.size());
+  std::memset(to, 0, data.size());
+  structkv::testing::FakeCuda::EndAccess();
+  const auto write = [to, bytes] { std::memcpy(to, bytes.data(), bytes.size()); };
+  EXPECT_EQ(structkv::testing::FakeCuda::Launch(stream, write), cudaSuccess);
 }
 
 // What a session is to use, all of one region.

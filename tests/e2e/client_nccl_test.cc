@@ -1,15 +1,16 @@
 // The client library by NCCL, on the fake CUDA runtime and the fake library, and a real server:
 // what it collects is what it collects inline, to the byte, and others go on whatever goes wrong.
-#include <map>
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
+#include "absl/synchronization/notification.h"
 #include "client/cpp/nccl_device.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "tests/e2e/client_gpu.h"
+#include "tests/e2e/client_gpu_test.h"
 #include "tests/testing/nccl_test.h"
 #include "tests/testing/process.h"
 #include "tests/testing/prompt_cases.h"
@@ -19,24 +20,24 @@ namespace {
 
 using client::TransportChoice;
 using structkv::testing::FakeCuda;
-using structkv::testing::FakeHeld;
 using ::testing::HasSubstr;
 
 // A GPU of a client whose host has that name.
-std::shared_ptr<client::NcclGpu> NewGpu(const std::string& host, bool impatient = false) {
-  auto device =
-      client::internal::NcclDevice::Start(nccl::testing::FakeApi(), nccl::testing::FakeDeviceApi(),
-                                          NcclWorkerOptions(impatient), host, absl::Seconds(10));
+std::shared_ptr<client::NcclGpu> NewGpu(
+    const std::string& host, bool impatient = false,
+    const nccl::DeviceApi& device_api = nccl::testing::FakeDeviceApi(),
+    absl::Duration attach_limit = absl::Seconds(10)) {
+  auto device = client::internal::NcclDevice::Start(
+      nccl::testing::FakeApi(), device_api, NcclWorkerOptions(impatient), host, attach_limit);
   EXPECT_TRUE(device.ok()) << device.status();
   return std::make_shared<client::NcclGpu>(*std::move(device));
 }
 
-class ClientNcclTest : public NcclTest {
+class ClientNcclTest : public ClientGpuTest<NcclTest> {
  protected:
   void StartServer(const ServerOptions& options = Options()) {
     StartNccl(options);
-    client_ = *client::Client::Connect(target());
-    held_ = FakeCuda::held();
+    Connect();
     comms_ = nccl::testing::LiveComms();
   }
   void TearDown() override {
@@ -51,23 +52,7 @@ class ClientNcclTest : public NcclTest {
     options.nccl = gpu_;
     return options;
   }
-  std::string Inline(const PromptData& data) {
-    const auto compressed = CompressInline(*client_, data);
-    EXPECT_TRUE(compressed.ok()) << compressed.status();
-    return Text(*compressed);
-  }
-  void ExpectSame(const PromptData& data, const std::shared_ptr<client::Arena>& arena,
-                  const client::SessionOptions& options, const std::string& transport = "nccl") {
-    const std::string expected = Inline(data);
-    const auto got = CompressFromGpu(*client_, data, arena, options);
-    ASSERT_TRUE(got.ok()) << got.status();
-    EXPECT_EQ(got->summary.transport(), transport);
-    EXPECT_TRUE(TextOf(*got, *arena->region()) == expected);
-  }
-
-  std::unique_ptr<client::Client> client_;
   std::shared_ptr<client::NcclGpu> gpu_ = NewGpu("client");
-  FakeHeld held_;
   int comms_ = 0;
 };
 
@@ -78,7 +63,7 @@ TEST_F(ClientNcclTest, CollectsWhatMessagesGiveOfPromptsOfEveryKind) {
     SCOPED_TRACE(name);
     const PromptData data(FindCase(name).open, 41);
     const auto arena = GpuArena(GpuOptions());
-    ExpectSame(data, arena, ByNccl(arena));
+    EXPECT_EQ(ExpectSame(data, arena, ByNccl(arena)), "nccl");
     EXPECT_TRUE(Eventually([&] { return arena->free_bytes() == arena->region()->size(); }));
   }
 }
@@ -92,7 +77,7 @@ TEST_F(ClientNcclTest, AutoTakesItWhereThereIsNoCudaIpc) {
   options.on_opened = [](const v1::Opened& opened) {
     EXPECT_THAT(opened.transport_reason(), HasSubstr("the server has no CUDA IPC"));
   };
-  ExpectSame(data, arena, options);
+  EXPECT_EQ(ExpectSame(data, arena, options), "nccl");
   // Tensors of the host by staging, where keys and values would else be refused.
   options.regions.clear();
   options.staging = arena;
@@ -108,60 +93,14 @@ TEST_F(ClientNcclTest, AutoTakesItWhereThereIsNoCudaIpc) {
 
 TEST_F(ClientNcclTest, OfSkeletonRowsInSteps) {
   StartServer();
-  v1::Open open = SmallOpen(400);
-  open.mutable_geometry()->set_layer_count(8);
-  v1::StructKvMethod* method = open.mutable_method()->mutable_structkv();
-  method->mutable_pivot()->set_mode(v1::PIVOT_MODE_FIXED);
-  method->mutable_pivot()->set_fixed_layer(3);
   const auto arena = GpuArena(GpuOptions());
-  std::string texts[2];
-  for (const bool by_nccl : {false, true}) {
-    PromptData data(open, 53);
-    client::SessionOptions options = by_nccl ? ByNccl(arena) : client::SessionOptions();
-    options.on_event = [&](const client::Event& event) {
-      const auto* layer = std::get_if<client::LayerResult>(&event);
-      if (layer != nullptr) texts[by_nccl] += Text(ToHost(*layer, *arena->region()));
-    };
-    const auto source = [&](uint32_t layer, const client::PivotResult* pivot) {
-      if (pivot != nullptr && layer >= *pivot->skeleton_from_layer) {
-        data.KeepRows(layer, pivot->skeleton);
-      }
-      return by_nccl ? GpuLayer(arena.get(), data, layer)
-                     : absl::StatusOr<client::LayerTensors>(TensorsOf(data, layer));
-    };
-    const auto summary = client::StreamPromptInSteps(*client_, open, source, options);
-    ASSERT_TRUE(summary.ok()) << summary.status();
-    EXPECT_EQ(summary->transport(), by_nccl ? "nccl" : "inline");
-  }
-  EXPECT_FALSE(texts[0].empty());
-  EXPECT_TRUE(texts[1] == texts[0]);
+  ExpectSameInSteps(arena, ByNccl(arena), "nccl");
 }
 
 TEST_F(ClientNcclTest, PromptsOfABatchShareThePair) {
   StartServer();
   const auto arena = GpuArena(GpuOptions());
-  std::vector<PromptData> prompts;
-  for (const uint32_t tokens : {300, 70, 411}) prompts.emplace_back(SmallOpen(tokens), tokens);
-  std::vector<std::map<uint32_t, std::string>> texts(prompts.size());  // by layer
-  std::vector<client::BatchPrompt> batch;
-  client::SessionOptions options = ByNccl(arena);
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    options.on_event = [&, i](const client::Event& event) {
-      const auto* layer = std::get_if<client::LayerResult>(&event);
-      if (layer != nullptr) texts[i][layer->layer] = Text(ToHost(*layer, *arena->region()));
-    };
-    batch.push_back({prompts[i].open(), options});
-  }
-  const auto summaries = client::StreamBatch(
-      *client_, batch,
-      [&](size_t i, uint32_t layer) { return GpuLayer(arena.get(), prompts[i], layer); }, options);
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    ASSERT_TRUE(summaries[i].ok()) << summaries[i].status();
-    EXPECT_EQ(summaries[i]->transport(), "nccl");
-    const auto whole = CompressInline(*client_, prompts[i]);
-    ASSERT_TRUE(whole.ok()) << whole.status();
-    for (const auto& layer : whole->layers) EXPECT_TRUE(texts[i][layer.layer] == Text(layer));
-  }
+  ExpectSameInABatch(arena, ByNccl(arena), "nccl");
   EXPECT_EQ(nccl::testing::LiveComms(), comms_ + 2);
 }
 
@@ -176,7 +115,93 @@ TEST_F(ClientNcclTest, CancelledPromptsLeaveThePairAndTheirMemory) {
     (*session)->Cancel();
   }
   EXPECT_TRUE(Eventually([&] { return arena->free_bytes() == arena->region()->size(); }));
-  ExpectSame(data, arena, ByNccl(arena));
+  EXPECT_EQ(ExpectSame(data, arena, ByNccl(arena)), "nccl");
+}
+
+// The session ends while keys, or values, are copied to be offered.
+TEST_F(ClientNcclTest, WhatIsOfferedAfterTheEndIsTakenBack) {
+  StartServer();
+  const auto arena = GpuArena(GpuOptions());
+  const PromptData data(SmallOpen(300), 61);
+  client::SessionOptions options = ByNccl(arena);
+  options.staging = arena;
+  for (const int last : {1, 2}) {
+    auto session = client_->OpenPrompt(data.open(), options);
+    ASSERT_TRUE(session.ok()) << session.status();
+    int copies = 0;
+    FakeCuda::SetHook([&, sender = std::this_thread::get_id()] {
+      if (std::this_thread::get_id() == sender && ++copies == last) (*session)->Cancel();
+    });
+    EXPECT_FALSE((*session)->SendLayer(0, TensorsOf(data, 0)).ok());
+    FakeCuda::SetHook(nullptr);
+    EXPECT_GE(copies, last);
+    session->reset();
+    EXPECT_TRUE(Eventually([&] { return arena->free_bytes() == arena->region()->size(); }));
+  }
+}
+
+// Keys of one region and values of another one, each behind a record of its own.
+TEST_F(ClientNcclTest, TransfersWaitForTheRecordsOfTheirRegions) {
+  StartServer();
+  nccl::DeviceApi waiting = nccl::testing::FakeDeviceApi();
+  waiting.wait_event = [](nccl::Stream*, void* event) {
+    return cudaEventSynchronize(static_cast<cudaEvent_t>(event)) == cudaSuccess
+               ? absl::OkStatus()
+               : absl::InternalError("cudaEventSynchronize");
+  };
+  gpu_ = NewGpu("client", /*impatient=*/false, waiting);
+  const FakeStream streams[2];
+  const auto results = GpuArena(GpuOptions());
+  const auto first = GpuArena(GpuOptions());
+  const auto second = GpuArena(GpuOptions());
+  const PromptData data(SmallOpen(200), 43);
+  client::SessionOptions options = ByNccl(results);
+  options.regions = {results->region(), first->region(), second->region()};
+  const auto got = client::CompressPrompt(
+      *client_, data.open(),
+      [&](uint32_t layer) -> absl::StatusOr<client::LayerTensors> {
+        client::LayerTensors tensors = *GpuLayer(first.get(), data, layer);
+        const client::LayerTensors values = *GpuLayer(second.get(), data, layer);
+        tensors.values = values.values;
+        tensors.owner =
+            std::make_shared<std::pair<std::shared_ptr<const void>, std::shared_ptr<const void>>>(
+                tensors.owner, values.owner);
+        WriteLate(tensors.keys, streams[0].get());
+        WriteLate(tensors.values, streams[1].get());
+        EXPECT_TRUE(first->region()->Record(streams[0].get()).ok());
+        EXPECT_TRUE(second->region()->Record(streams[1].get()).ok());
+        return tensors;
+      },
+      options);
+  ASSERT_TRUE(got.ok()) << got.status();
+  EXPECT_TRUE(TextOf(*got, *results->region()) == Inline(data));
+}
+
+// The prompt, and the region whose event a transfer waits for, are gone while it waits.
+TEST_F(ClientNcclTest, ATransferKeepsTheEventThatItWaitsFor) {
+  StartServer();
+  static absl::Notification waits;
+  static absl::Notification goes_on;
+  nccl::DeviceApi slow = nccl::testing::FakeDeviceApi();
+  slow.wait_event = [](nccl::Stream*, void*) {
+    waits.Notify();
+    goes_on.WaitForNotification();
+    return absl::OkStatus();
+  };
+  gpu_ = NewGpu("client", /*impatient=*/false, slow);
+  const auto elsewhere = GpuArena(GpuOptions());
+  auto arena = GpuArena(GpuOptions());
+  const std::weak_ptr<const client::internal::GpuMemory> memory = arena->region()->gpu_memory();
+  const PromptData data(SmallOpen(300), 61);
+  auto session = client_->OpenPrompt(data.open(), ByNccl(arena));
+  ASSERT_TRUE(session.ok()) << session.status();
+  ASSERT_TRUE((*session)->SendLayer(0, *GpuLayer(elsewhere.get(), data, 0)).ok());
+  waits.WaitForNotification();
+  session->reset();
+  arena = nullptr;
+  EXPECT_FALSE(memory.expired());
+  goes_on.Notify();
+  EXPECT_TRUE(Eventually([&] { return memory.expired(); }));
 }
 
 // The communicator fails in the middle: that prompt is UNAVAILABLE, and the next one attaches
@@ -195,11 +220,27 @@ TEST_F(ClientNcclTest, APairThatFailsIsAttachedAgain) {
     const absl::Status failed = CompressFromGpu(*client_, data, arena, options).status();
     EXPECT_EQ(failed.code(), absl::StatusCode::kUnavailable) << failed;
     nccl::testing::FaultNext("");
-    ExpectSame(data, arena, options);
+    EXPECT_EQ(ExpectSame(data, arena, options), "nccl");
     // Where it may be tried again nobody notices, unless a result came first.
     client_ = *client::Client::Connect(target());
   }
   ExpectNeighboursUndisturbed();
+}
+
+// Without a pair, too, auto has CUDA IPC and copies.
+TEST_F(ClientNcclTest, AutoDoesWithoutAPairThatIsNotAnswered) {
+  const TemporaryDirectory directory;
+  ServerOptions options = Options();
+  options.regions.socket.path = directory.Path("regions");
+  StartServer(options);
+  gpu_ = NewGpu("client", /*impatient=*/false, nccl::testing::FakeDeviceApi(),
+                /*attach_limit=*/absl::ZeroDuration());
+  const auto arena = GpuArena(GpuOptions());
+  const PromptData data(SmallOpen(200), 43);
+  client::SessionOptions by_auto = ByNccl(arena);
+  by_auto.transport = TransportChoice::kAuto;
+  by_auto.retry.max_attempts = 1;
+  EXPECT_EQ(ExpectSame(data, arena, by_auto), "cuda_ipc");
 }
 
 TEST_F(ClientNcclTest, WhatCannotBeHadIsSaid) {
@@ -213,9 +254,18 @@ TEST_F(ClientNcclTest, WhatCannotBeHadIsSaid) {
   options.results = nullptr;
   EXPECT_EQ(refused(options),
             "NCCL: PromptOptions.results is null, and kept rows are received there");
+  options.copy_from_gpu = true;
+  EXPECT_EQ(refused(options),
+            "NCCL: PromptOptions.results is null, and kept rows are received there");
   options = ByNccl(arena);
   options.nccl = nullptr;
   EXPECT_EQ(refused(options), "NCCL: no GPU was given (StreamOptions.nccl)");
+  nccl::DeviceApi elsewhere = nccl::testing::FakeDeviceApi();
+  elsewhere.bus_id = [](int) -> absl::StatusOr<std::string> { return "0000:65:00.0"; };
+  options.nccl = NewGpu("client", /*impatient=*/false, elsewhere);
+  EXPECT_EQ(refused(options),
+            "NCCL: StreamOptions.nccl is GPU 0000:65:00.0, and the regions are memory of GPU "
+            "0000:00:00.0; both are one");
   options.nccl = gpu_;
   options.regions.clear();
   options.results = nullptr;
@@ -235,8 +285,7 @@ TEST_F(ClientNcclTest, AServerWithoutIt) {
   ServerOptions without = Options();
   without.nccl.library = "libno-such-nccl.so.2";
   StartAlone(without, structkv::testing::MakeFakeBackend());
-  client_ = *client::Client::Connect(target());
-  held_ = FakeCuda::held();
+  Connect();
   const auto arena = GpuArena(GpuOptions());
   const PromptData data(SmallOpen(), 3);
   const absl::Status named = CompressFromGpu(*client_, data, arena, ByNccl(arena)).status();
@@ -249,7 +298,7 @@ TEST_F(ClientNcclTest, AServerWithoutIt) {
   EXPECT_THAT(std::string(refused.message()), HasSubstr("the server has no CUDA IPC"));
   EXPECT_THAT(std::string(refused.message()), HasSubstr("nccl: the server has no NCCL"));
   options.copy_from_gpu = true;
-  ExpectSame(data, arena, options, "inline");
+  EXPECT_EQ(ExpectSame(data, arena, options), "inline");
 }
 
 }  // namespace

@@ -109,8 +109,10 @@ class Region {
 
   // Of a GPU: has servers wait for what was queued on `stream`, a cudaStream_t, until now, before
   // they read the region. Call it behind the kernels that write a layer, before the layer is sent
-  // (LayerTensors.cuda_stream does both). The last record counts: join several streams first.
-  // FAILED_PRECONDITION for memory of the host, and with CUDA's words.
+  // (LayerTensors.cuda_stream does both). What was recorded before, on whatever stream, is waited
+  // for as well. So each record puts off all that is read of the region from then on: where records
+  // follow each other without a pause, or one is never reached, the server gives up after 5 seconds
+  // (DEADLINE_EXCEEDED). FAILED_PRECONDITION for memory of the host, and with CUDA's words.
   absl::Status Record(void* stream);
   // Copy between the host's memory and the region's, and wait for that; for either kind. Of a GPU
   // they begin behind the last Record(). INVALID_ARGUMENT where it does not lie in the region.
