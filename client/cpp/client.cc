@@ -108,7 +108,7 @@ absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const std::string& targe
 Client::Client(std::shared_ptr<grpc::Channel> channel, const ClientOptions& options)
     : channel_(std::move(channel)),
       pool_(std::make_shared<internal::BytesPool>(options.idle_buffer_bytes)),
-      transports_(std::make_unique<internal::TransportChooser>(channel_)) {
+      transports_(std::make_unique<internal::TransportChooser>(channel_, options.own_process)) {
   KeepGrpcInitialised();
 }
 

@@ -105,8 +105,7 @@ absl::Status FetchCall::FetchOnce() {
   absl::Status status = ReadAll();
   // What the server still writes must not meet another use of the room.
   if (!status.ok() && !offer_.regions.empty()) {
-    RetiredBlocks::All().Add(
-        {room_, offer_.server, offer_.handles[0], PatienceOf(*options_.results->region())});
+    RetiredBlocks::All().Add({room_, options_.results->region(), offer_.server, offer_.handles[0]});
   }
   return status;
 }

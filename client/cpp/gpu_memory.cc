@@ -144,10 +144,11 @@ absl::StatusOr<v1::CudaIpcMemory> GpuMemory::Export(bool own_process) const {
 }
 
 absl::StatusOr<std::unique_ptr<Registration>> GpuMemory::Register(const RegionServer& server,
-                                                                  const RegionOptions& options) {
-  const absl::StatusOr<v1::CudaIpcMemory> exported = Export(IsOwnProcess(server.socket));
+                                                                  const RegionOptions& options,
+                                                                  absl::Time deadline) {
+  const absl::StatusOr<v1::CudaIpcMemory> exported = Export(server.own_process);
   if (!exported.ok()) return exported.status();
-  return RegisterGpu(server, options, *exported, shared_from_this());
+  return RegisterGpu(server, options, *exported, shared_from_this(), deadline);
 }
 
 absl::StatusOr<std::shared_ptr<RegionMemory>> MakeGpuMemory(RegionOptions* options) {

@@ -28,7 +28,8 @@ class GpuMemory final : public RegionMemory, public std::enable_shared_from_this
   std::byte* data() const override { return data_; }
   const GpuMemory* gpu() const override { return this; }
   absl::StatusOr<std::unique_ptr<Registration>> Register(const RegionServer& server,
-                                                         const RegionOptions& options) override;
+                                                         const RegionOptions& options,
+                                                         absl::Time deadline) override;
 
   const CudaDevice& device() const { return *device_; }
   // A cudaEvent_t, which is recorded or not.

@@ -62,9 +62,11 @@ struct HostMemory final : RegionMemory {
 
   std::byte* data() const override { return static_cast<std::byte*>(mapped); }
   absl::StatusOr<std::unique_ptr<Registration>> Register(const RegionServer& server,
-                                                         const RegionOptions& options) override {
-    return options.kind == RegionKind::kNamed ? RegisterNamed(server, options, descriptor)
-                                              : RegisterDescriptor(server, options, descriptor);
+                                                         const RegionOptions& options,
+                                                         absl::Time deadline) override {
+    return options.kind == RegionKind::kNamed
+               ? RegisterNamed(server, options, descriptor, deadline)
+               : RegisterDescriptor(server, options, descriptor, deadline);
   }
 
   const size_t size;

@@ -1,7 +1,9 @@
 #include "client/cpp/nccl_device.h"
 
+#include <algorithm>
 #include <utility>
 
+#include "absl/time/clock.h"
 #include "client/cpp/driver_device_api.h"
 
 namespace structkv::client {
@@ -46,10 +48,11 @@ absl::StatusOr<std::unique_ptr<NcclDevice>> NcclDevice::Start(std::shared_ptr<co
 
 absl::StatusOr<std::shared_ptr<NcclPair>> NcclPair::Attach(std::shared_ptr<grpc::Channel> channel,
                                                            std::shared_ptr<NcclGpu> gpu,
-                                                           const std::string& tenant) {
+                                                           const std::string& tenant,
+                                                           absl::Time deadline) {
   const NcclDevice& device = gpu->device();
   auto stream = NcclStream::Attach(std::move(channel), device.worker(), device.identity(),
-                                   device.attach_limit(), tenant);
+                                   std::min(device.attach_limit(), deadline - absl::Now()), tenant);
   if (absl::IsDeadlineExceeded(stream.status())) {
     return absl::UnavailableError(stream.status().message());
   }

@@ -45,10 +45,12 @@ class NcclDevice {
 // Thread-safe; not to be destroyed on one of gRPC's threads or on the GPU's.
 class NcclPair {
  public:
-  // As NcclStream::Attach, with UNAVAILABLE in the place of DEADLINE_EXCEEDED.
+  // As NcclStream::Attach, until `deadline` at most, with UNAVAILABLE in the place of
+  // DEADLINE_EXCEEDED.
   static absl::StatusOr<std::shared_ptr<NcclPair>> Attach(std::shared_ptr<grpc::Channel> channel,
                                                           std::shared_ptr<NcclGpu> gpu,
-                                                          const std::string& tenant);
+                                                          const std::string& tenant,
+                                                          absl::Time deadline);
   ~NcclPair();
   NcclPair(const NcclPair&) = delete;
   NcclPair& operator=(const NcclPair&) = delete;

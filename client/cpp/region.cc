@@ -1,14 +1,32 @@
 #include "structkv/region.h"
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "client/cpp/gpu_memory.h"
+#include "client/cpp/region_call.h"
 #include "client/cpp/region_memory.h"
 #include "client/cpp/registration.h"
 
 namespace structkv::client {
+namespace {
+
+// Its end may have to wait for a server that is away.
+void DropElsewhere(std::unique_ptr<internal::Registration> registration) {
+  std::thread([ended = std::move(registration)] {}).detach();
+}
+
+}  // namespace
+
+std::string internal::RegionServer::key(RegionKind kind) const {
+  const void* const whose = kind == RegionKind::kDescriptor ? nullptr : channel.get();
+  return absl::StrCat(absl::Hex(reinterpret_cast<uintptr_t>(whose)), " ", tenant, " ", socket);
+}
 
 absl::StatusOr<std::shared_ptr<Region>> Region::Create(const RegionOptions& wanted) {
   if (wanted.size_bytes == 0) {
@@ -77,31 +95,59 @@ absl::Status Region::Read(uint64_t offset_bytes, absl::Span<std::byte> to) const
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::string> Region::Register(const internal::RegionServer& server) {
+absl::StatusOr<std::string> Region::Register(const internal::RegionServer& server,
+                                             absl::Time deadline) {
+  deadline = std::min(deadline, absl::Now() + internal::kRegionCallLimit);
+  const std::string key = server.key(options_.kind);
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto is_idle = [&] {
+      mutex_.AssertReaderHeld();
+      return !registering_.contains(key);
+    };
+    if (!mutex_.AwaitWithDeadline(absl::Condition(&is_idle), deadline)) {
+      return absl::UnavailableError("the region is still being registered by another thread");
+    }
+    const auto found = registrations_.find(key);
+    if (found != registrations_.end() && found->second.registration->holds()) {
+      return found->second.registration->handle();
+    }
+    if (options_.kind == RegionKind::kNamed && std::exchange(had_name_, true)) {
+      return absl::FailedPreconditionError(
+          "a region of kind kNamed can be registered once, and that was tried or has ended; create "
+          "another one");
+    }
+    registering_.insert(key);
+    for (auto it = registrations_.begin(); it != registrations_.end();) {
+      const bool ended = it->first == key || it->second.client.expired();
+      if (ended) DropElsewhere(std::move(it->second.registration));
+      it = ended ? registrations_.erase(it) : std::next(it);
+    }
+  }
+  auto made = memory_->Register(server, options_, deadline);
   absl::MutexLock lock(&mutex_);
-  std::unique_ptr<internal::Registration>& registration = registrations_[server.key()];
-  if (registration != nullptr && registration->holds()) return registration->handle();
-  if (options_.kind == RegionKind::kNamed && std::exchange(had_name_, true)) {
-    return absl::FailedPreconditionError(
-        "a region of kind kNamed can be registered once, and that was tried or has ended; create "
-        "another one");
-  }
-  registration.reset();
-  auto made = memory_->Register(server, options_);
-  if (!made.ok()) {
-    registrations_.erase(server.key());
-    return made.status();
-  }
-  registration = *std::move(made);
-  return registration->handle();
+  registering_.erase(key);
+  if (!made.ok()) return made.status();
+  std::string handle = (*made)->handle();
+  registrations_[key] = {*std::move(made), server.client};
+  return handle;
+}
+
+bool Region::IsRegistered(const internal::RegionServer& server, const std::string& handle) {
+  absl::MutexLock lock(&mutex_);
+  const auto found = registrations_.find(server.key(options_.kind));
+  return found != registrations_.end() && found->second.registration->handle() == handle &&
+         found->second.registration->holds();
 }
 
 void Region::Forget(const internal::RegionServer& server, const std::string& handle) {
   absl::MutexLock lock(&mutex_);
-  const auto found = registrations_.find(server.key());
+  const auto found = registrations_.find(server.key(options_.kind));
   // Another thread may have registered it anew meanwhile.
-  if (found == registrations_.end() || found->second->handle() != handle) return;
-  if (options_.kind != RegionKind::kNamed) registrations_.erase(found);
+  if (found == registrations_.end() || found->second.registration->handle() != handle) return;
+  if (options_.kind == RegionKind::kNamed) return;
+  DropElsewhere(std::move(found->second.registration));
+  registrations_.erase(found);
 }
 
 }  // namespace structkv::client

@@ -13,16 +13,23 @@ namespace structkv::client::internal {
 
 inline constexpr absl::Duration kRegionCallLimit = absl::Seconds(10);
 
+inline void Prepare(const RegionServer& server, absl::Time deadline, grpc::ClientContext* context) {
+  context->set_deadline(absl::ToChronoTime(deadline));
+  if (!server.tenant.empty()) context->AddMetadata("structkv-tenant", server.tenant);
+}
+
+inline absl::Status ToStatus(const grpc::Status& status) {
+  return {static_cast<absl::StatusCode>(status.error_code()), status.error_message()};
+}
+
 // Makes the call that `call` makes, in the name of `server.tenant`.
 inline absl::Status CallRegions(
     const RegionServer& server, absl::Time deadline,
     absl::FunctionRef<grpc::Status(v1::Regions::Stub& stub, grpc::ClientContext* context)> call) {
   grpc::ClientContext context;
-  context.set_deadline(absl::ToChronoTime(deadline));
-  if (!server.tenant.empty()) context.AddMetadata("structkv-tenant", server.tenant);
+  Prepare(server, deadline, &context);
   const auto stub = v1::Regions::NewStub(server.channel);
-  const grpc::Status status = call(*stub, &context);
-  return {static_cast<absl::StatusCode>(status.error_code()), status.error_message()};
+  return ToStatus(call(*stub, &context));
 }
 
 }  // namespace structkv::client::internal

@@ -21,7 +21,8 @@ class RegionMemory {
 
   // Has the server know it. Errors: Client::Register().
   virtual absl::StatusOr<std::unique_ptr<Registration>> Register(const RegionServer& server,
-                                                                 const RegionOptions& options) = 0;
+                                                                 const RegionOptions& options,
+                                                                 absl::Time deadline) = 0;
 };
 
 // Memory of the host, of the kind that `options` say; they get the size that it has.

@@ -16,11 +16,14 @@ namespace structkv::client::internal {
 // A server, as regions know it.
 struct RegionServer {
   std::shared_ptr<grpc::Channel> channel;
-  std::string socket;  // path of its region socket
+  std::string socket;  // path of its region socket, as it says
   std::string tenant;
+  std::weak_ptr<const void> client;  // ends with the client whose channel it is
+  bool own_process = false;          // ClientOptions.own_process
 
-  // Equal for the same server and tenant.
-  std::string key() const { return socket + '\0' + tenant; }
+  // Equal where a registration of a region of that kind counts for both. A descriptor goes to the
+  // socket; of the others nothing but the channel says whose they are.
+  std::string key(RegionKind kind) const;
 };
 
 // A region's registration with one server, which ends with the object.
@@ -43,21 +46,20 @@ class Registration {
 //   and what the server answers (region.proto)
 absl::StatusOr<std::unique_ptr<Registration>> RegisterDescriptor(const RegionServer& server,
                                                                  const RegionOptions& options,
-                                                                 int descriptor);
+                                                                 int descriptor,
+                                                                 absl::Time deadline);
 
 // Gives the unnamed file of /dev/shm behind `descriptor` a name and registers that; a thread renews
 // its lease.
 absl::StatusOr<std::unique_ptr<Registration>> RegisterNamed(const RegionServer& server,
                                                             const RegionOptions& options,
-                                                            int descriptor);
+                                                            int descriptor, absl::Time deadline);
 
 // Of memory of a GPU, which is kept until the server has closed it; a thread renews its lease.
 absl::StatusOr<std::unique_ptr<Registration>> RegisterGpu(const RegionServer& server,
                                                           const RegionOptions& options,
                                                           const v1::CudaIpcMemory& exported,
-                                                          std::shared_ptr<const void> memory);
-
-// Whether the region socket at that path is this process's own.
-bool IsOwnProcess(const std::string& socket);
+                                                          std::shared_ptr<const void> memory,
+                                                          absl::Time deadline);
 
 }  // namespace structkv::client::internal

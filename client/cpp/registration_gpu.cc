@@ -19,7 +19,8 @@ bool IsOpenEnded(const absl::Status& status) {
 absl::StatusOr<std::unique_ptr<Registration>> RegisterGpu(const RegionServer& server,
                                                           const RegionOptions& options,
                                                           const v1::CudaIpcMemory& exported,
-                                                          std::shared_ptr<const void> memory) {
+                                                          std::shared_ptr<const void> memory,
+                                                          absl::Time deadline) {
   LeasedRegion region = {.server = server,
                          .handle = "",
                          .lease = LeaseOf(options),
@@ -31,10 +32,10 @@ absl::StatusOr<std::unique_ptr<Registration>> RegisterGpu(const RegionServer& se
   request.set_lease_millis(static_cast<uint64_t>(absl::ToInt64Milliseconds(region.lease)));
   *request.mutable_cuda_ipc() = exported;
   v1::RegisterRegionResponse response;
-  absl::Status status = CallRegions(server, absl::Now() + kRegionCallLimit,
-                                    [&](v1::Regions::Stub& stub, grpc::ClientContext* context) {
-                                      return stub.RegisterRegion(context, request, &response);
-                                    });
+  absl::Status status =
+      CallRegions(server, deadline, [&](v1::Regions::Stub& stub, grpc::ClientContext* context) {
+        return stub.RegisterRegion(context, request, &response);
+      });
   if (status.ok()) {
     region.handle = response.handle();
     return KeepLease(std::move(region));

@@ -27,7 +27,7 @@ std::string NewName() {
 
 absl::StatusOr<std::unique_ptr<Registration>> RegisterNamed(const RegionServer& server,
                                                             const RegionOptions& options,
-                                                            int descriptor) {
+                                                            int descriptor, absl::Time deadline) {
   const std::string name = NewName();
   const std::string path = absl::StrCat("/dev/shm/", name);
   const std::string self = absl::StrCat("/proc/self/fd/", descriptor);
@@ -46,10 +46,9 @@ absl::StatusOr<std::unique_ptr<Registration>> RegisterNamed(const RegionServer& 
   }
   v1::RegisterRegionResponse response;
   const absl::Status status =
-      CallRegions(server, absl::Now() + kRegionCallLimit,
-                  [&](v1::Regions::Stub& stub, grpc::ClientContext* context) {
-                    return stub.RegisterRegion(context, request, &response);
-                  });
+      CallRegions(server, deadline, [&](v1::Regions::Stub& stub, grpc::ClientContext* context) {
+        return stub.RegisterRegion(context, request, &response);
+      });
   if (!status.ok()) {
     unlink(path.c_str());
     return status;

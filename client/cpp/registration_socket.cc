@@ -5,24 +5,32 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "client/cpp/registration.h"
 #include "structkv/v1/region.pb.h"
 
 namespace structkv::client::internal {
 namespace {
 
-constexpr timeval kAnswerLimit = {10, 0};
 constexpr size_t kMaxPacketBytes = 4096;
 
 absl::Status Unreachable(const std::string& path, const char* what, int error) {
   return absl::UnavailableError(
       absl::StrCat("region socket ", path, ": ", what, ": ", strerror(error)));
+}
+
+// Of what waits on the socket from now on; `option` is SO_SNDTIMEO or SO_RCVTIMEO.
+void SetLimit(int socket, int option, absl::Time deadline) {
+  const timeval limit =
+      absl::ToTimeval(std::max(deadline - absl::Now(), absl::Milliseconds(1)));  // 0: none
+  setsockopt(socket, SOL_SOCKET, option, &limit, sizeof(limit));
 }
 
 class Socket {
@@ -66,7 +74,7 @@ class SocketRegistration final : public Registration {
   const pid_t process_;
 };
 
-absl::StatusOr<Socket> ConnectTo(const std::string& path) {
+absl::StatusOr<Socket> ConnectTo(const std::string& path, absl::Time deadline) {
   sockaddr_un address = {};
   address.sun_family = AF_UNIX;
   if (path.size() >= sizeof(address.sun_path)) {
@@ -77,8 +85,7 @@ absl::StatusOr<Socket> ConnectTo(const std::string& path) {
   std::memcpy(address.sun_path, path.data(), path.size());
   Socket socket(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
   if (socket.get() < 0) return Unreachable(path, "no socket", errno);
-  setsockopt(socket.get(), SOL_SOCKET, SO_SNDTIMEO, &kAnswerLimit, sizeof(kAnswerLimit));
-  setsockopt(socket.get(), SOL_SOCKET, SO_RCVTIMEO, &kAnswerLimit, sizeof(kAnswerLimit));
+  SetLimit(socket.get(), SO_SNDTIMEO, deadline);
   if (connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
     return Unreachable(path, "connecting", errno);
   }
@@ -106,8 +113,9 @@ bool SendWith(int socket, std::string* packet, int descriptor) {
 
 absl::StatusOr<std::unique_ptr<Registration>> RegisterDescriptor(const RegionServer& server,
                                                                  const RegionOptions& options,
-                                                                 int descriptor) {
-  absl::StatusOr<Socket> socket = ConnectTo(server.socket);
+                                                                 int descriptor,
+                                                                 absl::Time deadline) {
+  absl::StatusOr<Socket> socket = ConnectTo(server.socket, deadline);
   if (!socket.ok()) return socket.status();
   v1::RegisterDescriptorRequest request;
   request.set_size_bytes(options.size_bytes);
@@ -117,6 +125,7 @@ absl::StatusOr<std::unique_ptr<Registration>> RegisterDescriptor(const RegionSer
   if (!SendWith(socket->get(), &packet, descriptor)) {
     return Unreachable(server.socket, "sending the descriptor", errno);
   }
+  SetLimit(socket->get(), SO_RCVTIMEO, deadline);
   std::array<char, kMaxPacketBytes> buffer;
   const ssize_t size = recv(socket->get(), buffer.data(), buffer.size(), 0);
   if (size < 0) return Unreachable(server.socket, "reading the answer", errno);
@@ -130,15 +139,6 @@ absl::StatusOr<std::unique_ptr<Registration>> RegisterDescriptor(const RegionSer
     return absl::Status(static_cast<absl::StatusCode>(response.code()), response.message());
   }
   return std::make_unique<SocketRegistration>(response.handle(), *std::move(socket));
-}
-
-bool IsOwnProcess(const std::string& path) {
-  const absl::StatusOr<Socket> socket = ConnectTo(path);
-  if (!socket.ok()) return false;
-  ucred listener = {};
-  socklen_t size = sizeof(listener);
-  return getsockopt(socket->get(), SOL_SOCKET, SO_PEERCRED, &listener, &size) == 0 &&
-         listener.pid == getpid();
 }
 
 }  // namespace structkv::client::internal

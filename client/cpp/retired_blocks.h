@@ -9,19 +9,20 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "client/cpp/registration.h"
 #include "structkv/bytes.h"
+#include "structkv/region.h"
 
 namespace structkv::client::internal {
 
-// A block in the region that `server` knows as `handle`.
+// A block in `region`, which `server` knows as `handle`.
 struct RetiredBlock {
   Bytes block;
+  std::shared_ptr<Region> region;
   RegionServer server;
   std::string handle;
-  // How long the server may use the region without answering.
-  absl::Duration patience;
-  absl::Time heard = absl::Now();  // the server's last answer
+  absl::Time heard = absl::Now();  // when the server was last known to live
 };
 
 // Rooms for results of prompts that failed or were cancelled. Thread-safe.
@@ -32,8 +33,9 @@ class RetiredBlocks {
 
   // A thread asks for it from time to time, as long as there are any.
   void Add(RetiredBlock block);
-  // Asks the servers, and lets go of the blocks in regions that no prompt uses any more.
-  void Release(absl::Time deadline);
+  // Asks the servers, until `deadline`, and lets go of the blocks in those of `regions`, or of all
+  // where that is empty, that no prompt uses any more, or whose server must be gone.
+  void Release(absl::Span<const std::shared_ptr<Region>> regions, absl::Time deadline);
   size_t size() const;
 
  private:

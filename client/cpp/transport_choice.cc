@@ -6,7 +6,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
-#include "client/cpp/registration_lease.h"
 #include "structkv/sizes.h"
 #include "structkv/v1/compression.grpc.pb.h"
 
@@ -17,6 +16,8 @@ constexpr size_t kMaxRegions = 64;
 constexpr absl::Duration kCapabilitiesLimit = absl::Seconds(10);
 // How long a server that lacks a transport is taken to lack it, where it is only a wish.
 constexpr absl::Duration kAskAgain = absl::Seconds(10);
+// How long rooms that come back are waited for.
+constexpr absl::Duration kReleaseLimit = absl::Seconds(1);
 constexpr char kTenantKey[] = "structkv-tenant";
 
 const char* NameOf(v1::Transport transport) {
@@ -146,9 +147,9 @@ absl::Status PlaceResults(const Offer& offer, const PromptOptions& options, v1::
   place->results = *std::move(results);
   if (place->results.empty() || offer.handles.empty()) return absl::OkStatus();
   place->result_range = *place->Find(place->results.span());
-  place->retire = [server = offer.server, patience = PatienceOf(*options.results->region()),
+  place->retire = [region = options.results->region(), server = offer.server,
                    handle = offer.handles[place->result_range.region]](const Bytes& block) {
-    RetiredBlocks::All().Add({block, server, handle, patience});
+    RetiredBlocks::All().Add({block, region, server, handle});
   };
   open->mutable_result_range()->set_region(place->result_range.region);
   open->mutable_result_range()->set_offset_bytes(place->result_range.offset_bytes);
@@ -169,11 +170,6 @@ Offer NoOffer(std::string reason) {
   Offer offer;
   offer.reason = std::move(reason);
   return offer;
-}
-
-absl::Duration PatienceOf(const Region& region) {
-  if (!region.on_gpu()) return absl::InfiniteDuration();  // it is nobody else's
-  return LeaseOf(region.options()) + region.options().quarantine;
 }
 
 std::optional<wire::Range> SharedPlace::Find(absl::Span<const std::byte> bytes) const {
@@ -209,7 +205,7 @@ absl::StatusOr<RegionServer> TransportChooser::ServerFor(v1::Transport transport
     absl::MutexLock lock(&mutex_);
     server_ = server;
   }
-  if (!lacks()) return RegionServer{channel_, server->socket, tenant};
+  if (!lacks()) return RegionServer{channel_, server->socket, tenant, alive_, own_process_};
   const bool no_regions = transport != v1::TRANSPORT_NCCL && server->socket.empty();
   std::string text =
       absl::StrCat("the server has no ", NameOf(transport), " (GetCapabilitiesResponse.");
@@ -234,9 +230,9 @@ absl::StatusOr<TransportChooser::Server> TransportChooser::Ask(absl::Time deadli
                 absl::Now()};
 }
 
-absl::StatusOr<std::string> TransportChooser::RegisterAt(const RegionServer& server,
-                                                         Region& region) {
-  absl::StatusOr<std::string> handle = region.Register(server);
+absl::StatusOr<std::string> TransportChooser::RegisterAt(const RegionServer& server, Region& region,
+                                                         absl::Time deadline) {
+  absl::StatusOr<std::string> handle = region.Register(server, deadline);
   if (!handle.ok()) ForgetServer();
   return handle;
 }
@@ -251,7 +247,7 @@ absl::Status TransportChooser::Register(Region& region, const std::string& tenan
   const absl::StatusOr<RegionServer> server =
       ServerFor(TransportOf(region.on_gpu()), tenant, /*afresh=*/true, deadline);
   if (!server.ok()) return server.status();
-  return RegisterAt(*server, region).status();
+  return RegisterAt(*server, region, deadline).status();
 }
 
 absl::Status TransportChooser::RegisterAll(const OfferRequest& request, absl::Time deadline,
@@ -262,7 +258,7 @@ absl::Status TransportChooser::RegisterAll(const OfferRequest& request, absl::Ti
   if (!server.ok()) return server.status();
   offer->server = *server;
   for (const auto& region : offer->regions) {
-    absl::StatusOr<std::string> handle = RegisterAt(*server, *region);
+    absl::StatusOr<std::string> handle = RegisterAt(*server, *region, deadline);
     if (!handle.ok()) return handle.status();
     offer->handles.push_back(*std::move(handle));
   }
@@ -274,16 +270,29 @@ absl::StatusOr<std::shared_ptr<NcclPair>> TransportChooser::Attach(const OfferRe
   const bool afresh = request.choice != TransportChoice::kAuto;
   const auto server = ServerFor(v1::TRANSPORT_NCCL, request.tenant, afresh, deadline);
   if (!server.ok()) return server.status();
-  absl::MutexLock lock(&attaching_);
-  Attached& attached = attached_[{request.nccl.get(), request.tenant}];
-  if (attached.pair != nullptr && !attached.pair->ended()) return attached.pair;
-  attached.pair.reset();
-  if (!must && !attached.refused.ok() && absl::Now() - attached.asked < kAskAgain) {
-    return attached.refused;
+  std::shared_ptr<NcclPair> ended;  // before another one, and without the lock: it takes its time
+  Attached* attached = nullptr;
+  {
+    absl::MutexLock lock(&attaching_);
+    attached = &attached_[{request.nccl.get(), request.tenant}];
+    const auto is_idle = [attached] { return !attached->is_busy; };
+    if (!attaching_.AwaitWithDeadline(absl::Condition(&is_idle), deadline)) {
+      return absl::UnavailableError("the GPU is still being attached by another thread");
+    }
+    if (attached->pair != nullptr && !attached->pair->ended()) return attached->pair;
+    if (!must && !attached->refused.ok() && absl::Now() - attached->asked < kAskAgain) {
+      return attached->refused;
+    }
+    ended.swap(attached->pair);
+    attached->is_busy = true;
   }
-  auto pair = NcclPair::Attach(channel_, request.nccl, request.tenant);
-  attached = {pair.ok() ? *pair : nullptr, pair.status(), absl::Now()};
+  ended.reset();
+  auto pair = NcclPair::Attach(channel_, request.nccl, request.tenant, deadline);
   if (!pair.ok()) ForgetServer();
+  absl::MutexLock lock(&attaching_);
+  // What a caller had no time for is no refusal.
+  const absl::Status refused = absl::Now() < deadline ? pair.status() : absl::OkStatus();
+  *attached = {pair.ok() ? *pair : nullptr, refused, absl::Now()};
   return pair;
 }
 
@@ -344,7 +353,9 @@ absl::StatusOr<Offer> TransportChooser::MakeOffer(const OfferRequest& request,
   }
   if (!is_inline) offer.reason = std::string(status.message());
   if (offer.handles.empty()) offer.regions.clear();
-  if (RetiredBlocks::All().size() > 0) RetiredBlocks::All().Release(deadline);
+  if (!regions.empty() && RetiredBlocks::All().size() > 0) {
+    RetiredBlocks::All().Release(regions, std::min(deadline, absl::Now() + kReleaseLimit));
+  }
   if (offer.nothing() && offer.gpu != nullptr && !offer.copies)
     return NotReached(request, status.message());
   return offer;

@@ -58,9 +58,6 @@ struct OfferRequest {
   bool unknown = false;  // the server does not know the regions although they were registered
 };
 
-// How long a server that does not answer may use the region.
-absl::Duration PatienceOf(const Region& region);
-
 // The tenant that calls with these metadata are of.
 std::string TenantOf(const std::vector<std::pair<std::string, std::string>>& metadata);
 
@@ -83,8 +80,9 @@ struct SharedPlace {
 // Thread-safe.
 class TransportChooser {
  public:
-  explicit TransportChooser(std::shared_ptr<grpc::Channel> channel)
-      : channel_(std::move(channel)) {}
+  // `own_process`: see ClientOptions.
+  TransportChooser(std::shared_ptr<grpc::Channel> channel, bool own_process)
+      : channel_(std::move(channel)), own_process_(own_process) {}
 
   // See Client::Register().
   absl::Status Register(Region& region, const std::string& tenant, absl::Time deadline);
@@ -115,6 +113,7 @@ class TransportChooser {
     std::shared_ptr<NcclPair> pair;  // null: none
     absl::Status refused;            // why
     absl::Time asked;
+    bool is_busy = false;  // a thread is at it
   };
   absl::StatusOr<Server> Ask(absl::Time deadline);
   // Another one may be there by the next time.
@@ -122,7 +121,8 @@ class TransportChooser {
   // UNIMPLEMENTED where the server lacks `transport`, of which it is asked again with `afresh`.
   absl::StatusOr<RegionServer> ServerFor(v1::Transport transport, const std::string& tenant,
                                          bool afresh, absl::Time deadline);
-  absl::StatusOr<std::string> RegisterAt(const RegionServer& server, Region& region);
+  absl::StatusOr<std::string> RegisterAt(const RegionServer& server, Region& region,
+                                         absl::Time deadline);
   // Attaches `request.nccl` where it is not; one that was refused a moment ago only with `must`.
   // UNIMPLEMENTED where the server has no NCCL.
   absl::StatusOr<std::shared_ptr<NcclPair>> Attach(const OfferRequest& request, bool must,
@@ -131,6 +131,8 @@ class TransportChooser {
   absl::Status RegisterAll(const OfferRequest& request, absl::Time deadline, Offer* offer);
 
   const std::shared_ptr<grpc::Channel> channel_;
+  const bool own_process_;
+  const std::shared_ptr<const void> alive_ = std::make_shared<char>();  // RegionServer.client
   absl::Mutex mutex_;
   std::optional<Server> server_ ABSL_GUARDED_BY(mutex_);  // none: not asked yet
   absl::Mutex attaching_;

@@ -15,6 +15,7 @@ FakeServer::FakeServer(Script script) : script_(std::move(script)) {
   builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
   builder.SetMaxReceiveMessageSize(-1);
   builder.RegisterService(this);
+  builder.RegisterService(&regions);
   server_ = builder.BuildAndStart();
   address_ = absl::StrCat("127.0.0.1:", port);
 }
@@ -33,6 +34,24 @@ grpc::Status FakeServer::GetCapabilities(grpc::ServerContext* /*context*/,
                                          v1::GetCapabilitiesResponse* response) {
   response->set_version("1.2.3");
   response->set_region_socket(region_socket);
+  response->mutable_transports()->Assign(transports.begin(), transports.end());
+  return grpc::Status::OK;
+}
+
+grpc::Status FakeRegions::RegisterRegion(grpc::ServerContext* context,
+                                         const v1::RegisterRegionRequest* request,
+                                         v1::RegisterRegionResponse* response) {
+  return on_register ? on_register(*request, response)
+                     : Service::RegisterRegion(context, request, response);
+}
+grpc::Status FakeRegions::GetRegion(grpc::ServerContext* context,
+                                    const v1::GetRegionRequest* request,
+                                    v1::GetRegionResponse* response) {
+  return on_get ? on_get(*request, response) : Service::GetRegion(context, request, response);
+}
+grpc::Status FakeRegions::UnregisterRegion(grpc::ServerContext* /*context*/,
+                                           const v1::UnregisterRegionRequest* /*request*/,
+                                           v1::UnregisterRegionResponse* /*response*/) {
   return grpc::Status::OK;
 }
 

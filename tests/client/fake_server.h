@@ -15,6 +15,7 @@
 #include "grpcpp/grpcpp.h"
 #include "structkv/client.h"
 #include "structkv/v1/compression.grpc.pb.h"
+#include "structkv/v1/region.grpc.pb.h"
 
 namespace structkv::client {
 
@@ -24,6 +25,23 @@ using Stream = grpc::ServerReaderWriter<v1::CompressResponse, v1::CompressReques
 using Script =
     std::function<grpc::Status(int attempt, grpc::ServerContext* context, Stream* stream)>;
 
+// Its regions. What is not set is UNIMPLEMENTED, and what is unregistered has been closed.
+class FakeRegions final : public v1::Regions::Service {
+ public:
+  std::function<grpc::Status(const v1::RegisterRegionRequest&, v1::RegisterRegionResponse*)>
+      on_register;
+  std::function<grpc::Status(const v1::GetRegionRequest&, v1::GetRegionResponse*)> on_get;
+
+  grpc::Status RegisterRegion(grpc::ServerContext* context,
+                              const v1::RegisterRegionRequest* request,
+                              v1::RegisterRegionResponse* response) override;
+  grpc::Status GetRegion(grpc::ServerContext* context, const v1::GetRegionRequest* request,
+                         v1::GetRegionResponse* response) override;
+  grpc::Status UnregisterRegion(grpc::ServerContext* context,
+                                const v1::UnregisterRegionRequest* request,
+                                v1::UnregisterRegionResponse* response) override;
+};
+
 class FakeServer final : public v1::Compression::Service {
  public:
   explicit FakeServer(Script script);
@@ -31,8 +49,10 @@ class FakeServer final : public v1::Compression::Service {
 
   const std::string& address() const { return address_; }
   int attempts() const { return attempts_.load(); }
-  // Of its capabilities; not to be changed during a call.
+  // Not to be changed during a call. Of its capabilities:
   std::string region_socket;
+  std::vector<std::string> transports;
+  FakeRegions regions;
 
   grpc::Status Compress(grpc::ServerContext* context, Stream* stream) override;
   grpc::Status GetCapabilities(grpc::ServerContext* context,

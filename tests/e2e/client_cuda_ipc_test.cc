@@ -11,6 +11,8 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/imported_memory.h"
+#include "tests/client/fake_server.h"
 #include "tests/e2e/client_gpu_test.h"
 #include "tests/kernels/cuda/fake_backend.h"
 #include "tests/testing/cutting_proxy.h"
@@ -282,6 +284,45 @@ TEST_F(ClientCudaIpcTest, ARegionLivesAsLongAsItsObject) {
   EXPECT_EQ(server().regions()->regions(), 0);
 }
 
+// Another server says that it listens at this process's region socket: it gets a registration of
+// its own, and neither the process's id nor addresses to be used.
+TEST_F(ClientCudaIpcTest, AServerElsewhereThatNamesThisProcess) {
+  StartOnGpus(Options());
+  client::FakeServer elsewhere(
+      [](int, grpc::ServerContext*, client::Stream*) { return grpc::Status::CANCELLED; });
+  elsewhere.region_socket = socket_path();
+  elsewhere.transports = {"cuda_ipc"};
+  std::vector<v1::CudaIpcMemory> told;
+  elsewhere.regions.on_register = [&](const v1::RegisterRegionRequest& request,
+                                      v1::RegisterRegionResponse* response) {
+    told.push_back(request.cuda_ipc());
+    response->set_handle(std::string(16, 'x'));
+    return grpc::Status::OK;
+  };
+  const auto other = client::ClientOf(elsewhere);
+  const auto arena = GpuArena(GpuOptions());
+  ASSERT_TRUE(client_->Register(*arena->region()).ok());
+  ASSERT_TRUE(other->Register(*arena->region()).ok());
+  ASSERT_EQ(told.size(), 1);
+  EXPECT_NE(told[0].exporter_id(), ProcessId());
+  EXPECT_EQ(told[0].event_address(), 0);
+  EXPECT_EQ(ExpectSame(PromptData(SmallOpen(), 59), arena, InArena(arena)), "cuda_ipc");
+}
+
+// Each client registers a region, and takes that with it once another one does.
+TEST_F(ClientCudaIpcTest, ARegionOfSeveralClients) {
+  StartOnGpus(Options());
+  const auto arena = GpuArena(GpuOptions());
+  for (int i = 0; i < 5; ++i) {
+    EXPECT_EQ(ExpectSame(PromptData(SmallOpen(), 59), arena, InArena(arena)), "cuda_ipc");
+    client_ = NewClient(target());
+  }
+  const auto second = NewClient(target());
+  ASSERT_TRUE(client_->Register(*arena->region()).ok());
+  ASSERT_TRUE(second->Register(*arena->region()).ok());
+  EXPECT_TRUE(Eventually([&] { return server().regions()->regions() == 2; }));
+}
+
 // The server loses the region, as one that was restarted has: the next prompt registers it again.
 TEST_F(ClientCudaIpcTest, ARegionThatTheServerHasLost) {
   StartOnGpus(Options());
@@ -393,7 +434,7 @@ TEST_F(ClientCudaIpcTest, HeldCachesAreFetchedIntoIt) {
   into.retry.initial_backoff = absl::Milliseconds(1);
   for (const bool breaks : {false, true}) {
     CuttingProxy proxy(server().port(), {breaks ? size_t{9'000} : size_t{1'000'000}});
-    const auto client = *client::Client::Connect(proxy.target());
+    const auto client = NewClient(proxy.target());
     const auto arena = GpuArena(GpuOptions(0, size_t{16} << 20));
     into.results = arena;
     {

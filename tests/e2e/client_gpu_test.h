@@ -16,8 +16,13 @@ template <typename Base>
 class ClientGpuTest : public Base {
  protected:
   // To the server that was started, which is this process.
+  static std::unique_ptr<client::Client> NewClient(const std::string& target) {
+    client::ClientOptions options;
+    options.own_process = true;
+    return *client::Client::Connect(target, options);
+  }
   void Connect() {
-    client_ = *client::Client::Connect(this->target());
+    client_ = NewClient(this->target());
     held_ = structkv::testing::FakeCuda::held();
   }
 

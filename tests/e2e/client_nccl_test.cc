@@ -6,10 +6,15 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
+#include "absl/time/clock.h"
 #include "client/cpp/nccl_device.h"
 #include "gmock/gmock.h"
+#include "grpcpp/grpcpp.h"
 #include "gtest/gtest.h"
+#include "structkv/v1/compression.grpc.pb.h"
+#include "structkv/v1/nccl.grpc.pb.h"
 #include "tests/e2e/client_gpu_test.h"
 #include "tests/testing/nccl_test.h"
 #include "tests/testing/process.h"
@@ -32,6 +37,40 @@ std::shared_ptr<client::NcclGpu> NewGpu(
   EXPECT_TRUE(device.ok()) << device.status();
   return std::make_shared<client::NcclGpu>(*std::move(device));
 }
+
+// Says that it has NCCL, and nothing to who attaches.
+class SilentServer final : public v1::Compression::Service, public v1::NcclTransport::Service {
+ public:
+  SilentServer() {
+    grpc::ServerBuilder builder;
+    int port = 0;
+    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+    builder.RegisterService(static_cast<v1::Compression::Service*>(this));
+    builder.RegisterService(static_cast<v1::NcclTransport::Service*>(this));
+    server_ = builder.BuildAndStart();
+    client_ = *client::Client::Connect(absl::StrCat("127.0.0.1:", port));
+  }
+  client::Client& client() { return *client_; }
+
+  grpc::Status GetCapabilities(grpc::ServerContext* /*context*/,
+                               const v1::GetCapabilitiesRequest* /*request*/,
+                               v1::GetCapabilitiesResponse* response) override {
+    response->add_transports("nccl");
+    return grpc::Status::OK;
+  }
+  grpc::Status Attach(
+      grpc::ServerContext* /*context*/,
+      grpc::ServerReaderWriter<v1::AttachResponse, v1::AttachRequest>* stream) override {
+    v1::AttachRequest request;
+    while (stream->Read(&request)) {
+    }
+    return grpc::Status::OK;
+  }
+
+ private:
+  std::unique_ptr<grpc::Server> server_;
+  std::unique_ptr<client::Client> client_;
+};
 
 class ClientNcclTest : public ClientGpuTest<NcclTest> {
  protected:
@@ -241,6 +280,27 @@ TEST_F(ClientNcclTest, AutoDoesWithoutAPairThatIsNotAnswered) {
   by_auto.transport = TransportChoice::kAuto;
   by_auto.retry.max_attempts = 1;
   EXPECT_EQ(ExpectSame(data, arena, by_auto), "cuda_ipc");
+}
+
+TEST_F(ClientNcclTest, AttachingTakesNoLongerThanThePrompt) {
+  StartServer();
+  SilentServer silent;
+  const auto arena = GpuArena(GpuOptions());
+  const PromptData data(SmallOpen(200), 43);
+  client::SessionOptions options = ByNccl(arena);
+  options.retry.max_attempts = 1;
+  // The second waits for the first, and gives up before.
+  std::vector<std::thread> threads;
+  for (const int64_t millis : {600, 300}) {
+    threads.emplace_back([&, options, millis]() mutable {
+      options.timeout = absl::Milliseconds(millis);
+      const absl::Time begin = absl::Now();
+      const absl::Status late = silent.client().OpenPrompt(data.open(), options).status();
+      EXPECT_TRUE(absl::IsUnavailable(late)) << late;
+      EXPECT_LT(absl::Now() - begin, absl::Seconds(5));  // it may take 10 to attach
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
 }
 
 TEST_F(ClientNcclTest, WhatCannotBeHadIsSaid) {

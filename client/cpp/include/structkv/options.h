@@ -51,6 +51,11 @@ struct ClientOptions {
   absl::Duration keepalive_interval = absl::InfiniteDuration();
   // Goes before gRPC's own user agent.
   std::string user_agent = "structkv-client";
+  // The server is one of this program's own, and the channel leads nowhere else, as one of
+  // Server::PrivateChannel() does: regions of a GPU are named to it by their addresses, since CUDA
+  // opens nothing in the process that made it, and by ProcessId(). Who knows that can have this
+  // process's GPU memory read and written, so never of another server.
+  bool own_process = false;
 };
 
 // Gives the memory for one tensor of a layer's result: `size` bytes that stay valid as long as the

@@ -13,6 +13,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 
 #include "absl/base/thread_annotations.h"
@@ -57,15 +58,17 @@ struct RegionOptions {
   // kNamed, kGpu: how long the server keeps it after the last renewal; zero: the server's default
   // or, of a GPU, 30 seconds.
   absl::Duration lease;
+  // How long a server may go on with the region once nothing is heard of it any more, that is once
+  // the lease has ended or, of kDescriptor, the connection: it ends the streams of a client that is
+  // gone within that time. Until then rooms of prompts that failed are not given out again, and
+  // memory of a GPU, unless the server says that it has closed it, is kept.
+  absl::Duration quarantine = absl::Minutes(1);
 
   // Of a GPU alone:
   // Its number, as CUDA counts them in this process.
   int gpu = 0;
   // A name or path of CUDA's driver; empty: the program itself, which is linked with it.
   std::string cuda_library = "libcuda.so.1";
-  // How long the memory is kept beyond the lease's end where the server does not say that it has
-  // closed it: it ends the streams of a client that is gone within that time.
-  absl::Duration quarantine = absl::Minutes(1);
 };
 
 // An allocation of cudaMalloc that the program has made itself, whole. (Memory of cudaMallocAsync
@@ -124,16 +127,22 @@ class Region {
   std::optional<uint64_t> OffsetOf(absl::Span<const std::byte> bytes) const;
 
   // For Client, which calls it: registers at `server`, unless it is registered there and that
-  // holds. Its handle. Errors: Client::Register().
-  absl::StatusOr<std::string> Register(const internal::RegionServer& server);
+  // holds, within 10 seconds and until `deadline`. Its handle. Errors: Client::Register().
+  absl::StatusOr<std::string> Register(const internal::RegionServer& server, absl::Time deadline);
   // Drops the registration at `server` that is known as `handle`, if it is there still: the server
   // does not know it.
   void Forget(const internal::RegionServer& server, const std::string& handle);
+  // Whether it is registered at `server` as `handle`, and that holds as far as this side knows.
+  bool IsRegistered(const internal::RegionServer& server, const std::string& handle);
   // Null: memory of the host.
   std::shared_ptr<const internal::GpuMemory> gpu_memory() const;
 
  private:
   Region(const RegionOptions& options, std::shared_ptr<internal::RegionMemory> memory);
+  struct Registered {
+    std::unique_ptr<internal::Registration> registration;
+    std::weak_ptr<const void> client;
+  };
   // Whether `size` bytes from there on lie in the region.
   absl::Status CheckRange(uint64_t offset_bytes, size_t size) const;
 
@@ -142,9 +151,9 @@ class Region {
   std::byte* const data_;
   absl::Mutex mutex_;
   bool had_name_ ABSL_GUARDED_BY(mutex_) = false;  // kNamed
-  // By server.
-  std::map<std::string, std::unique_ptr<internal::Registration>> registrations_
-      ABSL_GUARDED_BY(mutex_);
+  // By the server's key:
+  std::map<std::string, Registered> registrations_ ABSL_GUARDED_BY(mutex_);
+  std::set<std::string> registering_ ABSL_GUARDED_BY(mutex_);  // a thread is at it
 };
 
 }  // namespace structkv::client
