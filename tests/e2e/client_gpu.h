@@ -57,10 +57,14 @@ inline absl::StatusOr<client::LayerTensors> GpuLayer(client::Arena* arena, const
   return tensors;
 }
 
-// A stream of the fake runtime, of the current device, whose work runs when it is waited for.
+// A stream of the fake runtime's GPU 0, whose work runs when it is waited for. It becomes the
+// thread's GPU.
 class FakeStream {
  public:
-  FakeStream() { EXPECT_EQ(cudaStreamCreateWithFlags(&stream_, 0), cudaSuccess); }
+  FakeStream() {
+    EXPECT_EQ(cudaSetDevice(0), cudaSuccess);
+    EXPECT_EQ(cudaStreamCreateWithFlags(&stream_, 0), cudaSuccess);
+  }
   ~FakeStream() { EXPECT_EQ(cudaStreamDestroy(stream_), cudaSuccess); }
   FakeStream(const FakeStream&) = delete;
   FakeStream& operator=(const FakeStream&) = delete;
