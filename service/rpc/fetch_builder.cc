@@ -100,6 +100,14 @@ const engine::Buffer& FetchBuilder::RoomOf(const session::SlicedTensor& tensor) 
   return tensor.tensor == engine::InputTensor::kKeys ? room_.key_room : room_.value_room;
 }
 
+absl::Status FetchBuilder::Put(const session::SlicedTensor& tensor, int64_t offset,
+                               int64_t bytes) const {
+  return backend_->Fill(RoomOf(tensor).data() + offset, bytes,
+                        [&](int64_t done, absl::Span<std::byte> run) {
+                          session::CopyOut(tensor, offset + done, run);
+                        });
+}
+
 void FetchBuilder::Skip(int64_t bytes) {
   for (; layer_ < slice_.end_layer(); ++layer_) {
     const std::vector<session::SlicedTensor> tensors = slice_.Tensors(layer_);
@@ -146,11 +154,7 @@ absl::StatusOr<WriteStep> FetchBuilder::Stage() {
   if (staged_) return WriteStep{WriteStep::Kind::kAgain, {}};
   const session::SlicedTensor& tensor = tensors[staged_tensor_];
   const int64_t bytes = std::min(options_.max_message_bytes, tensor.size() - staged_bytes_);
-  absl::Status written = backend_->Fill(RoomOf(tensor).data() + staged_bytes_, bytes,
-                                        [&](int64_t done, absl::Span<std::byte> run) {
-                                          session::CopyOut(tensor, staged_bytes_ + done, run);
-                                        });
-  if (!written.ok()) return written;
+  if (absl::Status put = Put(tensor, staged_bytes_, bytes); !put.ok()) return put;
   staged_bytes_ += bytes;
   if (staged_bytes_ == tensor.size()) {
     ++staged_tensor_;
@@ -187,11 +191,7 @@ absl::StatusOr<wire::OutgoingPiece> FetchBuilder::Piece(const session::SlicedTen
       (keys ? rows_.keys : rows_.values) = engine::Buffer::Lent(to, size, room.owner());
       return piece;
     }
-    const absl::Status written =
-        backend_->Fill(to, bytes, [&](int64_t done, absl::Span<std::byte> run) {
-          session::CopyOut(tensor, offset_ + done, run);
-        });
-    if (!written.ok()) return written;
+    if (absl::Status put = Put(tensor, offset_, bytes); !put.ok()) return put;
     const auto& range = std::get<transport::RegionRange>(source);
     piece.range = wire::Range{range.region, range.offset_bytes, range.size_bytes};
     return piece;

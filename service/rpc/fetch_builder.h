@@ -63,6 +63,8 @@ class FetchBuilder {
   void Send();
   // The room for what there is of a tensor; empty: it goes in messages.
   const engine::Buffer& RoomOf(const session::SlicedTensor& tensor) const;
+  // Copies what a tensor has from `offset` on to where it belongs there.
+  absl::Status Put(const session::SlicedTensor& tensor, int64_t offset, int64_t bytes) const;
   // What comes next of `tensor`, `bytes` of it: in a message, or where the transport has room for
   // it.
   absl::StatusOr<wire::OutgoingPiece> Piece(const session::SlicedTensor& tensor, int64_t bytes);
