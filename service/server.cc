@@ -228,6 +228,7 @@ class Server::Impl {
     sessions_.StartDraining();
     if (nccl_ != nullptr) nccl_->StopAttaching(absl::UnavailableError("the server is draining"));
     const bool finished = streams_.WaitUntilEmpty(end - absl::Now());
+    if (finished && nccl_ != nullptr) nccl_->WaitUntilSettled(end);
     Shutdown();
     return finished;
   }

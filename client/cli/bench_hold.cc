@@ -6,7 +6,6 @@
 
 #include "absl/time/clock.h"
 #include "client/cli/compressor.h"
-#include "client/cli/shared_memory.h"
 
 namespace structkv::cli {
 
@@ -30,7 +29,7 @@ void FetchFigures::Add(const FetchFigures& more) {
 }
 
 absl::StatusOr<HeldFetcher> HeldFetcher::Connect(const BenchFlags& flags,
-                                                 std::shared_ptr<client::Arena> arena) {
+                                                 const SharedMemory& memory) {
   absl::StatusOr<std::unique_ptr<client::Client>> client =
       client::Client::Connect(flags.connection.server);
   if (!client.ok()) return client.status();
@@ -38,7 +37,8 @@ absl::StatusOr<HeldFetcher> HeldFetcher::Connect(const BenchFlags& flags,
   options.metadata = TenantMetadata(flags.connection);
   options.checksums = flags.checksums;
   options.transport = flags.connection.transport;
-  options.results = std::move(arena);
+  options.results = memory.arena;
+  options.nccl = memory.nccl;
   options.on_layer = [](const client::LayerResult&) {};  // dropped as it comes
   return HeldFetcher(*std::move(client), std::move(options));
 }

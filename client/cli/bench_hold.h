@@ -8,7 +8,7 @@
 
 #include "absl/status/status.h"
 #include "client/cli/bench_flags.h"
-#include "structkv/arena.h"
+#include "client/cli/shared_memory.h"
 #include "structkv/client.h"
 
 namespace structkv::cli {
@@ -31,9 +31,8 @@ double OwnCpuSeconds();
 // One connection. Not thread-safe.
 class HeldFetcher {
  public:
-  // `arena`: where rows go over shared memory; null: nowhere.
-  static absl::StatusOr<HeldFetcher> Connect(const BenchFlags& flags,
-                                             std::shared_ptr<client::Arena> arena);
+  // `memory`: where rows go that do not come in messages.
+  static absl::StatusOr<HeldFetcher> Connect(const BenchFlags& flags, const SharedMemory& memory);
 
   // Fetches all of a cache and frees it.
   absl::Status Run(const std::string& handle, FetchFigures* figures);

@@ -163,7 +163,7 @@ class Worker {
   // Fetches and frees what the last prompts left in the server.
   absl::Status FetchAll(double hold_cpu_seconds) {
     if (!fetcher_.has_value()) {
-      absl::StatusOr<HeldFetcher> fetcher = HeldFetcher::Connect(flags_, prompts_[0].memory.arena);
+      absl::StatusOr<HeldFetcher> fetcher = HeldFetcher::Connect(flags_, prompts_[0].memory);
       if (!fetcher.ok()) return fetcher.status();
       fetcher_.emplace(*std::move(fetcher));
     }

@@ -137,6 +137,7 @@ absl::Status RunFetch(const FetchFlags& flags) {
     if (!made.ok()) return made.status();
     memory = *std::move(made);
     options.results = memory.arena;
+    options.nccl = memory.nccl;
   }
   const absl::Time start = absl::Now();
   const absl::StatusOr<client::FetchedCache> fetched = (*client)->FetchCache(*handle, options);

@@ -20,7 +20,7 @@ absl::Status Broken(const Args&... args) {
 }  // namespace
 
 FetchAssembler::FetchAssembler(const FetchOptions& options, BytesPool* pool,
-                               std::function<void(LayerResult)> on_layer)
+                               std::function<void(LayerResult, const std::string&)> on_layer)
     : options_(options), pool_(pool), on_layer_(std::move(on_layer)) {}
 
 void FetchAssembler::UseRoom(Bytes room, const wire::Range& range) {
@@ -106,6 +106,7 @@ absl::Status FetchAssembler::StartLayer(uint32_t index) {
   offset_ = 0;
   if (index == info_->layer_count()) return absl::OkStatus();
   layer_ = LayerResult();
+  transfer_key_.clear();
   layer_.layer = info_->first_layer() + index;
   layer_.kept_tokens = info_->kept_tokens(static_cast<int>(index));
   layer_.kept_blocks = KeptBlocks(open_, layer_.kept_tokens);
@@ -170,9 +171,14 @@ absl::Status FetchAssembler::AddPiece(const wire::Piece& piece) {
   const Due& due = due_[tensor_];
   std::byte* out = (layer_.*due.place).data() + offset_;
   const bool in_room = InRegions(info_->transport()) && !RoomOf(due).empty();
-  if (piece.transfer.has_value()) {
-    return Broken("a piece of tensor ", piece.tensor, " of layer ", piece.layer,
-                  " is a transfer, by which no fetch goes");
+  const bool transferred = info_->transport() == v1::TRANSPORT_NCCL && !RoomOf(due).empty();
+  if (piece.transfer.has_value() != transferred) {
+    return Broken(
+        "a piece of tensor ", piece.tensor, " of layer ", piece.layer, " is ",
+        transferred ? "no transfer, and a transfer is due" : "a transfer, which is not due");
+  }
+  if (absl::Status fits = transferred ? AddTransfer(piece) : absl::OkStatus(); !fits.ok()) {
+    return fits;
   }
   if (piece.range.has_value() != in_room) {
     return Broken("a piece of tensor ", piece.tensor, " of layer ", piece.layer, " is ",
@@ -204,6 +210,30 @@ absl::Status FetchAssembler::AddPiece(const wire::Piece& piece) {
   return absl::OkStatus();
 }
 
+absl::Status FetchAssembler::AddTransfer(const wire::Piece& piece) {
+  const std::string& key = piece.transfer->key;
+  if (piece.size_bytes() != due_[tensor_].size) {
+    return Broken("a transfer of tensor ", piece.tensor, " of layer ", piece.layer, " has ",
+                  piece.size_bytes(), " bytes, ", due_[tensor_].size, " are due");
+  }
+  if (key.empty() || (!transfer_key_.empty() && transfer_key_ != key)) {
+    return Broken("tensor ", piece.tensor, " of layer ", piece.layer,
+                  " comes by another transfer than the layer's other rows");
+  }
+  transfer_key_ = key;
+  return absl::OkStatus();
+}
+
+absl::Status FetchAssembler::GoBackTo(uint32_t layers) {
+  const bool is_there = index_ == layers && tensor_ == 0 && offset_ == 0;
+  if (!info_.has_value() || is_there) return absl::OkStatus();
+  received_bytes_ = 0;
+  for (uint32_t i = 0; i < layers; ++i) {
+    received_bytes_ += info_->layer_bytes(static_cast<int>(i));
+  }
+  return StartLayer(layers);
+}
+
 absl::Status FetchAssembler::CompleteLayer() {
   for (const int32_t position : layer_.position_values()) {
     if (position < 0 || static_cast<uint32_t>(position) >= info_->logical_length()) {
@@ -211,7 +241,7 @@ absl::Status FetchAssembler::CompleteLayer() {
                     info_->logical_length(), " tokens");
     }
   }
-  on_layer_(std::exchange(layer_, {}));
+  on_layer_(std::exchange(layer_, {}), transfer_key_);
   return StartLayer(index_ + 1);
 }
 

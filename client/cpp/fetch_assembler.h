@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -23,8 +24,10 @@ class FetchAssembler {
  public:
   // Tensors that have no room are allocated as `options` say, which outlive this, or from `pool`.
   // `options.on_info` and `on_layer` are called from within Add().
+  // `on_layer` also gets the key of the transfer that brings the layer's keys and values to where
+  // they are said to lie, empty where they are there.
   FetchAssembler(const FetchOptions& options, BytesPool* pool,
-                 std::function<void(LayerResult)> on_layer);
+                 std::function<void(LayerResult, const std::string& key)> on_layer);
 
   // Keys and values are to lie in `room` from now on, however they travel; it is `range` to the
   // server. Before the first message.
@@ -35,6 +38,8 @@ class FetchAssembler {
   absl::Status Add(const wire::FetchResponse& response);
   // The stream ended with OK.
   absl::Status Finish() const;
+  // Forgets what came behind the first `layers` of those that were asked for.
+  absl::Status GoBackTo(uint32_t layers);
 
   uint64_t received_bytes() const { return received_bytes_; }
   // Once a first message came.
@@ -51,6 +56,8 @@ class FetchAssembler {
   absl::Status AddInfo(v1::CacheInfo info);
   absl::Status AddLayer(const v1::LayerResult& message, const wire::Pieces& pieces);
   absl::Status AddPiece(const wire::Piece& piece);
+  // That the tensor that is due comes by a transfer.
+  absl::Status AddTransfer(const wire::Piece& piece);
   // Lays out layer number `index` of those that were asked for.
   absl::Status StartLayer(uint32_t index);
   absl::Status CompleteLayer();
@@ -59,7 +66,7 @@ class FetchAssembler {
 
   const FetchOptions& options_;
   BytesPool* const pool_;
-  const std::function<void(LayerResult)> on_layer_;
+  const std::function<void(LayerResult, const std::string&)> on_layer_;
 
   Bytes room_;
   wire::Range room_range_;
@@ -73,8 +80,9 @@ class FetchAssembler {
   uint64_t received_bytes_ = 0;  // of all streams
   uint32_t index_ = 0;           // the layer that comes
   LayerResult layer_;
-  std::vector<Due> due_;  // tensors of it
-  size_t tensor_ = 0;     // of due_, that comes
+  std::string transfer_key_;  // of its keys and values; empty: they come otherwise
+  std::vector<Due> due_;      // tensors of it
+  size_t tensor_ = 0;         // of due_, that comes
   uint64_t offset_ = 0;
 };
 

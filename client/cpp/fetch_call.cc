@@ -1,5 +1,6 @@
 #include "client/cpp/fetch_call.h"
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -17,6 +18,8 @@ namespace structkv::client::internal {
 namespace {
 
 constexpr char kFetchMethod[] = "/structkv.v1.HeldCaches/FetchCache";
+// How long NCCL may keep memory of a transfer that has failed; its aborts take less.
+constexpr absl::Duration kLetGoLimit = absl::Seconds(30);
 
 absl::Status Broken(absl::string_view text) {
   return absl::DataLossError(absl::StrCat("the server broke the protocol: ", text));
@@ -49,22 +52,38 @@ FetchCall::FetchCall(std::shared_ptr<grpc::Channel> channel, TransportChooser* t
       tenant_(TenantOf(options.metadata)),
       deadline_(absl::Now() + options.timeout),
       request_(RequestFor(handle, options)),
-      assembler_(options, pool, [this](LayerResult layer) {
-        if (options_.on_layer) {
-          options_.on_layer(std::move(layer));
+      assembler_(options, pool, [this](LayerResult layer, const std::string& key) {
+        if (transfers_ != nullptr) {
+          transfers_->Add(std::move(layer), key);
         } else {
-          fetched_.layers.push_back(std::move(layer));
+          HandOn(std::move(layer));
         }
       }) {}
+
+void FetchCall::HandOn(LayerResult layer) {
+  ++handed_on_;
+  if (options_.on_layer) {
+    options_.on_layer(std::move(layer));
+  } else {
+    fetched_.layers.push_back(std::move(layer));
+  }
+}
+
+void FetchCall::HandOnArrived() {
+  if (transfers_ == nullptr) return;
+  for (LayerResult& layer : transfers_->TakeArrived()) HandOn(std::move(layer));
+}
 
 absl::Status FetchCall::Retry(absl::FunctionRef<absl::Status(bool*)> attempt) {
   for (int count = 1;; ++count) {
     bool got_on = false;
     absl::Status status = attempt(&got_on);
     if (status.ok()) return status;
-    // A region that the server does not know is registered anew or, with auto, done without.
-    const bool lost = absl::IsNotFound(status) && !offer_.regions.empty();
-    if (lost && unknown_ < (options_.transport == TransportChoice::kAuto ? 2 : 1)) {
+    // A region that the server does not know is registered anew or, with auto and of the host, done
+    // without; a pair is attached anew.
+    const bool lost = absl::IsNotFound(status) && !offer_.nothing();
+    const bool needed = options_.transport != TransportChoice::kAuto || offer_.gpu != nullptr;
+    if (lost && unknown_ < (needed ? 1 : 2)) {
       ++unknown_;
       transports_.Forget(offer_);
       continue;
@@ -101,6 +120,15 @@ absl::StatusOr<v1::CacheInfo> FetchCall::Describe() {
 }
 
 absl::Status FetchCall::FetchOnce() {
+  // What is received anew must not meet what NCCL may still write.
+  if (abandoned_ != nullptr) {
+    const absl::Duration limit = std::min(kLetGoLimit, deadline_ - absl::Now());
+    if (!abandoned_->WaitUntilLetGo(limit)) {
+      return absl::AbortedError(absl::StrCat("NCCL has kept the memory of an attempt that failed ",
+                                             "for longer than ", absl::FormatDuration(limit)));
+    }
+    abandoned_ = nullptr;
+  }
   if (absl::Status offered = OfferRoom(); !offered.ok()) return offered;
   absl::Status status = ReadAll();
   // What the server still writes must not meet another use of the room.
@@ -114,44 +142,48 @@ absl::Status FetchCall::OfferRoom() {
   request_.clear_transports();
   request_.clear_regions();
   request_.clear_result_range();
-  if (options_.transport == TransportChoice::kNccl) {
-    return absl::InvalidArgumentError(
-        "FetchOptions.transport is NCCL; allowed: auto, inline, shared memory, CUDA IPC");
-  }
+  request_.clear_nccl_pair();
   OfferRequest wanted = {.choice = options_.transport,
                          .tenant = tenant_,
                          .field = "FetchOptions.results",
+                         .nccl = options_.nccl,
                          .fetches = true,
                          .unknown = unknown_ >= 2};
   if (options_.results != nullptr) wanted.regions = {options_.results->region()};
   absl::StatusOr<Offer> offer = transports_.MakeOffer(wanted, deadline_);
   if (!offer.ok()) return offer.status();
   offer_ = *std::move(offer);
-  if (offer_.regions.empty()) return absl::OkStatus();
+  if (offer_.nothing()) return absl::OkStatus();
   if (room_.empty() && assembler_.info().has_value()) {
     // A layer that has come in part lies elsewhere.
     offer_ = NoOffer("the fetch has begun without a room in FetchOptions.results");
     return absl::OkStatus();
   }
   if (room_.empty()) {
-    absl::Status made = MakeRoom(offer_);
+    absl::Status made = MakeRoom();
     if (!made.ok() || room_.empty()) {
       offer_ = NoOffer("");
       return made;
     }
   }
-  request_.add_transports(offer_.transport);
+  if (!offer_.regions.empty()) {
+    request_.add_transports(offer_.transport);
+    request_.add_regions(offer_.handles[0]);
+    request_.mutable_result_range()->set_offset_bytes(range_.offset_bytes);
+    request_.mutable_result_range()->set_size_bytes(range_.size_bytes);
+  }
+  if (offer_.pair != nullptr) {
+    request_.add_transports(v1::TRANSPORT_NCCL);
+    request_.set_nccl_pair(offer_.pair->name());
+  }
   // The host does not write to a GPU's memory.
   if (options_.transport == TransportChoice::kAuto && offer_.gpu == nullptr) {
     request_.add_transports(v1::TRANSPORT_INLINE);
   }
-  request_.add_regions(offer_.handles[0]);
-  request_.mutable_result_range()->set_offset_bytes(range_.offset_bytes);
-  request_.mutable_result_range()->set_size_bytes(range_.size_bytes);
   return absl::OkStatus();
 }
 
-absl::Status FetchCall::MakeRoom(const Offer& offer) {
+absl::Status FetchCall::MakeRoom() {
   const absl::StatusOr<v1::CacheInfo> info = DescribeOnce();
   if (!info.ok()) return info.status();
   absl::StatusOr<Bytes> room = options_.results->Allocate(FetchResultBytes(*info));
@@ -161,7 +193,7 @@ absl::Status FetchCall::MakeRoom(const Offer& offer) {
   }
   if (room->empty()) return absl::OkStatus();
   room_ = *std::move(room);
-  range_ = {0, *offer.regions[0]->OffsetOf(room_.span()), room_.size()};
+  range_ = {0, *options_.results->region()->OffsetOf(room_.span()), room_.size()};
   assembler_.UseRoom(room_, range_);
   return absl::OkStatus();
 }
@@ -192,15 +224,41 @@ absl::StatusOr<v1::CacheInfo> FetchCall::DescribeOnce() {
 }
 
 absl::Status FetchCall::ReadAll() {
-  request_.set_skip_bytes(assembler_.received_bytes());
   grpc::ClientContext context;
   Prepare(options_, deadline_, &context);
+  if (offer_.pair == nullptr) return ReadStream(&context);
+  transfers_ = std::make_unique<FetchTransfers>(offer_.pair, [&context] { context.TryCancel(); });
+  absl::Status status = EndTransfers(ReadStream(&context));
+  transfers_->Abandon();
+  if (!status.ok()) abandoned_ = std::move(transfers_);
+  transfers_ = nullptr;
+  return status;
+}
+
+absl::Status FetchCall::EndTransfers(absl::Status status) {
+  if (status.ok()) {
+    // They are over at the server's end.
+    status = transfers_->WaitForAll(deadline_);
+  } else if (absl::IsCancelled(status)) {
+    // By the transfer that failed.
+    if (absl::Status failed = transfers_->status(); !failed.ok()) status = failed;
+  }
+  HandOnArrived();
+  if (status.ok()) return status;
+  // Where the pair has ended it need not know yet.
+  if (absl::IsUnavailable(status)) offer_.pair->MarkEnded();
+  absl::Status back = assembler_.GoBackTo(handed_on_);
+  return back.ok() ? status : back;
+}
+
+absl::Status FetchCall::ReadStream(grpc::ClientContext* context) {
+  request_.set_skip_bytes(assembler_.received_bytes());
   // The generated stub's call with messages as bytes, whose tensors are then copied once.
   const grpc::internal::RpcMethod method(kFetchMethod, grpc::internal::RpcMethod::SERVER_STREAMING,
                                          channel_);
   const std::unique_ptr<grpc::ClientReader<grpc::ByteBuffer>> reader(
-      grpc::internal::ClientReaderFactory<grpc::ByteBuffer>::Create(
-          channel_.get(), method, &context, wire::Encode(request_)));
+      grpc::internal::ClientReaderFactory<grpc::ByteBuffer>::Create(channel_.get(), method, context,
+                                                                    wire::Encode(request_)));
   assembler_.StartStream(request_);
   absl::Status fault;
   for (grpc::ByteBuffer message; fault.ok() && reader->Read(&message); message.Clear()) {
@@ -213,9 +271,10 @@ absl::Status FetchCall::ReadAll() {
       response->message.mutable_info()->set_transport_reason(offer_.reason);
     }
     fault = assembler_.Add(*response);
+    HandOnArrived();
   }
-  if (!fault.ok()) context.TryCancel();
-  absl::Status ended = StatusOfCall(reader->Finish(), context);
+  if (!fault.ok()) context->TryCancel();
+  absl::Status ended = StatusOfCall(reader->Finish(), *context);
   if (!fault.ok()) return fault;
   return ended.ok() ? assembler_.Finish() : ended;
 }

@@ -11,6 +11,7 @@
 #include "absl/time/time.h"
 #include "client/cpp/bytes_pool.h"
 #include "client/cpp/fetch_assembler.h"
+#include "client/cpp/fetch_transfers.h"
 #include "client/cpp/transport_choice.h"
 #include "grpcpp/channel.h"
 #include "grpcpp/client_context.h"
@@ -41,10 +42,15 @@ class FetchCall {
   absl::StatusOr<v1::CacheInfo> DescribeOnce();
   // Reads a stream to its end.
   absl::Status ReadAll();
+  absl::Status ReadStream(grpc::ClientContext* context);
+  // What came of the transfers of a stream that ended with `status`.
+  absl::Status EndTransfers(absl::Status status);
+  void HandOn(LayerResult layer);
+  void HandOnArrived();
   // Puts into the request what it is to offer beside messages: where there is such, with the room
   // for it.
   absl::Status OfferRoom();
-  absl::Status MakeRoom(const Offer& offer);
+  absl::Status MakeRoom();
 
   const std::shared_ptr<grpc::Channel> channel_;
   TransportChooser& transports_;
@@ -53,10 +59,13 @@ class FetchCall {
   const absl::Time deadline_;
   v1::FetchCacheRequest request_;
   FetchedCache fetched_;
+  uint32_t handed_on_ = 0;  // layers
   FetchAssembler assembler_;
-  Offer offer_;      // of this attempt
-  int unknown_ = 0;  // attempts whose region the server did not know
-  Bytes room_;       // of `options_.results`; empty: none
+  std::unique_ptr<FetchTransfers> transfers_;  // of a stream that may have some
+  std::unique_ptr<FetchTransfers> abandoned_;  // of the one before, which failed
+  Offer offer_;                                // of this attempt
+  int unknown_ = 0;                            // attempts whose region the server did not know
+  Bytes room_;                                 // of `options_.results`; empty: none
   wire::Range range_;
 };
 

@@ -1,4 +1,4 @@
-// The transfers of one prompt by an NCCL pair.
+// The transfers of one prompt, or of one stream of a fetch, by an NCCL pair.
 #pragma once
 
 #include <cstdint>

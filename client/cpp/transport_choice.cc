@@ -79,7 +79,8 @@ absl::Status CheckRegions(const OfferRequest& request) {
         absl::StrCat(NameOf(named.value_or(transport)), ": ", text...));
   };
   if (named == v1::TRANSPORT_NCCL && request.nccl == nullptr) {
-    return invalid("no GPU was given (StreamOptions.nccl)");
+    return invalid("no GPU was given (", request.fetches ? "FetchOptions" : "StreamOptions",
+                   ".nccl)");
   }
   if (regions.empty()) {
     return named.has_value() ? invalid("no region was given (", request.field, ")")

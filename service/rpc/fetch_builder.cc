@@ -15,6 +15,11 @@
 namespace structkv::rpc {
 namespace {
 
+bool IsRows(const session::SlicedTensor& tensor) {
+  return tensor.tensor == engine::InputTensor::kKeys ||
+         tensor.tensor == engine::InputTensor::kValues;
+}
+
 void SetRange(const engine::HeadRange& range, v1::HeadRange* out) {
   out->set_begin(static_cast<uint32_t>(range.begin));
   out->set_count(static_cast<uint32_t>(range.count));
@@ -83,7 +88,24 @@ FetchBuilder::FetchBuilder(session::HeldSlice slice, const Options& options,
 void FetchBuilder::StartLayer() {
   room_ = engine::LayerInput();
   room_.layer = layer_ - slice_.first_layer();
-  if (layer_ < slice_.end_layer()) transport().GiveRoom(&room_);
+  staged_tensor_ = tensor_;
+  staged_bytes_ = offset_;
+  staged_ = transport().transfers() == nullptr;
+  if (staged_ && layer_ < slice_.end_layer()) transport().GiveRoom(&room_);
+}
+
+const engine::Buffer& FetchBuilder::RoomOf(const session::SlicedTensor& tensor) const {
+  static const auto* const none = new engine::Buffer();
+  if (!IsRows(tensor)) return *none;
+  return tensor.tensor == engine::InputTensor::kKeys ? room_.key_room : room_.value_room;
+}
+
+absl::Status FetchBuilder::Put(const session::SlicedTensor& tensor, int64_t offset,
+                               int64_t bytes) const {
+  return backend_->Fill(RoomOf(tensor).data() + offset, bytes,
+                        [&](int64_t done, absl::Span<std::byte> run) {
+                          session::CopyOut(tensor, offset + done, run);
+                        });
 }
 
 void FetchBuilder::Skip(int64_t bytes) {
@@ -99,7 +121,7 @@ void FetchBuilder::Skip(int64_t bytes) {
   }
 }
 
-absl::StatusOr<grpc::ByteBuffer> FetchBuilder::Next() {
+absl::StatusOr<WriteStep> FetchBuilder::Next() {
   switch (state_) {
     case State::kInfo: {
       state_ = layer_ < slice_.end_layer() ? State::kLayers : State::kSummary;
@@ -107,16 +129,50 @@ absl::StatusOr<grpc::ByteBuffer> FetchBuilder::Next() {
       *response.mutable_info() = EncodeInfo(slice_);
       response.mutable_info()->set_transport(EncodeTransport(transport().kind()));
       response.mutable_info()->set_transport_reason(options_.granted.reason);
-      return wire::Encode(response);
+      return WriteStep{WriteStep::Kind::kWrite, wire::Encode(response)};
     }
     case State::kLayers:
-      return NextLayer();
+      return staged_ ? NextLayer() : Stage();
     case State::kSummary:
-    case State::kDone:
       break;
   }
-  state_ = State::kDone;
-  return Summary();
+  if (sending_->load() > 0) return WriteStep{WriteStep::Kind::kWait, {}};
+  return WriteStep{WriteStep::Kind::kWriteLast, Summary()};
+}
+
+absl::StatusOr<WriteStep> FetchBuilder::Stage() {
+  if (sending_->load() == transport::Transfers::kMostSending) {
+    return WriteStep{WriteStep::Kind::kWait, {}};
+  }
+  if (room_.key_room.empty()) transport().GiveRoom(&room_);
+  const std::vector<session::SlicedTensor> tensors = slice_.Tensors(layer_);
+  while (staged_tensor_ < tensors.size() && !IsRows(tensors[staged_tensor_])) {
+    ++staged_tensor_;
+    staged_bytes_ = 0;
+  }
+  staged_ = staged_tensor_ == tensors.size();
+  if (staged_) return WriteStep{WriteStep::Kind::kAgain, {}};
+  const session::SlicedTensor& tensor = tensors[staged_tensor_];
+  const int64_t bytes = std::min(options_.max_message_bytes, tensor.size() - staged_bytes_);
+  if (absl::Status put = Put(tensor, staged_bytes_, bytes); !put.ok()) return put;
+  staged_bytes_ += bytes;
+  if (staged_bytes_ == tensor.size()) {
+    ++staged_tensor_;
+    staged_bytes_ = 0;
+  }
+  return WriteStep{WriteStep::Kind::kAgain, {}};
+}
+
+void FetchBuilder::Send() {
+  if (rows_.keys.empty() && rows_.values.empty()) return;
+  rows_.layer = layer_;
+  sending_->fetch_add(1);
+  transport().transfers()->Send(
+      rows_, [sending = sending_, told = options_.on_transfer](const absl::Status& status) {
+        sending->fetch_sub(1);
+        told(status);
+      });
+  rows_ = engine::LayerOutput();
 }
 
 absl::StatusOr<wire::OutgoingPiece> FetchBuilder::Piece(const session::SlicedTensor& tensor,
@@ -126,17 +182,17 @@ absl::StatusOr<wire::OutgoingPiece> FetchBuilder::Piece(const session::SlicedTen
   piece.tensor = EncodeTensor(tensor.tensor);
   piece.offset_bytes = static_cast<uint64_t>(offset_);
   const auto size = static_cast<size_t>(bytes);
-  const bool keys = tensor.tensor == engine::InputTensor::kKeys;
-  const engine::Buffer& room = keys ? room_.key_room : room_.value_room;
-  if (!room.empty() && (keys || tensor.tensor == engine::InputTensor::kValues)) {
+  if (const engine::Buffer& room = RoomOf(tensor); !room.empty()) {
     std::byte* const to = room.data() + offset_;
-    const absl::Status written =
-        backend_->Fill(to, bytes, [&](int64_t done, absl::Span<std::byte> run) {
-          session::CopyOut(tensor, offset_ + done, run);
-        });
-    if (!written.ok()) return written;
-    const auto range =
-        std::get<transport::RegionRange>(transport().result_place().SourceOf(layer_, {to, size}));
+    const transport::ResultSource source = transport().result_place().SourceOf(layer_, {to, size});
+    if (const auto* transfer = std::get_if<transport::PairTransfer>(&source)) {
+      piece.transfer = wire::Transfer{transfer->key, transfer->size_bytes};
+      const bool keys = tensor.tensor == engine::InputTensor::kKeys;
+      (keys ? rows_.keys : rows_.values) = engine::Buffer::Lent(to, size, room.owner());
+      return piece;
+    }
+    if (absl::Status put = Put(tensor, offset_, bytes); !put.ok()) return put;
+    const auto& range = std::get<transport::RegionRange>(source);
     piece.range = wire::Range{range.region, range.offset_bytes, range.size_bytes};
     return piece;
   }
@@ -153,7 +209,7 @@ absl::StatusOr<wire::OutgoingPiece> FetchBuilder::Piece(const session::SlicedTen
   return piece;
 }
 
-absl::StatusOr<grpc::ByteBuffer> FetchBuilder::NextLayer() {
+absl::StatusOr<WriteStep> FetchBuilder::NextLayer() {
   const engine::LayerOutput& output = slice_.cache()->layers[static_cast<size_t>(layer_)];
   v1::LayerResult header;
   header.set_layer(static_cast<uint32_t>(layer_));
@@ -165,12 +221,20 @@ absl::StatusOr<grpc::ByteBuffer> FetchBuilder::NextLayer() {
   layer_begun_ = true;
 
   const std::vector<session::SlicedTensor> tensors = slice_.Tensors(layer_);
+  const bool by_transfers = transport().transfers() != nullptr;
+  const size_t key_bytes = transport().result_place().TransferKey(layer_).size();
   MessageRoom room(options_.max_message_bytes, header);
   std::vector<wire::OutgoingPiece> pieces;
   while (tensor_ < tensors.size()) {
     const session::SlicedTensor& tensor = tensors[tensor_];
-    // What goes elsewhere is cut alike: nothing else of the stream is looked at while it is copied.
-    const int64_t take = room.Take(tensor.size() - offset_);
+    // What goes to a region is cut alike: nothing else of the stream is looked at while it is
+    // copied. A transfer is one buffer of each tensor.
+    int64_t take = tensor.size() - offset_;
+    if (by_transfers && IsRows(tensor)) {
+      if (!room.TakeElsewhere(key_bytes)) break;
+    } else {
+      take = room.Take(take);
+    }
     if (take == 0) break;
     absl::StatusOr<wire::OutgoingPiece> piece = Piece(tensor, take);
     if (!piece.ok()) return piece.status();
@@ -183,13 +247,14 @@ absl::StatusOr<grpc::ByteBuffer> FetchBuilder::NextLayer() {
   }
   if (absl::Status whole = transport().Check(); !whole.ok()) return whole;
   if (tensor_ == tensors.size()) {
+    if (by_transfers) Send();
     header.set_complete(true);
     layer_begun_ = false;
     tensor_ = 0;
     if (++layer_ == slice_.end_layer()) state_ = State::kSummary;
     StartLayer();
   }
-  return wire::EncodeFetchedLayer(header, pieces);
+  return WriteStep{WriteStep::Kind::kWrite, wire::EncodeFetchedLayer(header, pieces)};
 }
 
 grpc::ByteBuffer FetchBuilder::Summary() const {

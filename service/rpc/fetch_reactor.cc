@@ -79,10 +79,17 @@ absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
     absl::StatusOr<transport::Granted> granted = Negotiate(request, *slice, *tenant);
     if (!granted.ok()) return granted.status();
     options.granted = *std::move(granted);
-    if (slice->strided() && !options.granted.transport->in_place()) {
-      absl::Status reserved = ReserveCopies(*longest, slice->result_sizes());
-      if (!reserved.ok()) return reserved;
+    absl::Status reserved = options.granted.transport->Reserve();
+    if (reserved.ok() && slice->strided() && !options.granted.transport->in_place()) {
+      reserved = ReserveCopies(*longest, slice->result_sizes());
     }
+    if (absl::IsResourceExhausted(reserved)) {
+      context()->AddTrailingMetadata(
+          kRetryPushbackKey,
+          std::to_string(RetryPushbackMillis(reserved, shared_->limits.retry_pushback)));
+    }
+    if (!reserved.ok()) return reserved;
+    options.on_transfer = OnTransfer();
   }
   builder_.emplace(*std::move(slice), options, &shared_->sessions->buffers(),
                    &shared_->sessions->backend());
@@ -95,11 +102,11 @@ absl::StatusOr<transport::Granted> FetchReactor::Negotiate(const v1::FetchCacheR
   absl::StatusOr<transport::TransportRequest> wanted = DecodeTransports(request);
   if (!wanted.ok()) return wanted.status();
   wanted->tenant = tenant;
-  // Those that write to a place which the request names.
-  transport::Offers offers = shared_->sessions->options().transports;
-  offers.erase(transport::Kind::kNccl);
+  const transport::Offers& offers = shared_->sessions->options().transports;
   for (const transport::Kind wish : wanted->wishes) {
-    if (offers.count(wish) == 0 || wanted->results.has_value()) continue;
+    if (offers.count(wish) == 0 || wish == transport::Kind::kNccl || wanted->results.has_value()) {
+      continue;
+    }
     return absl::InvalidArgumentError(absl::StrCat("result_range is not set, and transports names ",
                                                    std::string(transport::KindName(wish)),
                                                    ", which writes there"));
@@ -113,24 +120,28 @@ absl::Status FetchReactor::ReserveCopies(int64_t max_message_bytes,
   const int64_t message = std::min(max_message_bytes, sizes.key_bytes + sizes.value_bytes);
   const int64_t bytes = kMessagesOnTheirWay * (message + 2 * kPageBytes);
   absl::StatusOr<session::Reservation> reservation = shared_->sessions->Reserve(bytes);
-  if (!reservation.ok()) {
-    context()->AddTrailingMetadata(
-        kRetryPushbackKey,
-        std::to_string(RetryPushbackMillis(reservation.status(), shared_->limits.retry_pushback)));
-    return reservation.status();
-  }
+  if (!reservation.ok()) return reservation.status();
   reservation_ = *std::move(reservation);
   allowance_ = shared_->sessions->buffers().Allow(static_cast<size_t>(bytes));
   return absl::OkStatus();
 }
 
-absl::StatusOr<WriteStream::Message> FetchReactor::Next() {
-  absl::StatusOr<grpc::ByteBuffer> bytes = builder_->Next();
-  if (!bytes.ok()) return bytes.status();
-  Message message;
-  message.bytes = *std::move(bytes);
-  message.last = builder_->done();
-  return message;
+// Puts the next layer where it is sent from, which takes its time, so on a thread that computes.
+std::function<void(const absl::Status&)> FetchReactor::OnTransfer() {
+  engine::Scheduler* const scheduler = &shared_->sessions->scheduler();
+  const auto weak =
+      std::weak_ptr<FetchReactor>(std::static_pointer_cast<FetchReactor>(shared_from_this()));
+  return [weak, scheduler, lane = scheduler->NewLane()](const absl::Status& status) {
+    scheduler->Post(lane, /*small=*/false, [weak, status](ParallelFor) {
+      const auto self = weak.lock();
+      if (self == nullptr) return;
+      if (status.ok()) {
+        self->Wake();
+      } else {
+        self->End(status);
+      }
+    });
+  };
 }
 
 void FetchReactor::OnBroken() {

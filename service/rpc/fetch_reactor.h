@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 
@@ -34,9 +35,11 @@ class FetchReactor final : public WriteStream, public Stream {
   absl::StatusOr<transport::Granted> Negotiate(const v1::FetchCacheRequest& request,
                                                const session::HeldSlice& slice,
                                                const std::string& tenant) const;
-  // Memory to arrange heads in; adds to the trailing metadata where there is none.
+  // Memory to arrange heads in.
   absl::Status ReserveCopies(int64_t max_message_bytes, const transport::PromptSizes& sizes);
-  absl::StatusOr<Message> Next() override;
+  // What is told of the ends of transfers.
+  std::function<void(const absl::Status&)> OnTransfer();
+  absl::StatusOr<WriteStep> Next() override { return builder_->Next(); }
   void OnBroken() override;
   void OnGone() override;
 

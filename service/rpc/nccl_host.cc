@@ -1,8 +1,10 @@
 #include "service/rpc/nccl_host.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "service/transport/nccl/nccl_api.h"
 #include "service/transport/nccl_transport.h"
 #ifdef STRUCTKV_HAVE_CUDA
@@ -78,6 +80,13 @@ absl::StatusOr<transport::Grant> NcclHost::Offer() const {
 
 void NcclHost::StopAttaching(const absl::Status& why) {
   for (const std::unique_ptr<nccl::Hub>& hub : hubs_) hub->StopAttaching(why);
+}
+
+void NcclHost::WaitUntilSettled(absl::Time deadline) const {
+  const auto settled = [](const std::unique_ptr<nccl::Hub>& hub) { return hub->settled(); };
+  while (!std::all_of(hubs_.begin(), hubs_.end(), settled) && absl::Now() < deadline) {
+    absl::SleepFor(absl::Milliseconds(5));
+  }
 }
 
 void NcclHost::EndAll(const absl::Status& why) {

@@ -42,6 +42,9 @@ class NcclHost {
   absl::StatusOr<transport::Grant> Offer() const;
   // Ends every new pair.
   void StopAttaching(const absl::Status& why);
+  // Waits until clients have what was sent to them, which they may have later than the server is
+  // told; at most until `deadline`.
+  void WaitUntilSettled(absl::Time deadline) const;
   // Ends all pairs, and every new one; to be called before the gRPC server is shut down.
   void EndAll(const absl::Status& why);
   // That too, and ends the hubs' threads: none of them touches a session any more. Not by two at

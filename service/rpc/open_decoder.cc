@@ -215,6 +215,7 @@ absl::Status DecodeTransportFields(const Message& message, transport::TransportR
     const v1::RegionRange& range = message.result_range();
     request->results = {range.region(), range.offset_bytes(), range.size_bytes()};
   }
+  request->nccl_pair = message.nccl_pair();
   return absl::OkStatus();
 }
 
@@ -321,7 +322,6 @@ absl::StatusOr<OpenRequest> DecodeOpen(const v1::Open& open, int64_t max_message
   }
   absl::Status transports = DecodeTransportFields(open, &request.transport);
   if (!transports.ok()) return transports;
-  request.transport.nccl_pair = open.nccl_pair();
   if (absl::Status rest = DecodeRest(open, max_message_bytes, &request); !rest.ok()) return rest;
   return request;
 }

@@ -30,6 +30,7 @@ void WriteStream::Advance() {
         status = end_status_;
       } else {
         writing_ = true;
+        woken_ = false;
       }
       writing_since_ = SteadyNanos();
     }
@@ -37,7 +38,7 @@ void WriteStream::Advance() {
       Finish(status);
       return;
     }
-    absl::StatusOr<Message> next = Next();
+    absl::StatusOr<WriteStep> next = Next();
     bool last = false;
     {
       absl::MutexLock lock(&mutex_);
@@ -49,8 +50,15 @@ void WriteStream::Advance() {
         writing_ = false;
         continue;
       }
+      if (next->kind == WriteStep::Kind::kAgain || next->kind == WriteStep::Kind::kWait) {
+        writing_ = false;
+        if (next->kind == WriteStep::Kind::kAgain || woken_) continue;
+        writing_since_ = 0;
+        busy_ = false;
+        return;
+      }
       outgoing_ = *std::move(next);
-      last = outgoing_.last;
+      last = outgoing_.kind == WriteStep::Kind::kWriteLast;
       finished_ = last;
       if (last) busy_ = false;
     }
@@ -60,6 +68,14 @@ void WriteStream::Advance() {
     }
     StartWrite(&outgoing_.bytes);
   }
+}
+
+void WriteStream::Wake() {
+  {
+    absl::MutexLock lock(&mutex_);
+    woken_ = true;
+  }
+  Advance();
 }
 
 bool WriteStream::EndWith(const grpc::Status& status) {
@@ -82,7 +98,7 @@ bool WriteStream::EndWith(const grpc::Status& status) {
 }
 
 void WriteStream::OnWriteDone(bool ok) {
-  Message sent;  // released outside of the lock
+  WriteStep sent;  // released outside of the lock
   {
     absl::MutexLock lock(&mutex_);
     sent = std::exchange(outgoing_, {});

@@ -1,5 +1,6 @@
 // The writing side of a server-streaming call of gRPC's callback API, made safe to end from any
-// thread. Holds one message at a time: the next one is made when the one before has left.
+// thread. Holds one message at a time: the next one is made when the one before has left, or, where
+// that waits for something else, once the stream is woken.
 //
 // gRPC's rules are those of stream_io.h: one write outstanding, exactly one Finish, nothing started
 // after it. One thread at a time decides and starts (`busy_`); one that finds another at it leaves,
@@ -14,6 +15,7 @@
 #include "absl/synchronization/mutex.h"
 #include "grpcpp/support/byte_buffer.h"
 #include "grpcpp/support/server_callback.h"
+#include "service/rpc/write_step.h"
 
 namespace structkv::rpc {
 
@@ -24,13 +26,8 @@ class WriteStream : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   explicit WriteStream(grpc::CallbackServerContext* context) : context_(context) {}
 
  protected:
-  struct Message {
-    grpc::ByteBuffer bytes;
-    bool last = false;  // the stream ends with OK after it
-  };
-
   // Makes the next message, or ends the stream; not called after the last one.
-  virtual absl::StatusOr<Message> Next() = 0;
+  virtual absl::StatusOr<WriteStep> Next() = 0;
   // The call broke or was cancelled. Perhaps more than once, perhaps after the end.
   virtual void OnBroken() = 0;
   // gRPC's last reaction.
@@ -40,6 +37,8 @@ class WriteStream : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   void HoldSelf() { self_ = shared_from_this(); }
   // Writes or, after EndWith(), ends.
   void Advance();
+  // What Next() waits for has come, or comes meanwhile.
+  void Wake();
   // Ends the stream with an error. False where its end was decided before.
   bool EndWith(const grpc::Status& status);
 
@@ -57,11 +56,12 @@ class WriteStream : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
 
   grpc::CallbackServerContext* const context_;
   std::shared_ptr<WriteStream> self_;
-  Message outgoing_;  // the outstanding write's
+  WriteStep outgoing_;  // the outstanding write's
 
   mutable absl::Mutex mutex_;
   bool busy_ ABSL_GUARDED_BY(mutex_) = false;
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
+  bool woken_ ABSL_GUARDED_BY(mutex_) = false;     // since Next() was called
   bool ending_ ABSL_GUARDED_BY(mutex_) = false;    // with end_status_
   bool finished_ ABSL_GUARDED_BY(mutex_) = false;  // Finish or StartWriteAndFinish was decided
   bool gone_ ABSL_GUARDED_BY(mutex_) = false;      // OnDone was called

@@ -246,6 +246,8 @@ class SessionManager {
   engine::BufferPool& buffers();
   const engine::BufferPool& buffers() const;
   const Backend& backend() const;
+  // The threads that compute.
+  engine::Scheduler& scheduler();
   const SessionManagerOptions& options() const;
   int threads() const;
 

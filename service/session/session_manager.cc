@@ -248,6 +248,7 @@ const MemoryBudget& SessionManager::budget() const { return impl_->budget; }
 engine::BufferPool& SessionManager::buffers() { return impl_->buffers; }
 const engine::BufferPool& SessionManager::buffers() const { return impl_->buffers; }
 const Backend& SessionManager::backend() const { return *impl_->backend; }
+engine::Scheduler& SessionManager::scheduler() { return impl_->scheduler; }
 const SessionManagerOptions& SessionManager::options() const { return impl_->options; }
 int SessionManager::threads() const { return impl_->scheduler.threads(); }
 

@@ -43,7 +43,7 @@ struct MemoryLayout {
 };
 
 engine::Buffer Part(const std::shared_ptr<std::byte>& slot, int64_t offset, int64_t bytes) {
-  if (bytes == 0) return {};
+  if (bytes == 0 || slot == nullptr) return {};
   return engine::Buffer::Lent(slot.get() + offset, static_cast<size_t>(bytes), slot);
 }
 
@@ -158,7 +158,8 @@ absl::StatusOr<std::shared_ptr<Transport>> GrantNccl(absl::Span<nccl::Hub* const
     return absl::FailedPreconditionError(
         "open.pull: keys and values lie in the GPU's memory, so that there is nothing to pull");
   }
-  if (request.nccl_pair == 0) return absl::FailedPreconditionError("open.nccl_pair names none");
+  const std::string field = absl::StrCat(request.message, "nccl_pair");
+  if (request.nccl_pair == 0) return absl::FailedPreconditionError(field + " names none");
   absl::Status unknown = absl::NotFoundError("there is none");
   for (nccl::Hub* hub : hubs) {
     absl::StatusOr<std::shared_ptr<const nccl::PairLife>> life =
@@ -171,13 +172,13 @@ absl::StatusOr<std::shared_ptr<Transport>> GrantNccl(absl::Span<nccl::Hub* const
     const int64_t most = backend.reservable_bytes(hub->device());
     if (needed > most) {
       return absl::FailedPreconditionError(absl::StrCat(
-          "the prompt needs ", static_cast<int64_t>(std::min<absl::int128>(needed, INT64_MAX)),
+          "it takes ", static_cast<int64_t>(std::min<absl::int128>(needed, INT64_MAX)),
           " bytes of GPU ", hub->device(), "'s memory; ", most, " are set apart for transfers"));
     }
     return std::make_shared<NcclTransport>(hub, request.nccl_pair, *std::move(life), backend,
                                            sizes);
   }
-  return absl::Status(unknown.code(), absl::StrCat("open.nccl_pair: ", unknown.message()));
+  return absl::Status(unknown.code(), absl::StrCat(field, ": ", unknown.message()));
 }
 
 }  // namespace structkv::transport

@@ -14,7 +14,7 @@ namespace structkv::transport {
 // Grants NCCL from the hubs of the GPUs that `backend` computes on; all outlive what is granted.
 // NOT_FOUND where the request's pair is attached to none of them by its tenant;
 // FAILED_PRECONDITION where it names none, rows are pulled, or the pair's GPU can never reserve
-// what the prompt takes.
+// what the request takes.
 absl::StatusOr<std::shared_ptr<Transport>> GrantNccl(absl::Span<nccl::Hub* const> hubs,
                                                      const Backend& backend,
                                                      const TransportRequest& request,

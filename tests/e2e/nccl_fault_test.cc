@@ -1,23 +1,24 @@
 // What goes wrong with a pair, or between it and a prompt, fails that prompt alone: its neighbours,
 // in messages and over another pair, get the bytes that they would have got, and all memory, files
 // and sessions come back.
-#include <unistd.h>
+#include "tests/testing/nccl_fault_test.h"
 
 #include <csignal>
 #include <cstdlib>
 #include <functional>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "tests/testing/nccl_test.h"
 
 namespace structkv::testkit {
 namespace {
 
 using nccl::testing::FaultNext;
+using nccl::testing::LiveComms;
 using ::testing::HasSubstr;
 
 constexpr auto kInvalid = grpc::StatusCode::INVALID_ARGUMENT;
@@ -26,22 +27,8 @@ constexpr auto kPrecondition = grpc::StatusCode::FAILED_PRECONDITION;
 
 std::string GroupBytes() { return std::to_string(NcclWorkerOptions().group_bytes); }
 
-class NcclFaultTest : public NcclTest {
+class NcclFaultTest : public NcclBesideTest {
  protected:
-  // The neighbours run from here on.
-  void SetUp() override {
-    StartNccl(Options(/*impatient=*/true));
-    StartNeighbours();
-    files_ = OpenFiles(getpid());
-  }
-  void TearDown() override {
-    // Of the prompts beside the neighbours nothing is left.
-    EXPECT_TRUE(Eventually([&] { return server().sessions().active_sessions() == 2; }));
-    EXPECT_TRUE(Eventually([&] { return OpenFiles(getpid()) <= files_ + 1; }))  // own connection
-        << OpenFiles(getpid()) << " " << files_;
-    ExpectNeighboursUndisturbed();
-  }
-
   // A prompt with the fault `fault` of its pair's next communicator.
   void ExpectFault(const std::string& fault, const std::vector<std::string>& texts) {
     NcclClient client(NewChannel(target()), "faulty");
@@ -72,7 +59,6 @@ class NcclFaultTest : public NcclTest {
   }
 
   const PromptData data_{SmallOpen(), 5};
-  int64_t files_ = 0;
 };
 
 TEST_F(NcclFaultTest, TheClientNeverJoins) {
@@ -123,7 +109,9 @@ TEST_F(NcclFaultTest, TheClientIsKilledInMidTransfer) {
   Process client({STRUCTKV_NCCL_CLIENT, target(), GroupBytes()});
   unsetenv("FAKE_NCCL_FAULT");
   ASSERT_TRUE(client.WaitForLine("sent").has_value()) << client.error();
-  EXPECT_TRUE(Eventually([&] { return server().sessions().active_sessions() == 3; }));
+  // The first transfer makes the communicator, at both ends; it is under way soon after.
+  EXPECT_TRUE(Eventually([&] { return LiveComms() == comms() + 1; }));
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
   client.Signal(SIGKILL);
   EXPECT_EQ(client.Wait(), 128 + SIGKILL);
   ExpectGoesOn();
@@ -186,16 +174,6 @@ TEST_F(NcclFaultTest, ACancelledPromptLeavesThePair) {
   }
   NcclPrompt prompt(data_, &client);
   ExpectResult(prompt.Run(channel()), Inline(data_));
-}
-
-TEST_F(NcclFaultTest, AKeyTwice) {
-  NcclClient client(NewChannel(target()), "twice");
-  NcclPrompt prompt(data_, &client);
-  const std::vector<v1::CompressRequest> messages = prompt.Messages();
-  Call call(channel());
-  for (size_t i = 0; i < 2; ++i) call.Send(messages[i]);
-  call.WaitForOpened();
-  ExpectFailure(Run(messages), grpc::StatusCode::ALREADY_EXISTS, {"waits already"});
 }
 
 TEST_F(NcclFaultTest, PairsThatAreNotTheirs) {
@@ -267,6 +245,23 @@ TEST_F(NcclFaultTest, PiecesThatAreRefused) {
                 kPrecondition, {"nccl: open.pull"});
 }
 
+TEST_F(NcclTest, AKeyTwice) {
+  StartNccl();
+  const PromptData data(SmallOpen(), 5);
+  NcclClient client(NewChannel(target()), "twice");
+  NcclPrompt prompt(data, &client);
+  const std::vector<v1::CompressRequest> messages = prompt.Messages();
+  Call call(channel());
+  for (size_t i = 0; i < 2; ++i) call.Send(messages[i]);
+  call.WaitForOpened();
+  ExpectFailure(Run(messages), grpc::StatusCode::ALREADY_EXISTS, {"waits already"});
+  // The first one's transfer still waits, and is the first one's.
+  for (uint32_t layer = 0; layer < data.layers(); ++layer) prompt.Offer(layer);
+  for (size_t i = 2; i < messages.size(); ++i) call.Send(messages[i]);
+  call.HalfClose();
+  ExpectResult(prompt.Finish(&call), Inline(data));
+}
+
 TEST_F(NcclTest, MemoryOfTheGpuThatIsTaken) {
   StartNccl(Options(), int64_t{192} << 10);
   NcclClient client(channel(), "client");
@@ -312,6 +307,19 @@ TEST_F(NcclTest, ARetryOfAPromptThatHasTheMemory) {
   NcclPrompt second(data, &client);
   ExpectResult(second.Run(channel()), Inline(data));
   EXPECT_EQ(call.Finish().status.error_code(), grpc::StatusCode::ABORTED);
+}
+
+TEST_F(NcclTest, ADrainWaitsForAPrompt) {
+  StartNccl();
+  const PromptData data(SmallOpen(), 5);
+  const std::string expected = Inline(data);
+  NcclNeighbour prompt(NewChannel(target()), &data);
+  bool finished = false;
+  std::thread drain([&] { finished = server().Drain(absl::Seconds(20)); });
+  EXPECT_TRUE(Eventually([&] { return server().sessions().draining(); }));
+  ExpectResult(prompt.Finish(), expected);
+  drain.join();
+  EXPECT_TRUE(finished);
 }
 
 TEST_F(NcclTest, TheServerShutsDownUnderAPrompt) {

@@ -222,6 +222,35 @@ TEST_F(NcclTest, SeveralPromptsOfAPairAndOfOthers) {
   for (std::thread& thread : threads) thread.join();
 }
 
+// Pairs are spread over the GPUs, and their prompts' tensors lie where their pair is.
+TEST_F(NcclTest, TwoGpus) {
+  structkv::testing::FakeCuda::Reset({.count = 2});
+  StartNccl();
+  const Backend& backend = server().sessions().backend();
+  ASSERT_THAT(backend.gpus(), ElementsAre(0, 1));
+  const auto all_free = [&backend](int gpu) {
+    return backend.Reserve(gpu, backend.reservable_bytes(gpu)).ok();
+  };
+  const PromptData data(SmallOpen(), 3);
+  const std::string expected = Inline(data);
+  NcclClient first(channel(), "first");
+  NcclClient second(NewChannel(target()), "second");
+  for (const int gpu : {0, 1}) {
+    NcclClient* const client = gpu == 0 ? &first : &second;
+    NcclPrompt opened(data, client);
+    Call call(channel());
+    call.Send(opened.Messages()[0]);
+    ASSERT_TRUE(call.WaitForOpened().has_value());
+    EXPECT_FALSE(all_free(gpu));
+    EXPECT_TRUE(all_free(1 - gpu));
+    call.Cancel();
+    call.Finish();
+    EXPECT_TRUE(Eventually([&] { return all_free(gpu); }));
+    NcclPrompt whole(data, client);
+    ExpectResult(whole.Run(channel()), expected);
+  }
+}
+
 // Of both sides.
 TEST(NcclProcessTest, ServesAClientAndDrains) {
   Process server({STRUCTKV_GPU_SERVER, "--listen", "127.0.0.1:0", "--device-memory", "128MiB",
@@ -263,6 +292,21 @@ TEST_F(NcclTest, AHostWithoutNccl) {
   const Outcome outcome = Run(messages);
   ExpectSuccess(data, outcome);
   EXPECT_THAT(Assemble(outcome).opened->transport_reason(), HasSubstr("libnosuchnccl.so.2"));
+}
+
+// A library that is not there costs no memory.
+TEST(NcclOptionsTest, MemoryIsSetApartWhereNcclLoads) {
+  ServerOptions options;
+  options.device_memory_bytes = int64_t{96} << 20;
+  options.nccl.library = STRUCTKV_FAKE_NCCL;
+  options.nccl.memory_bytes = int64_t{8} << 20;
+  const BackendOptions backend = BackendOptionsOf(options);
+  EXPECT_EQ(backend.device_memory_bytes, int64_t{96} << 20);
+  EXPECT_EQ(backend.reserve_bytes, int64_t{8} << 20);
+  options.nccl.library = "libnosuchnccl.so.2";
+  EXPECT_EQ(BackendOptionsOf(options).reserve_bytes, std::nullopt);
+  options.nccl.library = "";
+  EXPECT_EQ(BackendOptionsOf(options).reserve_bytes, std::nullopt);
 }
 
 TEST_F(NcclTest, ABackendWithoutGpus) {

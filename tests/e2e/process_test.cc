@@ -60,6 +60,10 @@ TEST_F(ProcessTest, CheckConfigComparesOptionsToo) {
   EXPECT_EQ(code, 1);
   EXPECT_EQ(text, "structkv-server: hold-lease is 20s; 1ms to max-hold-lease (10s) are allowed\n");
   EXPECT_EQ(check({"--region-lease", "20s", "--region-lease-limit", "10s"}).first, 1);
+  EXPECT_EQ(check({"--nccl-library", "libnccl.so.2", "--nccl-memory", "1GiB"}).first, 0);
+  EXPECT_EQ(check({"--nccl-memory", "1GiB"}),
+            std::pair(1, std::string("structkv-server: nccl-memory is 1073741824 bytes, and there "
+                                     "is no nccl-library that would use them\n")));
 }
 
 // Each named region takes a descriptor: the soft limit of a shell is raised to the hard one.
@@ -152,7 +156,6 @@ TEST_F(ProcessTest, ServesOnWithoutAReaderOfItsLog) {
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
 }
 
-// Built with CUDA or not, there is a GPU or none that it may see: it serves, and says with what.
 TEST_F(ProcessTest, StartsWithoutTheNcclThatItWasToldToOffer) {
   Process server({STRUCTKV_SERVER, "--listen", Address(), "--backend", "cpu", "--nccl-library",
                   "libnccl.so.2"});
@@ -162,6 +165,7 @@ TEST_F(ProcessTest, StartsWithoutTheNcclThatItWasToldToOffer) {
   EXPECT_EQ(RunOnce(Address(), AllMessages(data), false), grpc::StatusCode::OK);
 }
 
+// Built with CUDA or not, there is a GPU or none that it may see: it serves, and says with what.
 TEST_F(ProcessTest, WithoutAGpuTheCpuServes) {
   Process server({"/usr/bin/env", "CUDA_VISIBLE_DEVICES=", STRUCTKV_SERVER, "--listen", Address()});
   const std::optional<std::string> ready = server.WaitForLine("ready");

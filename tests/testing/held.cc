@@ -5,14 +5,11 @@
 #include "absl/strings/str_cat.h"
 
 namespace structkv::testkit {
-namespace {
 
-void Add(const Metadata& metadata, grpc::ClientContext* context) {
+void Prepare(const Metadata& metadata, grpc::ClientContext* context) {
   for (const auto& [key, value] : metadata) context->AddMetadata(key, value);
   context->set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(60));
 }
-
-}  // namespace
 
 v1::Open Held(v1::Open open) {
   open.set_output(v1::OUTPUT_HOLD);
@@ -22,24 +19,21 @@ v1::Open Held(v1::Open open) {
 FetchCall::FetchCall(const std::shared_ptr<grpc::Channel>& channel,
                      const v1::FetchCacheRequest& request, const Metadata& metadata,
                      const SharedFile* region)
-    : region_(region),
-      stub_(v1::HeldCaches::NewStub(channel)),
-      skip_(request.skip_bytes()),
-      info_only_(request.info_only()) {
-  Add(metadata, &context_);
+    : stub_(v1::HeldCaches::NewStub(channel)), record_(request, region) {
+  Prepare(metadata, &context_);
   reader_ = stub_->FetchCache(&context_, request);
 }
 
 bool FetchCall::ReadOne() {
   v1::FetchCacheResponse response;
   if (!reader_->Read(&response)) return false;
-  ++fetched_.messages;
-  fetched_.longest_message = std::max(fetched_.longest_message, response.ByteSizeLong());
-  Take(response);
+  record_.Take(response);
   return true;
 }
 
-void FetchCall::Take(const v1::FetchCacheResponse& response) {
+void FetchRecord::Take(const v1::FetchCacheResponse& response) {
+  ++fetched_.messages;
+  fetched_.longest_message = std::max(fetched_.longest_message, response.ByteSizeLong());
   const auto fault = [this](const std::string& text) { fetched_.faults.push_back(text); };
   if (fetched_.summary) fault("a message after the summary");
   if (response.has_info() == fetched_.info.has_value()) fault("not one info, first");
@@ -88,8 +82,12 @@ void FetchCall::Take(const v1::FetchCacheResponse& response) {
 Fetched FetchCall::Finish() {
   while (ReadOne()) {
   }
-  fetched_.status = reader_->Finish();
-  for (const auto& [key, value] : context_.GetServerTrailingMetadata()) {
+  return record_.Finish(reader_->Finish(), context_);
+}
+
+Fetched FetchRecord::Finish(const grpc::Status& status, const grpc::ClientContext& context) {
+  fetched_.status = status;
+  for (const auto& [key, value] : context.GetServerTrailingMetadata()) {
     fetched_.trailers.emplace(std::string(key.data(), key.size()),
                               std::string(value.data(), value.size()));
   }
@@ -123,7 +121,7 @@ grpc::Status Renew(const std::shared_ptr<grpc::Channel>& channel, const std::str
                    const Metadata& metadata, std::optional<uint64_t> lease_millis,
                    uint64_t* in_force) {
   grpc::ClientContext context;
-  Add(metadata, &context);
+  Prepare(metadata, &context);
   v1::RenewCacheRequest request;
   request.set_handle(handle);
   if (lease_millis.has_value()) request.set_lease_millis(*lease_millis);
@@ -137,7 +135,7 @@ grpc::Status Renew(const std::shared_ptr<grpc::Channel>& channel, const std::str
 grpc::Status Release(const std::shared_ptr<grpc::Channel>& channel, const std::string& handle,
                      const Metadata& metadata) {
   grpc::ClientContext context;
-  Add(metadata, &context);
+  Prepare(metadata, &context);
   v1::ReleaseCacheRequest request;
   request.set_handle(handle);
   v1::ReleaseCacheResponse response;

@@ -36,6 +36,26 @@ struct Fetched {
   std::vector<std::string> faults;  // against the promised order
 };
 
+// Collects the answers to a request.
+class FetchRecord {
+ public:
+  // `region`: as FetchCall.
+  explicit FetchRecord(const v1::FetchCacheRequest& request, const SharedFile* region = nullptr)
+      : region_(region), skip_(request.skip_bytes()), info_only_(request.info_only()) {}
+  void Take(const v1::FetchCacheResponse& response);
+  // The call of `context` ended.
+  Fetched Finish(const grpc::Status& status, const grpc::ClientContext& context);
+
+ private:
+  const SharedFile* const region_;
+  const uint64_t skip_;
+  const bool info_only_;
+  Fetched fetched_;
+};
+
+// Of every call: metadata, and a deadline that fits tests.
+void Prepare(const Metadata& metadata, grpc::ClientContext* context);
+
 // A fetch that is read when the test wants.
 class FetchCall {
  public:
@@ -50,15 +70,10 @@ class FetchCall {
   Fetched Finish();
 
  private:
-  void Take(const v1::FetchCacheResponse& response);
-
-  const SharedFile* const region_;
   grpc::ClientContext context_;
   std::unique_ptr<v1::HeldCaches::Stub> stub_;
   std::unique_ptr<grpc::ClientReader<v1::FetchCacheResponse>> reader_;
-  Fetched fetched_;
-  uint64_t skip_ = 0;
-  bool info_only_ = false;
+  FetchRecord record_;
 };
 
 Fetched Fetch(const std::shared_ptr<grpc::Channel>& channel, const v1::FetchCacheRequest& request,

@@ -27,13 +27,48 @@ std::string NewKey() {
 
 }  // namespace
 
-struct NcclPrompt::Moved {
+struct NcclMoves::Move {
   std::vector<std::string> buffers;
   std::mutex mutex;
   std::condition_variable changed;
   bool done = false;
   absl::Status status;
 };
+
+NcclMoves::~NcclMoves() {
+  // Without a lock: it may be now that transfers are told their end.
+  for (const auto& [key, move] : moves_) client_.Withdraw(key);
+}
+
+void NcclMoves::Offer(const std::string& key, nccl::Direction direction,
+                      std::vector<std::string> buffers) {
+  auto move = std::make_shared<Move>();
+  move->buffers = std::move(buffers);
+  nccl::Transfer transfer;
+  transfer.direction = direction;
+  for (std::string& buffer : move->buffers) {
+    transfer.buffers.push_back(
+        {reinterpret_cast<std::byte*>(buffer.data()), static_cast<int64_t>(buffer.size())});
+  }
+  transfer.hold = move;
+  transfer.done = [move](const absl::Status& status) {
+    const std::lock_guard lock(move->mutex);
+    move->done = true;
+    move->status = status;
+    move->changed.notify_all();
+  };
+  moves_[key] = move;
+  client_.Offer(key, std::move(transfer));
+}
+
+const std::vector<std::string>* NcclMoves::Moved(const std::string& key, bool wait) const {
+  const auto found = moves_.find(key);
+  if (found == moves_.end()) return nullptr;
+  Move& move = *found->second;
+  std::unique_lock lock(move.mutex);
+  if (wait) move.changed.wait_for(lock, std::chrono::seconds(10), [&] { return move.done; });
+  return move.done && move.status.ok() ? &move.buffers : nullptr;
+}
 
 nccl::WorkerOptions NcclWorkerOptions(bool impatient) {
   nccl::WorkerOptions options;
@@ -62,12 +97,7 @@ NcclClient::NcclClient(const std::shared_ptr<grpc::Channel>& channel, const std:
 }
 
 NcclPrompt::NcclPrompt(const PromptData& data, NcclClient* client)
-    : data_(data), client_(*client), key_(NewKey()) {}
-
-NcclPrompt::~NcclPrompt() {
-  // Without a lock: it may be now that transfers are told their end.
-  for (const auto& [key, moved] : moved_) client_.Withdraw(key);
-}
+    : data_(data), client_(*client), key_(NewKey()), moves_(client) {}
 
 std::vector<v1::CompressRequest> NcclPrompt::Messages() const {
   std::vector<v1::CompressRequest> messages = AllMessages(data_);
@@ -88,15 +118,15 @@ std::vector<v1::CompressRequest> NcclPrompt::Messages() const {
 }
 
 void NcclPrompt::Offer(uint32_t layer, int64_t extra_bytes) {
-  auto moved = std::make_shared<Moved>();
+  std::vector<std::string> buffers;
   for (const v1::Tensor tensor : kRows) {
     const auto& tensors = data_.effective().tensors;
     if (std::find(tensors.begin(), tensors.end(), tensor) == tensors.end()) continue;
-    moved->buffers.push_back(data_.tensor(layer, tensor));
+    buffers.push_back(data_.tensor(layer, tensor));
   }
-  if (moved->buffers.empty()) return;
-  moved->buffers.back().resize(moved->buffers.back().size() + static_cast<size_t>(extra_bytes));
-  Submit(Key(layer), nccl::Direction::kSend, std::move(moved));
+  if (buffers.empty()) return;
+  buffers.back().resize(buffers.back().size() + static_cast<size_t>(extra_bytes));
+  moves_.Offer(Key(layer), nccl::Direction::kSend, std::move(buffers));
 }
 
 void NcclPrompt::Take(const v1::CompressResponse& response) {
@@ -106,30 +136,11 @@ void NcclPrompt::Take(const v1::CompressResponse& response) {
     if (piece.has_transfer()) pieces.push_back(piece);
   }
   if (!response.layer().complete() || pieces.empty()) return;
-  auto moved = std::make_shared<Moved>();
+  std::vector<std::string> buffers;
   for (const v1::TensorPiece& piece : pieces) {
-    moved->buffers.emplace_back(piece.transfer().size_bytes(), '\0');
+    buffers.emplace_back(piece.transfer().size_bytes(), '\0');
   }
-  Submit(pieces.front().transfer().key(), nccl::Direction::kReceive, std::move(moved));
-}
-
-void NcclPrompt::Submit(const std::string& key, nccl::Direction direction,
-                        std::shared_ptr<Moved> moved) {
-  nccl::Transfer transfer;
-  transfer.direction = direction;
-  for (std::string& buffer : moved->buffers) {
-    transfer.buffers.push_back(
-        {reinterpret_cast<std::byte*>(buffer.data()), static_cast<int64_t>(buffer.size())});
-  }
-  transfer.hold = moved;
-  transfer.done = [moved](const absl::Status& status) {
-    const std::lock_guard lock(moved->mutex);
-    moved->done = true;
-    moved->status = status;
-    moved->changed.notify_all();
-  };
-  moved_[key] = moved;
-  client_.stream().Offer(key, std::move(transfer));
+  moves_.Offer(pieces.front().transfer().key(), nccl::Direction::kReceive, std::move(buffers));
 }
 
 Outcome NcclPrompt::Run(const std::shared_ptr<grpc::Channel>& channel) {
@@ -159,16 +170,8 @@ Outcome NcclPrompt::Get(Outcome outcome) {
     for (v1::TensorPiece& piece : *response.mutable_layer()->mutable_pieces()) {
       if (!piece.has_transfer()) continue;
       const std::string key = piece.transfer().key();
-      const auto found = moved_.find(key);
-      if (found == moved_.end()) continue;  // the stream broke before it was complete
-      Moved& moved = *found->second;
-      std::unique_lock lock(moved.mutex);
-      if (!outcome.status.ok() && !moved.done) continue;
-      if (!moved.changed.wait_for(lock, std::chrono::seconds(10), [&] { return moved.done; }) ||
-          !moved.status.ok()) {
-        continue;
-      }
-      piece.set_data(moved.buffers[next[key]++]);
+      const std::vector<std::string>* buffers = moves_.Moved(key, outcome.status.ok());
+      if (buffers != nullptr) piece.set_data((*buffers)[next[key]++]);
     }
   }
   return outcome;

@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "client/cpp/nccl_stream.h"
@@ -29,7 +30,10 @@ class NcclClient {
              const nccl::WorkerOptions& options = NcclWorkerOptions());
 
   uint64_t pair() const { return stream_->pair(); }
-  client::internal::NcclStream& stream() { return *stream_; }
+  // Nothing is offered or withdrawn once the pair has ended.
+  void Offer(const std::string& key, nccl::Transfer transfer) {
+    if (stream_ != nullptr) stream_->Offer(key, std::move(transfer));
+  }
   void Withdraw(const std::string& key) {
     if (stream_ != nullptr) stream_->Withdraw(key);
   }
@@ -41,12 +45,32 @@ class NcclClient {
   std::unique_ptr<client::internal::NcclStream> stream_;
 };
 
+// Transfers of such a pair, and what they moved.
+class NcclMoves {
+ public:
+  // `client` outlives it.
+  explicit NcclMoves(NcclClient* client) : client_(*client) {}
+  // Takes back what was not transferred.
+  ~NcclMoves();
+  NcclMoves(const NcclMoves&) = delete;
+  NcclMoves& operator=(const NcclMoves&) = delete;
+
+  void Offer(const std::string& key, nccl::Direction direction, std::vector<std::string> buffers);
+  // What lies in the buffers of a transfer that has ended well, which is waited for with `wait`.
+  // Null where it has not, or there is none.
+  const std::vector<std::string>* Moved(const std::string& key, bool wait) const;
+
+ private:
+  struct Move;
+
+  NcclClient& client_;
+  std::map<std::string, std::shared_ptr<Move>> moves_;  // by key
+};
+
 // One run of a prompt by such a pair. `data` and `client` outlive it.
 class NcclPrompt {
  public:
   NcclPrompt(const PromptData& data, NcclClient* client);
-  // Takes back what was not transferred.
-  ~NcclPrompt();
 
   // All of AllMessages(), with transfers in the place of keys and values; offers nothing.
   std::vector<v1::CompressRequest> Messages() const;
@@ -69,14 +93,10 @@ class NcclPrompt {
   std::string Key(uint32_t layer) const { return key_ + std::to_string(layer); }
 
  private:
-  struct Moved;  // what a transfer moves, and how that ended
-
-  void Submit(const std::string& key, nccl::Direction direction, std::shared_ptr<Moved> moved);
-
   const PromptData& data_;
   NcclClient& client_;
   const std::string key_;  // what its keys begin with
-  std::map<std::string, std::shared_ptr<Moved>> moved_;
+  NcclMoves moves_;
   std::map<uint32_t, std::vector<v1::TensorPiece>> announced_;  // of answers that are not complete
   size_t taken_ = 0;                                            // answers of a call
 };

@@ -60,7 +60,7 @@ class NcclTest : public ServiceTest {
     options.nccl.library = STRUCTKV_FAKE_NCCL;
     options.nccl.device_api = nccl::testing::FakeDeviceApi();
     options.nccl.worker = NcclWorkerOptions(impatient);
-    options.streams.stall = absl::Seconds(2);
+    options.streams.stall = absl::Seconds(impatient ? 2 : 30);
     options.sessions.hold.budget_bytes = int64_t{64} << 20;
     return options;
   }

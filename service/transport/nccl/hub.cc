@@ -164,6 +164,17 @@ void Hub::Cancel(PairId id, const void* owner) {
   outbox_.Run();
 }
 
+bool Hub::IsSettled(const Pair& pair) {
+  const uint64_t last = pair.order.last_sequence();
+  return pair.own_finished == last && pair.client_finished == last;
+}
+
+bool Hub::settled() const {
+  std::lock_guard lock(mutex_);
+  return std::all_of(pairs_.begin(), pairs_.end(),
+                     [](const auto& entry) { return IsSettled(*entry.second); });
+}
+
 HubStats Hub::stats() const {
   std::lock_guard lock(mutex_);
   return {static_cast<int>(pairs_.size()), worker_->stats()};
@@ -279,11 +290,8 @@ void Hub::Launch(PairId id, Pair& pair) {
 void Hub::EvictForThoseWhoWait() {
   const auto idle = [this](PairId id) {
     const auto found = pairs_.find(id);
-    if (found == pairs_.end()) return false;
-    const Pair& pair = *found->second;
-    const uint64_t last = pair.order.last_sequence();
-    return pair.state == State::kConnected && pair.own_finished == last &&
-           pair.client_finished == last;
+    return found != pairs_.end() && found->second->state == State::kConnected &&
+           IsSettled(*found->second);
   };
   while (const std::optional<PairId> victim = cache_.Evict(idle)) {
     Pair& pair = *pairs_.find(*victim)->second;

@@ -97,6 +97,8 @@ class Hub {
   // afterwards finds no pair. Not on that thread, nor by two at once.
   void Stop();
 
+  // Whether both ends have been told of the end of all transfers that were ordered.
+  bool settled() const;
   HubStats stats() const;
   // The CUDA device.
   int device() const { return options_.worker.device; }
@@ -142,6 +144,7 @@ class Hub {
   // What leaves the hub does so through the outbox.
   void Send(Pair& pair, ServiceMessage message);
   void Tell(Transfer transfer, absl::Status status);
+  static bool IsSettled(const Pair& pair);
   // Whether one more of the tenant's may be attached.
   absl::Status CheckRoom(const std::string& tenant) const;
   // Goes as far as it can with what both ends are ready for.

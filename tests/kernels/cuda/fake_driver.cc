@@ -177,6 +177,9 @@ CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned /*flags*/) {
 }
 CUresult cuStreamSynchronize(CUstream stream) { return Driver(cudaStreamSynchronize(stream)); }
 CUresult cuStreamQuery(CUstream stream) {
+  if (bool (*const busy)(CUstream) = The().busy; busy != nullptr && busy(stream)) {
+    return CUDA_ERROR_NOT_READY;
+  }
   const std::lock_guard lock(stream->mutex);
   return stream->done == stream->queued ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
 }

@@ -171,6 +171,11 @@ void FakeCuda::SetHook(std::function<void()> hook) {
   The().hook = std::move(hook);
 }
 
+void FakeCuda::SetBusy(bool (*busy)(cudaStream_t)) {
+  const std::lock_guard lock(The().mutex);
+  The().busy = busy;
+}
+
 void FakeCuda::BeginAccess() {
   const std::lock_guard lock(The().mutex);
   if (The().accesses++ == 0) fake::Protect(PROT_READ | PROT_WRITE);

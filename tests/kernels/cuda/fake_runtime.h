@@ -63,6 +63,10 @@ class FakeCuda {
   static void BeginAccess();
   static void EndAccess();
 
+  // Whether another library has work on a stream, which cuStreamQuery then tells; null: none has.
+  // It waits for the stream by itself.
+  static void SetBusy(bool (*busy)(cudaStream_t));
+
   // For the launchers: queues `work` on the stream.
   static cudaError_t Launch(cudaStream_t stream, std::function<void()> work);
 };

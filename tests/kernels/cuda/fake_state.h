@@ -84,6 +84,7 @@ struct Runtime {
   int accesses = 0;  // of work that runs now
   int64_t freed_while_open = 0;
   std::function<void()> hook;
+  std::atomic<bool (*)(cudaStream_t)> busy = nullptr;
 };
 Runtime& The();
 

@@ -177,17 +177,19 @@ Result ncclGroupEnd() {
 
 Stream* fakeStreamCreate() {
   ++fake::live_streams;
-  return new Stream();
+  return reinterpret_cast<Stream*>(new char);
 }
 
 void fakeStreamDestroy(Stream* stream) {
-  delete stream;
+  delete reinterpret_cast<char*>(stream);
   --fake::live_streams;
 }
 
-int fakeStreamDone(Stream* stream) { return stream->pending == 0 ? 1 : 0; }
+int fakeStreamDone(Stream* stream) { return HasGroups(stream) ? 0 : 1; }
 
 void fakeNcclSetAccess(void (*begin)(), void (*end)()) { fake::SetAccess(begin, end); }
+
+void fakeNcclSetStreamWait(void (*wait)(Stream*)) { SetStreamWait(wait); }
 
 void fakeNcclFaultNext(const char* fault) {
   std::lock_guard lock(fake::next_fault_mutex);

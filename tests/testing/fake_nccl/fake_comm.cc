@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <utility>
 
 namespace structkv::nccl {
@@ -33,6 +34,15 @@ socklen_t Address(const UniqueId& id, sockaddr_un* address) {
 
 std::atomic<void (*)()> begin_access = nullptr;
 std::atomic<void (*)()> end_access = nullptr;
+std::atomic<void (*)(Stream*)> stream_wait = nullptr;
+
+std::mutex streams_mutex;
+std::map<Stream*, int> groups_on;  // streams; how many
+
+void CountGroup(Stream* stream, int more) {
+  const std::lock_guard lock(streams_mutex);
+  if ((groups_on[stream] += more) == 0) groups_on.erase(stream);
+}
 
 // While it lives, the memory of operations can be touched.
 class Access {
@@ -93,6 +103,13 @@ class Lane {
 void SetAccess(void (*begin)(), void (*end)()) {
   begin_access = begin;
   end_access = end;
+}
+
+void SetStreamWait(void (*wait)(Stream*)) { stream_wait = wait; }
+
+bool HasGroups(Stream* stream) {
+  const std::lock_guard lock(streams_mutex);
+  return groups_on.contains(stream);
 }
 
 Fault ParseFault(const std::string& name) {
@@ -164,12 +181,17 @@ void Comm::Run() {
       groups_.pop_front();
     }
     std::this_thread::sleep_for(1ms);  // the launch takes its time
-    ++group.stream->pending;
+    CountGroup(group.stream, 1);
     state_ = Result::kSuccess;
-    const bool moved = ranks_ == 2 ? Move(group) : MoveToSelf(group);
-    --group.stream->pending;
+    const bool moved = MoveAll(group);
+    CountGroup(group.stream, -1);
     if (!moved) return;
   }
+}
+
+bool Comm::MoveAll(const Group& group) {
+  if (void (*const wait)(Stream*) = stream_wait) wait(group.stream);
+  return ranks_ == 2 ? Move(group) : MoveToSelf(group);
 }
 
 int Comm::Rendezvous() {

@@ -16,10 +16,8 @@
 
 namespace structkv::nccl {
 
-// What the opaque stream is here: how many groups are on it.
-struct Stream {
-  std::atomic<int> pending = 0;
-};
+// Whether groups are on a stream, which may be another runtime's.
+bool HasGroups(Stream* stream);
 
 // What goes wrong with a communicator, half-way through its first group where it is of a transfer.
 enum class Fault {
@@ -35,6 +33,8 @@ Fault ParseFault(const std::string& name);
 
 // What is called around each touch of the memory of operations; null: nothing.
 void SetAccess(void (*begin)(), void (*end)());
+// What waits for what a stream has before a group; null: streams have nothing else.
+void SetStreamWait(void (*wait)(Stream*));
 
 struct Operation {
   bool send = false;
@@ -70,6 +70,7 @@ struct Comm {
   // False where it was aborted.
   bool Move(const Group& group);
   bool MoveToSelf(const Group& group);
+  bool MoveAll(const Group& group);
   bool WaitForAbort();
   bool Misbehave();
   bool aborted() const { return aborted_.load(); }

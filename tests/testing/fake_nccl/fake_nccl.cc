@@ -40,9 +40,7 @@ DeviceApi FakeDeviceApi() {
   };
   api.destroy_stream = [](Stream* stream) { Find<void(Stream*)>("fakeStreamDestroy")(stream); };
   api.wait_event = [](Stream*, void*) { return absl::OkStatus(); };
-  api.stream_done = [](Stream* stream) -> absl::StatusOr<bool> {
-    return Find<int(Stream*)>("fakeStreamDone")(stream) == 1;
-  };
+  api.stream_done = [](Stream* stream) -> absl::StatusOr<bool> { return StreamDone(stream); };
   api.bus_id = [](int) -> absl::StatusOr<std::string> { return std::string("0000:00:00.0"); };
   return api;
 }
@@ -50,6 +48,12 @@ DeviceApi FakeDeviceApi() {
 void SetAccess(void (*begin)(), void (*end)()) {
   Find<void(void (*)(), void (*)())>("fakeNcclSetAccess")(begin, end);
 }
+
+void SetStreamWait(void (*wait)(Stream*)) {
+  Find<void(void (*)(Stream*))>("fakeNcclSetStreamWait")(wait);
+}
+
+bool StreamDone(Stream* stream) { return Find<int(Stream*)>("fakeStreamDone")(stream) == 1; }
 
 void FaultNext(const std::string& fault) {
   Find<void(const char*)>("fakeNcclFaultNext")(fault.c_str());

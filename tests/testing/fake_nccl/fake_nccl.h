@@ -22,6 +22,10 @@ DeviceApi FakeDeviceApi();
 
 // Called before and after each piece of memory that is sent or received is touched, on any thread.
 void SetAccess(void (*begin)(), void (*end)());
+// For streams of another runtime: `wait` waits for what was queued before.
+void SetStreamWait(void (*wait)(Stream*));
+// Whether no group is on a stream.
+bool StreamDone(Stream* stream);
 // Of the next communicator of this process, alone; "hang@0": of the next one that joins as rank 0.
 void FaultNext(const std::string& fault);
 int LiveComms();

@@ -28,6 +28,7 @@ namespace structkv::client {
 
 class Arena;  // arena.h
 class Client;
+class NcclGpu;  // nccl.h
 
 // Of each call of the service.
 struct HeldCallOptions {
@@ -56,14 +57,17 @@ struct FetchOptions : HeldCallOptions {
   ResultAllocator allocate;
   // Keys and values of all layers lie here, in one block that LayerResult.keys and .values share,
   // and over shared memory the server writes them there. FetchResultBytes() of it are needed,
-  // otherwise the fetch is RESOURCE_EXHAUSTED. A GPU's arena is written over CUDA IPC, and a fetch
-  // without that is FAILED_PRECONDITION. Null, or where the host's arena cannot be offered when the
-  // fetch begins: they come in messages and lie elsewhere, to the end of the fetch.
+  // otherwise the fetch is RESOURCE_EXHAUSTED. A GPU's arena is written over CUDA IPC or received
+  // by NCCL, and a fetch without either is FAILED_PRECONDITION. Null, or where the host's arena
+  // cannot be offered when the fetch begins: they come in messages and lie elsewhere, to the end of
+  // the fetch.
   std::shared_ptr<Arena> results;
-  // As StreamOptions.transport, without NCCL: with `results`, and where the server has shared
-  // memory on this host, that is taken. CacheInfo.transport and .transport_reason say which it was
-  // and why.
+  // As StreamOptions.transport: with `results`, and where the server has shared memory on this
+  // host, that is taken. CacheInfo.transport and .transport_reason say which it was and why.
   TransportChoice transport = TransportChoice::kAuto;
+  // For NCCL: the GPU that `results` is of, which is attached to the server where it is not. A
+  // fetch that breaks goes on with the first layer that is not there.
+  std::shared_ptr<NcclGpu> nccl;
   // The most tensor bytes that are taken in; a cache that has more is refused as
   // RESOURCE_EXHAUSTED before memory is taken for it, whatever the server says. The default is
   // above a whole cache of 131,072 tokens of models with 8 KV heads of 128 in 80 layers.

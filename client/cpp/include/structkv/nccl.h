@@ -31,8 +31,8 @@ struct NcclOptions {
 };
 
 // Thread-safe. One thread of its own alone calls NCCL. It is attached to a server with the first
-// prompt that may use it, and anew once that has ended; make one for each GPU, and use it for all
-// servers. Sessions hold it.
+// prompt or fetch that may use it, and anew once that has ended; make one for each GPU, and use it
+// for all servers. Sessions hold it.
 class NcclGpu {
  public:
   // FAILED_PRECONDITION, or NOT_FOUND for NCCL, with the reason: a library is missing or too old,
