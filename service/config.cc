@@ -124,6 +124,11 @@ void AddNetwork(Schema* schema, Config* config) {
             "Address to listen on: host:port (port 0: any free one) or unix:/path; may be repeated")
       ->delimiter(',')
       ->option_text("ADDRESS ... [" + server.listen[0] + "]");
+  schema
+      ->Add(kGroup, "admin-listen", &config->admin.address,
+            "Address of metrics, health and the status page (HTTP), host:port; none: they are not "
+            "served")
+      ->option_text("ADDRESS [" + config->admin.address + "]");
   schema->Bytes(kGroup, "max-message", &server.streams.max_message_bytes, rpc::kMinMessageBytes,
                 kGiB, "Longest message in either direction");
   schema->Number(kGroup, "max-streams-per-connection", &server.max_streams_per_connection, 1,

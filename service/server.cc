@@ -179,6 +179,7 @@ class Server::Impl {
             .sessions = &sessions_,
             .streams = &streams_,
             .log = options_.log.get(),
+            .observer = options_.observer,
             .region_socket = options_.regions.socket.path};
   }
 
@@ -339,12 +340,17 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options,
 const std::vector<std::string>& Server::addresses() const { return impl_->addresses_; }
 int Server::port() const { return impl_->port_; }
 session::SessionManager& Server::sessions() { return impl_->sessions_; }
+const session::SessionManager& Server::sessions() const { return impl_->sessions_; }
 absl::Status Server::nccl_status() const {
   return impl_->nccl_ == nullptr ? absl::OkStatus() : impl_->nccl_->status();
 }
 const transport::RegionRegistry* Server::regions() const { return impl_->regions_.get(); }
 const std::string& Server::backend_reason() const { return impl_->backend_reason_; }
 int64_t Server::active_streams() const { return impl_->streams_.size(); }
+std::vector<rpc::PromptReport> Server::Report() const { return impl_->streams_.Report(); }
+nccl::HubStats Server::nccl_stats() const {
+  return impl_->nccl_ == nullptr ? nccl::HubStats{} : impl_->nccl_->stats();
+}
 
 absl::StatusOr<std::shared_ptr<grpc::Channel>> Server::PrivateChannel(
     const grpc::ChannelArguments& arguments) {

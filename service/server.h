@@ -51,6 +51,8 @@ struct ServerOptions {
   std::shared_ptr<rpc::Log> log;
   // What an operator should know; null: no log.
   std::shared_ptr<rpc::Log> warnings;
+  // Is told of prompts and fetches; may be null, and outlives the server.
+  rpc::StreamObserver* observer = nullptr;
 };
 
 // INVALID_ARGUMENT for options out of range, which Server::Start() returns as well.
@@ -78,14 +80,19 @@ class Server {
   // The port of the first TCP address; 0 where there is none.
   int port() const;
   session::SessionManager& sessions();
+  const session::SessionManager& sessions() const;
   // Why the NCCL transport that was asked for is not there; OK where it is, or nobody asked.
   absl::Status nccl_status() const;
+  // Of all GPUs together.
+  nccl::HubStats nccl_stats() const;
   // Null where there are no regions.
   const transport::RegionRegistry* regions() const;
   // Why it has the backend that it has, for people.
   const std::string& backend_reason() const;
-  // `Compress` streams that are not over.
+  // Streams that are not over.
   int64_t active_streams() const;
+  // The prompts that run now, in no order.
+  std::vector<rpc::PromptReport> Report() const;
   // A channel to this server over a pair of sockets that nobody else can reach, for a client in the
   // same process. (gRPC 1.51's own channel within a process loses a stream's last message now and
   // then, and crashes once the server is shut down.) What socketpair() fails with.

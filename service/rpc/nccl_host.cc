@@ -76,6 +76,17 @@ absl::StatusOr<transport::Grant> NcclHost::Offer() const {
       });
 }
 
+nccl::HubStats NcclHost::stats() const {
+  nccl::HubStats all;
+  for (const std::unique_ptr<nccl::Hub>& hub : hubs_) {
+    const nccl::HubStats one = hub->stats();
+    all.pairs += one.pairs;
+    all.communicators.live += one.communicators.live;
+    all.communicators.reclaiming += one.communicators.reclaiming;
+  }
+  return all;
+}
+
 void NcclHost::StopAttaching(const absl::Status& why) {
   for (const std::unique_ptr<nccl::Hub>& hub : hubs_) hub->StopAttaching(why);
 }

@@ -40,6 +40,8 @@ class NcclHost {
   NcclService& service() { return service_; }
   // For sessions, which must be gone before this object; or why there is none.
   absl::StatusOr<transport::Grant> Offer() const;
+  // Of all hubs together.
+  nccl::HubStats stats() const;
   // Ends every new pair.
   void StopAttaching(const absl::Status& why);
   // Ends all pairs, and every new one; to be called before the gRPC server is shut down.

@@ -88,6 +88,12 @@ struct SessionSummary {
   std::optional<HeldTicket> held;
 };
 
+// How long a layer waited for a thread, and was computed. Of a shard group, the whole layer's.
+struct LayerTiming {
+  absl::Duration queued;
+  absl::Duration computed;
+};
+
 // A session's answers. Called one at a time, never under a lock of the session, from any thread,
 // also from within a call to the session. After `finished` or `failed`, which is called once at
 // most and not after Cancel(), none is called.
@@ -98,6 +104,8 @@ struct SessionCallbacks {
   absl::AnyInvocable<void()> ready;
   // A layer's answer, in order of completion.
   absl::AnyInvocable<void(engine::LayerOutput)> layer;
+  // A layer was computed; before what is said of it. May be empty, as all but `ready` may.
+  absl::AnyInvocable<void(LayerTiming)> computed;
   // With PromptSpec::pull: the rows that the client is to send of a layer, once for each, as soon
   // as its positions are known. `layer` follows when they came.
   absl::AnyInvocable<void(engine::RowPull)> pull;
@@ -248,6 +256,8 @@ class SessionManager {
   const Backend& backend() const;
   const SessionManagerOptions& options() const;
   int threads() const;
+  // Complete layers that wait for a thread.
+  int64_t queue_depth() const;
 
  private:
   friend class Session;

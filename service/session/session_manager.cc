@@ -250,5 +250,6 @@ const engine::BufferPool& SessionManager::buffers() const { return impl_->buffer
 const Backend& SessionManager::backend() const { return *impl_->backend; }
 const SessionManagerOptions& SessionManager::options() const { return impl_->options; }
 int SessionManager::threads() const { return impl_->scheduler.threads(); }
+int64_t SessionManager::queue_depth() const { return impl_->scheduler.queue_depth(); }
 
 }  // namespace structkv::session
