@@ -23,6 +23,7 @@ namespace {
 constexpr int64_t kMiB = int64_t{1} << 20;
 constexpr int64_t kGiB = int64_t{1} << 30;
 constexpr int64_t kTiB = int64_t{1} << 40;
+constexpr char kOff[] = "off";
 constexpr int64_t kDayMillis = int64_t{24} * 3600 * 1000;
 
 // "--memory-budget" -> "STRUCTKV_MEMORY_BUDGET".
@@ -126,9 +127,13 @@ void AddNetwork(Schema* schema, Config* config) {
       ->option_text("ADDRESS ... [" + server.listen[0] + "]");
   schema
       ->Add(kGroup, "admin-listen", &config->admin.address,
-            "Address of metrics, health and the status page (HTTP), host:port; none: they are not "
+            "Address of metrics, health and the status page (HTTP), host:port; off: they are not "
             "served")
-      ->option_text("ADDRESS [" + config->admin.address + "]");
+      ->option_text("ADDRESS [" + config->admin.address + "]")
+      ->check([](const std::string& address) {
+        if (address == kOff) return std::string();
+        return std::string(admin::CheckAddress(address).message());
+      });
   schema->Bytes(kGroup, "max-message", &server.streams.max_message_bytes, rpc::kMinMessageBytes,
                 kGiB, "Longest message in either direction");
   schema->Number(kGroup, "max-streams-per-connection", &server.max_streams_per_connection, 1,
@@ -309,6 +314,7 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
     return EarlyExit{2, "structkv-server: " + where + error.what() + "\n"};
   }
   schema.Finish();
+  if (config.admin.address == kOff) config.admin.address.clear();
   return config;
 }
 

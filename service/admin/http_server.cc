@@ -80,7 +80,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
  private:
   void OnRead(beast::error_code error) {
     if (error == http::error::end_of_stream || error == beast::error::timeout) return Close();
-    if (error && parser_->is_header_done())
+    if (error == http::error::body_limit || error == http::error::unexpected_body)
       return Answer(Plain(413, "no body is read here"), false);
     if (error == http::error::header_limit)
       return Answer(Plain(431, "the headers are too long"), false);
@@ -147,6 +147,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
 };
 
 }  // namespace
+
+absl::Status CheckAddress(const std::string& address) { return ParseAddress(address).status(); }
 
 class HttpServer::Impl {
  public:

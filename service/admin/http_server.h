@@ -25,13 +25,16 @@ struct HttpOptions {
   absl::Duration limit = absl::Seconds(10);
 };
 
+// INVALID_ARGUMENT for what is no HttpOptions::address.
+absl::Status CheckAddress(const std::string& address);
+
 // Runs one thread, on which the handler is called.
 class HttpServer {
  public:
   // The answer to a GET of a path, without its query. Must not block for long.
   using Handler = std::function<HttpResponse(std::string_view path)>;
 
-  // INVALID_ARGUMENT for what is no address, UNAVAILABLE where it cannot be listened on.
+  // As CheckAddress; UNAVAILABLE where the address cannot be listened on.
   static absl::StatusOr<std::unique_ptr<HttpServer>> Start(const HttpOptions& options,
                                                            Handler handler);
   // Closes all connections.
