@@ -146,6 +146,35 @@ void AddNetwork(Schema* schema, Config* config) {
                  "and is closed without an answer in this time");
 }
 
+void AddSecurity(Schema* schema, Config* config) {
+  constexpr char kGroup[] = "Security";
+  ServerOptions& server = config->server;
+  const auto file = [&](const char* name, std::string* value, const char* help) {
+    schema->Add(kGroup, name, value, help)->option_text("FILE");
+  };
+  file("tls-certificate", &server.tls.certificate,
+       "The server's certificate and those up to an authority (PEM), for all addresses that are no "
+       "unix sockets; read again when it changes");
+  file("tls-key", &server.tls.key, "Its private key (PEM)");
+  file("client-authorities", &server.tls.client_authorities,
+       "Authorities (PEM) of one of which clients must show a certificate; none: they need not");
+  schema
+      ->Add(kGroup, "client-names", &server.identity.certificate_names,
+            "Patterns of certificates' names that are tenants, with * for any run of characters; "
+            "none: the first name is; may be repeated")
+      ->delimiter(',')
+      ->option_text("PATTERN ...");
+  file("token-file", &server.identity.token_file,
+       "Lines `TENANT TOKEN`: calls without a client's certificate must have one of the tokens, as "
+       "`authorization: Bearer TOKEN`; read again when it changes");
+  schema
+      ->Add(kGroup, "insecure", &server.insecure,
+            "Allow addresses that other hosts reach without TLS")
+      ->expected(0, 1)
+      ->default_str("true")
+      ->option_text("[BOOL]");
+}
+
 void AddCompute(Schema* schema, Config* config) {
   constexpr char kGroup[] = "Computing and memory";
   session::SessionManagerOptions& sessions = config->server.sessions;
@@ -293,6 +322,7 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
   app.add_flag("--check-config", config.check_only, "Validate the options and exit");
   Schema schema(&app);
   AddNetwork(&schema, &config);
+  AddSecurity(&schema, &config);
   AddCompute(&schema, &config);
   AddSharedMemory(&schema, &config);
   AddNccl(&schema, &config);

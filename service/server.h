@@ -14,9 +14,11 @@
 #include "kernels/backend.h"
 #include "kernels/backend_registry.h"
 #include "service/rpc/compress_reactor.h"
+#include "service/rpc/identity.h"
 #include "service/rpc/log.h"
 #include "service/rpc/nccl_host.h"
 #include "service/rpc/region_host.h"
+#include "service/rpc/tls.h"
 #include "service/session/session.h"
 
 namespace structkv {
@@ -25,6 +27,12 @@ struct ServerOptions {
   // Addresses to listen on: "host:port" (port 0: any free one), "unix:/path". None:
   // PrivateChannel() alone reaches the server.
   std::vector<std::string> listen = {"127.0.0.1:7411"};
+  // Of the addresses that are not unix sockets.
+  rpc::TlsOptions tls;
+  // Allows addresses that other hosts reach without TLS.
+  bool insecure = false;
+  // `warn` is the server's own.
+  rpc::IdentityOptions identity;
   // As in the backend registry; "auto": the best of this machine.
   std::string backend = "auto";
   // Memory taken of each GPU at the start, where the backend is CUDA's; 0: half of what is free.
@@ -66,7 +74,8 @@ BackendOptions BackendOptionsOf(const ServerOptions& options);
 class Server {
  public:
   // Starts to serve. INVALID_ARGUMENT for options out of range, UNAVAILABLE where an address cannot
-  // be listened on. Also what ChooseBackend and PivotProfile::Open return.
+  // be listened on. Also what ChooseBackend, PivotProfile::Open, Identity::Open and MakeCredentials
+  // return.
   static absl::StatusOr<std::unique_ptr<Server>> Start(ServerOptions options);
   // The same with a given backend, whatever `options.backend` says.
   static absl::StatusOr<std::unique_ptr<Server>> Start(ServerOptions options,
@@ -75,6 +84,7 @@ class Server {
   // Shuts down at once, if nobody did.
   ~Server();
 
+  const ServerOptions& options() const;
   // The addresses, with the port that was chosen.
   const std::vector<std::string>& addresses() const;
   // The port of the first TCP address; 0 where there is none.

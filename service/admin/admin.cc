@@ -82,6 +82,10 @@ Readings Admin::Read() const {
                        .draining = sessions.draining(),
                        .log_lines_dropped = log_->dropped(),
                        .held_caches_expired = held.expired()};
+  if (const rpc::TlsOptions& tls = server_->options().tls; tls.enabled()) {
+    // A file that cannot be read now: as one that has ended.
+    readings.certificate_end = rpc::CertificateExpiry(tls.certificate).value_or(absl::UnixEpoch());
+  }
   readings.pools["prompts"] = PoolOf(sessions.budget());
   readings.pools["held_caches"] = PoolOf(held.budget());
   if (const transport::RegionRegistry* regions = server_->regions(); regions != nullptr) {

@@ -90,6 +90,8 @@ Metrics::Metrics()
       nccl_pairs_(NewGauges("structkv_nccl_pairs", "Clients' GPUs that are attached.")),
       nccl_communicators_(NewGauges("structkv_nccl_communicators", "Communicators that live.")),
       draining_(NewGauges("structkv_draining", "1 from SIGTERM on.")),
+      certificate_(NewGauges("structkv_certificate_expiry_timestamp_seconds",
+                             "When the server's certificate ends.")),
       build_(NewGauges("structkv_build_info", "What runs; always 1.")) {}
 
 void Metrics::CountLayer(std::string_view method, const session::LayerTiming& timing) {
@@ -142,6 +144,9 @@ std::string Metrics::Render(const Readings& readings) {
         std::pair(&nccl_communicators_, readings.nccl_communicators),
         std::pair(&draining_, int64_t{readings.draining})}) {
     gauges->Add({}).Set(static_cast<double>(value));
+  }
+  if (readings.certificate_end != absl::InfiniteFuture()) {
+    certificate_.Add({}).Set(static_cast<double>(absl::ToUnixSeconds(readings.certificate_end)));
   }
   RaiseTo(log_dropped_.Add({}), readings.log_lines_dropped);
   RaiseTo(expired_.Add({{"kind", "held_cache"}}), readings.held_caches_expired);

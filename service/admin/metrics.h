@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "absl/status/status.h"
+#include "absl/time/time.h"
 #include "prometheus/counter.h"
 #include "prometheus/family.h"
 #include "prometheus/gauge.h"
@@ -36,6 +37,7 @@ struct Readings {
   int64_t nccl_pairs = 0;
   int64_t nccl_communicators = 0;
   bool draining = false;
+  absl::Time certificate_end = absl::InfiniteFuture();  // infinite: there is none
   // Since the start; never fall.
   int64_t log_lines_dropped = 0;
   int64_t held_caches_expired = 0;
@@ -91,6 +93,7 @@ class Metrics {
   Gauges& nccl_pairs_;
   Gauges& nccl_communicators_;
   Gauges& draining_;
+  Gauges& certificate_;
   Gauges& build_;
   std::mutex render_mutex_;  // one reading at a time
 };

@@ -12,7 +12,6 @@
 #include "service/rpc/method_codec.h"
 #include "service/rpc/shard_agreement.h"
 #include "service/rpc/status_mapping.h"
-#include "service/rpc/tenant.h"
 
 namespace structkv::rpc {
 namespace {
@@ -212,7 +211,7 @@ void CompressReactor::TakeOpen(Slot& slot, const v1::Open& open) {
     Fail(slot, request.status());
     return;
   }
-  absl::StatusOr<std::string> tenant = TenantOf(*context());
+  absl::StatusOr<std::string> tenant = shared_->identity->TenantOf(*context());
   if (!tenant.ok()) {
     Fail(slot, tenant.status());
     return;

@@ -12,6 +12,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "service/rpc/identity.h"
 #include "service/rpc/log.h"
 #include "service/rpc/open_decoder.h"
 #include "service/rpc/stream_io.h"
@@ -47,6 +48,7 @@ struct StreamShared {
   StreamLimits limits;
   session::SessionManager* sessions = nullptr;
   StreamSet* streams = nullptr;
+  Identity* identity = nullptr;
   Log* log = nullptr;                  // may be null: no log
   StreamObserver* observer = nullptr;  // may be null
   std::string region_socket;           // path; empty: none

@@ -10,7 +10,6 @@
 #include "grpcpp/support/proto_buffer_reader.h"
 #include "service/rpc/open_decoder.h"
 #include "service/rpc/status_mapping.h"
-#include "service/rpc/tenant.h"
 
 namespace structkv::rpc {
 namespace {
@@ -56,7 +55,7 @@ absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
   const absl::StatusOr<int64_t> longest =
       MaxMessageBytes(request, shared_->limits.max_message_bytes);
   if (!longest.ok()) return longest.status();
-  const absl::StatusOr<std::string> tenant = TenantOf(*context());
+  const absl::StatusOr<std::string> tenant = shared_->identity->TenantOf(*context());
   if (!tenant.ok()) return tenant.status();
   auto cache = shared_->sessions->held_caches().Find(request.handle(), *tenant);
   if (!cache.ok()) return cache.status();

@@ -51,14 +51,15 @@ absl::StatusOr<std::vector<std::unique_ptr<nccl::Hub>>> Start(const NcclOptions&
 
 }  // namespace
 
-NcclHost::NcclHost(const NcclOptions& options, absl::Duration offer_limit, const Backend& backend)
+NcclHost::NcclHost(const NcclOptions& options, absl::Duration offer_limit, const Backend& backend,
+                   std::shared_ptr<Identity> identity)
     : backend_(backend),
       status_([&] {
         auto hubs = Start(options, offer_limit, backend);
         if (hubs.ok()) hubs_ = *std::move(hubs);
         return hubs.status();
       }()),
-      service_(Hubs()) {}
+      service_(Hubs(), std::move(identity)) {}
 
 absl::StatusOr<std::vector<nccl::Hub*>> NcclHost::Hubs() const {
   if (!status_.ok()) return status_;

@@ -34,7 +34,8 @@ class NcclHost {
  public:
   // Loads NCCL and starts a hub for each of the backend's GPUs. Where that fails there are none,
   // and status() says why. `offer_limit`: of transfers that a client does not begin.
-  NcclHost(const NcclOptions& options, absl::Duration offer_limit, const Backend& backend);
+  NcclHost(const NcclOptions& options, absl::Duration offer_limit, const Backend& backend,
+           std::shared_ptr<Identity> identity);
 
   const absl::Status& status() const { return status_; }
   NcclService& service() { return service_; }
