@@ -242,6 +242,12 @@ void AddLimits(Schema* schema, Config* config) {
   session::SessionManagerOptions& sessions = config->server.sessions;
   rpc::StreamLimits& streams = config->server.streams;
   schema->Number(kGroup, "max-sessions", &sessions.max_sessions, 1, 1 << 20, "Prompts at once");
+  schema->Number(kGroup, "tenant-max-sessions", &sessions.tenants.max_sessions, 0, 1 << 20,
+                 "Prompts at once of one tenant; 0: max-sessions");
+  schema->Bytes(kGroup, "tenant-memory", &sessions.tenants.memory_bytes, 0, 64 * kTiB,
+                "Of memory-budget, for one tenant; 0: all");
+  schema->Bytes(kGroup, "tenant-hold-budget", &sessions.tenants.hold_bytes, 0, 64 * kTiB,
+                "Of hold-budget, for one tenant; 0: all");
   schema->Number(kGroup, "max-prompt-tokens", &sessions.limits.max_prompt_tokens, 1, 1 << 24,
                  "Longest prompt");
   schema->Number(kGroup, "max-layers", &sessions.limits.max_layers, 1, 1024,

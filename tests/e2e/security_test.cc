@@ -254,6 +254,83 @@ TEST_F(SecurityTest, TokensAreReadAgain) {
   }
 }
 
+// One tenant's share is taken, and the other's is not.
+TEST_F(SecurityTest, TenantsHaveShares) {
+  ServerOptions options = Tokens();
+  options.sessions.tenants.max_sessions = 1;
+  StartAlone(options);
+  const PromptData data(SmallOpen(), 1);
+  const auto run = [&](const char* token) {
+    return testkit::Run(channel(), AllMessages(data), CallOptions{.metadata = Bearer(token)});
+  };
+  Call first(channel(), CallOptions{.metadata = Bearer(kPrefillToken)});
+  first.Send(OpenMessage(data.open()));
+  ASSERT_TRUE(first.WaitForOpened().has_value());
+  const Outcome refused = run(kPrefillToken);
+  ExpectFailure(refused, grpc::StatusCode::RESOURCE_EXHAUSTED,
+                {"tenant 'token:prefill' has 1 prompts and asks for 1; at most 1 are allowed "
+                 "(--tenant-max-sessions)"});
+  EXPECT_EQ(refused.trailers.count("grpc-retry-pushback-ms"), 1U);
+  ExpectSuccess(data, run(kDecodeToken));
+  first.Cancel();
+  first.Finish();
+  EXPECT_TRUE(Eventually([&] { return run(kPrefillToken).status.ok(); }));
+  ExpectNothingHeld();
+}
+
+TEST_F(SecurityTest, SharesOfMemory) {
+  ServerOptions options = Tokens();
+  StartAlone(options);
+  const PromptData data(SmallOpen(), 1);
+  Call call(channel(), CallOptions{.metadata = Bearer(kPrefillToken)});
+  call.Send(OpenMessage(data.open()));
+  const std::optional<v1::Opened> opened = call.WaitForOpened();
+  ASSERT_TRUE(opened.has_value());
+  call.Cancel();
+  call.Finish();
+
+  options.sessions.tenants.memory_bytes = static_cast<int64_t>(opened->reserved_bytes()) - 1;
+  Restart(options);
+  const Outcome refused =
+      testkit::Run(channel(), AllMessages(data), CallOptions{.metadata = Bearer(kPrefillToken)});
+  ExpectFailure(refused, grpc::StatusCode::RESOURCE_EXHAUSTED,
+                {"has 0 bytes of memory and asks for " + std::to_string(opened->reserved_bytes()),
+                 "(--tenant-memory)"});
+  EXPECT_EQ(refused.trailers.at("grpc-retry-pushback-ms"), "-1");  // it never fits
+}
+
+TEST_F(SecurityTest, SharesOfHeldCaches) {
+  ServerOptions options = Tokens();
+  StartAlone(options);
+  const PromptData data(Held(SmallOpen()), 3);
+  const auto hold = [&](const char* token) {
+    return testkit::Run(channel(), AllMessages(data), CallOptions{.metadata = Bearer(token)});
+  };
+  const int64_t bytes = [&] {
+    const std::string handle = Hold(channel(), Bearer(kPrefillToken));
+    const int64_t held = server().sessions().held_caches().budget().reserved_bytes();
+    EXPECT_TRUE(Release(channel(), handle, Bearer(kPrefillToken)).ok());
+    return held;
+  }();
+  options.sessions.tenants.hold_bytes = 3 * bytes / 2;
+  Restart(options);
+  const Outcome first = hold(kPrefillToken);
+  ASSERT_TRUE(first.status.ok()) << first.status.error_message();
+  ExpectFailure(hold(kPrefillToken), grpc::StatusCode::RESOURCE_EXHAUSTED,
+                {"bytes of held caches", "(--tenant-hold-budget)"});
+  const Outcome other = hold(kDecodeToken);
+  ASSERT_TRUE(other.status.ok()) << other.status.error_message();
+  const auto release = [&](const Outcome& outcome, const char* token) {
+    return Release(channel(), outcome.responses.back().summary().held().handle(), Bearer(token));
+  };
+  EXPECT_TRUE(release(first, kPrefillToken).ok());
+  const Outcome again = hold(kPrefillToken);
+  ASSERT_TRUE(again.status.ok()) << again.status.error_message();
+  EXPECT_TRUE(release(again, kPrefillToken).ok());
+  EXPECT_TRUE(release(other, kDecodeToken).ok());
+  ExpectNothingHeld();
+}
+
 TEST(SecureByDefaultTest, OtherHostsNeedTlsOrLeave) {
   ServerOptions options = TestOptions();
   options.listen = {"0.0.0.0:0"};
