@@ -23,6 +23,7 @@ namespace {
 constexpr int64_t kMiB = int64_t{1} << 20;
 constexpr int64_t kGiB = int64_t{1} << 30;
 constexpr int64_t kTiB = int64_t{1} << 40;
+constexpr char kOff[] = "off";
 constexpr int64_t kDayMillis = int64_t{24} * 3600 * 1000;
 
 // "--memory-budget" -> "STRUCTKV_MEMORY_BUDGET".
@@ -124,6 +125,15 @@ void AddNetwork(Schema* schema, Config* config) {
             "Address to listen on: host:port (port 0: any free one) or unix:/path; may be repeated")
       ->delimiter(',')
       ->option_text("ADDRESS ... [" + server.listen[0] + "]");
+  schema
+      ->Add(kGroup, "admin-listen", &config->admin.address,
+            "Address of metrics, health and the status page (HTTP), host:port; off: they are not "
+            "served")
+      ->option_text("ADDRESS [" + config->admin.address + "]")
+      ->check([](const std::string& address) {
+        if (address == kOff) return std::string();
+        return std::string(admin::CheckAddress(address).message());
+      });
   schema->Bytes(kGroup, "max-message", &server.streams.max_message_bytes, rpc::kMinMessageBytes,
                 kGiB, "Longest message in either direction");
   schema->Number(kGroup, "max-streams-per-connection", &server.max_streams_per_connection, 1,
@@ -134,6 +144,35 @@ void AddNetwork(Schema* schema, Config* config) {
                  "A silent connection is asked for a sign of life this often");
   schema->Millis(kGroup, "keepalive-timeout", &server.keepalive_timeout, 100, kDayMillis,
                  "and is closed without an answer in this time");
+}
+
+void AddSecurity(Schema* schema, Config* config) {
+  constexpr char kGroup[] = "Security";
+  ServerOptions& server = config->server;
+  const auto file = [&](const char* name, std::string* value, const char* help) {
+    schema->Add(kGroup, name, value, help)->option_text("FILE");
+  };
+  file("tls-certificate", &server.tls.certificate,
+       "The server's certificate and those up to an authority (PEM), for all addresses that are no "
+       "unix sockets; read again when it changes");
+  file("tls-key", &server.tls.key, "Its private key (PEM)");
+  file("client-authorities", &server.tls.client_authorities,
+       "Authorities (PEM) of one of which clients must show a certificate; none: they need not");
+  schema
+      ->Add(kGroup, "client-names", &server.identity.certificate_names,
+            "Patterns of certificates' names that are tenants, with * for any run of characters; "
+            "none: the first name is; may be repeated")
+      ->delimiter(',')
+      ->option_text("PATTERN ...");
+  file("token-file", &server.identity.token_file,
+       "Lines `TENANT TOKEN`: calls without a client's certificate must have one of the tokens, as "
+       "`authorization: Bearer TOKEN`; read again when it changes");
+  schema
+      ->Add(kGroup, "insecure", &server.insecure,
+            "Allow addresses that other hosts reach without TLS")
+      ->expected(0, 1)
+      ->default_str("true")
+      ->option_text("[BOOL]");
 }
 
 void AddCompute(Schema* schema, Config* config) {
@@ -203,6 +242,12 @@ void AddLimits(Schema* schema, Config* config) {
   session::SessionManagerOptions& sessions = config->server.sessions;
   rpc::StreamLimits& streams = config->server.streams;
   schema->Number(kGroup, "max-sessions", &sessions.max_sessions, 1, 1 << 20, "Prompts at once");
+  schema->Number(kGroup, "tenant-max-sessions", &sessions.tenants.max_sessions, 0, 1 << 20,
+                 "Prompts at once of one tenant; 0: max-sessions");
+  schema->Bytes(kGroup, "tenant-memory", &sessions.tenants.memory_bytes, 0, 64 * kTiB,
+                "Of memory-budget, for one tenant; 0: all");
+  schema->Bytes(kGroup, "tenant-hold-budget", &sessions.tenants.hold_bytes, 0, 64 * kTiB,
+                "Of hold-budget, for one tenant; 0: all");
   schema->Number(kGroup, "max-prompt-tokens", &sessions.limits.max_prompt_tokens, 1, 1 << 24,
                  "Longest prompt");
   schema->Number(kGroup, "max-layers", &sessions.limits.max_layers, 1, 1024,
@@ -283,6 +328,7 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
   app.add_flag("--check-config", config.check_only, "Validate the options and exit");
   Schema schema(&app);
   AddNetwork(&schema, &config);
+  AddSecurity(&schema, &config);
   AddCompute(&schema, &config);
   AddSharedMemory(&schema, &config);
   AddNccl(&schema, &config);
@@ -304,6 +350,7 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
     return EarlyExit{2, "structkv-server: " + where + error.what() + "\n"};
   }
   schema.Finish();
+  if (config.admin.address == kOff) config.admin.address.clear();
   return config;
 }
 

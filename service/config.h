@@ -7,13 +7,16 @@
 #include <variant>
 
 #include "absl/time/time.h"
+#include "service/admin/http_server.h"
 #include "service/rpc/log.h"
 #include "service/server.h"
 
 namespace structkv {
 
 struct Config {
-  ServerOptions server;  // all but `log`
+  ServerOptions server;  // all but the logs and the observer
+  // Where metrics, health and the status page are served; none where it is empty.
+  admin::HttpOptions admin = {.address = "127.0.0.1:7412"};
   // How long running streams may take after SIGTERM.
   absl::Duration drain_limit = absl::Seconds(30);
   rpc::LogFormat log_format = rpc::LogFormat::kText;

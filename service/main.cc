@@ -14,6 +14,8 @@
 #include "absl/strings/str_join.h"
 #include "grpc/grpc.h"
 #include "grpc/support/log.h"
+#include "service/admin/admin.h"
+#include "service/admin/telemetry.h"
 #include "service/config.h"
 #include "service/rpc/log.h"
 #include "service/rpc/version.h"
@@ -68,12 +70,22 @@ int Serve(Config config) {
   gpr_set_log_verbosity(static_cast<gpr_log_severity>(GPR_LOG_SEVERITY_ERROR + 1));
   const std::string region_socket = config.server.regions.socket.path;
   const std::string nccl_library = config.server.nccl.library;
+  admin::Telemetry telemetry;
+  if (!config.admin.address.empty()) config.server.observer = &telemetry;
   absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(std::move(config.server));
   if (!server.ok()) return Refuse(server.status());
+  std::unique_ptr<admin::Admin> admin;
+  if (!config.admin.address.empty()) {
+    auto started = admin::Admin::Start(config.admin, server->get(), &telemetry, log.get());
+    if (!started.ok()) return Refuse(started.status());
+    admin = *std::move(started);
+  }
   session::SessionManager& sessions = (*server)->sessions();
   const std::string nccl = (*server)->nccl_status().ok() ? nccl_library : "";
   const std::string addresses = absl::StrJoin((*server)->addresses(), ",");
+  const std::string admin_address = admin == nullptr ? "" : admin->address();
   log->Write("ready", {{"listen", addresses},
+                       {"admin", admin_address},
                        {"version", rpc::kVersion},
                        {"backend", sessions.backend().name()},
                        {"device", sessions.backend().device()},

@@ -80,6 +80,14 @@ absl::Status CheckOptions(const ServerOptions& options) {
                      absl::FormatDuration(transport::kMinLease), " to region-lease-limit (",
                      absl::FormatDuration(regions.max_lease), ") are allowed"));
   }
+  if (absl::Status status = rpc::CheckTls(options.tls); !status.ok()) return status;
+  for (const std::string& address : options.listen) {
+    if (options.tls.enabled() || options.insecure || rpc::IsLocalAddress(address)) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("listen is ", address,
+                     ", which other hosts reach, and there is no TLS (tls-certificate, tls-key); "
+                     "insecure allows it"));
+  }
   if (options.nccl.library.empty() && options.nccl.memory_bytes > 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("nccl-memory is ", options.nccl.memory_bytes,
@@ -119,9 +127,11 @@ std::shared_ptr<transport::RegionRegistry> MakeRegistry(const ServerOptions& opt
   return std::make_shared<transport::RegionRegistry>(regions);
 }
 
-std::unique_ptr<rpc::NcclHost> MakeNccl(const ServerOptions& options, const Backend& backend) {
+std::unique_ptr<rpc::NcclHost> MakeNccl(const ServerOptions& options, const Backend& backend,
+                                        std::shared_ptr<rpc::Identity> identity) {
   if (options.nccl.library.empty()) return nullptr;
-  auto host = std::make_unique<rpc::NcclHost>(options.nccl, options.streams.stall, backend);
+  auto host = std::make_unique<rpc::NcclHost>(options.nccl, options.streams.stall, backend,
+                                              std::move(identity));
   if (!host->status().ok() && options.warnings != nullptr) {
     const std::string text(host->status().message());
     options.warnings->Write("warning", {{"nccl", text}});
@@ -161,16 +171,17 @@ std::string BoundAddress(const std::string& address, int port) {
 
 class Server::Impl {
  public:
-  Impl(ServerOptions options, ChosenBackend backend)
-      : regions_(MakeRegistry(options)),
-        nccl_(MakeNccl(options, *backend.backend)),
+  Impl(ServerOptions options, ChosenBackend backend, std::shared_ptr<rpc::Identity> identity)
+      : identity_(std::move(identity)),
+        regions_(MakeRegistry(options)),
+        nccl_(MakeNccl(options, *backend.backend, identity_)),
         options_(WithTransports(std::move(options), regions_, nccl_.get(), *backend.backend)),
         backend_reason_(std::move(backend.reason)),
         sessions_(options_.sessions, std::move(backend.backend)),
         streams_(TickFor(options_.streams), [this] { sessions_.held_caches().DropExpired(); }),
         service_(Shared()),
         held_caches_service_(Shared()),
-        region_service_(regions_, &sessions_.backend()) {}
+        region_service_(regions_, &sessions_.backend(), identity_) {}
 
   ~Impl() { Shutdown(); }
 
@@ -178,7 +189,9 @@ class Server::Impl {
     return {.limits = options_.streams,
             .sessions = &sessions_,
             .streams = &streams_,
+            .identity = identity_.get(),
             .log = options_.log.get(),
+            .observer = options_.observer,
             .region_socket = options_.regions.socket.path};
   }
 
@@ -193,13 +206,21 @@ class Server::Impl {
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     grpc::ServerBuilder builder;
     SetLimits(options_, &builder);
+    std::shared_ptr<grpc::ServerCredentials> tls;
+    if (options_.tls.enabled()) {
+      auto made = rpc::MakeCredentials(options_.tls);
+      if (!made.ok()) return made.status();
+      tls = *std::move(made);
+    }
     std::vector<int> ports(options_.listen.size(), 0);
     for (size_t i = 0; i < ports.size(); ++i) {
       if (UnixSocketInUse(options_.listen[i])) {
         return absl::UnavailableError(
             absl::StrCat("cannot listen on ", options_.listen[i], ": another server does"));
       }
-      builder.AddListeningPort(options_.listen[i], grpc::InsecureServerCredentials(), &ports[i]);
+      const bool plain = tls == nullptr || absl::StartsWith(options_.listen[i], "unix");
+      builder.AddListeningPort(options_.listen[i], plain ? grpc::InsecureServerCredentials() : tls,
+                               &ports[i]);
     }
     builder.RegisterService(&service_);
     builder.RegisterService(&held_caches_service_);
@@ -258,6 +279,7 @@ class Server::Impl {
     if (nccl_ != nullptr) nccl_->Stop();
   }
 
+  const std::shared_ptr<rpc::Identity> identity_;
   const std::shared_ptr<transport::RegionRegistry> regions_;  // null: none
   const std::unique_ptr<rpc::NcclHost> nccl_;                 // null: none; outlives sessions_
   const ServerOptions options_;
@@ -332,20 +354,31 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options,
     if (!profile.ok()) return profile.status();
     options.sessions.pivot_profile = *std::move(profile);
   }
-  auto impl = std::make_unique<Impl>(std::move(options), std::move(backend));
+  options.identity.warn = [log = options.warnings](const std::string& text) {
+    if (log != nullptr) log->Write("warning", {{"identity", text}});
+  };
+  auto identity = rpc::Identity::Open(options.identity);
+  if (!identity.ok()) return identity.status();
+  auto impl = std::make_unique<Impl>(std::move(options), std::move(backend), *std::move(identity));
   if (absl::Status status = impl->Listen(); !status.ok()) return status;
   return std::unique_ptr<Server>(new Server(std::move(impl)));
 }
 
+const ServerOptions& Server::options() const { return impl_->options_; }
 const std::vector<std::string>& Server::addresses() const { return impl_->addresses_; }
 int Server::port() const { return impl_->port_; }
 session::SessionManager& Server::sessions() { return impl_->sessions_; }
+const session::SessionManager& Server::sessions() const { return impl_->sessions_; }
 absl::Status Server::nccl_status() const {
   return impl_->nccl_ == nullptr ? absl::OkStatus() : impl_->nccl_->status();
 }
 const transport::RegionRegistry* Server::regions() const { return impl_->regions_.get(); }
 const std::string& Server::backend_reason() const { return impl_->backend_reason_; }
 int64_t Server::active_streams() const { return impl_->streams_.size(); }
+std::vector<rpc::PromptReport> Server::Report() const { return impl_->streams_.Report(); }
+nccl::HubStats Server::nccl_stats() const {
+  return impl_->nccl_ == nullptr ? nccl::HubStats{} : impl_->nccl_->stats();
+}
 
 absl::StatusOr<std::shared_ptr<grpc::Channel>> Server::PrivateChannel(
     const grpc::ChannelArguments& arguments) {

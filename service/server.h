@@ -14,9 +14,11 @@
 #include "kernels/backend.h"
 #include "kernels/backend_registry.h"
 #include "service/rpc/compress_reactor.h"
+#include "service/rpc/identity.h"
 #include "service/rpc/log.h"
 #include "service/rpc/nccl_host.h"
 #include "service/rpc/region_host.h"
+#include "service/rpc/tls.h"
 #include "service/session/session.h"
 
 namespace structkv {
@@ -25,6 +27,12 @@ struct ServerOptions {
   // Addresses to listen on: "host:port" (port 0: any free one), "unix:/path". None:
   // PrivateChannel() alone reaches the server.
   std::vector<std::string> listen = {"127.0.0.1:7411"};
+  // Of the addresses that are not unix sockets.
+  rpc::TlsOptions tls;
+  // Allows addresses that other hosts reach without TLS.
+  bool insecure = false;
+  // `warn` is the server's own.
+  rpc::IdentityOptions identity;
   // As in the backend registry; "auto": the best of this machine.
   std::string backend = "auto";
   // Memory taken of each GPU at the start, where the backend is CUDA's; 0: half of what is free.
@@ -51,6 +59,8 @@ struct ServerOptions {
   std::shared_ptr<rpc::Log> log;
   // What an operator should know; null: no log.
   std::shared_ptr<rpc::Log> warnings;
+  // Is told of prompts and fetches; may be null, and outlives the server.
+  rpc::StreamObserver* observer = nullptr;
 };
 
 // INVALID_ARGUMENT for options out of range, which Server::Start() returns as well.
@@ -64,7 +74,8 @@ BackendOptions BackendOptionsOf(const ServerOptions& options);
 class Server {
  public:
   // Starts to serve. INVALID_ARGUMENT for options out of range, UNAVAILABLE where an address cannot
-  // be listened on. Also what ChooseBackend and PivotProfile::Open return.
+  // be listened on. Also what ChooseBackend, PivotProfile::Open, Identity::Open and MakeCredentials
+  // return.
   static absl::StatusOr<std::unique_ptr<Server>> Start(ServerOptions options);
   // The same with a given backend, whatever `options.backend` says.
   static absl::StatusOr<std::unique_ptr<Server>> Start(ServerOptions options,
@@ -73,19 +84,25 @@ class Server {
   // Shuts down at once, if nobody did.
   ~Server();
 
+  const ServerOptions& options() const;
   // The addresses, with the port that was chosen.
   const std::vector<std::string>& addresses() const;
   // The port of the first TCP address; 0 where there is none.
   int port() const;
   session::SessionManager& sessions();
+  const session::SessionManager& sessions() const;
   // Why the NCCL transport that was asked for is not there; OK where it is, or nobody asked.
   absl::Status nccl_status() const;
+  // Of all GPUs together.
+  nccl::HubStats nccl_stats() const;
   // Null where there are no regions.
   const transport::RegionRegistry* regions() const;
   // Why it has the backend that it has, for people.
   const std::string& backend_reason() const;
-  // `Compress` streams that are not over.
+  // Streams that are not over.
   int64_t active_streams() const;
+  // The prompts that run now, in no order.
+  std::vector<rpc::PromptReport> Report() const;
   // A channel to this server over a pair of sockets that nobody else can reach, for a client in the
   // same process. (gRPC 1.51's own channel within a process loses a stream's last message now and
   // then, and crashes once the server is shut down.) What socketpair() fails with.

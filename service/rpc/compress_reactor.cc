@@ -12,7 +12,6 @@
 #include "service/rpc/method_codec.h"
 #include "service/rpc/shard_agreement.h"
 #include "service/rpc/status_mapping.h"
-#include "service/rpc/tenant.h"
 
 namespace structkv::rpc {
 namespace {
@@ -212,13 +211,16 @@ void CompressReactor::TakeOpen(Slot& slot, const v1::Open& open) {
     Fail(slot, request.status());
     return;
   }
-  absl::StatusOr<std::string> tenant = TenantOf(*context());
+  absl::StatusOr<std::string> tenant = shared_->identity->TenantOf(*context());
   if (!tenant.ok()) {
     Fail(slot, tenant.status());
     return;
   }
   slot.tenant = *std::move(tenant);
   request->transport.tenant = slot.tenant;
+  if (!request->transport.wishes.empty()) {
+    slot.wished_transport = transport::KindName(request->transport.wishes[0]);
+  }
   session::SessionRequest wanted = {.spec = request->spec,
                                     .layers_in_flight = request->layers_in_flight,
                                     .idempotency_key = request->idempotency_key,
@@ -234,6 +236,9 @@ void CompressReactor::TakeOpen(Slot& slot, const v1::Open& open) {
   }
   slot.max_response_bytes = request->max_response_message_bytes;
   slot.place = (*opened)->result_place();
+  if (shared_->observer != nullptr) {
+    slot.picture = std::make_shared<PromptPicture>((*opened)->spec().prompt_tokens);
+  }
   bool ended = false;
   {
     absl::MutexLock lock(&session_mutex_);
@@ -245,7 +250,7 @@ void CompressReactor::TakeOpen(Slot& slot, const v1::Open& open) {
     return;
   }
   SendOpened(slot, **opened);
-  (*opened)->Start(Callbacks(slot));
+  (*opened)->Start(Callbacks(slot, **opened));
 }
 
 void CompressReactor::SendOpened(Slot& slot, const session::Session& session) {
@@ -277,23 +282,30 @@ void CompressReactor::SendOpened(Slot& slot, const session::Session& session) {
 }
 
 // The callbacks hold no share of this object: the sessions are held by it. A slot lives as long.
-session::SessionCallbacks CompressReactor::Callbacks(Slot& slot) {
+session::SessionCallbacks CompressReactor::Callbacks(Slot& slot, const session::Session& session) {
   const auto weak =
       std::weak_ptr<CompressReactor>(std::static_pointer_cast<CompressReactor>(shared_from_this()));
   session::SessionCallbacks callbacks;
   callbacks.ready = [weak, &slot] {
     if (auto self = weak.lock()) self->ReadOn(slot);
   };
+  if (shared_->observer != nullptr) {
+    callbacks.computed =
+        [observer = shared_->observer, method = method::MethodName(session.spec().method.method)](
+            const session::LayerTiming& timing) { observer->OnLayer(method, timing); };
+  }
   callbacks.layer = [weak, &slot](engine::LayerOutput output) {
     auto self = weak.lock();
     if (self == nullptr) return;
     slot.layers.fetch_add(1, std::memory_order_relaxed);
+    if (slot.picture != nullptr) slot.picture->Add(output);
     self->Queue(slot,
                 BuildLayer(std::move(output), slot.max_response_bytes, slot.index, slot.place));
   };
   callbacks.pivot = [weak, &slot](engine::PivotResult result) {
     auto self = weak.lock();
     if (self == nullptr) return;
+    if (slot.picture != nullptr) slot.picture->Add(result);
     self->Queue(slot, BuildPivot(std::move(result), slot.max_response_bytes, slot.index));
   };
   callbacks.pull = [weak, &slot](engine::RowPull pull) {
@@ -521,27 +533,51 @@ void CompressReactor::CheckLimits(int64_t now) {
   }
 }
 
-void CompressReactor::LogEnd(const Slot* slot, const session::Session* session) const {
-  if (shared_->log == nullptr) return;
+PromptReport CompressReactor::ReportOf(const Slot* slot, const session::Session* session) const {
+  PromptReport report;
+  report.micros = (SteadyNanos() - begun_) / 1000;
+  if (slot == nullptr) return report;
+  report.wished_transport = slot->wished_transport;
+  report.answered = slot->layers.load();
+  report.input_bytes = slot->input_bytes.load();
+  report.output_bytes = slot->output_bytes.load();
+  if (session == nullptr) return report;
+  const engine::PromptSpec& spec = session->spec();
+  report.id = session->id();
+  report.method = method::MethodName(spec.method.method);
+  report.transport = transport::KindName(session->transport());
+  report.prompt_tokens = spec.prompt_tokens;
+  report.layers = spec.geometry.layers;
+  report.reserved_bytes = session->reserved_bytes();
+  report.picture = slot->picture;
+  return report;
+}
+
+void CompressReactor::Report(std::vector<PromptReport>* prompts) const {
+  absl::MutexLock lock(&session_mutex_);
+  for (const auto& slot : slots_) {
+    if (slot->session != nullptr && !slot->failed) {
+      prompts->push_back(ReportOf(slot.get(), slot->session.get()));
+    }
+  }
+}
+
+void CompressReactor::TellEnd(const Slot* slot, const session::Session* session) const {
+  if (shared_->log == nullptr && shared_->observer == nullptr) return;
+  const PromptReport report = ReportOf(slot, session);
   grpc::Status status = end_status();
   if (slot != nullptr && slot->failed) status = ToGrpc(slot->status);
-  const auto count = [slot](std::atomic<int64_t> Slot::*counter) {
-    return slot == nullptr ? int64_t{0} : (slot->*counter).load();
-  };
-  const std::string_view method =
-      session == nullptr ? "-" : method::MethodName(session->spec().method.method);
-  const std::string_view transport =
-      session == nullptr ? "-" : transport::KindName(session->transport());
-  shared_->log->Write("session",
-                      {{"id", session == nullptr ? std::string_view("-") : session->id()},
-                       {"method", method},
-                       {"transport", transport},
-                       {"layers", count(&Slot::layers)},
-                       {"input_bytes", count(&Slot::input_bytes)},
-                       {"output_bytes", count(&Slot::output_bytes)},
-                       {"micros", (SteadyNanos() - begun_) / 1000},
-                       {"status", CodeName(status.error_code())},
-                       {"error", status.error_message()}});
+  if (shared_->observer != nullptr) shared_->observer->OnPromptEnd(report, FromGrpc(status));
+  if (shared_->log == nullptr) return;
+  shared_->log->Write("session", {{"id", report.id.empty() ? std::string_view("-") : report.id},
+                                  {"method", report.method},
+                                  {"transport", report.transport},
+                                  {"layers", report.answered},
+                                  {"input_bytes", report.input_bytes},
+                                  {"output_bytes", report.output_bytes},
+                                  {"micros", report.micros},
+                                  {"status", CodeName(status.error_code())},
+                                  {"error", status.error_message()}});
 }
 
 bool CompressReactor::IsGone() const {
@@ -579,8 +615,8 @@ void CompressReactor::OnGone() {
     ended_ = true;
     for (size_t i = 0; i < slots_.size(); ++i) done[i].swap(slots_[i]->session);
   }
-  if (slots_.empty()) LogEnd(nullptr, nullptr);
-  for (size_t i = 0; i < slots_.size(); ++i) LogEnd(slots_[i].get(), done[i].get());
+  if (slots_.empty()) TellEnd(nullptr, nullptr);
+  for (size_t i = 0; i < slots_.size(); ++i) TellEnd(slots_[i].get(), done[i].get());
   for (const auto& each : done) {
     if (each != nullptr) each->Cancel();
   }

@@ -12,9 +12,11 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "service/rpc/identity.h"
 #include "service/rpc/log.h"
 #include "service/rpc/open_decoder.h"
 #include "service/rpc/stream_io.h"
+#include "service/rpc/stream_observer.h"
 #include "service/rpc/stream_set.h"
 #include "service/session/session.h"
 #include "structkv/v1/compression.pb.h"
@@ -46,8 +48,10 @@ struct StreamShared {
   StreamLimits limits;
   session::SessionManager* sessions = nullptr;
   StreamSet* streams = nullptr;
-  Log* log = nullptr;         // may be null: no log
-  std::string region_socket;  // path; empty: none
+  Identity* identity = nullptr;
+  Log* log = nullptr;                  // may be null: no log
+  StreamObserver* observer = nullptr;  // may be null
+  std::string region_socket;           // path; empty: none
 };
 
 class CompressReactor final : public StreamIo, public Stream {
@@ -60,6 +64,7 @@ class CompressReactor final : public StreamIo, public Stream {
   void CheckLimits(int64_t now) override;
   // Ends the stream: frees the sessions' memory, then tells the caller.
   void End(const absl::Status& status) override;
+  void Report(std::vector<PromptReport>* prompts) const override;
 
  private:
   // What is due of a prompt from the caller.
@@ -74,6 +79,8 @@ class CompressReactor final : public StreamIo, public Stream {
     int64_t max_response_bytes = kDefaultMessageBytes;
     v1::Summary summary;  // what is known of it at open
     std::string tenant;
+    std::string_view wished_transport = "-";
+    std::shared_ptr<PromptPicture> picture;
     transport::ResultPlace place;  // of its results
     // Written by messages, which come one at a time.
     Phase phase = Phase::kOpen;
@@ -103,7 +110,7 @@ class CompressReactor final : public StreamIo, public Stream {
   void TakePieces(Slot& slot, wire::Pieces pieces);
   void TakeCommit(Slot& slot, const v1::Commit& commit);
   void SendOpened(Slot& slot, const session::Session& session);
-  session::SessionCallbacks Callbacks(Slot& slot);
+  session::SessionCallbacks Callbacks(Slot& slot, const session::Session& session);
   // Reads on, where a message of the slot was what held the stream up.
   void ReadOn(Slot& slot);
   // What came of the prompt cannot be taken.
@@ -119,8 +126,10 @@ class CompressReactor final : public StreamIo, public Stream {
   // Drops what is held and nobody was told of.
   void ReleaseHeld();
   bool IsGone() const;
-  // One line of the log; null where there was no prompt.
-  void LogEnd(const Slot* slot, const session::Session* session) const;
+  // What is known of a prompt; null where there is none.
+  PromptReport ReportOf(const Slot* slot, const session::Session* session) const;
+  // Tells the log, and the observer.
+  void TellEnd(const Slot* slot, const session::Session* session) const;
 
   bool is_batch() const { return slots_.size() > 1; }
   std::shared_ptr<session::Session> session(const Slot& slot) const;

@@ -1,6 +1,10 @@
 #include "service/rpc/compression_service.h"
 
+#include <string>
+#include <utility>
+
 #include "service/rpc/capabilities.h"
+#include "service/rpc/status_mapping.h"
 
 namespace structkv::rpc {
 
@@ -12,10 +16,14 @@ grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* CompressionService:
 grpc::ServerUnaryReactor* CompressionService::GetCapabilities(
     grpc::CallbackServerContext* context, const v1::GetCapabilitiesRequest* /*request*/,
     v1::GetCapabilitiesResponse* response) {
-  *response =
-      MakeCapabilities(*shared_.sessions, shared_.limits.max_message_bytes, shared_.region_socket);
+  absl::StatusOr<std::string> tenant = shared_.identity->TenantOf(*context);
+  if (tenant.ok()) {
+    *response = MakeCapabilities(*shared_.sessions, shared_.limits.max_message_bytes,
+                                 shared_.region_socket);
+    response->set_tenant(*std::move(tenant));
+  }
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  reactor->Finish(grpc::Status::OK);
+  reactor->Finish(ToGrpc(tenant.status()));
   return reactor;
 }
 

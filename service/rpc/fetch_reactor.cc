@@ -10,7 +10,6 @@
 #include "grpcpp/support/proto_buffer_reader.h"
 #include "service/rpc/open_decoder.h"
 #include "service/rpc/status_mapping.h"
-#include "service/rpc/tenant.h"
 
 namespace structkv::rpc {
 namespace {
@@ -56,7 +55,7 @@ absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
   const absl::StatusOr<int64_t> longest =
       MaxMessageBytes(request, shared_->limits.max_message_bytes);
   if (!longest.ok()) return longest.status();
-  const absl::StatusOr<std::string> tenant = TenantOf(*context());
+  const absl::StatusOr<std::string> tenant = shared_->identity->TenantOf(*context());
   if (!tenant.ok()) return tenant.status();
   auto cache = shared_->sessions->held_caches().Find(request.handle(), *tenant);
   if (!cache.ok()) return cache.status();
@@ -165,26 +164,29 @@ void FetchReactor::CheckLimits(int64_t now) {
   }
 }
 
-void FetchReactor::OnGone() {
-  if (shared_->log != nullptr) {
-    const grpc::Status status = end_status();
-    int64_t layers = 0;
-    int64_t heads = 0;
-    std::string_view transport = "-";
-    if (builder_.has_value()) {
-      layers = builder_->slice().end_layer() - builder_->slice().first_layer();
-      heads = builder_->slice().kv_heads().count;
-      transport = transport::KindName(builder_->transport().kind());
-    }
-    shared_->log->Write("fetch",
-                        {{"transport", transport},
-                         {"layers", layers},
-                         {"kv_heads", heads},
-                         {"output_bytes", builder_.has_value() ? builder_->sent_bytes() : 0},
-                         {"micros", (SteadyNanos() - begun_) / 1000},
-                         {"status", CodeName(status.error_code())},
-                         {"error", status.error_message()}});
+void FetchReactor::TellEnd() const {
+  const grpc::Status status = end_status();
+  FetchReport report;
+  report.micros = (SteadyNanos() - begun_) / 1000;
+  if (builder_.has_value()) {
+    report.transport = transport::KindName(builder_->transport().kind());
+    report.layers = builder_->slice().end_layer() - builder_->slice().first_layer();
+    report.kv_heads = builder_->slice().kv_heads().count;
+    report.output_bytes = builder_->sent_bytes();
   }
+  if (shared_->observer != nullptr) shared_->observer->OnFetchEnd(report, FromGrpc(status));
+  if (shared_->log == nullptr) return;
+  shared_->log->Write("fetch", {{"transport", report.transport},
+                                {"layers", report.layers},
+                                {"kv_heads", report.kv_heads},
+                                {"output_bytes", report.output_bytes},
+                                {"micros", report.micros},
+                                {"status", CodeName(status.error_code())},
+                                {"error", status.error_message()}});
+}
+
+void FetchReactor::OnGone() {
+  TellEnd();
   builder_.reset();
   allowance_.Release();
   reservation_.Release();

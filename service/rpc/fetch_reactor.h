@@ -42,6 +42,8 @@ class FetchReactor final : public WriteStream, public Stream {
   absl::StatusOr<WriteStep> Next() override { return builder_->Next(); }
   void OnBroken() override;
   void OnGone() override;
+  // Tells the log, and the observer.
+  void TellEnd() const;
 
   const StreamShared* const shared_;
   const int64_t begun_;

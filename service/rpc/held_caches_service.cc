@@ -5,7 +5,6 @@
 
 #include "service/rpc/fetch_reactor.h"
 #include "service/rpc/status_mapping.h"
-#include "service/rpc/tenant.h"
 
 namespace structkv::rpc {
 namespace {
@@ -26,7 +25,7 @@ grpc::ServerWriteReactor<grpc::ByteBuffer>* HeldCachesService::FetchCache(
 grpc::ServerUnaryReactor* HeldCachesService::RenewCache(grpc::CallbackServerContext* context,
                                                         const v1::RenewCacheRequest* request,
                                                         v1::RenewCacheResponse* response) {
-  const absl::StatusOr<std::string> tenant = TenantOf(*context);
+  const absl::StatusOr<std::string> tenant = shared_.identity->TenantOf(*context);
   if (!tenant.ok()) return Answer(context, tenant.status());
   const std::optional<uint64_t> wanted =
       request->has_lease_millis() ? std::optional(request->lease_millis()) : std::nullopt;
@@ -41,7 +40,7 @@ grpc::ServerUnaryReactor* HeldCachesService::RenewCache(grpc::CallbackServerCont
 grpc::ServerUnaryReactor* HeldCachesService::ReleaseCache(grpc::CallbackServerContext* context,
                                                           const v1::ReleaseCacheRequest* request,
                                                           v1::ReleaseCacheResponse* /*response*/) {
-  const absl::StatusOr<std::string> tenant = TenantOf(*context);
+  const absl::StatusOr<std::string> tenant = shared_.identity->TenantOf(*context);
   if (!tenant.ok()) return Answer(context, tenant.status());
   return Answer(context, shared_.sessions->held_caches().Release(request->handle(), *tenant));
 }

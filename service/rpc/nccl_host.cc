@@ -53,14 +53,15 @@ absl::StatusOr<std::vector<std::unique_ptr<nccl::Hub>>> Start(const NcclOptions&
 
 }  // namespace
 
-NcclHost::NcclHost(const NcclOptions& options, absl::Duration offer_limit, const Backend& backend)
+NcclHost::NcclHost(const NcclOptions& options, absl::Duration offer_limit, const Backend& backend,
+                   std::shared_ptr<Identity> identity)
     : backend_(backend),
       status_([&] {
         auto hubs = Start(options, offer_limit, backend);
         if (hubs.ok()) hubs_ = *std::move(hubs);
         return hubs.status();
       }()),
-      service_(Hubs()) {}
+      service_(Hubs(), std::move(identity)) {}
 
 absl::StatusOr<std::vector<nccl::Hub*>> NcclHost::Hubs() const {
   if (!status_.ok()) return status_;
@@ -76,6 +77,17 @@ absl::StatusOr<transport::Grant> NcclHost::Offer() const {
       [hubs = *std::move(hubs), backend = &backend_](const auto& request, const auto& sizes) {
         return transport::GrantNccl(hubs, *backend, request, sizes);
       });
+}
+
+nccl::HubStats NcclHost::stats() const {
+  nccl::HubStats all;
+  for (const std::unique_ptr<nccl::Hub>& hub : hubs_) {
+    const nccl::HubStats one = hub->stats();
+    all.pairs += one.pairs;
+    all.communicators.live += one.communicators.live;
+    all.communicators.reclaiming += one.communicators.reclaiming;
+  }
+  return all;
 }
 
 void NcclHost::StopAttaching(const absl::Status& why) {

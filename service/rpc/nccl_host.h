@@ -34,12 +34,15 @@ class NcclHost {
  public:
   // Loads NCCL and starts a hub for each of the backend's GPUs. Where that fails there are none,
   // and status() says why. `offer_limit`: of transfers that a client does not begin.
-  NcclHost(const NcclOptions& options, absl::Duration offer_limit, const Backend& backend);
+  NcclHost(const NcclOptions& options, absl::Duration offer_limit, const Backend& backend,
+           std::shared_ptr<Identity> identity);
 
   const absl::Status& status() const { return status_; }
   NcclService& service() { return service_; }
   // For sessions, which must be gone before this object; or why there is none.
   absl::StatusOr<transport::Grant> Offer() const;
+  // Of all hubs together.
+  nccl::HubStats stats() const;
   // Ends every new pair.
   void StopAttaching(const absl::Status& why);
   // Waits until clients have what was sent to them, which they may have later than the server is

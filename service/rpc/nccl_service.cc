@@ -7,7 +7,6 @@
 #include "absl/strings/str_cat.h"
 #include "service/rpc/nccl_reactor.h"
 #include "service/rpc/status_mapping.h"
-#include "service/rpc/tenant.h"
 
 namespace structkv::rpc {
 namespace {
@@ -26,7 +25,7 @@ grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* NcclService::Attach
     return new Refusal(ToGrpc(absl::UnavailableError(
         absl::StrCat("no NCCL transport here: ", hubs_.status().message()))));
   }
-  absl::StatusOr<std::string> tenant = TenantOf(*context);
+  absl::StatusOr<std::string> tenant = identity_->TenantOf(*context);
   if (!tenant.ok()) return new Refusal(ToGrpc(tenant.status()));
   nccl::Hub* const hub = *std::min_element(
       hubs_->begin(), hubs_->end(),

@@ -6,7 +6,6 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "service/rpc/status_mapping.h"
-#include "service/rpc/tenant.h"
 #include "service/transport/cuda_ipc.h"
 
 namespace structkv::rpc {
@@ -63,7 +62,7 @@ template <typename Call>
 grpc::ServerUnaryReactor* RegionService::Answer(grpc::CallbackServerContext* context, Call call) {
   absl::Status status = absl::UnimplementedError("this server has no regions (--region-socket)");
   if (registry_ != nullptr) {
-    const absl::StatusOr<std::string> tenant = TenantOf(*context);
+    const absl::StatusOr<std::string> tenant = identity_->TenantOf(*context);
     status = tenant.ok() ? call(*registry_, *tenant) : tenant.status();
   }
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();

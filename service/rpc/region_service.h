@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "kernels/backend.h"
+#include "service/rpc/identity.h"
 #include "service/transport/region_registry.h"
 #include "structkv/v1/region.grpc.pb.h"
 
@@ -14,8 +15,9 @@ class RegionService final : public v1::Regions::CallbackService {
  public:
   // Null: the server has no regions, and every call is UNIMPLEMENTED. `backend`, which outlives the
   // object, opens memory of GPUs.
-  RegionService(std::shared_ptr<transport::RegionRegistry> registry, const Backend* backend)
-      : registry_(std::move(registry)), backend_(*backend) {}
+  RegionService(std::shared_ptr<transport::RegionRegistry> registry, const Backend* backend,
+                std::shared_ptr<Identity> identity)
+      : registry_(std::move(registry)), backend_(*backend), identity_(std::move(identity)) {}
 
   grpc::ServerUnaryReactor* RegisterRegion(grpc::CallbackServerContext* context,
                                            const v1::RegisterRegionRequest* request,
@@ -40,6 +42,7 @@ class RegionService final : public v1::Regions::CallbackService {
 
   const std::shared_ptr<transport::RegionRegistry> registry_;
   const Backend& backend_;
+  const std::shared_ptr<Identity> identity_;
 };
 
 }  // namespace structkv::rpc

@@ -17,8 +17,8 @@
 #include "boost/asio/io_context.hpp"
 #include "boost/asio/posix/stream_descriptor.hpp"
 #include "boost/asio/steady_timer.hpp"
+#include "service/rpc/identity.h"
 #include "service/rpc/status_mapping.h"
-#include "service/rpc/tenant.h"
 #include "service/transport/file_descriptor.h"
 #include "service/unix_socket.h"
 #include "structkv/v1/region.pb.h"
@@ -227,12 +227,11 @@ class RegionSocket::Impl {
                                                        options_.max_regions_per_connection,
                                                        " are allowed"));
     }
-    transport::NewRegion region = {
-        .size_bytes = request.size_bytes(),
-        .writable = request.writable(),
-        .tenant = absl::StrCat("name:", request.tenant()),  // as TenantOf has it
-        .owner = connections_.at(id)->owner,
-        .connection = id};
+    transport::NewRegion region = {.size_bytes = request.size_bytes(),
+                                   .writable = request.writable(),
+                                   .tenant = Identity::LocalTenant(request.tenant()),
+                                   .owner = connections_.at(id)->owner,
+                                   .connection = id};
     if (request.lease_millis() != 0) region.lease = transport::LeaseOf(request.lease_millis());
     return registry_.AddDescriptor(std::move(files.front()), region);
   }

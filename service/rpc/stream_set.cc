@@ -67,29 +67,31 @@ int64_t StreamSet::size() const {
   return static_cast<int64_t>(streams_.size());
 }
 
+std::vector<std::shared_ptr<Stream>> StreamSet::All() const {
+  std::vector<std::shared_ptr<Stream>> streams;
+  absl::MutexLock lock(&mutex_);
+  for (const auto& [key, stream] : streams_) {
+    if (auto alive = stream.lock()) streams.push_back(std::move(alive));
+  }
+  return streams;
+}
+
 void StreamSet::Tick() {
   if (also_) also_();
-  std::vector<std::shared_ptr<Stream>> streams;
-  {
-    absl::MutexLock lock(&mutex_);
-    if (streams_.empty()) return;
-    for (const auto& [key, stream] : streams_) streams.push_back(stream.lock());
-  }
+  const std::vector<std::shared_ptr<Stream>> streams = All();
+  if (streams.empty()) return;
   const int64_t now = SteadyNanos();
-  for (const auto& stream : streams) {
-    if (stream != nullptr) stream->CheckLimits(now);
-  }
+  for (const auto& stream : streams) stream->CheckLimits(now);
 }
 
 void StreamSet::EndAll(const absl::Status& status) {
-  std::vector<std::shared_ptr<Stream>> streams;
-  {
-    absl::MutexLock lock(&mutex_);
-    for (const auto& [key, stream] : streams_) streams.push_back(stream.lock());
-  }
-  for (const auto& stream : streams) {
-    if (stream != nullptr) stream->End(status);
-  }
+  for (const auto& stream : All()) stream->End(status);
+}
+
+std::vector<PromptReport> StreamSet::Report() const {
+  std::vector<PromptReport> prompts;
+  for (const auto& stream : All()) stream->Report(&prompts);
+  return prompts;
 }
 
 bool StreamSet::WaitUntilEmpty(absl::Duration limit) {

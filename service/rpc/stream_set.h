@@ -8,11 +8,13 @@
 #include <memory>
 #include <thread>
 #include <unordered_map>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "service/rpc/stream_observer.h"
 
 namespace structkv::rpc {
 
@@ -27,6 +29,8 @@ class Stream {
   virtual void CheckLimits(int64_t now) = 0;
   // Ends it, if it still runs.
   virtual void End(const absl::Status& status) = 0;
+  // Adds the prompts that run on it.
+  virtual void Report(std::vector<PromptReport>* /*prompts*/) const {}
 };
 
 // Thread-safe. Runs one thread. Streams may outlive the set's calls, but not call into a set that
@@ -43,6 +47,8 @@ class StreamSet {
   void Remove(const Stream* stream);
 
   int64_t size() const;
+  // The prompts that run now, in no order.
+  std::vector<PromptReport> Report() const;
   // Ends every stream that runs now.
   void EndAll(const absl::Status& status);
   // Waits until no stream is left; false at the limit.
@@ -51,6 +57,8 @@ class StreamSet {
  private:
   class Ticker;
   void Tick();
+  // Those that are there now; they may go on to end.
+  std::vector<std::shared_ptr<Stream>> All() const;
 
   const std::function<void()> also_;
   mutable absl::Mutex mutex_;

@@ -111,11 +111,17 @@ std::shared_ptr<const HeldCache> HeldCaches::TakeExpired() {
   std::shared_ptr<const HeldCache> cache = std::move(entry->second.cache);
   entries_.erase(entry);
   by_expiry_.erase(by_expiry_.begin());
+  ++expired_;
   return cache;
 }
 
 Clock::Time HeldCaches::ExpiryOf(absl::Duration lease) const {
   return clock_->Now() + absl::ToChronoNanoseconds(lease);
+}
+
+int64_t HeldCaches::expired() const {
+  const std::lock_guard lock(mutex_);
+  return expired_;
 }
 
 int64_t HeldCaches::count() const {

@@ -68,6 +68,8 @@ class HeldCaches {
   const MemoryBudget& budget() const { return budget_; }
   // Caches that have not been dropped.
   int64_t count() const;
+  // Those whose lease ran out, since the start.
+  int64_t expired() const;
 
  private:
   struct Entry {
@@ -90,6 +92,7 @@ class HeldCaches {
   mutable std::mutex mutex_;
   Entries entries_;                                          // by handle
   std::set<std::pair<Clock::Time, std::string>> by_expiry_;  // handles
+  int64_t expired_ = 0;
 };
 
 }  // namespace structkv::session

@@ -19,13 +19,16 @@ struct BudgetState {
 };
 
 Reservation::Reservation(Reservation&& other) noexcept
-    : state_(std::move(other.state_)), bytes_(std::exchange(other.bytes_, 0)) {}
+    : state_(std::move(other.state_)),
+      bytes_(std::exchange(other.bytes_, 0)),
+      also_(std::move(other.also_)) {}
 
 Reservation& Reservation::operator=(Reservation&& other) noexcept {
   if (this == &other) return *this;
   Release();
   state_ = std::move(other.state_);
   bytes_ = std::exchange(other.bytes_, 0);
+  also_ = std::move(other.also_);
   return *this;
 }
 
@@ -36,6 +39,7 @@ void Reservation::Release() {
   }
   state_.reset();
   bytes_ = 0;
+  also_.reset();
 }
 
 MemoryBudget::MemoryBudget(int64_t limit_bytes)

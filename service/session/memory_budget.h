@@ -18,12 +18,15 @@ class Reservation {
   Reservation& operator=(Reservation&& other) noexcept;
   ~Reservation() { Release(); }
   int64_t bytes() const { return bytes_; }
+  // `also` goes when the bytes are given back.
+  void Keep(std::shared_ptr<const void> also) { also_ = std::move(also); }
   void Release();
 
  private:
   friend class MemoryBudget;
   std::shared_ptr<struct BudgetState> state_;
   int64_t bytes_ = 0;
+  std::shared_ptr<const void> also_;
 };
 
 // Type URL of a payload: what was refused for lack of memory is larger than the whole budget.

@@ -24,6 +24,7 @@
 #include "service/session/held_caches.h"
 #include "service/session/memory_budget.h"
 #include "service/session/pivot_profile.h"
+#include "service/session/tenant_shares.h"
 #include "service/transport/negotiation.h"
 #include "service/transport/transport.h"
 
@@ -88,6 +89,12 @@ struct SessionSummary {
   std::optional<HeldTicket> held;
 };
 
+// How long a layer waited for a thread, and was computed. Of a shard group, the whole layer's.
+struct LayerTiming {
+  absl::Duration queued;
+  absl::Duration computed;
+};
+
 // A session's answers. Called one at a time, never under a lock of the session, from any thread,
 // also from within a call to the session. After `finished` or `failed`, which is called once at
 // most and not after Cancel(), none is called.
@@ -98,6 +105,8 @@ struct SessionCallbacks {
   absl::AnyInvocable<void()> ready;
   // A layer's answer, in order of completion.
   absl::AnyInvocable<void(engine::LayerOutput)> layer;
+  // A layer was computed; before what is said of it. May be empty, as all but `ready` may.
+  absl::AnyInvocable<void(LayerTiming)> computed;
   // With PromptSpec::pull: the rows that the client is to send of a layer, once for each, as soon
   // as its positions are known. `layer` follows when they came.
   absl::AnyInvocable<void(engine::RowPull)> pull;
@@ -201,6 +210,7 @@ struct SessionManagerOptions {
   int64_t max_sessions = 256;
   int64_t idle_buffer_bytes = int64_t{1} << 30;  // returned memory kept for reuse
   int threads = 0;                               // 0: one per core
+  TenantLimits tenants;
   HoldOptions hold;
   std::shared_ptr<const Clock> clock;  // of leases; null: a steady one
   // Pivots by model, for PivotMode::kProfiled; every prompt adds to it. Null: one in memory.
@@ -221,9 +231,9 @@ class SessionManager {
   // comes back: that waits for a layer that is being computed, and for transfers that are under
   // way, 2 seconds at most. Not to be called from a callback of that session.
   //   INVALID_ARGUMENT    the spec; also what transport::Negotiate returns
-  //   RESOURCE_EXHAUSTED  the budget, that of held caches, the transport's own memory or the
-  //                       session limit is taken, or a whole budget is too small (payload
-  //                       kNeverFits)
+  //   RESOURCE_EXHAUSTED  the budget, that of held caches, the transport's own memory, the
+  //                       session limit or the tenant's share is taken, or a whole budget is too
+  //                       small (payload kNeverFits)
   //   UNIMPLEMENTED       a hold, where nothing is held
   //   UNAVAILABLE         draining
   absl::StatusOr<std::shared_ptr<Session>> Open(const SessionRequest& wanted);
@@ -250,6 +260,8 @@ class SessionManager {
   engine::Scheduler& scheduler();
   const SessionManagerOptions& options() const;
   int threads() const;
+  // Complete layers that wait for a thread.
+  int64_t queue_depth() const;
 
  private:
   friend class Session;

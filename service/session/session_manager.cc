@@ -66,6 +66,7 @@ class SessionManager::Impl {
         budget(options.memory_budget_bytes),
         buffers(static_cast<size_t>(std::max<int64_t>(options.idle_buffer_bytes, 0))),
         held_caches(options.hold, options.clock),
+        tenants(options.tenants),
         scheduler(Threads(options.threads)) {
     // Nothing can fail without a file.
     if (pivot_profile == nullptr) pivot_profile = *PivotProfile::Open({});
@@ -80,8 +81,16 @@ class SessionManager::Impl {
     if (!lease.ok()) return lease.status();
     const absl::StatusOr<int64_t> bytes = BytesToHold(request);
     if (!bytes.ok()) return bytes.status();
+    const auto take = [&] { return tenants.Take(request.hold->tenant, {.hold_bytes = *bytes}); };
+    absl::StatusOr<TenantShares::Share> share = take();
+    if (!share.ok()) {
+      held_caches.DropExpired();  // of the tenant's, perhaps
+      share = take();
+    }
+    if (!share.ok()) return share.status();
     absl::StatusOr<Reservation> reservation = held_caches.Reserve(*bytes);
     if (!reservation.ok()) return reservation.status();
+    reservation->Keep(*std::move(share));
     holding.cache = std::make_unique<HeldCache>();
     holding.cache->spec = request.spec;
     holding.cache->kv_heads = request.shard.has_value()
@@ -113,6 +122,7 @@ class SessionManager::Impl {
   MemoryBudget budget;
   engine::BufferPool buffers;
   HeldCaches held_caches;
+  TenantShares tenants;
   const std::shared_ptr<SessionRegistry> registry = std::make_shared<SessionRegistry>();
   const std::shared_ptr<ShardGroups> groups = std::make_shared<ShardGroups>();
   engine::Scheduler scheduler;  // last: its threads use all of the above
@@ -159,6 +169,11 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
   if (plan->reserved_bytes > options.memory_budget_bytes) {
     return impl_->budget.Reserve(plan->reserved_bytes).status();
   }
+  const int64_t own_limit = options.tenants.memory_bytes;
+  if (own_limit > 0 && plan->reserved_bytes > own_limit) {
+    return impl_->tenants.Take(request.transport.tenant, {.memory_bytes = plan->reserved_bytes})
+        .status();
+  }
   const absl::StatusOr<int64_t> held_bytes = BytesToHold(request);
   if (!held_bytes.ok()) return held_bytes.status();
   if (*held_bytes > options.hold.budget_bytes) {
@@ -189,8 +204,12 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
       plan = PlanSession(request, *impl_->backend, *granted->transport);
       if (!plan.ok()) return plan.status();
     }
+    absl::StatusOr<TenantShares::Share> share = impl_->tenants.Take(
+        request.transport.tenant, {.sessions = 1, .memory_bytes = plan->reserved_bytes});
+    if (!share.ok()) return share.status();
     absl::StatusOr<Reservation> reservation = impl_->budget.Reserve(plan->reserved_bytes);
     if (!reservation.ok()) return reservation.status();
+    reservation->Keep(*std::move(share));
     absl::Status taken = granted->transport->Reserve();
     // What the other session has on its way keeps its memory until that is over.
     while (absl::IsResourceExhausted(taken) && replaces && left() > absl::ZeroDuration()) {
@@ -251,5 +270,6 @@ const Backend& SessionManager::backend() const { return *impl_->backend; }
 engine::Scheduler& SessionManager::scheduler() { return impl_->scheduler; }
 const SessionManagerOptions& SessionManager::options() const { return impl_->options; }
 int SessionManager::threads() const { return impl_->scheduler.threads(); }
+int64_t SessionManager::queue_depth() const { return impl_->scheduler.queue_depth(); }
 
 }  // namespace structkv::session

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
@@ -132,19 +133,22 @@ class RegionRegistry::State {
   // Under the mutex. Being unmapped is one.
   static int64_t Uses(const Region& region) { return region.memory == nullptr ? 1 : region.uses; }
 
+  // How many those were.
   template <typename Which>
-  void LeaveAll(Which which) {
+  int64_t LeaveAll(Which which) {
     std::vector<std::unique_ptr<Leaving>> gone;
     const std::lock_guard lock(mutex);
     for (const auto& [handle, region] : regions) {
       if (!region->leaving && which(*region)) gone.push_back(Leave(region));
     }
+    return static_cast<int64_t>(gone.size());
   }
 
   const RegionOptions options;
   mutable std::mutex mutex;
   absl::flat_hash_map<std::string, RegionPtr> regions;  // by handle
   int64_t mapped_bytes = 0;
+  std::atomic<int64_t> expired{0};
 };
 
 struct RegionUse::Parts {
@@ -277,7 +281,7 @@ void RegionRegistry::EndConnection(int64_t connection) {
 }
 
 void RegionRegistry::Expire() {
-  state_->LeaveAll([now = options().clock->Now()](const Region& region) {
+  state_->expired += state_->LeaveAll([now = options().clock->Now()](const Region& region) {
     return region.expires.has_value() && *region.expires <= now;
   });
 }
@@ -294,6 +298,8 @@ int64_t RegionRegistry::mapped_bytes() const {
   const std::lock_guard lock(state_->mutex);
   return state_->mapped_bytes;
 }
+
+int64_t RegionRegistry::expired() const { return state_->expired; }
 
 int64_t RegionRegistry::regions() const {
   const std::lock_guard lock(state_->mutex);

@@ -121,6 +121,8 @@ class RegionRegistry {
 
   int64_t mapped_bytes() const;
   int64_t regions() const;
+  // Regions whose lease ran out, since the start.
+  int64_t expired() const;
   const RegionOptions& options() const;
 
  private:

@@ -43,7 +43,8 @@ class Server:
         self.log_path = f"{directory}/log"
         self.log = open(self.log_path, "w", encoding="utf-8")
         self.process = subprocess.Popen(
-            [binary, "--listen", self.address, "--region-socket", f"{directory}/regions", "--backend", backend],
+            [binary, "--listen", self.address, "--admin-listen", "off", "--region-socket", f"{directory}/regions",
+             "--backend", backend],
             stdout=self.log, stderr=subprocess.STDOUT)
 
     def __enter__(self):

@@ -48,7 +48,7 @@ quietly "$CMAKE" --build "$work/with-cmake"
 quietly "$CXX" -std=c++20 $CXXFLAGS $cflags "$work/example/main.cc" -o "$work/with-pkg-config" \
   $LDFLAGS $(pkg-config --libs structkv)
 
-"$prefix/bin/structkv-server" --listen "unix:$work/socket" >"$work/server.log" 2>&1 &
+"$prefix/bin/structkv-server" --listen "unix:$work/socket" --admin-listen off >"$work/server.log" 2>&1 &
 server=$!
 for _ in $(seq 300); do
   grep -q ready "$work/server.log" && break

@@ -120,7 +120,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
         target = f"unix:{folder}/grpc"
         region_socket = f"{folder}/regions"
         log = (folder / "log").open("wb")
-        command = [str(BIN / "structkv-server"), "--listen", target]
+        command = [str(BIN / "structkv-server"), "--listen", target, "--admin-listen", "off"]
         command += ["--region-socket", region_socket, *flags]
         process = subprocess.Popen(command, stderr=log, stdout=log)
         servers.append(Server(target, region_socket, process))

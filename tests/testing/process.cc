@@ -65,6 +65,8 @@ Process::Process(const std::vector<std::string>& arguments) {
   argv.reserve(arguments.size() + 1);
   for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
   argv.push_back(nullptr);
+  // Servers run side by side: one admin port cannot be all of theirs.
+  setenv("STRUCTKV_ADMIN_LISTEN", "127.0.0.1:0", /*overwrite=*/0);
   if (posix_spawn(&pid_, argv[0], &actions, nullptr, argv.data(), environ) != 0) pid_ = -1;
   posix_spawn_file_actions_destroy(&actions);
   close(out[1]);

@@ -15,8 +15,8 @@ namespace structkv::testkit {
 // A program that runs beside the test. Killed and reaped when destroyed.
 class Process {
  public:
-  // Starts `arguments[0]`; its standard output and error go into pipes. `alive()` is false where
-  // that failed.
+  // Starts `arguments[0]`; its standard output and error go into pipes. A server serves its admin
+  // pages at any free port, unless told otherwise.
   explicit Process(const std::vector<std::string>& arguments);
   ~Process();
   Process(const Process&) = delete;

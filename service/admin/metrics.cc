@@ -1,0 +1,157 @@
+#include "service/admin/metrics.h"
+
+#include <utility>
+
+#include "absl/strings/ascii.h"
+#include "prometheus/text_serializer.h"
+
+namespace structkv::admin {
+namespace {
+
+using Buckets = prometheus::Histogram::BucketBoundaries;
+
+// Seconds: of a layer, from the smallest prompt on a GPU to a million tokens on a CPU.
+const Buckets& LayerBuckets() {
+  static const auto& buckets = *new Buckets{5e-5,  1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01,
+                                            0.025, 0.05, 0.1,    0.25, 0.5,  1,      2.5};
+  return buckets;
+}
+
+// Seconds: of a prompt, as long as its prefill.
+const Buckets& PromptBuckets() {
+  static const auto& buckets =
+      *new Buckets{0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800};
+  return buckets;
+}
+
+const Buckets& ShareBuckets() {
+  static const auto& buckets =
+      *new Buckets{0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1};
+  return buckets;
+}
+
+// "resource_exhausted".
+std::string CodeLabel(const absl::Status& status) {
+  return absl::AsciiStrToLower(absl::StatusCodeToString(status.code()));
+}
+
+std::string Text(std::string_view view) { return std::string(view); }
+
+// Brings a counter to what was counted elsewhere.
+void RaiseTo(prometheus::Counter& counter, int64_t value) {
+  counter.Increment(static_cast<double>(value) - counter.Value());
+}
+
+}  // namespace
+
+Metrics::Counters& Metrics::NewCounters(const char* name, const char* help) {
+  return prometheus::BuildCounter().Name(name).Help(help).Register(registry_);
+}
+Metrics::Gauges& Metrics::NewGauges(const char* name, const char* help) {
+  return prometheus::BuildGauge().Name(name).Help(help).Register(registry_);
+}
+Metrics::Histograms& Metrics::NewHistograms(const char* name, const char* help) {
+  return prometheus::BuildHistogram().Name(name).Help(help).Register(registry_);
+}
+
+Metrics::Metrics()
+    : prompts_(NewCounters("structkv_sessions_total", "Prompts that are over, by status.")),
+      refused_(
+          NewCounters("structkv_rejected_total", "Prompts that were refused at open, by status.")),
+      layers_(NewCounters("structkv_layers_total", "Layers computed.")),
+      input_bytes_(NewCounters("structkv_input_bytes_total",
+                               "Bytes of tensors that prompts brought, by transport.")),
+      output_bytes_(NewCounters("structkv_output_bytes_total",
+                                "Bytes of tensors that prompts and fetches took, by transport.")),
+      fallbacks_(NewCounters("structkv_transport_fallback_total",
+                             "Prompts that did not get the transport they asked for first.")),
+      fetches_(NewCounters("structkv_fetches_total", "Fetches that are over, by status.")),
+      expired_(NewCounters("structkv_leases_expired_total",
+                           "Leases that ran out, of held caches and of regions.")),
+      log_dropped_(NewCounters("structkv_log_dropped_total", "Log lines that were not written.")),
+      layer_seconds_(NewHistograms("structkv_layer_compress_duration_seconds",
+                                   "Time that a layer was computed.")),
+      queue_seconds_(NewHistograms("structkv_queue_wait_seconds",
+                                   "Time that a complete layer waited to be computed.")),
+      prompt_seconds_(NewHistograms("structkv_session_duration_seconds",
+                                    "Time from a stream's begin to its end, of prompts.")),
+      kept_ratio_(NewHistograms("structkv_compression_ratio",
+                                "Rows kept over rows that came, of prompts that ended well.")),
+      pivot_ratio_(NewHistograms("structkv_pivot_depth_ratio",
+                                 "Pivot layer over layers, of prompts that had a pivot.")),
+      active_(NewGauges("structkv_sessions_active", "Prompts that hold memory.")),
+      streams_(NewGauges("structkv_streams_active", "Streams that run, fetches among them.")),
+      queued_(NewGauges("structkv_queue_depth", "Complete layers that wait for a thread.")),
+      reserved_bytes_(NewGauges("structkv_memory_reserved_bytes", "Memory that is taken.")),
+      limit_bytes_(NewGauges("structkv_memory_limit_bytes", "Memory that can be taken.")),
+      held_(NewGauges("structkv_held_caches", "Caches held for decode workers.")),
+      regions_(NewGauges("structkv_regions", "Memory regions that clients have registered.")),
+      mapped_bytes_(NewGauges("structkv_shm_mapped_bytes", "Clients' memory that is mapped.")),
+      nccl_pairs_(NewGauges("structkv_nccl_pairs", "Clients' GPUs that are attached.")),
+      nccl_communicators_(NewGauges("structkv_nccl_communicators", "Communicators that live.")),
+      draining_(NewGauges("structkv_draining", "1 from SIGTERM on.")),
+      certificate_(NewGauges("structkv_certificate_expiry_timestamp_seconds",
+                             "When the server's certificate ends.")),
+      build_(NewGauges("structkv_build_info", "What runs; always 1.")) {}
+
+void Metrics::CountLayer(std::string_view method, const session::LayerTiming& timing) {
+  const Labels labels = {{"method", Text(method)}};
+  layers_.Add(labels).Increment();
+  layer_seconds_.Add(labels, LayerBuckets()).Observe(absl::ToDoubleSeconds(timing.computed));
+  queue_seconds_.Add({}, LayerBuckets()).Observe(absl::ToDoubleSeconds(timing.queued));
+}
+
+void Metrics::CountPrompt(const rpc::PromptReport& prompt, const absl::Status& status) {
+  prompts_.Add({{"result", CodeLabel(status)}}).Increment();
+  prompt_seconds_.Add({}, PromptBuckets()).Observe(static_cast<double>(prompt.micros) / 1e6);
+  if (prompt.id.empty()) {
+    refused_.Add({{"reason", CodeLabel(status)}}).Increment();
+    return;
+  }
+  const Labels transport = {{"transport", Text(prompt.transport)}};
+  input_bytes_.Add(transport).Increment(static_cast<double>(prompt.input_bytes));
+  output_bytes_.Add(transport).Increment(static_cast<double>(prompt.output_bytes));
+  if (prompt.wished_transport != "-" && prompt.wished_transport != prompt.transport) {
+    fallbacks_.Add({{"from", Text(prompt.wished_transport)}, {"to", Text(prompt.transport)}})
+        .Increment();
+  }
+  if (!status.ok() || prompt.picture == nullptr) return;
+  const rpc::PromptPicture::View view = prompt.picture->view();
+  kept_ratio_.Add({}, ShareBuckets()).Observe(view.kept_share);
+  if (!view.pivot.has_value()) return;
+  pivot_ratio_.Add({}, ShareBuckets())
+      .Observe(static_cast<double>(view.pivot->layer) / static_cast<double>(prompt.layers));
+}
+
+void Metrics::CountFetch(const rpc::FetchReport& fetch, const absl::Status& status) {
+  fetches_.Add({{"result", CodeLabel(status)}}).Increment();
+  output_bytes_.Add({{"transport", Text(fetch.transport)}})
+      .Increment(static_cast<double>(fetch.output_bytes));
+}
+
+std::string Metrics::Render(const Readings& readings) {
+  const std::lock_guard lock(render_mutex_);
+  build_.Add({{"version", readings.version}, {"backend", readings.backend}}).Set(1);
+  for (const auto& [name, pool] : readings.pools) {
+    reserved_bytes_.Add({{"pool", name}}).Set(static_cast<double>(pool.reserved_bytes));
+    limit_bytes_.Add({{"pool", name}}).Set(static_cast<double>(pool.limit_bytes));
+  }
+  for (const auto& [gauges, value] :
+       {std::pair(&active_, readings.active_prompts), std::pair(&streams_, readings.active_streams),
+        std::pair(&queued_, readings.queued_layers), std::pair(&held_, readings.held_caches),
+        std::pair(&regions_, readings.regions), std::pair(&mapped_bytes_, readings.mapped_bytes),
+        std::pair(&nccl_pairs_, readings.nccl_pairs),
+        std::pair(&nccl_communicators_, readings.nccl_communicators),
+        std::pair(&draining_, int64_t{readings.draining})}) {
+    gauges->Add({}).Set(static_cast<double>(value));
+  }
+  if (readings.certificate_end != absl::InfiniteFuture()) {
+    certificate_.Add({}).Set(static_cast<double>(absl::ToUnixSeconds(readings.certificate_end)));
+  }
+  RaiseTo(log_dropped_.Add({}), readings.log_lines_dropped);
+  RaiseTo(expired_.Add({{"kind", "held_cache"}}), readings.held_caches_expired);
+  RaiseTo(expired_.Add({{"kind", "region"}}), readings.regions_expired);
+  return prometheus::TextSerializer().Serialize(registry_.Collect());
+}
+
+}  // namespace structkv::admin

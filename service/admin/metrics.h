@@ -1,0 +1,101 @@
+// The server's metrics, in Prometheus' terms. docs/operations.md lists them.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "prometheus/counter.h"
+#include "prometheus/family.h"
+#include "prometheus/gauge.h"
+#include "prometheus/histogram.h"
+#include "prometheus/registry.h"
+#include "service/rpc/stream_observer.h"
+
+namespace structkv::admin {
+
+// What is read of the server when it is asked for its metrics.
+struct Readings {
+  std::string version;
+  std::string backend;
+  struct Pool {
+    int64_t reserved_bytes = 0;
+    int64_t limit_bytes = 0;
+  };
+  std::map<std::string, Pool> pools;  // by name
+  int64_t active_prompts = 0;
+  int64_t active_streams = 0;
+  int64_t queued_layers = 0;
+  int64_t held_caches = 0;
+  int64_t regions = 0;
+  int64_t mapped_bytes = 0;
+  int64_t nccl_pairs = 0;
+  int64_t nccl_communicators = 0;
+  bool draining = false;
+  absl::Time certificate_end = absl::InfiniteFuture();  // infinite: there is none
+  // Since the start; never fall.
+  int64_t log_lines_dropped = 0;
+  int64_t held_caches_expired = 0;
+  int64_t regions_expired = 0;
+};
+
+// Thread-safe. No series is ever of one prompt or one client: their number is bounded by the
+// methods, transports and status codes that there are.
+class Metrics {
+ public:
+  Metrics();
+
+  void CountLayer(std::string_view method, const session::LayerTiming& timing);
+  void CountPrompt(const rpc::PromptReport& prompt, const absl::Status& status);
+  void CountFetch(const rpc::FetchReport& fetch, const absl::Status& status);
+
+  // Prometheus' text format.
+  std::string Render(const Readings& readings);
+
+ private:
+  using Labels = std::map<std::string, std::string>;
+  using Counters = prometheus::Family<prometheus::Counter>;
+  using Gauges = prometheus::Family<prometheus::Gauge>;
+  using Histograms = prometheus::Family<prometheus::Histogram>;
+
+  Counters& NewCounters(const char* name, const char* help);
+  Gauges& NewGauges(const char* name, const char* help);
+  Histograms& NewHistograms(const char* name, const char* help);
+
+  prometheus::Registry registry_;
+  Counters& prompts_;
+  Counters& refused_;
+  Counters& layers_;
+  Counters& input_bytes_;
+  Counters& output_bytes_;
+  Counters& fallbacks_;
+  Counters& fetches_;
+  Counters& expired_;
+  Counters& log_dropped_;
+  Histograms& layer_seconds_;
+  Histograms& queue_seconds_;
+  Histograms& prompt_seconds_;
+  Histograms& kept_ratio_;
+  Histograms& pivot_ratio_;
+  Gauges& active_;
+  Gauges& streams_;
+  Gauges& queued_;
+  Gauges& reserved_bytes_;
+  Gauges& limit_bytes_;
+  Gauges& held_;
+  Gauges& regions_;
+  Gauges& mapped_bytes_;
+  Gauges& nccl_pairs_;
+  Gauges& nccl_communicators_;
+  Gauges& draining_;
+  Gauges& certificate_;
+  Gauges& build_;
+  std::mutex render_mutex_;  // one reading at a time
+};
+
+}  // namespace structkv::admin

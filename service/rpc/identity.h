@@ -1,0 +1,77 @@
+// Whose call it is: from the caller's certificate, from a token, or from what it says.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "grpcpp/server_context.h"
+
+namespace structkv::rpc {
+
+// Request metadata that names the tenant where nobody is authenticated.
+inline constexpr char kTenantKey[] = "structkv-tenant";
+inline constexpr size_t kMaxTenantBytes = 128;
+
+struct IdentityOptions {
+  // Which of the names in a client's certificate (its subject alternative names; where it has none,
+  // its common name) is its tenant: the first that fits a pattern, in which '*' is any run of
+  // characters. Empty: the first name.
+  std::vector<std::string> certificate_names;
+  // File of lines "TENANT TOKEN"; blank ones and those that begin with '#' are skipped. Calls
+  // without a certificate must then have a token, as metadata `authorization: Bearer TOKEN`. Empty:
+  // there are none. Read again where it has changed.
+  std::string token_file;
+  // A file that was changed and cannot be taken; the tokens of before stay. May be empty.
+  std::function<void(const std::string&)> warn;
+};
+
+inline constexpr size_t kMinTokenBytes = 16;
+
+// Thread-safe. Tenants of certificates are "peer:NAME", those of tokens "token:TENANT", others
+// "name:TENANT": they never meet.
+class Identity {
+ public:
+  // NOT_FOUND or INVALID_ARGUMENT, with the line, for a token file that cannot be taken.
+  static absl::StatusOr<std::shared_ptr<Identity>> Open(IdentityOptions options);
+
+  // UNAUTHENTICATED   there are tokens, and the call has none that is among them
+  // PERMISSION_DENIED no name of the certificate fits
+  // INVALID_ARGUMENT  the metadata's tenant is too long
+  absl::StatusOr<std::string> TenantOf(const grpc::ServerContextBase& context);
+
+  // The tenant of what comes over a socket of this host, which authenticates nobody: what the
+  // client says, or what GetCapabilities told it that it is.
+  static std::string LocalTenant(absl::string_view claimed);
+
+ private:
+  struct Token {
+    std::string tenant;
+    std::string token;
+  };
+
+  explicit Identity(IdentityOptions options) : options_(std::move(options)) {}
+  absl::Status Load();
+  // Looks whether the file has changed, once a second at most.
+  void Refresh();
+  absl::StatusOr<std::string> OfCertificate(const std::vector<grpc::string_ref>& names) const;
+  absl::StatusOr<std::string> OfToken(const grpc::ServerContextBase& context);
+
+  const IdentityOptions options_;
+  std::mutex mutex_;
+  std::vector<Token> tokens_;
+  absl::Time looked_ = absl::InfinitePast();
+  int64_t changed_nanos_ = 0;  // of the file that was read
+};
+
+// Whether `text` fits `pattern`, in which '*' is any run of characters.
+bool FitsPattern(absl::string_view pattern, absl::string_view text);
+
+}  // namespace structkv::rpc

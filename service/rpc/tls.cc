@@ -1,0 +1,140 @@
+#include "service/rpc/tls.h"
+
+#include <openssl/pem.h>
+#include <openssl/x509.h>
+
+#include <algorithm>
+#include <ctime>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "absl/time/clock.h"
+#include "grpcpp/security/tls_certificate_provider.h"
+#include "grpcpp/security/tls_credentials_options.h"
+
+namespace structkv::rpc {
+namespace {
+
+template <auto Free>
+struct Freed {
+  template <typename T>
+  void operator()(T* object) const {
+    Free(object);
+  }
+};
+using File = std::unique_ptr<BIO, Freed<BIO_free>>;
+using Certificate = std::unique_ptr<X509, Freed<X509_free>>;
+using Key = std::unique_ptr<EVP_PKEY, Freed<EVP_PKEY_free>>;
+
+absl::StatusOr<File> Open(const char* option, const std::string& path) {
+  File file(BIO_new_file(path.c_str(), "r"));
+  if (file != nullptr) return file;
+  return absl::NotFoundError(absl::StrCat(option, " ", path, " cannot be read"));
+}
+
+absl::StatusOr<std::vector<Certificate>> ReadCertificates(const char* option,
+                                                          const std::string& path) {
+  absl::StatusOr<File> file = Open(option, path);
+  if (!file.ok()) return file.status();
+  std::vector<Certificate> all;
+  while (X509* one = PEM_read_bio_X509(file->get(), nullptr, nullptr, nullptr)) {
+    all.emplace_back(one);
+  }
+  if (!all.empty()) return all;
+  return absl::InvalidArgumentError(
+      absl::StrCat(option, " ", path, " holds no certificate in PEM form"));
+}
+
+absl::StatusOr<Key> ReadKey(const std::string& path) {
+  absl::StatusOr<File> file = Open("tls-key", path);
+  if (!file.ok()) return file.status();
+  // Without a terminal: one that is encrypted cannot be read.
+  const auto no_password = [](char*, int, int, void*) { return 0; };
+  Key key(PEM_read_bio_PrivateKey(file->get(), nullptr, no_password, nullptr));
+  if (key != nullptr) return key;
+  return absl::InvalidArgumentError(
+      absl::StrCat("tls-key ", path, " holds no private key in PEM form without a password"));
+}
+
+absl::Time EndOf(const Certificate& certificate) {
+  std::tm end = {};
+  if (ASN1_TIME_to_tm(X509_get0_notAfter(certificate.get()), &end) != 1) {
+    return absl::InfinitePast();
+  }
+  return absl::FromTM(end, absl::UTCTimeZone());
+}
+
+absl::Time FirstEnd(const std::vector<Certificate>& certificates) {
+  absl::Time first = absl::InfiniteFuture();
+  for (const Certificate& one : certificates) first = std::min(first, EndOf(one));
+  return first;
+}
+
+absl::Status CheckFiles(const TlsOptions& options) {
+  const auto chain = ReadCertificates("tls-certificate", options.certificate);
+  if (!chain.ok()) return chain.status();
+  const absl::StatusOr<Key> key = ReadKey(options.key);
+  if (!key.ok()) return key.status();
+  if (X509_check_private_key(chain->front().get(), key->get()) != 1) {
+    return absl::InvalidArgumentError(absl::StrCat("tls-key ", options.key,
+                                                   " is not the key of the first certificate in ",
+                                                   options.certificate));
+  }
+  if (const absl::Time end = FirstEnd(*chain); end < absl::Now()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("tls-certificate ", options.certificate, " ended at ",
+                     absl::FormatTime("%Y-%m-%dT%H:%M:%SZ", end, absl::UTCTimeZone())));
+  }
+  if (options.client_authorities.empty()) return absl::OkStatus();
+  return ReadCertificates("client-authorities", options.client_authorities).status();
+}
+
+}  // namespace
+
+absl::Status CheckTls(const TlsOptions& options) {
+  if (options.certificate.empty() != options.key.empty()) {
+    return absl::InvalidArgumentError("tls-certificate and tls-key are given together");
+  }
+  if (!options.client_authorities.empty() && !options.enabled()) {
+    return absl::InvalidArgumentError("client-authorities needs tls-certificate and tls-key");
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeCredentials(
+    const TlsOptions& options) {
+  if (absl::Status status = CheckTls(options); !status.ok()) return status;
+  if (absl::Status status = CheckFiles(options); !status.ok()) return status;
+  auto provider = std::make_shared<grpc::experimental::FileWatcherCertificateProvider>(
+      options.key, options.certificate, options.client_authorities,
+      static_cast<unsigned>(options.look_seconds));
+  grpc::experimental::TlsServerCredentialsOptions tls(std::move(provider));
+  tls.watch_identity_key_cert_pairs();
+  if (!options.client_authorities.empty()) {
+    tls.watch_root_certs();
+    tls.set_cert_request_type(GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
+  }
+  return grpc::experimental::TlsServerCredentials(tls);
+}
+
+absl::StatusOr<absl::Time> CertificateExpiry(const std::string& path) {
+  const auto chain = ReadCertificates("tls-certificate", path);
+  if (!chain.ok()) return chain.status();
+  return FirstEnd(*chain);
+}
+
+bool IsLocalAddress(const std::string& address) {
+  absl::string_view rest = address;
+  if (absl::StartsWith(rest, "unix")) return true;
+  for (absl::string_view scheme : {"ipv4:", "ipv6:", "dns:///", "dns:"}) {
+    if (absl::ConsumePrefix(&rest, scheme)) break;
+  }
+  const absl::string_view host = rest.substr(0, rest.rfind(':'));
+  const bool numeric = host.find_first_not_of("0123456789.") == absl::string_view::npos;
+  return (numeric && absl::StartsWith(host, "127.")) || host == "[::1]" || host == "localhost";
+}
+
+}  // namespace structkv::rpc

@@ -1,0 +1,105 @@
+#include "service/admin/metrics.h"
+
+#include <memory>
+#include <string>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace structkv::admin {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+rpc::PromptReport Prompt() {
+  rpc::PromptReport prompt;
+  prompt.id = "0123";
+  prompt.method = "structkv";
+  prompt.transport = "inline";
+  prompt.wished_transport = "shared_memory";
+  prompt.prompt_tokens = 100;
+  prompt.layers = 4;
+  prompt.input_bytes = 1000;
+  prompt.output_bytes = 100;
+  prompt.micros = 2'000'000;
+  auto picture = std::make_shared<rpc::PromptPicture>(100);
+  engine::LayerOutput output;
+  output.kept_tokens = 10;
+  for (int32_t i = 0; i < 10; ++i) output.positions.push_back(i);
+  picture->Add(output);
+  engine::PivotResult pivot;
+  pivot.decision.pivot_layer = 2;
+  picture->Add(pivot);
+  prompt.picture = picture;
+  return prompt;
+}
+
+TEST(MetricsTest, CountsPrompts) {
+  Metrics metrics;
+  metrics.CountPrompt(Prompt(), absl::OkStatus());
+  metrics.CountPrompt(Prompt(), absl::AbortedError("slow"));
+  EXPECT_THAT(
+      metrics.Render({}),
+      AllOf(HasSubstr("structkv_sessions_total{result=\"ok\"} 1\n"),
+            HasSubstr("structkv_sessions_total{result=\"aborted\"} 1\n"),
+            HasSubstr("structkv_input_bytes_total{transport=\"inline\"} 2000\n"),
+            HasSubstr("structkv_output_bytes_total{transport=\"inline\"} 200\n"),
+            HasSubstr("structkv_transport_fallback_total{from=\"shared_memory\",to=\"inline\"} 2"),
+            HasSubstr("structkv_session_duration_seconds_sum 4\n"),
+            // Of what ended well alone.
+            HasSubstr("structkv_compression_ratio_sum 0.1"),
+            HasSubstr("structkv_compression_ratio_count 1\n"),
+            HasSubstr("structkv_pivot_depth_ratio_sum 0.5\n"),
+            Not(HasSubstr("structkv_rejected_total{")), Not(HasSubstr("0123"))));
+}
+
+TEST(MetricsTest, CountsRefusals) {
+  Metrics metrics;
+  metrics.CountPrompt({}, absl::ResourceExhaustedError("full"));
+  EXPECT_THAT(metrics.Render({}),
+              AllOf(HasSubstr("structkv_sessions_total{result=\"resource_exhausted\"} 1\n"),
+                    HasSubstr("structkv_rejected_total{reason=\"resource_exhausted\"} 1\n"),
+                    Not(HasSubstr("structkv_input_bytes_total{"))));
+}
+
+TEST(MetricsTest, CountsLayersAndFetches) {
+  Metrics metrics;
+  metrics.CountLayer("snapkv",
+                     {.queued = absl::Milliseconds(3), .computed = absl::Milliseconds(20)});
+  metrics.CountFetch({.transport = "cuda_ipc", .output_bytes = 7}, absl::OkStatus());
+  EXPECT_THAT(
+      metrics.Render({}),
+      AllOf(HasSubstr("structkv_layers_total{method=\"snapkv\"} 1\n"),
+            HasSubstr("structkv_layer_compress_duration_seconds_sum{method=\"snapkv\"} 0.02\n"),
+            HasSubstr("structkv_queue_wait_seconds_bucket{le=\"0.0025\"} 0\n"),
+            HasSubstr("structkv_queue_wait_seconds_bucket{le=\"0.005\"} 1\n"),
+            HasSubstr("structkv_fetches_total{result=\"ok\"} 1\n"),
+            HasSubstr("structkv_output_bytes_total{transport=\"cuda_ipc\"} 7\n")));
+}
+
+// What is read anew each time: gauges follow, counters rise.
+TEST(MetricsTest, Readings) {
+  Metrics metrics;
+  Readings readings = {.version = "1.2.3", .backend = "cpu", .active_prompts = 5};
+  readings.pools["prompts"] = {.reserved_bytes = 10, .limit_bytes = 20};
+  readings.held_caches_expired = 3;
+  EXPECT_THAT(metrics.Render(readings),
+              AllOf(HasSubstr("structkv_build_info{backend=\"cpu\",version=\"1.2.3\"} 1\n"),
+                    HasSubstr("structkv_sessions_active 5\n"),
+                    HasSubstr("structkv_memory_reserved_bytes{pool=\"prompts\"} 10\n"),
+                    HasSubstr("structkv_memory_limit_bytes{pool=\"prompts\"} 20\n"),
+                    HasSubstr("structkv_leases_expired_total{kind=\"held_cache\"} 3\n"),
+                    HasSubstr("structkv_draining 0\n")));
+  readings.active_prompts = 1;
+  readings.held_caches_expired = 4;
+  readings.draining = true;
+  EXPECT_THAT(metrics.Render(readings),
+              AllOf(HasSubstr("structkv_sessions_active 1\n"),
+                    HasSubstr("structkv_leases_expired_total{kind=\"held_cache\"} 4\n"),
+                    HasSubstr("structkv_draining 1\n")));
+}
+
+}  // namespace
+}  // namespace structkv::admin

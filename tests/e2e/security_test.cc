@@ -1,0 +1,347 @@
+// Who may call: TLS, clients' certificates, tokens, and that what one tenant has is not another's.
+#include <chrono>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "structkv/v1/compression.grpc.pb.h"
+#include "structkv/v1/held_cache.grpc.pb.h"
+#include "structkv/v1/nccl.grpc.pb.h"
+#include "structkv/v1/region.grpc.pb.h"
+#include "tests/testing/certificates.h"
+#include "tests/testing/held.h"
+#include "tests/testing/process.h"
+#include "tests/testing/service_test.h"
+
+namespace structkv::testkit {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr char kPrefillToken[] = "0123456789abcdef";
+constexpr char kDecodeToken[] = "fedcba9876543210";
+
+Metadata Bearer(const std::string& token) { return {{"authorization", "Bearer " + token}}; }
+
+// GetCapabilities of a caller.
+grpc::Status Ask(const std::shared_ptr<grpc::Channel>& channel, std::string* tenant = nullptr,
+                 const Metadata& metadata = {}) {
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(20));
+  for (const auto& [key, value] : metadata) context.AddMetadata(key, value);
+  v1::GetCapabilitiesResponse response;
+  grpc::Status status = v1::Compression::NewStub(channel)->GetCapabilities(&context, {}, &response);
+  if (tenant != nullptr) *tenant = response.tenant();
+  return status;
+}
+
+class SecurityTest : public ServiceTest {
+ protected:
+  // Takes the place of the file in one step, as Kubernetes does.
+  std::string Write(const std::string& name, const std::string& text) {
+    const std::string path = directory_.Path(name);
+    std::ofstream(path + ".new") << text;
+    std::filesystem::rename(path + ".new", path);
+    return path;
+  }
+  ServerOptions Tls(const Authority::Pair& pair) {
+    ServerOptions options = TestOptions();
+    options.tls.certificate = Write("certificate", pair.certificate);
+    options.tls.key = Write("key", pair.key);
+    options.tls.look_seconds = 1;
+    options.sessions.hold.budget_bytes = 64 << 20;
+    return options;
+  }
+  ServerOptions MutualTls() {
+    ServerOptions options = Tls(authority_.Sign({"DNS:localhost", "IP:127.0.0.1"}));
+    options.tls.client_authorities = Write("authorities", authority_.certificate());
+    return options;
+  }
+  ServerOptions Tokens() {
+    ServerOptions options = TestOptions();
+    options.sessions.hold.budget_bytes = 64 << 20;
+    options.identity.token_file = Write(
+        "tokens", std::string("prefill ") + kPrefillToken + "\ndecode " + kDecodeToken + "\n");
+    return options;
+  }
+  std::shared_ptr<grpc::Channel> As(const std::vector<std::string>& names) {
+    return NewTlsChannel(target(), authority_.certificate(), authority_.Sign(names));
+  }
+  // Holds a cache for the caller, and returns its handle.
+  std::string Hold(const std::shared_ptr<grpc::Channel>& channel, const Metadata& metadata = {}) {
+    const PromptData data(Held(SmallOpen()), 3);
+    const Outcome outcome =
+        testkit::Run(channel, AllMessages(data), CallOptions{.metadata = metadata});
+    EXPECT_TRUE(outcome.status.ok()) << outcome.status.error_message();
+    return outcome.responses.empty() ? "" : outcome.responses.back().summary().held().handle();
+  }
+
+  const Authority authority_;
+  TemporaryDirectory directory_;
+};
+
+TEST_F(SecurityTest, TlsAlone) {
+  StartAlone(Tls(authority_.Sign({"IP:127.0.0.1"})));
+  const auto trusted = NewTlsChannel(target(), authority_.certificate());
+  const PromptData data(SmallOpen(), 1);
+  ExpectSuccess(data, testkit::Run(trusted, AllMessages(data)));
+  std::string tenant;
+  EXPECT_TRUE(Ask(trusted, &tenant, {{"structkv-tenant", "a"}}).ok());
+  EXPECT_EQ(tenant, "name:a");
+  EXPECT_EQ(Ask(NewChannel(target())).error_code(), grpc::StatusCode::UNAVAILABLE);  // plain text
+  EXPECT_EQ(Ask(NewTlsChannel(target(), Authority().certificate())).error_code(),
+            grpc::StatusCode::UNAVAILABLE);
+  ExpectNothingHeld();
+}
+
+TEST_F(SecurityTest, ClientsShowCertificates) {
+  StartAlone(MutualTls());
+  const auto prefill = As({"URI:spiffe://cluster/prefill", "DNS:prefill"});
+  std::string tenant;
+  EXPECT_TRUE(Ask(prefill, &tenant, {{"structkv-tenant", "somebody"}}).ok());
+  EXPECT_EQ(tenant, "peer:spiffe://cluster/prefill");
+  EXPECT_TRUE(Ask(As({}), &tenant).ok());
+  EXPECT_EQ(tenant, "peer:common");
+  EXPECT_EQ(Ask(NewTlsChannel(target(), authority_.certificate())).error_code(),
+            grpc::StatusCode::UNAVAILABLE);
+  EXPECT_EQ(Ask(NewTlsChannel(target(), authority_.certificate(), Authority().Sign({"DNS:a"})))
+                .error_code(),
+            grpc::StatusCode::UNAVAILABLE);
+  EXPECT_EQ(
+      Ask(NewTlsChannel(target(), authority_.certificate(), authority_.Sign({}, -30))).error_code(),
+      grpc::StatusCode::UNAVAILABLE);
+
+  const std::string handle = Hold(prefill);
+  EXPECT_TRUE(Fetch(prefill, FetchRequest(handle)).status.ok());
+  const auto other = As({"URI:spiffe://cluster/other"});
+  const Metadata claim = {{"structkv-tenant", "peer:spiffe://cluster/prefill"}};
+  EXPECT_EQ(Fetch(other, FetchRequest(handle), claim).status.error_code(),
+            grpc::StatusCode::NOT_FOUND);
+  EXPECT_EQ(Release(other, handle, claim).error_code(), grpc::StatusCode::NOT_FOUND);
+  // The same name in another connection, with another key, is the same tenant.
+  EXPECT_TRUE(Release(As({"URI:spiffe://cluster/prefill"}), handle).ok());
+  ExpectNothingHeld();
+}
+
+TEST_F(SecurityTest, NamesThatAreTenants) {
+  ServerOptions options = MutualTls();
+  options.identity.certificate_names = {"spiffe://cluster/ns/*/prefill", "*.decode"};
+  StartAlone(options);
+  std::string tenant;
+  EXPECT_TRUE(Ask(As({"DNS:a", "URI:spiffe://cluster/ns/llm/prefill"}), &tenant).ok());
+  EXPECT_EQ(tenant, "peer:spiffe://cluster/ns/llm/prefill");
+  EXPECT_TRUE(Ask(As({"DNS:1.decode"}), &tenant).ok());
+  EXPECT_EQ(tenant, "peer:1.decode");
+  const grpc::Status refused = Ask(As({"DNS:a", "DNS:b"}));
+  EXPECT_EQ(refused.error_code(), grpc::StatusCode::PERMISSION_DENIED);
+  EXPECT_EQ(refused.error_message(),
+            "no name of the client's certificate (a, b) is allowed here (--client-names)");
+  const PromptData data(SmallOpen(), 1);
+  ExpectFailure(testkit::Run(As({"DNS:a"}), AllMessages(data)), grpc::StatusCode::PERMISSION_DENIED,
+                {"(a)"});
+  ExpectNothingHeld();
+}
+
+TEST_F(SecurityTest, CertificatesAreReadAgain) {
+  StartAlone(Tls(authority_.Sign({"IP:127.0.0.1"})));
+  EXPECT_TRUE(Ask(NewTlsChannel(target(), authority_.certificate())).ok());
+  const Authority next;
+  const Authority::Pair pair = next.Sign({"IP:127.0.0.1"});
+  Write("key", pair.key);
+  Write("certificate", pair.certificate);
+  EXPECT_TRUE(Eventually([&] { return Ask(NewTlsChannel(target(), next.certificate())).ok(); }));
+}
+
+// No call but the health service's goes without a token.
+TEST_F(SecurityTest, EveryCallNeedsAToken) {
+  ServerOptions options = Tokens();
+  options.regions.socket.path = directory_.Path("regions");
+  StartAlone(options);
+  const auto call = [this](const Metadata& metadata, auto make) {
+    grpc::ClientContext context;
+    for (const auto& [key, value] : metadata) context.AddMetadata(key, value);
+    return make(channel(), &context).error_code();
+  };
+  const std::vector<std::function<grpc::StatusCode(const Metadata&)>> calls = {
+      [&](const Metadata& metadata) {
+        const PromptData data(SmallOpen(), 1);
+        return Run(AllMessages(data), CallOptions{.metadata = metadata}).status.error_code();
+      },
+      [&](const Metadata& metadata) { return Ask(channel(), nullptr, metadata).error_code(); },
+      [&](const Metadata& metadata) {
+        return Fetch(channel(), FetchRequest(std::string(16, 'h')), metadata).status.error_code();
+      },
+      [&](const Metadata& metadata) {
+        return Renew(channel(), std::string(16, 'h'), metadata).error_code();
+      },
+      [&](const Metadata& metadata) {
+        return Release(channel(), std::string(16, 'h'), metadata).error_code();
+      },
+      [&](const Metadata& metadata) {
+        return call(metadata, [](const auto& channel, auto* context) {
+          v1::RegisterRegionResponse response;
+          return v1::Regions::NewStub(channel)->RegisterRegion(context, {}, &response);
+        });
+      },
+      [&](const Metadata& metadata) {
+        return call(metadata, [](const auto& channel, auto* context) {
+          v1::GetRegionResponse response;
+          return v1::Regions::NewStub(channel)->GetRegion(context, {}, &response);
+        });
+      },
+      [&](const Metadata& metadata) {
+        return call(metadata, [](const auto& channel, auto* context) {
+          v1::RenewRegionResponse response;
+          return v1::Regions::NewStub(channel)->RenewRegion(context, {}, &response);
+        });
+      },
+      [&](const Metadata& metadata) {
+        return call(metadata, [](const auto& channel, auto* context) {
+          v1::UnregisterRegionResponse response;
+          return v1::Regions::NewStub(channel)->UnregisterRegion(context, {}, &response);
+        });
+      },
+  };
+  for (size_t i = 0; i < calls.size(); ++i) {
+    for (const Metadata& bad :
+         {Metadata{}, Bearer(""), Bearer("0123456789abcdeg"), Bearer("0123456789abcdef "),
+          Metadata{{"authorization", kPrefillToken}},
+          Metadata{{"authorization", std::string("Basic ") + kPrefillToken}}}) {
+      EXPECT_EQ(calls[i](bad), grpc::StatusCode::UNAUTHENTICATED) << "call " << i;
+    }
+    EXPECT_NE(calls[i](Bearer(kPrefillToken)), grpc::StatusCode::UNAUTHENTICATED) << "call " << i;
+  }
+  EXPECT_EQ(Ask(channel()).error_message(),
+            "the call has no metadata `authorization: Bearer TOKEN`, which this server asks for");
+  ExpectNothingHeld();
+}
+
+TEST_F(SecurityTest, TokensAreTenants) {
+  StartAlone(Tokens());
+  std::string tenant;
+  Metadata both = Bearer(kPrefillToken);
+  both.emplace_back("structkv-tenant", "decode");
+  EXPECT_TRUE(Ask(channel(), &tenant, both).ok());
+  EXPECT_EQ(tenant, "token:prefill");
+  const std::string handle = Hold(channel(), Bearer(kPrefillToken));
+  EXPECT_EQ(Fetch(channel(), FetchRequest(handle), Bearer(kDecodeToken)).status.error_code(),
+            grpc::StatusCode::NOT_FOUND);
+  EXPECT_TRUE(Fetch(channel(), FetchRequest(handle), Bearer(kPrefillToken)).status.ok());
+  EXPECT_TRUE(Release(channel(), handle, Bearer(kPrefillToken)).ok());
+  ExpectNothingHeld();
+}
+
+TEST_F(SecurityTest, TokensAreReadAgain) {
+  StartAlone(Tokens());
+  constexpr char kNext[] = "0011223344556677";
+  EXPECT_EQ(Ask(channel(), nullptr, Bearer(kNext)).error_code(), grpc::StatusCode::UNAUTHENTICATED);
+  Write("tokens", std::string("prefill ") + kNext + "\n");
+  EXPECT_TRUE(Eventually([&] { return Ask(channel(), nullptr, Bearer(kNext)).ok(); }));
+  EXPECT_EQ(Ask(channel(), nullptr, Bearer(kPrefillToken)).error_code(),
+            grpc::StatusCode::UNAUTHENTICATED);
+  // One that cannot be taken changes nothing.
+  Write("tokens", "prefill short\n");
+  const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(1500);
+  while (std::chrono::steady_clock::now() < end) {
+    ASSERT_TRUE(Ask(channel(), nullptr, Bearer(kNext)).ok());
+  }
+}
+
+// One tenant's share is taken, and the other's is not.
+TEST_F(SecurityTest, TenantsHaveShares) {
+  ServerOptions options = Tokens();
+  options.sessions.tenants.max_sessions = 1;
+  StartAlone(options);
+  const PromptData data(SmallOpen(), 1);
+  const auto run = [&](const char* token) {
+    return testkit::Run(channel(), AllMessages(data), CallOptions{.metadata = Bearer(token)});
+  };
+  Call first(channel(), CallOptions{.metadata = Bearer(kPrefillToken)});
+  first.Send(OpenMessage(data.open()));
+  ASSERT_TRUE(first.WaitForOpened().has_value());
+  const Outcome refused = run(kPrefillToken);
+  ExpectFailure(refused, grpc::StatusCode::RESOURCE_EXHAUSTED,
+                {"tenant 'token:prefill' has 1 prompts and asks for 1; at most 1 are allowed "
+                 "(--tenant-max-sessions)"});
+  EXPECT_EQ(refused.trailers.count("grpc-retry-pushback-ms"), 1U);
+  ExpectSuccess(data, run(kDecodeToken));
+  first.Cancel();
+  first.Finish();
+  EXPECT_TRUE(Eventually([&] { return run(kPrefillToken).status.ok(); }));
+  ExpectNothingHeld();
+}
+
+TEST_F(SecurityTest, SharesOfMemory) {
+  ServerOptions options = Tokens();
+  StartAlone(options);
+  const PromptData data(SmallOpen(), 1);
+  Call call(channel(), CallOptions{.metadata = Bearer(kPrefillToken)});
+  call.Send(OpenMessage(data.open()));
+  const std::optional<v1::Opened> opened = call.WaitForOpened();
+  ASSERT_TRUE(opened.has_value());
+  call.Cancel();
+  call.Finish();
+
+  options.sessions.tenants.memory_bytes = static_cast<int64_t>(opened->reserved_bytes()) - 1;
+  Restart(options);
+  const Outcome refused =
+      testkit::Run(channel(), AllMessages(data), CallOptions{.metadata = Bearer(kPrefillToken)});
+  ExpectFailure(refused, grpc::StatusCode::RESOURCE_EXHAUSTED,
+                {"has 0 bytes of memory and asks for " + std::to_string(opened->reserved_bytes()),
+                 "(--tenant-memory)"});
+  EXPECT_EQ(refused.trailers.at("grpc-retry-pushback-ms"), "-1");  // it never fits
+}
+
+TEST_F(SecurityTest, SharesOfHeldCaches) {
+  ServerOptions options = Tokens();
+  StartAlone(options);
+  const PromptData data(Held(SmallOpen()), 3);
+  const auto hold = [&](const char* token) {
+    return testkit::Run(channel(), AllMessages(data), CallOptions{.metadata = Bearer(token)});
+  };
+  const int64_t bytes = [&] {
+    const std::string handle = Hold(channel(), Bearer(kPrefillToken));
+    const int64_t held = server().sessions().held_caches().budget().reserved_bytes();
+    EXPECT_TRUE(Release(channel(), handle, Bearer(kPrefillToken)).ok());
+    return held;
+  }();
+  options.sessions.tenants.hold_bytes = 3 * bytes / 2;
+  Restart(options);
+  const Outcome first = hold(kPrefillToken);
+  ASSERT_TRUE(first.status.ok()) << first.status.error_message();
+  ExpectFailure(hold(kPrefillToken), grpc::StatusCode::RESOURCE_EXHAUSTED,
+                {"bytes of held caches", "(--tenant-hold-budget)"});
+  const Outcome other = hold(kDecodeToken);
+  ASSERT_TRUE(other.status.ok()) << other.status.error_message();
+  const auto release = [&](const Outcome& outcome, const char* token) {
+    return Release(channel(), outcome.responses.back().summary().held().handle(), Bearer(token));
+  };
+  EXPECT_TRUE(release(first, kPrefillToken).ok());
+  const Outcome again = hold(kPrefillToken);
+  ASSERT_TRUE(again.status.ok()) << again.status.error_message();
+  EXPECT_TRUE(release(again, kPrefillToken).ok());
+  EXPECT_TRUE(release(other, kDecodeToken).ok());
+  ExpectNothingHeld();
+}
+
+TEST(SecureByDefaultTest, OtherHostsNeedTlsOrLeave) {
+  ServerOptions options = TestOptions();
+  options.listen = {"0.0.0.0:0"};
+  const absl::Status refused = Server::Start(options).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(refused.message(),
+            "listen is 0.0.0.0:0, which other hosts reach, and there is no TLS (tls-certificate, "
+            "tls-key); insecure allows it");
+  options.insecure = true;
+  EXPECT_TRUE(Server::Start(options).ok());
+}
+
+}  // namespace
+}  // namespace structkv::testkit
