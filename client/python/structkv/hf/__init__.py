@@ -23,7 +23,7 @@ from ..client import Client
 from ..messages import Budget, Method, Pivot
 from ..options import SessionOptions
 from .cache import CompactedLayer
-from .methods import MethodName, build_method, build_open
+from .methods import MethodName, build_method, build_open, check_model
 from .prefill import Setup
 from .report import PromptReport, Report, Seconds
 from .run import Run
@@ -85,6 +85,7 @@ def compress(
         raise ValueError(f"on_failure: {on_failure!r}; 'full' or 'raise' is expected")
     if output not in ("plan", "compact"):
         raise ValueError(f"output: {output!r}; 'plan' or 'compact' is expected")
+    check_model(model)
     layers = len(model.get_decoder().layers)
     message = build_method(method, layers, kv_budget, skeleton, pivot, parameters)
     open = build_open(model, message, output, model_id)

@@ -44,6 +44,16 @@ MODEL_TYPES = ("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", 
 """`config.model_type` of what compress() takes."""
 
 
+def check_model(model: Any) -> None:
+    """TypeError where `model` is of a class that this package does not know."""
+    kind = model.config.get_text_config(decoder=True).model_type
+    if kind not in MODEL_TYPES:
+        raise TypeError(
+            f"model: {type(model).__name__} is of the type {kind!r};"
+            f" one of {', '.join(MODEL_TYPES)} is expected"
+        )
+
+
 def build_method(
     method: MethodName | Method,
     layers: int,
@@ -120,14 +130,9 @@ def decides_after(method: Method, layer: int) -> bool:
 
 
 def build_open(model: Any, method: Method, output: str, model_id: str | None) -> Open:
-    """`Open` of a prompt of `model`, but for its length. TypeError or ValueError where the model
-    is none that the service or this package takes."""
+    """`Open` of a prompt of `model`, but for its length. ValueError where the model's weights or
+    attention are nothing that the service takes."""
     config = model.config.get_text_config(decoder=True)
-    if config.model_type not in MODEL_TYPES:
-        raise TypeError(
-            f"model: {type(model).__name__} is of the type {config.model_type!r};"
-            f" one of {', '.join(MODEL_TYPES)} is expected"
-        )
     attention = [layer.self_attn for layer in model.get_decoder().layers]
     dtype = attention[0].k_proj.weight.dtype
     if dtype not in DTYPES:

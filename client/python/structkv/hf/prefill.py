@@ -18,8 +18,8 @@ from ..errors import Error, InvalidArgument, Unimplemented
 from ..messages import GemFilterMethod, Method, Open
 from ..options import SessionOptions
 from ..results import LayerResult
-from .attention import causal_mask
 from .cache import CompactedLayer, align, gather
+from .cut import Cut
 from .methods import decides_after
 from .prompt import Prompt
 from .report import PromptReport, Report, Seconds
@@ -34,23 +34,6 @@ class Setup:
     method: Method
     options: SessionOptions
     raises: bool  # at any failure
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What the layers from `layer` on compute on. A batch's rows end together; those that are
-    shorter have places before them that nobody attends to.
-
-    places: i64 [batch, rows], where the rows were among the padded prompt's tokens.
-    mask, position_ids, position_embeddings: what the layers get in place of the prompt's.
-    """
-
-    layer: int
-    skeletons: tuple[torch.Tensor, ...]
-    places: torch.Tensor
-    mask: torch.Tensor | None
-    position_ids: torch.Tensor
-    position_embeddings: tuple[torch.Tensor, torch.Tensor]
 
 
 class Prefill:
@@ -96,12 +79,12 @@ class Prefill:
             with self._timed(stage):
                 yield
         except Error as error:
+            self.cancel()
             wrong = stage == "open" and isinstance(error, InvalidArgument | Unimplemented)
             if self._setup.raises or wrong or self._kept or self._cut is not None:
                 raise
             warnings.warn(f"structkv: the prompt keeps its full cache: {error}", stacklevel=2)
             self._failure = error
-            self.cancel()
 
     def before_layer(self, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         """What the layer computes on: its hidden states [batch, rows, hidden], and in kwargs all
@@ -117,18 +100,12 @@ class Prefill:
                 self._compact_answered()
             if self._failure is None and self._cut_is_due(layer):
                 with self._timed("compact"):
-                    self._cut = self._make_cut(layer, hidden, kwargs)
+                    self._cut = self._make_cut(layer, kwargs)
                 self._compact_answered()
                 if self._gemfilter:
                     hidden = self._again(layer, kwargs)
         if self._cut is not None:
-            if hidden.shape[1] != self._cut.places.shape[1]:
-                hidden = hidden.gather(
-                    1, self._cut.places[..., None].expand(-1, -1, hidden.shape[-1])
-                )
-            kwargs["attention_mask"] = self._cut.mask
-            kwargs["position_ids"] = self._cut.position_ids
-            kwargs["position_embeddings"] = self._cut.position_embeddings
+            hidden = self._cut.apply(hidden, kwargs)
         if self._failure is None and not (self._gemfilter and self._cut is not None):
             kwargs["structkv_tap"] = partial(self._send, layer)
         return hidden
@@ -138,12 +115,8 @@ class Prefill:
     ) -> None:
         with self._service("send"):
             for row, prompt in enumerate(self._prompts):
-                first = keys.shape[2] - self._rows(row)
-                prompt.send(
-                    layer,
-                    *(each[row, :, first:] for each in (queries, keys, values)),
-                    skeleton=self._cut is not None,
-                )
+                own = (row, slice(None), slice(keys.shape[2] - self._rows(row), None))
+                prompt.send(layer, queries[own], keys[own], values[own], self._cut is not None)
 
     def _rows(self, row: int) -> int:
         """Rows of the layer that is being computed, of one row of the batch."""
@@ -159,31 +132,12 @@ class Prefill:
                 return False
         return True
 
-    def _make_cut(self, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Cut:
-        device, batch = hidden.device, len(self._prompts)
-        skeletons = tuple(prompt.skeleton() for prompt in self._prompts)
-        shifted = [s.long() + prompt.padding for s, prompt in zip(skeletons, self._prompts)]
-        places = align(shifted, 0).to(device)
-        rows = places.shape[1]
-        valid = None
-        if any(len(skeleton) < rows for skeleton in skeletons):
-            lengths = torch.tensor([len(skeleton) for skeleton in skeletons], device=device)
-            valid = torch.arange(rows, device=device)[None] >= rows - lengths[:, None]
-        if self._gemfilter:  # a prompt of its own
-            assert self._embeddings is not None
-            first = torch.tensor([rows - len(skeleton) for skeleton in skeletons], device=device)
-            positions = (torch.arange(rows, device=device)[None] - first[:, None]).clamp(min=0)
-            embeddings = self._decoder.rotary_emb(hidden, position_ids=positions)
-        else:
-            positions = kwargs["position_ids"].expand(batch, -1).gather(1, places)
-            embeddings = tuple(
-                each.expand(batch, -1, -1).gather(
-                    1, places[..., None].expand(-1, -1, each.shape[-1])
-                )
-                for each in kwargs["position_embeddings"]
-            )
-        mask = causal_mask(self._decoder.config, rows, 0, valid, hidden[:, :rows])
-        return Cut(layer, skeletons, places, mask, positions, embeddings)
+    def _make_cut(self, layer: int, kwargs: dict[str, Any]) -> Cut:
+        skeletons = [prompt.skeleton() for prompt in self._prompts]
+        padding = [prompt.padding for prompt in self._prompts]
+        if self._embeddings is None:
+            return Cut.of_prompt(layer, skeletons, padding, self._decoder, kwargs)
+        return Cut.anew(layer, skeletons, padding, self._decoder, self._embeddings)
 
     def _again(self, layer: int, kwargs: dict[str, Any]) -> torch.Tensor:
         """GemFilter's second prefill, up to `layer`."""
@@ -232,8 +186,9 @@ class Prefill:
         """After the last layer. The report, and by how much the positions of each row that follow
         are smaller than the prompt's (GemFilter)."""
         compressed = []
-        with self._service("wait"):
-            compressed = [prompt.finish() for prompt in self._prompts]
+        if self._failure is None:
+            with self._service("wait"):
+                compressed = [prompt.finish() for prompt in self._prompts]
         shifts = [0] * len(self._tokens)
         if self._failure is not None:
             for cache in self._layers:
