@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from ..client import Client
 from ..messages import Budget, Method, Pivot
+from ..methods import MethodName, build_method
 from ..options import SessionOptions
 from .cache import CompactedLayer
-from .methods import MethodName, build_method, build_open, check_model
+from .model import build_open, check_model
 from .prefill import Setup
 from .report import PromptReport, Report, Seconds
 from .run import Run
@@ -54,7 +55,7 @@ def compress(
     that each layer keeps, and generation goes on at the prompt's own length. Sources:
     docs/method.md.
 
-    model: Llama, Mistral, Ministral, Qwen2, Qwen3 or Qwen3-MoE (methods.MODEL_TYPES), in f32, f16 or
+    model: Llama, Mistral, Ministral, Qwen2, Qwen3 or Qwen3-MoE (model.MODEL_TYPES), in f32, f16 or
         bf16, with attn_implementation "sdpa" or "eager". Sliding windows must hold the whole
         sequence.
     client: a Client or an Engine.

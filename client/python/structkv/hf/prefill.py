@@ -16,11 +16,11 @@ import torch
 from ..client import Client
 from ..errors import Error, InvalidArgument, Unimplemented
 from ..messages import GemFilterMethod, Method, Open
+from ..methods import decides_after
 from ..options import SessionOptions
 from ..results import LayerResult
 from .cache import CompactedLayer, align, gather
 from .cut import Cut
-from .methods import decides_after
 from .prompt import Prompt
 from .report import PromptReport, Report, Seconds
 
