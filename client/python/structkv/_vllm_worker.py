@@ -66,8 +66,8 @@ class Sender:
         queries: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """After a layer's attention. cache: [blocks, kv_heads, block_tokens, 2 * dim], keys and values
-        beside each other; queries: [tokens, query_heads, dim] of the whole step, in the slots
+        """After a layer's attention. cache: [blocks, kv_heads, block_tokens, 2 * dim], keys and
+        values beside each other; queries: [tokens, query_heads, dim] of the whole step, in the slots
         slot_mapping [tokens]."""
         if prefill.request in self._errors:
             return
@@ -100,9 +100,7 @@ class Sender:
             self._queries[prefill.request, layer] = tail
         return tail
 
-    def _send(
-        self, prefill: Prefill, layer: int, cache: torch.Tensor, tail: torch.Tensor
-    ) -> None:
+    def _send(self, prefill: Prefill, layer: int, cache: torch.Tensor, tail: torch.Tensor) -> None:
         window = min(self._window, prefill.tokens)
         if len(tail) < window:
             raise ValueError(
@@ -154,14 +152,16 @@ class Sender:
 def load(
     client: Client, load: Load, caches: Sequence[torch.Tensor], options: FetchOptions
 ) -> None:
-    """Fetches a held prompt into the layers' caches, [blocks, kv_heads, block_tokens, 2 * dim] each.
+    """Fetches a held prompt into the layers' caches, each [blocks, kv_heads, block_tokens, 2 * dim].
     ValueError where it is not what was announced."""
     if load.refused is not None or load.held is None:
         raise ValueError(load.refused)
     held = load.held
     fetched = client.fetch(bytes.fromhex(held.handle), options)
     if fetched.info.fingerprint != held.fingerprint:
-        raise ValueError(f"fingerprint: {fetched.info.fingerprint}; {held.fingerprint} is expected")
+        raise ValueError(
+            f"fingerprint: {fetched.info.fingerprint}; {held.fingerprint} is expected"
+        )
     if len(fetched.layers) != len(caches):
         raise ValueError(f"layers: {len(fetched.layers)}; {len(caches)} are expected")
     for layer, cache in zip(fetched.layers, caches):
@@ -169,4 +169,6 @@ def load(
             raise ValueError(f"layer {layer.layer}: {layer.kept_tokens} tokens; {held.kv_length}")
         rows = torch.cat([torch.from_dlpack(layer.keys), torch.from_dlpack(layer.values)], -1)
         place = slots(load.block_ids, cache.shape[2], load.first, held.kv_length).to(cache.device)
-        cache[place // cache.shape[2], :, place % cache.shape[2]] = rows[load.first :].to(cache.device)
+        cache[place // cache.shape[2], :, place % cache.shape[2]] = rows[load.first :].to(
+            cache.device
+        )

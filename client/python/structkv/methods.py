@@ -44,14 +44,16 @@ def build_method(
 ) -> Method:
     """The method's message; ValueError names an argument that the method does not have.
 
-    Without `pivot`, FastKV's layer is the one before the middle (the authors' 15 of 32), GemFilter's
-    13/32 of the depth, and StructKV looks for it ONLINE.
+    Without `pivot`, FastKV's layer is the one before the middle (the authors' 15 of 32),
+    GemFilter's 13/32 of the depth, and StructKV looks for it ONLINE.
     """
     if not isinstance(method, str):
         given = {"kv_budget": kv_budget, "skeleton": skeleton, "pivot": pivot, **parameters}
         extra = [name for name, value in given.items() if value is not None]
         if extra:
-            raise ValueError(f"{', '.join(extra)}: the method came as a message, which has them all")
+            raise ValueError(
+                f"{', '.join(extra)}: the method came as a message, which has them all"
+            )
         return method
     if method not in METHODS:
         raise ValueError(f"method: {method!r}; one of {', '.join(METHODS)} is expected")

@@ -1,14 +1,14 @@
 """StructKVConnector: compacted prompts between vLLM's prefill and decode instances (docs/engines.md).
 
-    vllm serve MODEL --kv-transfer-config '{"kv_connector": "StructKVConnector",
-      "kv_connector_module_path": "structkv.vllm_connector", "kv_role": "kv_producer",
-      "kv_connector_extra_config": {"target": "localhost:7411", "method": "structkv", "kv_budget": 0.1}}'
+vllm serve MODEL --kv-transfer-config '{"kv_connector": "StructKVConnector",
+  "kv_connector_module_path": "structkv.vllm_connector", "kv_role": "kv_producer",
+  "kv_connector_extra_config": {"target": "localhost:7411", "method": "structkv", "kv_budget": 0.1}}'
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -23,27 +23,13 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
+from ._vllm_model import build_open, check
 from ._vllm_worker import Load, Prefill, Sender, load
 from .client import Client
-from .messages import (
-    FullMethod,
-    Hold,
-    ModelGeometry,
-    Open,
-    RotaryParameters,
-    StreamingLlmMethod,
-)
-from .methods import build_method
 from .options import FetchOptions, SessionOptions
 from .vllm_requests import COMPRESS, ERROR, HELD, HeldPrompt
 
 logger = init_logger(__name__)
-
-METHODS = {"structkv": 8, "snapkv": 32, "fastkv": 8, "streaming_llm": 0, "full": 0}
-"""Those that keep the same number of tokens in every layer and need nothing but queries, with the
-default of their window."""
-
-DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass
@@ -83,7 +69,7 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         extra = dict(config.kv_connector_extra_config)
         if "target" not in extra:
             raise ValueError("kv_connector_extra_config: no 'target', the StructKV server")
-        _check(vllm_config, kv_cache_config)
+        check(vllm_config, kv_cache_config)
         client = Client(extra.pop("target"))
         timeout, lease = extra.pop("timeout", 30.0), extra.pop("lease", None)
         self._produces, self._consumes = config.is_kv_producer, config.is_kv_consumer
@@ -101,10 +87,8 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._client, self._fetch = client, FetchOptions(timeout=timeout)
         self._window = 0
         if self._produces:
-            self._open, self._window = _open(vllm_config, extra, lease)
-            self._sender = Sender(
-                client, self._open, self._window, SessionOptions(timeout=timeout)
-            )
+            open, self._window = build_open(vllm_config, extra, lease)
+            self._sender = Sender(client, open, self._window, SessionOptions(timeout=timeout))
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -162,7 +146,12 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._loads = []
         for new in scheduler_output.scheduled_new_reqs:
             self._schedule(
-                metadata, scheduler_output, new.req_id, new.num_computed_tokens, new.block_ids, True
+                metadata,
+                scheduler_output,
+                new.req_id,
+                new.num_computed_tokens,
+                new.block_ids,
+                True,
             )
         cached = scheduler_output.scheduled_cached_reqs
         for request, computed, blocks in zip(
@@ -267,9 +256,7 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         queries = self._queries.pop(layer_name)
         slot_mapping = get_forward_context().slot_mapping[layer_name]
         for prefill in prefills:
-            self._sender.layer(
-                prefill, self._layers[layer_name], kv_layer, queries, slot_mapping
-            )
+            self._sender.layer(prefill, self._layers[layer_name], kv_layer, queries, slot_mapping)
 
     def wait_for_save(self) -> None:
         for prefill in self._step().prefills:
@@ -285,9 +272,7 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         results, self._results = self._results, {}
         return StepResults(results) if results else None
 
-    def get_finished(
-        self, finished_req_ids: set[str]
-    ) -> tuple[set[str] | None, set[str] | None]:
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if self._produces:
             for request in finished_req_ids:
                 self._sender.drop(request)
@@ -296,68 +281,3 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
-
-
-def _check(vllm_config: Any, kv_cache_config: Any) -> None:
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        if (size := getattr(parallel, name)) != 1:
-            raise ValueError(f"{name}: {size}; 1 is supported")
-    if model.use_mla:
-        raise ValueError("model: MLA is not supported")
-    if model.get_sliding_window() is not None:
-        raise ValueError(f"model: sliding windows ({model.get_sliding_window()}) are not supported")
-    if vllm_config.cache_config.cache_dtype != "auto":
-        raise ValueError(f"kv_cache_dtype: {vllm_config.cache_config.cache_dtype}; 'auto' is supported")
-    if model.dtype not in DTYPES:
-        raise ValueError(f"dtype: {model.dtype}; {', '.join(map(str, DTYPES))} is expected")
-    if len(kv_cache_config.kv_cache_groups) != 1:
-        raise ValueError(f"{len(kv_cache_config.kv_cache_groups)} groups of cache layers; 1 is supported")
-    transfer = vllm_config.kv_transfer_config
-    if transfer.is_kv_consumer and transfer.kv_load_failure_policy != "fail":
-        raise ValueError(
-            f"kv_load_failure_policy: {transfer.kv_load_failure_policy!r}; 'fail' is expected: the tokens"
-            " that stand in for a compacted prompt must not be computed"
-        )
-
-
-def _open(vllm_config: Any, extra: dict[str, Any], lease: float | None) -> tuple[Open, int]:
-    """`Open` of a prompt but for its length, and the window's tokens."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    name = extra.pop("method", "structkv")
-    if name not in METHODS:
-        raise ValueError(f"method: {name!r}; one of {', '.join(METHODS)} is expected")
-    layers = model.get_num_layers(parallel)
-    kv_budget = extra.pop("kv_budget", None)
-    method = build_method(name, layers, kv_budget, None, None, extra)
-    window = METHODS[name]
-    if not isinstance(method, FullMethod | StreamingLlmMethod):
-        window = getattr(method, "window_tokens", None) or window
-        method = replace(method, window_tokens=window)  # type: ignore[call-arg]
-    open = Open(
-        geometry=ModelGeometry(
-            layer_count=layers,
-            query_head_count=model.get_num_attention_heads(parallel),
-            kv_head_count=model.get_num_kv_heads(parallel),
-            key_dim=model.get_head_size(),
-        ),
-        dtype=DTYPES[model.dtype],  # type: ignore[arg-type]
-        layout="token_head_dim",
-        method=method,
-        output="hold",
-        hold=Hold(lease_millis=None if lease is None else round(lease * 1000)),
-        model_id=model.model[-256:],
-        rotary=rotary(model.hf_text_config, model.get_head_size()),
-    )
-    return open, window
-
-
-def rotary(config: Any, head_dim: int) -> RotaryParameters:
-    """The model's rotation, as its configuration has it."""
-    given = dict(config.rope_parameters)
-    share = given.pop("partial_rotary_factor", None) or 1.0
-    known = {each.name for each in fields(RotaryParameters)}
-    values = {name: value for name, value in given.items() if name in known and value is not None}
-    return RotaryParameters(
-        **values, rotary_dim=None if share == 1.0 else round(head_dim * share)
-    )

@@ -1,9 +1,9 @@
 """What a router sends to vLLM instances that have the connector (docs/engines.md). Needs no vLLM.
 
-    body = {"model": ..., "prompt": ids, ...}
-    first = post(prefill, vllm_requests.prefill_request(body))
-    post(decode, vllm_requests.decode_request(body, first["choices"][0]["token_ids"][0],
-                                              first["kv_transfer_params"]))
+body = {"model": ..., "prompt": ids, ...}
+first = post(prefill, vllm_requests.prefill_request(body))
+post(decode, vllm_requests.decode_request(body, first["choices"][0]["token_ids"][0],
+                                          first["kv_transfer_params"]))
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def decode_request(
     counts these. ValueError where the prefill instance held nothing."""
     params = kv_transfer_params or {}
     if HELD not in params:
-        raise ValueError(f"kv_transfer_params: no {HELD}; {params.get(ERROR, 'nothing was compressed')}")
+        raise ValueError(
+            f"kv_transfer_params: no {HELD}; {params.get(ERROR, 'nothing was compressed')}"
+        )
     held = HeldPrompt(**params[HELD])
     return {
         **body,

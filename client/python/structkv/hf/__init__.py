@@ -1,8 +1,8 @@
 """Compressed prefill for Hugging Face models (docs/huggingface.md).
 
-    with structkv.hf.compress(model, client, kv_budget=0.1, skeleton=0.2) as run:
-        tokens = model.generate(**inputs, max_new_tokens=100)
-    print(run.last.pivot_layer, run.last.compute_saved, run.last.cache_bytes)
+with structkv.hf.compress(model, client, kv_budget=0.1, skeleton=0.2) as run:
+    tokens = model.generate(**inputs, max_new_tokens=100)
+print(run.last.pivot_layer, run.last.compute_saved, run.last.cache_bytes)
 """
 
 from __future__ import annotations

@@ -120,7 +120,12 @@ class Run:
         return (), kwargs
 
     def _continue(
-        self, cache: Any, mask: torch.Tensor | None, width: int, device: Any, kwargs: dict[str, Any]
+        self,
+        cache: Any,
+        mask: torch.Tensor | None,
+        width: int,
+        device: Any,
+        kwargs: dict[str, Any],
     ) -> None:
         if width > 1 and not self._continuation:
             raise ValueError(
