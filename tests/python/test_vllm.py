@@ -106,8 +106,8 @@ def expected(model: Model, result: structkv.Compressed, first: int, count: int) 
 def test_from_prefill_to_decode(
     make: Any, engine: structkv.Engine, model: Model, method: str, message: Any
 ) -> None:
-    """Two prompts in chunks, one of whose last chunk is shorter than the window, and one that is not
-    to be compressed."""
+    """Two prompts in chunks, one of whose last chunk is shorter than the window, and one that is
+    not to be compressed."""
     prefill = make("kv_producer", method=method)
     prompts = {"a": prompt(0, 261), "b": prompt(1), "c": prompt(2)}
     for name, ids in prompts.items():

@@ -67,8 +67,8 @@ class Sender:
         slot_mapping: torch.Tensor,
     ) -> None:
         """After a layer's attention. cache: [blocks, kv_heads, block_tokens, 2 * dim], keys and
-        values beside each other; queries: [tokens, query_heads, dim] of the whole step, in the slots
-        slot_mapping [tokens]."""
+        values beside each other; queries: [tokens, query_heads, dim] of the whole step, in the
+        slots slot_mapping [tokens]."""
         if prefill.request in self._errors:
             return
         try:
@@ -152,7 +152,7 @@ class Sender:
 def load(
     client: Client, load: Load, caches: Sequence[torch.Tensor], options: FetchOptions
 ) -> None:
-    """Fetches a held prompt into the layers' caches, each [blocks, kv_heads, block_tokens, 2 * dim].
+    """Fetches a held prompt into the layers' caches, [blocks, kv_heads, block_tokens, 2 * dim].
     ValueError where it is not what was announced."""
     if load.refused is not None or load.held is None:
         raise ValueError(load.refused)

@@ -1,8 +1,9 @@
-"""StructKVConnector: compacted prompts between vLLM's prefill and decode instances (docs/engines.md).
+"""StructKVConnector: compacted prompts between prefill and decode instances of vLLM
+(docs/engines.md).
 
 vllm serve MODEL --kv-transfer-config '{"kv_connector": "StructKVConnector",
   "kv_connector_module_path": "structkv.vllm_connector", "kv_role": "kv_producer",
-  "kv_connector_extra_config": {"target": "localhost:7411", "method": "structkv", "kv_budget": 0.1}}'
+  "kv_connector_extra_config": {"target": "localhost:7411", "kv_budget": 0.1}}'
 """
 
 from __future__ import annotations
@@ -56,11 +57,12 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
     leaves them in the service; the decode instance (kv_consumer) loads them. One instance may be
     both.
 
-    kv_connector_extra_config: `target` (required), `lease` of held prompts and `timeout` in seconds;
-    of a producer `method`, `kv_budget` and the method's other parameters as in structkv.hf.
+    kv_connector_extra_config: `target` (required), `lease` of held prompts and `timeout` in
+    seconds; of a producer `method`, `kv_budget` and other parameters of the method, as in
+    structkv.hf.
 
-    ValueError, when vLLM starts, for what is not supported: more than one rank, MLA, sliding windows,
-    quantised caches, several groups of cache layers, kv_load_failure_policy "recompute".
+    ValueError, when vLLM starts, for what is not supported: more than one rank, MLA, sliding
+    windows, quantised caches, several groups of cache layers, kv_load_failure_policy "recompute".
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:

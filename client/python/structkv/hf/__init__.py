@@ -80,7 +80,8 @@ def compress(
     cut together, after the last of their pivots. Past the cut there are hidden states, and logits,
     of the skeleton's tokens alone. Tensors on a GPU are copied to the host.
 
-    Raises ValueError or TypeError for what the package does not take, structkv.Error of the service.
+    Raises ValueError or TypeError for what the package does not take, structkv.Error of the
+    service.
     """
     if on_failure not in ("full", "raise"):
         raise ValueError(f"on_failure: {on_failure!r}; 'full' or 'raise' is expected")

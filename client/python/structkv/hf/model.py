@@ -40,8 +40,8 @@ def build_open(model: Any, method: Method, output: str, model_id: str | None) ->
     (scale,) = scales
     if isinstance(method, GemFilterMethod) and (method.filter_layer or 0) > len(attention) - 2:
         raise ValueError(
-            f"filter_layer: {method.filter_layer}; at most {len(attention) - 2} is allowed, so that a"
-            " layer is left to begin the second prefill at"
+            f"filter_layer: {method.filter_layer}; at most {len(attention) - 2} is allowed, so"
+            " that a layer is left to begin the second prefill at"
         )
     name = model_id if model_id is not None else config.name_or_path or type(model).__name__
     open = Open(

@@ -78,8 +78,8 @@ class Prefill:
 
     @contextmanager
     def _service(self, stage: str) -> Iterator[None]:
-        """Around what the service may fail in. Until the prefill was cut such a failure leaves it to
-        go on in full, but for what the caller has asked for wrongly."""
+        """Around what the service may fail in. Until the prefill was cut such a failure leaves it
+        to go on in full, but for what the caller has asked for wrongly."""
         try:
             with self._timed(stage):
                 yield
