@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
+torch.set_num_threads(1)  # models this small only lose by more
 LAYERS = 8
 VOCABULARY = 211
 
