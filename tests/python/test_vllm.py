@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -232,12 +233,12 @@ def test_requests_are_such_as_the_server_takes() -> None:
     body = {"model": "m", "prompt": prompt(), "temperature": 0.0, "max_tokens": 7}
     first = protocol.CompletionRequest(**vllm_requests.prefill_request(body))
     assert first.max_tokens == first.min_tokens == 2 and first.return_token_ids
-    held = {"handle": "00" * 16, "kv_length": 30, "prompt_tokens": 300, "fingerprint": "11" * 16}
-    params = {vllm_requests.HELD: held}
+    held = vllm_requests.HeldPrompt("00" * 16, 30, 300, "11" * 16)
+    params = {vllm_requests.HELD: asdict(held)}
     body = vllm_requests.decode_request(body, prompt(), 5, params)
     request = protocol.CompletionRequest(**body)
     assert request.prompt == [*prompt()[-30:], 5] and request.max_tokens == 7
-    assert request.cache_salt == vllm_requests.HeldPrompt(**held).cache_salt
+    assert request.cache_salt == held.cache_salt
     sampling = request.to_sampling_params(7, {})
     assert sampling.extra_args["kv_transfer_params"] == params
 
