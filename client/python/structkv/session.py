@@ -24,6 +24,10 @@ class Gatherer:
         """Whether the layer was answered."""
         return layer in self._layers
 
+    def answer(self, layer: int) -> LayerResult | None:
+        """The layer's answer, once it is there."""
+        return self._layers.get(layer)
+
     @property
     def pivot(self) -> PivotResult | None:
         """The pivot, once it is there."""
