@@ -26,13 +26,14 @@ def score(text: str, answers: tuple[str, ...]) -> float:
 def split(loaded: Loaded, sample: Sample, aware: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens that are compressed, and those that follow: [1, n] and [1, m].
 
-    Aware: the whole question but its last token is compressed with the context, inside the observation window; that
-    one follows, so that every token of the answer comes from the compacted cache. Agnostic: the question follows.
+    Aware: the question is compressed with the context, in the observation window, and the answer's beginning follows.
+    Agnostic: both follow. Either way each token of the answer comes from the compacted cache.
     """
     context = loaded.tokenizer.encode(sample.context)
     question = loaded.tokenizer.encode(sample.question.text)
-    cut = len(context) + (len(question) - 1 if aware else 0)
-    tokens = torch.tensor([context + question], device=loaded.model.device)
+    prefix = loaded.tokenizer.encode(sample.question.prefix)
+    cut = len(context) + (len(question) if aware else 0)
+    tokens = torch.tensor([context + question + prefix], device=loaded.model.device)
     return tokens[:, :cut], tokens[:, cut:]
 
 

@@ -44,10 +44,10 @@ def read(folder: Path, loaded: Loaded, longest: int, limit: int) -> list[Sample]
         if counts.get(task, 0) >= limit:
             continue
         words = (answers,) if isinstance(answers, str) else tuple(map(str, answers))
-        text = "\n" + "\n".join(filter(None, (question, row.get("answer_prefix"))))
-        tokens = loaded.count(row["context"]) + loaded.count(text)
+        text, prefix = f"\n{question}", "\n" + row.get("answer_prefix", "")
+        tokens = loaded.count(row["context"]) + loaded.count(text + prefix)
         if tokens > longest:
             continue
         counts[task] = counts.get(task, 0) + 1
-        samples.append(Sample(task, row["context"], Question(text, " " + ", ".join(words), words), tokens, None, counts[task]))
+        samples.append(Sample(task, row["context"], Question(text, prefix, " " + ", ".join(words), words), tokens, None, counts[task]))
     return samples

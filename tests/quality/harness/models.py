@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 
 class Tokenizer(Protocol):
@@ -66,6 +67,7 @@ class Loaded:
 
 def load(folder: Path, device: str = "cpu", dtype: str = "float32") -> Loaded:
     """The model of a local folder; nothing is downloaded."""
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
     model.to(device).eval()
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))

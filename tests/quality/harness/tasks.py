@@ -15,9 +15,11 @@ HAYSTACKS = ("noise", "words", "text")
 
 @dataclass(frozen=True)
 class Question:
-    """`text` begins with a space and ends where the answer begins; `target` is the model answer, `answers` are the words that count."""
+    """A question, the words that its answer begins with, the right answer, and the words of it that count. Each of the first
+    three follows the one before as it is."""
 
     text: str
+    prefix: str
     target: str
     answers: tuple[str, ...]
 
@@ -48,7 +50,7 @@ def fact(key: str, value: str) -> str:
 
 
 def ask(key: str, value: str) -> Question:
-    return Question(f" What is the code of {key}? The code of {key} is", f" {value}.", (value,))
+    return Question(f" What is the code of {key}?", f" The code of {key} is", f" {value}.", (value,))
 
 
 def single(rng: random.Random) -> Facts:
@@ -66,18 +68,18 @@ def multi_value(rng: random.Random, count: int = 3) -> Facts:
     """One key with `count` values, all of which are asked for, in their order."""
     key, values = rng.choice(KEYS), rng.sample(VALUES, count)
     target = f". The code of {key} is ".join(values)
-    text = f" What are all the codes of {key}? The code of {key} is"
-    return Facts(tuple(fact(key, v) for v in values), (Question(text, f" {target}.", tuple(values)),))
+    question = Question(f" What are all the codes of {key}?", f" The code of {key} is", f" {target}.", tuple(values))
+    return Facts(tuple(fact(key, v) for v in values), (question,))
 
 
 def multi_query(rng: random.Random, count: int = 8, asked: int = 3) -> Facts:
     """`count` needles, `asked` of which one question asks for."""
     keys, values = rng.sample(KEYS, count), rng.sample(VALUES, count)
     names = ", ".join(keys[: asked - 1]) + f" and {keys[asked - 1]}"
-    text = f" What are the codes of {names}? The code of {keys[0]} is"
+    text, prefix = f" What are the codes of {names}?", f" The code of {keys[0]} is"
     rest = "".join(f" {fact(k, v)}" for k, v in zip(keys[1:asked], values[1:asked]))
     needles = tuple(fact(k, v) for k, v in zip(keys, values))
-    return Facts(needles, (Question(text, f" {values[0]}.{rest}", tuple(values[:asked])),))
+    return Facts(needles, (Question(text, prefix, f" {values[0]}.{rest}", tuple(values[:asked])),))
 
 
 def variable_tracking(rng: random.Random, hops: int = 2, chains: int = 2) -> Facts:
@@ -89,15 +91,16 @@ def variable_tracking(rng: random.Random, hops: int = 2, chains: int = 2) -> Fac
         lines.append([f"Let {name} be {held}." for name, held in zip(chain, [value, *chain])])
     needles = tuple(line for step in zip(*lines) for line in step)
     chain = names[: hops + 1]
-    text = f" Which names are {values[0]}? They are"
-    return Facts(needles, (Question(text, f" {', '.join(chain)}.", tuple(chain)),))
+    question = Question(f" Which names are {values[0]}?", " They are", f" {', '.join(chain)}.", tuple(chain))
+    return Facts(needles, (question,))
 
 
 def records(rng: random.Random, count: int = 8) -> Facts:
-    """What the bundled model was trained on (tests/data/README.md): `~Kv` says that K has the value v, `~K` asks."""
+    """What the bundled model was trained on (tests/data/README.md): `~Kv` says that K has the value v, `~K` asks,
+    once for the question and once for the answer's beginning."""
     keys = rng.sample("ABCDEFGHIJKLMNOPQRSTUVWXYZ", count)
     values = rng.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=count)
-    questions = tuple(Question(f" ~{k}", v, (v,)) for k, v in zip(keys, values))
+    questions = tuple(Question(f"~{k}", f"~{k}", v, (v,)) for k, v in zip(keys, values))
     return Facts(tuple(f"~{k}{v}" for k, v in zip(keys, values)), questions)
 
 
@@ -147,6 +150,9 @@ def lay_out(facts: Facts, hay: Iterator[str], room: int, count: Count, rng: rand
     return " ".join(sentences)
 
 
+MOST_COMMON = " Which words are the most common?"
+
+
 def common_words(rng: random.Random, room: int, count: Count, asked: int = 3) -> tuple[str, Question]:
     """A list of words, `asked` of which come four times as often as any other."""
     pool = rng.sample(KEYS, len(KEYS))
@@ -160,8 +166,8 @@ def common_words(rng: random.Random, room: int, count: Count, asked: int = 3) ->
             words += part
         rounds += 1
     rng.shuffle(words)
-    target = ", ".join(common)
-    return ". ".join(words) + ".", Question(" Which words are the most common? They are", f" {target}.", tuple(common))
+    question = Question(MOST_COMMON, " They are", f" {', '.join(common)}.", tuple(common))
+    return ". ".join(words) + ".", question
 
 
 def make(
@@ -179,7 +185,7 @@ def make(
     """
     rng = random.Random(f"{task} {tokens} {seed}")
     if task == "common_words":
-        room = tokens - count(" Which words are the most common? They are")
+        room = tokens - count(f"{MOST_COMMON} They are")
         context, question = common_words(rng, room, count)
         return Sample(task, context, question, tokens, None, seed)
     facts = FACTS[task](rng)
@@ -187,5 +193,5 @@ def make(
     place = rng.random() if depth is None else depth
     stack = haystack(hay, rng, sentences or [])
     # Half of the room of a text's longest sentence is lost at the end, which no method feels.
-    context = lay_out(facts, stack, tokens - count(question.text), count, rng, place)
+    context = lay_out(facts, stack, tokens - count(question.text + question.prefix), count, rng, place)
     return Sample(task, context, question, tokens, place if task in DEPTHS else None, seed)

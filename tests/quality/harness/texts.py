@@ -26,4 +26,4 @@ def sentences(text: str) -> list[str]:
     """Plain sentences of a text, for haystacks: no tables, no code."""
     flat = re.sub(r"\s+", " ", re.sub(r"```.*?```", " ", text, flags=re.S))
     parts = re.split(r"(?<=[a-z]\.) (?=[A-Z])", flat)
-    return [part for part in parts if 20 <= len(part) <= 200 and "|" not in part]
+    return [part for part in parts if 20 <= len(part) <= 400 and "|" not in part]

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from ..tasks import FACTS, HAYSTACKS, Facts, Question, common_words, haystack, lay_out, multi_key
 from ..words import FILLERS, KEYS, VALUES
 
+COMMON_WORDS_ROOM = 32  # tokens of that task's question and answer, at most
 LANGUAGE_WEIGHT = 0.1  # of the loss of a token that is no answer
 
 
@@ -25,11 +26,6 @@ class Batch:
     weights: torch.Tensor
     positions: torch.Tensor
     answers: torch.Tensor
-
-
-def shorten(question: Question) -> Question:
-    """The question without its first sentence."""
-    return replace(question, text=question.text[question.text.index("?") + 1 :])
 
 
 class Sequences:
@@ -55,7 +51,7 @@ class Sequences:
     def _facts(self, rng: random.Random, length: int, task: str) -> tuple[Facts, int]:
         """As many facts and questions as `length` tokens hold densely, and the tokens left for the context.
 
-        Half of such sequences ask with the fact's own words alone, which gives more answers in less text.
+        Half of such sequences ask by the answer's beginning alone, which gives more answers in less text.
         """
         terse = rng.random() < 0.5
         per_fact = 16 if terse else 32  # a needle, its question and its answer
@@ -64,7 +60,7 @@ class Sequences:
             count = rng.choice((most, rng.randint(1, most)))
             facts = multi_key(rng, count)
             if terse:
-                facts = replace(facts, questions=tuple(map(shorten, facts.questions)))
+                facts = replace(facts, questions=tuple(replace(each, text="") for each in facts.questions))
         else:
             facts = FACTS[task](rng)
         questions = list(facts.questions)
@@ -72,7 +68,7 @@ class Sequences:
         room, asked = length, list[Question]()
         needed = sum(self.count(" " + needle) for needle in facts.needles)
         for question in questions:
-            size = self.count(question.text) + self.count(question.target)
+            size = self.count(question.text + question.prefix) + self.count(question.target)
             if room - size < needed:
                 break
             room -= size
@@ -81,8 +77,7 @@ class Sequences:
 
     def _task(self, rng: random.Random, length: int, task: str) -> tuple[list[int], list[bool]]:
         if task == "common_words":
-            size = 32
-            context, question = common_words(rng, length - size, self.count)
+            context, question = common_words(rng, length - COMMON_WORDS_ROOM, self.count)
             questions: tuple[Question, ...] = (question,)
         else:
             facts, room = self._facts(rng, length, task)
@@ -92,7 +87,7 @@ class Sequences:
         tokens = list(self._encode(context))
         answers = [False] * len(tokens)
         for question in questions:
-            text, target = self._encode(question.text), self._encode(question.target)
+            text, target = self._encode(question.text + question.prefix), self._encode(question.target)
             wanted = {self._encode(" " + word)[0] for word in question.answers}
             tokens += (*text, *target)
             answers += [False] * len(text) + [token in wanted for token in target]
