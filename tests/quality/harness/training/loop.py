@@ -60,8 +60,12 @@ class Trainer:
             self._load(checkpoint)
 
     def run(self) -> None:
+        self.train_until(self.recipe.tokens)
+
+    def train_until(self, tokens: int) -> None:
+        """Goes on until `tokens` were seen, and saves."""
         begin, saved, logged = time.monotonic() - self.progress.seconds, 0.0, 0.0
-        while self.progress.tokens < self.recipe.tokens:
+        while self.progress.tokens < tokens:
             loss, right = self._step()
             self.progress.seconds = time.monotonic() - begin
             self._advance(right)
