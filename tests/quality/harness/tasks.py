@@ -130,16 +130,20 @@ def haystack(kind: str, rng: random.Random, sentences: list[str]) -> Iterator[st
 
 
 def lay_out(facts: Facts, hay: Iterator[str], room: int, count: Count, rng: random.Random, depth: float) -> str:
-    """`facts` among as many sentences of `hay` as `room` tokens hold: the first needle after a share `depth` of them."""
+    """`facts` among as many sentences of `hay` as `room` tokens hold, the last of them cut short: the first needle after a
+    share `depth` of them."""
     left = room - sum(count(" " + needle) for needle in facts.needles)
     if left < 0:
         raise ValueError(f"room: {room} tokens; the needles alone need {room - left}")
     sentences: list[str] = []
     while left > 0:
-        sentence = next(hay)
-        left -= count(" " + sentence)
-        if left >= 0:
-            sentences.append(sentence)
+        words = next(hay).split()
+        while words and count(" " + " ".join(words)) > left:
+            words.pop()
+        if not words:
+            break
+        sentences.append(" ".join(words))
+        left -= count(" " + sentences[-1])
     places = sorted(rng.randrange(len(sentences) + 1) for _ in facts.needles[1:])
     order = sorted(
         [(round(depth * len(sentences)), facts.needles[0]), *zip(places, facts.needles[1:])],
@@ -192,6 +196,5 @@ def make(
     question = facts.questions[0]
     place = rng.random() if depth is None else depth
     stack = haystack(hay, rng, sentences or [])
-    # Half of the room of a text's longest sentence is lost at the end, which no method feels.
     context = lay_out(facts, stack, tokens - count(question.text + question.prefix), count, rng, place)
     return Sample(task, context, question, tokens, place if task in DEPTHS else None, seed)
