@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What structkv.hf costs and saves: prefills of one random-weight Llama, plain and compressed, in turns.
+"""What structkv.hf costs and saves: prefills of a random-weight Llama, plain and compressed.
 
     python3 tests/bench/hf_prefill.py [--tokens 8192] [--target HOST:PORT] [--json]
 

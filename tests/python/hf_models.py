@@ -97,7 +97,7 @@ class Reference:
     cache: DynamicCache
 
     def decode(self, model: Any, first: int, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits [tokens, vocabulary] of `tokens`, one after the other, from position `first` on."""
+        """Logits [tokens, vocabulary] of `tokens`, one after the other, from position `first`."""
         logits = []
         for place, token in enumerate(tokens):
             position = torch.tensor([[first + place]])

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the Python package into a virtual environment of the build directory, from the libraries that are there,
 # and runs a command in it. 77, which CTest shows as skipped: there is no python3-dev, python3-venv or PyPI.
-#   python_test.sh BUILD_DIR SOURCE_DIR PYTHON install|pytest|mypy|torch|hf
+#   python_test.sh BUILD_DIR SOURCE_DIR PYTHON install|pytest|mypy|torch|hf|vllm
 set -euo pipefail
 build=$1
 source=$2
@@ -42,7 +42,7 @@ fi
   skip "the package was not installed"
 cd "$source/tests/python"
 case $what in
-  pytest) "$bin/pytest" -q -rs -p no:cacheprovider --ignore=test_torch.py --ignore-glob='test_hf*.py' . ;;
+  pytest) "$bin/pytest" -q -rs -p no:cacheprovider --ignore=test_torch.py --ignore-glob='test_hf*.py' --ignore=test_vllm.py . ;;
   mypy) "$bin/mypy" --strict --cache-dir "$environment/mypy" -p structkv &&
     "$bin/mypy" --strict --cache-dir "$environment/mypy" --ignore-missing-imports . ;;
   torch)
@@ -53,5 +53,10 @@ case $what in
     "$bin/python" -c 'import torch, transformers' 2>/dev/null ||
       skip "there is no torch or no transformers: $bin/pip install torch transformers, or PYTHONPATH"
     "$bin/pytest" -q -rs -p no:cacheprovider test_hf*.py
+    ;;
+  vllm)
+    "$bin/python" -c 'import vllm.distributed.kv_transfer.kv_connector.v1.base' 2>/dev/null ||
+      skip "there is no vLLM that can be imported (docs/engines.md says what of it is needed)"
+    "$bin/pytest" -q -rs -p no:cacheprovider test_vllm.py
     ;;
 esac

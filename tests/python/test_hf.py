@@ -100,7 +100,9 @@ def test_gemfilter_prefills_again(engine: structkv.Engine) -> None:
         got = steps(model, input_ids=prompt)
     assert run.last is not None and run.last.cut_layer == 3
     chosen = run.last.prompts[0].skeleton
-    assert chosen is not None and len(chosen) == 26 and run.last.prompts[0].kept_tokens == (26,) * 8
+    assert (
+        chosen is not None and len(chosen) == 26 and run.last.prompts[0].kept_tokens == (26,) * 8
+    )
     torch.testing.assert_close(got, steps(model, input_ids=prompt[:, chosen.long()]), **CLOSE)
     assert run.last.compute_saved == pytest.approx(1 - (3 + 8 * 0.1) / 8)
 

@@ -57,7 +57,9 @@ class Faulty:
         self._session.commit()
 
 
-@pytest.mark.parametrize("method, at", [("structkv", "open"), ("structkv", 2), ("snapkv", "commit")])
+@pytest.mark.parametrize(
+    "method, at", [("structkv", "open"), ("structkv", 2), ("snapkv", "commit")]
+)
 def test_a_service_that_fails_before_the_cut(
     engine: structkv.Engine, method: Any, at: Any
 ) -> None:

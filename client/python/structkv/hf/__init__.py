@@ -1,8 +1,8 @@
 """Compressed prefill for Hugging Face models (docs/huggingface.md).
 
-    with structkv.hf.compress(model, client, kv_budget=0.1, skeleton=0.2) as run:
-        tokens = model.generate(**inputs, max_new_tokens=100)
-    print(run.last.pivot_layer, run.last.compute_saved, run.last.cache_bytes)
+with structkv.hf.compress(model, client, kv_budget=0.1, skeleton=0.2) as run:
+    tokens = model.generate(**inputs, max_new_tokens=100)
+print(run.last.pivot_layer, run.last.compute_saved, run.last.cache_bytes)
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from ..client import Client
 from ..messages import Budget, Method, Pivot
+from ..methods import MethodName, build_method
 from ..options import SessionOptions
 from .cache import CompactedLayer
-from .methods import MethodName, build_method, build_open, check_model
+from .model import build_open, check_model
 from .prefill import Setup
 from .report import PromptReport, Report, Seconds
 from .run import Run
@@ -54,7 +55,7 @@ def compress(
     that each layer keeps, and generation goes on at the prompt's own length. Sources:
     docs/method.md.
 
-    model: Llama, Mistral, Ministral, Qwen2, Qwen3 or Qwen3-MoE (methods.MODEL_TYPES), in f32, f16 or
+    model: Llama, Mistral, Ministral, Qwen2, Qwen3 or Qwen3-MoE (model.MODEL_TYPES), in f32, f16 or
         bf16, with attn_implementation "sdpa" or "eager". Sliding windows must hold the whole
         sequence.
     client: a Client or an Engine.
@@ -79,7 +80,8 @@ def compress(
     cut together, after the last of their pivots. Past the cut there are hidden states, and logits,
     of the skeleton's tokens alone. Tensors on a GPU are copied to the host.
 
-    Raises ValueError or TypeError for what the package does not take, structkv.Error of the service.
+    Raises ValueError or TypeError for what the package does not take, structkv.Error of the
+    service.
     """
     if on_failure not in ("full", "raise"):
         raise ValueError(f"on_failure: {on_failure!r}; 'full' or 'raise' is expected")

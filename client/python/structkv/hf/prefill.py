@@ -16,11 +16,11 @@ import torch
 from ..client import Client
 from ..errors import Error, InvalidArgument, Unimplemented
 from ..messages import GemFilterMethod, Method, Open
+from ..methods import decides_after
 from ..options import SessionOptions
 from ..results import LayerResult
 from .cache import CompactedLayer, align, gather
 from .cut import Cut
-from .methods import decides_after
 from .prompt import Prompt
 from .report import PromptReport, Report, Seconds
 
@@ -40,7 +40,12 @@ class Prefill:
     """Goes with one forward of the decoder, whose layers call before_layer() in their order."""
 
     def __init__(
-        self, setup: Setup, decoder: Any, layers: list[CompactedLayer], tokens: list[int], width: int
+        self,
+        setup: Setup,
+        decoder: Any,
+        layers: list[CompactedLayer],
+        tokens: list[int],
+        width: int,
     ) -> None:
         """tokens: of each row, which end the padded prompt of `width`."""
         self._setup, self._decoder, self._layers = setup, decoder, layers
@@ -73,8 +78,8 @@ class Prefill:
 
     @contextmanager
     def _service(self, stage: str) -> Iterator[None]:
-        """Around what the service may fail in. Until the prefill was cut such a failure leaves it to
-        go on in full, but for what the caller has asked for wrongly."""
+        """Around what the service may fail in. Until the prefill was cut such a failure leaves it
+        to go on in full, but for what the caller has asked for wrongly."""
         try:
             with self._timed(stage):
                 yield
@@ -166,7 +171,9 @@ class Prefill:
             kept.append(positions)
             if answer.keys is not None:
                 keys.append(torch.from_dlpack(answer.keys).transpose(0, 1).to(cache.keys.device))
-                values.append(torch.from_dlpack(answer.values).transpose(0, 1).to(cache.keys.device))
+                values.append(
+                    torch.from_dlpack(answer.values).transpose(0, 1).to(cache.keys.device)
+                )
                 continue
             if cut:  # rows of the skeleton, which ends the layer's
                 assert self._cut is not None
@@ -179,7 +186,9 @@ class Prefill:
             keys.append(gather(cache.keys[row], rows))
             values.append(gather(cache.values[row], rows))
         lengths = [positions.shape[-1] for positions in kept]
-        cache.fill(align(keys, 1).contiguous(), align(values, 1).contiguous(), lengths, self._width)
+        cache.fill(
+            align(keys, 1).contiguous(), align(values, 1).contiguous(), lengths, self._width
+        )
         self._kept[layer] = kept
 
     def finish(self) -> tuple[Report, list[int]]:
@@ -202,17 +211,21 @@ class Prefill:
         else:
             self._compact_answered()
         self.seconds.total = time.perf_counter() - self._begin
-        prompts = [] if self._failure is not None else [
-            PromptReport(
-                tokens=prompt.tokens,
-                kept=tuple(self._kept[layer][row] for layer in range(len(self._layers))),
-                pivot=result.pivot,
-                skeleton=None if result.pivot is None else prompt.skeleton(),
-                fingerprint=result.summary.fingerprint,
-                summary=result.summary,
-            )
-            for row, (prompt, result) in enumerate(zip(self._prompts, compressed))
-        ]
+        prompts = (
+            []
+            if self._failure is not None
+            else [
+                PromptReport(
+                    tokens=prompt.tokens,
+                    kept=tuple(self._kept[layer][row] for layer in range(len(self._layers))),
+                    pivot=result.pivot,
+                    skeleton=None if result.pivot is None else prompt.skeleton(),
+                    fingerprint=result.summary.fingerprint,
+                    summary=result.summary,
+                )
+                for row, (prompt, result) in enumerate(zip(self._prompts, compressed))
+            ]
+        )
         return self._report(tuple(prompts)), shifts
 
     def _report(self, prompts: tuple[PromptReport, ...]) -> Report:
@@ -224,8 +237,10 @@ class Prefill:
             if self._gemfilter:
                 saved -= self._cut.layer / count * share
         entry = [
-            cache.keys.shape[1] * (cache.keys.shape[3] + cache.values.shape[3])
-            * len(self._tokens) * cache.keys.element_size()
+            cache.keys.shape[1]
+            * (cache.keys.shape[3] + cache.values.shape[3])
+            * len(self._tokens)
+            * cache.keys.element_size()
             for cache in self._layers
         ]
         return Report(

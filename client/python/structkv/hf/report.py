@@ -15,8 +15,8 @@ class Seconds:
     """Where a prefill's wall-clock time went; what is left of `total` is the model's own.
 
     open: opening sessions, until the service has admitted them.
-    send: making tensors dense, bringing them to the host and handing them over, with the waits where
-        too many bytes are on their way.
+    send: making tensors dense, bringing them to the host and handing them over, with the waits
+        where too many bytes are on their way.
     wait: for answers. The service computes in it.
     compact: cutting to the skeleton, and filling the cache.
     """
@@ -33,8 +33,8 @@ class PromptReport:
     """One row of the batch.
 
     tokens: of the prompt, without padding.
-    kept: for each layer the tokens that its cache has, positions from 0: i32 [kept] or, selected per
-        KV head, [kv_heads, kept]; ascending.
+    kept: for each layer the tokens that its cache has, positions from 0: i32 [kept] or, selected
+        per KV head, [kv_heads, kept]; ascending.
     skeleton: i32 [skeleton_tokens], where there is a pivot; with GemFilter the tokens that were
         prefilled again.
     fingerprint: the compacted cache's own identity.

@@ -101,8 +101,8 @@ class Run:
         if compacted or length == 0:
             if self._sliding_window is not None and length + width > self._sliding_window:
                 raise ValueError(
-                    f"{length + width} tokens; at most {self._sliding_window}, the sliding window of"
-                    " the model's attention, can be compressed and gone on with"
+                    f"{length + width} tokens; at most {self._sliding_window}, the sliding window"
+                    " of the model's attention, can be compressed and gone on with"
                 )
         if compacted:
             self._continue(cache, mask, width, inputs.device, kwargs)
@@ -114,18 +114,23 @@ class Run:
             self._active = Prefill(self._setup, decoder, layers, tokens, width)
         elif width > 1:
             raise ValueError(
-                f"cache: it has {length} tokens that were not compressed here; a prompt is compressed"
-                " as a whole (no chunked prefill)"
+                f"cache: it has {length} tokens that were not compressed here; a prompt is"
+                " compressed as a whole (no chunked prefill)"
             )
         return (), kwargs
 
     def _continue(
-        self, cache: Any, mask: torch.Tensor | None, width: int, device: Any, kwargs: dict[str, Any]
+        self,
+        cache: Any,
+        mask: torch.Tensor | None,
+        width: int,
+        device: Any,
+        kwargs: dict[str, Any],
     ) -> None:
         if width > 1 and not self._continuation:
             raise ValueError(
-                f"{width} tokens for a compacted cache: prefill in chunks (prefill_chunk_size) is not"
-                " supported; compress(continuation=True) takes tokens that come after the prompt"
+                f"{width} tokens for a compacted cache: prefill in chunks (prefill_chunk_size) is"
+                " not supported; compress(continuation=True) takes tokens that follow the prompt"
             )
         length, first = cache.get_seq_length(), cache.layers[0]
         prompt = length - (first.keys.shape[-2] - first.room)

@@ -1,0 +1,95 @@
+"""What vLLM's configuration says of a model, in the service's words."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from .messages import (
+    FastKvMethod,
+    Hold,
+    ModelGeometry,
+    Open,
+    RotaryParameters,
+    SnapKvMethod,
+    StructKvMethod,
+)
+from .methods import build_method
+
+METHODS = {"structkv": 8, "snapkv": 32, "fastkv": 8, "streaming_llm": 0, "full": 0}
+"""Those that keep the same number of tokens in every layer and need nothing but queries, with the
+default of their window."""
+
+DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def check(vllm_config: Any, kv_cache_config: Any) -> None:
+    """ValueError names what the connector does not support."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if (size := getattr(parallel, name)) != 1:
+            raise ValueError(f"{name}: {size}; 1 is supported")
+    if model.use_mla:
+        raise ValueError("model: MLA is not supported")
+    if model.get_sliding_window() is not None:
+        raise ValueError(
+            f"model: sliding windows ({model.get_sliding_window()}) are not supported"
+        )
+    if vllm_config.cache_config.cache_dtype != "auto":
+        raise ValueError(
+            f"kv_cache_dtype: {vllm_config.cache_config.cache_dtype}; 'auto' is supported"
+        )
+    if model.dtype not in DTYPES:
+        raise ValueError(f"dtype: {model.dtype}; {', '.join(map(str, DTYPES))} is expected")
+    if len(kv_cache_config.kv_cache_groups) != 1:
+        raise ValueError(
+            f"{len(kv_cache_config.kv_cache_groups)} groups of cache layers; 1 is supported"
+        )
+    transfer = vllm_config.kv_transfer_config
+    if transfer.is_kv_consumer and transfer.kv_load_failure_policy != "fail":
+        raise ValueError(
+            f"kv_load_failure_policy: {transfer.kv_load_failure_policy!r}; 'fail' is expected: the"
+            " tokens that stand in for a compacted prompt must not be computed"
+        )
+
+
+def build_open(vllm_config: Any, extra: dict[str, Any], lease: float | None) -> tuple[Open, int]:
+    """`Open` of a prompt but for its length, and the window's tokens."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    name = extra.pop("method", "structkv")
+    if name not in METHODS:
+        raise ValueError(f"method: {name!r}; one of {', '.join(METHODS)} is expected")
+    layers = model.get_num_layers(parallel)
+    kv_budget = extra.pop("kv_budget", None)
+    method = build_method(name, layers, kv_budget, None, None, extra)
+    window = METHODS[name]
+    if isinstance(method, StructKvMethod | SnapKvMethod | FastKvMethod):
+        window = method.window_tokens or window
+        method = replace(method, window_tokens=window)
+    open = Open(
+        geometry=ModelGeometry(
+            layer_count=layers,
+            query_head_count=model.get_num_attention_heads(parallel),
+            kv_head_count=model.get_num_kv_heads(parallel),
+            key_dim=model.get_head_size(),
+        ),
+        dtype=DTYPES[model.dtype],  # type: ignore[arg-type]
+        layout="token_head_dim",
+        method=method,
+        output="hold",
+        hold=Hold(lease_millis=None if lease is None else round(lease * 1000)),
+        model_id=model.model[-256:],
+        rotary=_rotary(model.hf_text_config, model.get_head_size()),
+    )
+    return open, window
+
+
+def _rotary(config: Any, head_dim: int) -> RotaryParameters:
+    """The model's rotation, as its configuration has it."""
+    given = dict(config.rope_parameters)
+    share = given.pop("partial_rotary_factor", None) or 1.0
+    known = {each.name for each in fields(RotaryParameters)}
+    values = {name: value for name, value in given.items() if name in known and value is not None}
+    return RotaryParameters(**values, rotary_dim=None if share == 1.0 else round(head_dim * share))

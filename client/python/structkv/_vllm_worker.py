@@ -1,0 +1,174 @@
+"""The worker's side of the vLLM connector, on plain tensors: prompts from the paged cache to the
+service, and held ones back into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .client import Client
+from .messages import Open
+from .options import FetchOptions, LayerTensors, SessionOptions
+from .session import Session
+from .vllm_requests import HeldPrompt
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What a step computes of a prompt that is to be compressed: tokens [begin, end) of `tokens`,
+    which lie in `block_ids`, in order."""
+
+    request: str
+    tokens: int
+    begin: int
+    end: int
+    block_ids: list[int]
+
+    @property
+    def complete(self) -> bool:
+        return self.end == self.tokens
+
+
+@dataclass(frozen=True)
+class Load:
+    """A held prompt whose rows [first, kv_length) go to `block_ids`, in order. `refused`: why it is
+    not to be loaded."""
+
+    request: str
+    held: HeldPrompt | None
+    first: int
+    block_ids: list[int]
+    refused: str | None
+
+
+def slots(block_ids: Sequence[int], block_tokens: int, begin: int, end: int) -> torch.Tensor:
+    """Slots in the paged cache of tokens [begin, end), i64."""
+    tokens = torch.arange(begin, end)
+    return torch.tensor(block_ids)[tokens // block_tokens] * block_tokens + tokens % block_tokens
+
+
+class Sender:
+    """Prompts on their way to the service. `window`: the last queries that it wants of each."""
+
+    def __init__(self, client: Client, open: Open, window: int, options: SessionOptions) -> None:
+        self._client, self._open, self._window, self._options = client, open, window, options
+        self._queries: dict[tuple[str, int], torch.Tensor] = {}
+        self._sessions: dict[str, Session] = {}
+        self._errors: dict[str, str] = {}
+
+    def layer(
+        self,
+        prefill: Prefill,
+        layer: int,
+        cache: torch.Tensor,
+        queries: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """After a layer's attention. cache: [blocks, kv_heads, block_tokens, 2 * dim], keys and
+        values beside each other; queries: [tokens, query_heads, dim] of the whole step, in the
+        slots slot_mapping [tokens]."""
+        if prefill.request in self._errors:
+            return
+        try:
+            tail = self._tail(prefill, layer, cache.shape[2], queries, slot_mapping)
+            if prefill.complete:
+                self._send(prefill, layer, cache, tail)
+        except Exception as error:  # the prompt is not compressed; the engine goes on
+            self.drop(prefill.request)
+            self._errors[prefill.request] = str(error)
+
+    def _tail(
+        self,
+        prefill: Prefill,
+        layer: int,
+        block_tokens: int,
+        queries: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        """The window's queries so far, [tokens, query_heads, dim]."""
+        begin = max(prefill.begin, prefill.tokens - self._window)
+        wanted = slots(prefill.block_ids, block_tokens, begin, max(begin, prefill.end))
+        same = wanted.to(slot_mapping.device)[:, None] == slot_mapping[None]
+        if not bool(same.any(1).all()):
+            raise ValueError("the step's slot mapping lacks the prompt's last tokens")
+        now = queries.index_select(0, same.int().argmax(1))
+        before = self._queries.pop((prefill.request, layer), None)
+        tail = now if before is None else torch.cat([before, now])
+        if not prefill.complete:
+            self._queries[prefill.request, layer] = tail
+        return tail
+
+    def _send(self, prefill: Prefill, layer: int, cache: torch.Tensor, tail: torch.Tensor) -> None:
+        window = min(self._window, prefill.tokens)
+        if len(tail) < window:
+            raise ValueError(
+                f"{len(tail)} of the last {window} tokens were computed, the others came from the"
+                " prefix cache; the request must not read it (skip_reading_prefix_cache)"
+            )
+        if prefill.request not in self._sessions:
+            self._sessions[prefill.request] = self._client.open_prompt(
+                replace(self._open, prompt_tokens=prefill.tokens), self._options
+            )
+        blocks = cache[torch.tensor(prefill.block_ids, device=cache.device)]
+        rows = blocks.transpose(1, 2).flatten(0, 1)[: prefill.tokens].cpu()
+        keys, values = rows.chunk(2, -1)
+        self._sessions[prefill.request].send_layer(
+            layer,
+            LayerTensors(
+                keys=keys.contiguous(),
+                values=values.contiguous(),
+                window_queries=tail.transpose(0, 1).contiguous().cpu() if window else None,
+            ),
+        )
+
+    def finish(self, prefill: Prefill) -> HeldPrompt | str:
+        """After the last layer: the held prompt, or why there is none."""
+        error = self._errors.pop(prefill.request, None)
+        if error is not None:
+            return error
+        try:
+            session = self._sessions.pop(prefill.request)
+            with session:
+                session.commit()
+                summary = session.collect().summary
+            assert summary.held is not None
+            return HeldPrompt(
+                summary.held.handle.hex(), summary.kv_length, prefill.tokens, summary.fingerprint
+            )
+        except Exception as error:
+            return str(error)
+
+    def drop(self, request: str) -> None:
+        """Of a request that is over, or failed."""
+        self._errors.pop(request, None)
+        if (session := self._sessions.pop(request, None)) is not None:
+            session.cancel()
+        for key in [key for key in self._queries if key[0] == request]:
+            del self._queries[key]
+
+
+def load(
+    client: Client, load: Load, caches: Sequence[torch.Tensor], options: FetchOptions
+) -> None:
+    """Fetches a held prompt into the layers' caches, [blocks, kv_heads, block_tokens, 2 * dim].
+    ValueError where it is not what was announced."""
+    if load.refused is not None or load.held is None:
+        raise ValueError(load.refused)
+    held = load.held
+    fetched = client.fetch(bytes.fromhex(held.handle), options)
+    if fetched.info.fingerprint != held.fingerprint:
+        raise ValueError(
+            f"fingerprint: {fetched.info.fingerprint}; {held.fingerprint} is expected"
+        )
+    if len(fetched.layers) != len(caches):
+        raise ValueError(f"layers: {len(fetched.layers)}; {len(caches)} are expected")
+    for layer, cache in zip(fetched.layers, caches):
+        if layer.kept_tokens != held.kv_length:
+            raise ValueError(f"layer {layer.layer}: {layer.kept_tokens} tokens; {held.kv_length}")
+        rows = torch.cat([torch.from_dlpack(layer.keys), torch.from_dlpack(layer.values)], -1)
+        place = slots(load.block_ids, cache.shape[2], load.first, held.kv_length).to(cache.device)
+        cache[place // cache.shape[2], :, place % cache.shape[2]] = rows[load.first :].to(
+            cache.device
+        )

@@ -1,0 +1,79 @@
+"""What a router sends to vLLM instances that have the connector (docs/engines.md). Needs no vLLM.
+
+body = {"model": ..., "prompt": ids, ...}
+first = post(prefill, vllm_requests.prefill_request(body))
+post(decode, vllm_requests.decode_request(body, first["choices"][0]["token_ids"][0],
+                                          first["kv_transfer_params"]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+COMPRESS = "structkv_compress"
+"""Of kv_transfer_params: the prompt is to be compressed and held."""
+
+HELD = "structkv_held"
+"""Of kv_transfer_params: the compacted prompt that is held, as HeldPrompt's fields."""
+
+ERROR = "structkv_error"
+"""Of kv_transfer_params: why the prompt was not compressed."""
+
+
+@dataclass(frozen=True)
+class HeldPrompt:
+    """A compacted prompt in the service.
+
+    handle: hexadecimal.
+    kv_length: tokens of every layer; keys are turned to the positions 0 .. kv_length - 1.
+    prompt_tokens: of the prompt that it stands for.
+    fingerprint: what method, parameters and model made it.
+    """
+
+    handle: str
+    kv_length: int
+    prompt_tokens: int
+    fingerprint: str
+
+    @property
+    def cache_salt(self) -> str:
+        """Keeps its blocks out of every other prompt's prefix cache."""
+        return f"structkv:{self.fingerprint}:{self.handle}"
+
+
+def prefill_request(body: dict[str, Any]) -> dict[str, Any]:
+    """A completion request as the prefill instance gets it: two tokens, since what a prompt came to
+    is known after the step that computed it. The first one is to be kept."""
+    return {
+        **body,
+        "max_tokens": 2,
+        "min_tokens": 2,
+        "stream": False,
+        "return_token_ids": True,
+        "kv_transfer_params": {COMPRESS: True},
+    }
+
+
+def decode_request(
+    body: dict[str, Any],
+    prompt: Sequence[int],
+    first_token: int,
+    kv_transfer_params: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The request as the decode instance gets it: a prompt of kv_length tokens, which stand in for
+    the compacted ones and are never computed, and the first token, at which it goes on. Its usage
+    counts these. ValueError where the prefill instance held nothing."""
+    params = kv_transfer_params or {}
+    if HELD not in params:
+        raise ValueError(
+            f"kv_transfer_params: no {HELD}; {params.get(ERROR, 'nothing was compressed')}"
+        )
+    held = HeldPrompt(**params[HELD])
+    return {
+        **body,
+        "prompt": [*prompt[len(prompt) - held.kv_length :], first_token],
+        "cache_salt": held.cache_salt,
+        "kv_transfer_params": {HELD: asdict(held)},
+    }

@@ -1,0 +1,240 @@
+"""The vLLM connector in vLLM's own scheduler; skipped where vLLM is missing (python_test.sh)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structkv
+from conftest import Server
+from structkv import vllm_requests
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm")
+
+from vllm_instance import (  # noqa: E402
+    BLOCK,
+    DIM,
+    KV_HEADS,
+    LAYERS,
+    NAMES,
+    QUERY_HEADS,
+    VOCABULARY,
+    Instance,
+    Model,
+    make_config,
+)
+
+TOKENS = 300
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture
+def make(tmp_path: Path, server: Server, model: Model) -> Any:
+    def instance(role: str, **extra: Any) -> Instance:
+        options = {"target": server.target, "kv_budget": 0.1, **extra}
+        return Instance(make_config(tmp_path, role, options), model)
+
+    return instance
+
+
+def prompt(seed: int = 0, tokens: int = TOKENS) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    result: list[int] = torch.randint(0, VOCABULARY, (tokens,), generator=generator).tolist()
+    return result
+
+
+def compacted(
+    engine: structkv.Engine, model: Model, ids: list[int], method: Any
+) -> structkv.Compressed:
+    """What the service makes of the prompt as a whole, keys turned."""
+    open = structkv.Open(
+        geometry=structkv.ModelGeometry(
+            layer_count=LAYERS, query_head_count=QUERY_HEADS, kv_head_count=KV_HEADS, key_dim=DIM
+        ),
+        prompt_tokens=len(ids),
+        dtype="f32",
+        layout="token_head_dim",
+        method=method,
+        rotary=structkv.RotaryParameters(rope_theta=10000.0, rope_type="default"),
+    )
+
+    def source(layer: int) -> structkv.LayerTensors:
+        positions = torch.arange(len(ids))
+        queries, keys, values = model.states(layer, torch.tensor(ids), positions)
+        window = queries[-8:].transpose(0, 1).contiguous()
+        none = isinstance(method, structkv.StreamingLlmMethod)
+        return structkv.LayerTensors(
+            keys=keys, values=values, window_queries=None if none else window
+        )
+
+    return engine.compress(open, source)
+
+
+def expected(model: Model, result: structkv.Compressed, first: int, count: int) -> list[int]:
+    """Tokens that follow on the compacted cache."""
+    layers = [
+        (torch.from_dlpack(layer.keys).clone(), torch.from_dlpack(layer.values).clone())
+        for layer in result.layers
+    ]
+    tokens = [first]
+    for place in range(count):
+        outputs = []
+        position = torch.tensor([result.summary.kv_length + place])
+        for layer, (keys, values) in enumerate(layers):
+            query, key, value = model.states(layer, torch.tensor(tokens[-1:]), position)
+            keys, values = torch.cat([keys, key]), torch.cat([values, value])
+            layers[layer] = (keys, values)
+            outputs.append(model.attend(query[0], keys, values))
+        tokens.append(model.sample(outputs))
+    return tokens[1:]
+
+
+@pytest.mark.parametrize(
+    "method, message",
+    [
+        ("structkv", structkv.StructKvMethod(kv_budget=structkv.Budget(ratio=0.1))),
+        ("fastkv", structkv.FastKvMethod(kv_budget=structkv.Budget(ratio=0.1), tsp_layer=0)),
+        ("streaming_llm", structkv.StreamingLlmMethod(kv_budget=structkv.Budget(ratio=0.1))),
+    ],
+)
+def test_from_prefill_to_decode(
+    make: Any, engine: structkv.Engine, model: Model, method: str, message: Any
+) -> None:
+    """Two prompts in chunks, one of whose last chunk is shorter than the window, and one that is
+    not to be compressed."""
+    prefill = make("kv_producer", method=method)
+    prompts = {"a": prompt(0, 261), "b": prompt(1), "c": prompt(2)}
+    for name, ids in prompts.items():
+        params = {vllm_requests.COMPRESS: True} if name != "c" else None
+        request = prefill.add(name, ids, 2, kv_transfer_params=params)
+        if name == "a":
+            first_request = request
+    outputs = prefill.run()
+    assert outputs["c"].kv_transfer_params is None
+    assert first_request.num_output_tokens == 2
+
+    decode = make("kv_consumer")
+    firsts, bodies = {}, {}
+    for name in ("a", "b"):
+        firsts[name] = prefill.requests[name].output_token_ids[0]
+        bodies[name] = vllm_requests.decode_request(
+            {"model": "m"}, prompts[name], firsts[name], outputs[name].kv_transfer_params
+        )
+        body = bodies[name]
+        assert len(body["prompt"]) == -(-len(prompts[name]) // 10) + 1
+        decode.add(
+            name,
+            body["prompt"],
+            5,
+            kv_transfer_params=body["kv_transfer_params"],
+            cache_salt=body["cache_salt"],
+        )
+    decode.step()
+    for name in ("a", "b"):
+        wanted = compacted(engine, model, prompts[name], message)
+        kept = wanted.summary.kv_length
+        assert decode.cached[name] == kept
+        blocks = torch.tensor(decode.blocks[name])
+        slots = blocks[torch.arange(kept) // BLOCK], torch.arange(kept) % BLOCK
+        for layer, cache in zip(wanted.layers, decode.caches.values()):
+            keys, values = cache[slots[0], :, slots[1]].chunk(2, -1)
+            assert torch.equal(keys, torch.from_dlpack(layer.keys))
+            assert torch.equal(values, torch.from_dlpack(layer.values))
+    decode.run()
+    for name in ("a", "b"):
+        wanted = compacted(engine, model, prompts[name], message)
+        tokens = list(decode.requests[name].output_token_ids)
+        assert tokens == expected(model, wanted, firsts[name], 5)
+
+    # Once more: the salted blocks are found again; the same tokens without the salt are not.
+    body = bodies["b"]
+    again = decode.add(
+        "again",
+        body["prompt"],
+        5,
+        kv_transfer_params=body["kv_transfer_params"],
+        cache_salt=body["cache_salt"],
+    )
+    decode.add("plain", body["prompt"], 1)
+    decode.run()
+    assert list(again.output_token_ids) == list(decode.requests["b"].output_token_ids)
+    assert decode.cached["plain"] == 0
+
+
+def test_what_is_not_compressed(make: Any, server: Server) -> None:
+    prefill = make("kv_producer")
+    prefill.add("warm", prompt(), 1)
+    prefill.run()
+    prefill.add("hit", prompt(), 2, kv_transfer_params={vllm_requests.COMPRESS: True})
+    prefill.add(
+        "anew",
+        prompt(),
+        2,
+        kv_transfer_params={vllm_requests.COMPRESS: True},
+        skip_reading_prefix_cache=True,
+    )
+    outputs = prefill.run()
+    assert vllm_requests.HELD in outputs["anew"].kv_transfer_params
+    # 288 of 300 tokens were cached: 12 were computed, enough for the window.
+    assert vllm_requests.HELD in outputs["hit"].kv_transfer_params
+    short = prompt(0, 18 * BLOCK + 3)
+    prefill.add("short", short, 2, kv_transfer_params={vllm_requests.COMPRESS: True})
+    params = prefill.run()["short"].kv_transfer_params
+    assert "3 of the last 8 tokens" in params[vllm_requests.ERROR]
+    with pytest.raises(ValueError, match="3 of the last 8 tokens"):
+        vllm_requests.decode_request({}, short, 1, params)
+
+    gone = make("kv_producer", target="unix:/nowhere/at/all", timeout=0.5)
+    gone.add("a", prompt(), 2, kv_transfer_params={vllm_requests.COMPRESS: True})
+    assert vllm_requests.ERROR in gone.run()["a"].kv_transfer_params
+
+
+def test_what_cannot_be_loaded_fails_the_request(make: Any) -> None:
+    prefill, decode = make("kv_producer"), make("kv_consumer")
+    prefill.add("a", prompt(), 2, kv_transfer_params={vllm_requests.COMPRESS: True})
+    params = prefill.run()["a"].kv_transfer_params
+    body = vllm_requests.decode_request({}, prompt(), 1, params)
+    held = params[vllm_requests.HELD]
+    changes: dict[str, dict[str, Any]] = {
+        "unsalted": {"cache_salt": None},
+        "short": {"prompt": body["prompt"][:-1]},
+        "gone": {"held": {**held, "handle": "00" * 16}},
+        "other": {"held": {**held, "fingerprint": "00" * 16}},
+        "broken": {"held": {"handle": held["handle"]}},
+    }
+    for name, change in changes.items():
+        given = change.get("held", held)
+        salt = body["cache_salt"]
+        if set(given) == set(held):
+            salt = vllm_requests.HeldPrompt(**given).cache_salt
+        decode.add(
+            name,
+            change.get("prompt", body["prompt"]),
+            5,
+            kv_transfer_params={vllm_requests.HELD: given},
+            cache_salt=change.get("cache_salt", salt),
+        )
+    outputs = decode.run()
+    for name in changes:
+        assert outputs[name].finish_reason is not None
+        assert str(outputs[name].finish_reason) == "error", name
+        assert outputs[name].new_token_ids == []
+
+
+def test_configurations_that_are_refused(tmp_path: Path, server: Server, model: Model) -> None:
+    target = {"target": server.target}
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({}, {}, "no 'target'"),
+        ({**target, "method": "h2o"}, {}, "'h2o'; one of structkv, snapkv"),
+        (target, {"kv_load_failure_policy": "recompute"}, "'fail' is expected"),
+    ]
+    for extra, changes, text in cases:
+        with pytest.raises(ValueError, match=text):
+            Instance(make_config(tmp_path, "kv_both", extra, **changes), model)
+    assert len(NAMES) == LAYERS
