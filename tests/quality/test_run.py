@@ -1,4 +1,6 @@
-"""A short run of the whole harness on the bundled model, and its answers against kvpress's own pipeline."""
+"""A short run of the whole harness on the bundled model, and its answers against kvpress's own
+pipeline.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,20 @@ HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "data" / "tiny-llama"
 SERVICE = find_spec("structkv") is not None
 KVPRESS = find_spec("kvpress") is not None
-RUN = ["--tasks", "records", "--lengths", "260", "--depths", "2", "--samples", "1", "--budgets", "0.3", "--threads", "1"]
+RUN = [
+    "--tasks",
+    "records",
+    "--lengths",
+    "260",
+    "--depths",
+    "2",
+    "--samples",
+    "1",
+    "--budgets",
+    "0.3",
+    "--threads",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +57,9 @@ def tiny() -> Loaded:
 @pytest.fixture(scope="module")
 def samples() -> list[Any]:
     hay = sentences(held_out_text())
-    return [make("records", 600, seed, len, depth=0.3, hay="text", sentences=hay) for seed in range(8)]
+    return [
+        make("records", 600, seed, len, depth=0.3, hay="text", sentences=hay) for seed in range(8)
+    ]
 
 
 def run(out: Path, *flags: str) -> dict[str, Any]:
@@ -56,15 +73,22 @@ def run(out: Path, *flags: str) -> dict[str, Any]:
 def test_smoke(tmp_path: Path) -> None:
     methods = ["structkv", "snapkv", "kvpress:snapkv", "kvpress:pyramidkv"]
     results = run(tmp_path, "--continuation", "8", "--methods", *methods)
-    there = {"full"} | {name for name in methods if (KVPRESS if name.startswith("kvpress") else SERVICE)}
+    there = {"full"} | {
+        name for name in methods if (KVPRESS if name.startswith("kvpress") else SERVICE)
+    }
     assert set(results["environment"]["skipped"]) == set(methods) - there
     for part, count in (("accuracy", 4), ("perplexity", 1), ("fidelity", 2)):
         for method in there:
-            assert sum(record["method"] == method for record in results[part]) == count, (part, method)
+            assert sum(record["method"] == method for record in results[part]) == count, (
+                part,
+                method,
+            )
     for record in results["fidelity"]:
         lowest = 0.9999 if record["method"] == "full" else -1
         for kind in ("hidden", "attention", "overlap"):
-            assert len(record[kind]) == 12 and all(lowest <= value <= 1.0001 for value in record[kind])
+            assert len(record[kind]) == 12 and all(
+                lowest <= value <= 1.0001 for value in record[kind]
+            )
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") >= 8 and not re.search(r"<(script|link|img|iframe)|url\(http", page)
     for method in methods:
@@ -74,7 +98,9 @@ def test_smoke(tmp_path: Path) -> None:
 
 def test_the_full_cache_answers(tiny: Loaded, samples: list[Any]) -> None:
     records = list(measure_accuracy(tiny, samples, [full()], [True, False]))
-    assert sum(record["score"] for record in records) / len(records) >= 0.6  # a guess is right once in 36
+    assert (
+        sum(record["score"] for record in records) / len(records) >= 0.6
+    )  # a guess is right once in 36
 
 
 def test_results_of_several_models_are_not_mixed(tmp_path: Path) -> None:
@@ -95,14 +121,21 @@ def test_everything_kept_is_the_full_cache(tiny: Loaded, samples: list[Any]) -> 
             assert record["overlap"] == [1.0] * 12
             assert min(record["hidden"]) > 0.9999 and min(record["attention"]) > 0.9999
         with pytest.raises(structkv.Error):
-            with make_method("structkv", 7.0, engine).prefill(tiny, torch.zeros(1, 64, dtype=torch.long)):
+            with make_method("structkv", 7.0, engine).prefill(
+                tiny, torch.zeros(1, 64, dtype=torch.long)
+            ):
                 pass
 
 
 @pytest.mark.skipif(not KVPRESS, reason="kvpress is not installed")
-@pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "streaming_llm", "tova", "knorm", "expected_attention"])
-def test_kvpress_answers_as_in_its_own_pipeline(tiny: Loaded, samples: list[Any], name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["snapkv", "pyramidkv", "streaming_llm", "tova", "knorm", "expected_attention"]
+)
+def test_kvpress_answers_as_in_its_own_pipeline(
+    tiny: Loaded, samples: list[Any], name: str
+) -> None:
     import kvpress
+
     from harness.methods import PRESSES
 
     class Pipeline(kvpress.KVPressTextGenerationPipeline):  # type: ignore[misc]
@@ -115,7 +148,7 @@ def test_kvpress_answers_as_in_its_own_pipeline(tiny: Loaded, samples: list[Any]
 
     pipeline, method = Pipeline(Tokenizer()), make_method(f"kvpress:{name}", 0.4, None)
     for sample in samples[:4]:
-        # One token after the prompt, so that its mask does not matter where layers keep different numbers.
+        # One token, which needs no mask: layers may keep different numbers.
         prompt = torch.tensor([tiny.tokenizer.encode(sample.context)])
         question = torch.tensor([tiny.tokenizer.encode("~")])
         with torch.inference_mode():

@@ -51,7 +51,11 @@ def test_prompts_fit_and_can_be_answered(task: str, hay: str) -> None:
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
 def test_the_needle_lies_at_its_depth(task: str, depth: float) -> None:
     sample = make(task, 600, 3, words, depth=depth)
-    needle = sample.question.text + sample.question.target if task == "records" else sample.question.prefix.strip()
+    needle = (
+        sample.question.text + sample.question.target
+        if task == "records"
+        else sample.question.prefix.strip()
+    )
     at = sample.context.index(needle) / len(sample.context)
     # A needle's own length, and those of the others that fall to one side of it.
     assert abs(at - depth) < 0.15
@@ -95,19 +99,31 @@ def test_overlap_with_the_oracle() -> None:
 
 def test_the_held_out_text_is_not_trained_on() -> None:
     trained = training_text()
-    assert not [piece for piece in held_out_text().split("\n\n") if len(piece) > 200 and piece in trained]
+    assert not [
+        piece for piece in held_out_text().split("\n\n") if len(piece) > 200 and piece in trained
+    ]
 
 
 def test_datasets(tmp_path: Path) -> None:
     rows = [
-        {"context": "a b c", "question": "which?", "answer": ["a", "b"], "answer_prefix": "It is", "task": "niah"},
+        {
+            "context": "a b c",
+            "question": "which?",
+            "answer": ["a", "b"],
+            "answer_prefix": "It is",
+            "task": "niah",
+        },
         {"context": "x " * 500, "question": "too long?", "answer": "x", "task": "niah"},
         {"context": "p q", "input": "what?", "answers": ["p"], "task": "qa"},
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     loaded = Loaded("none", None, Bytes(), "")
     first, second = datasets.read(tmp_path, loaded, longest=200, limit=4)
-    assert (first.task, first.question.text, first.question.prefix) == ("niah", "\nwhich?", "\nIt is")
+    assert (first.task, first.question.text, first.question.prefix) == (
+        "niah",
+        "\nwhich?",
+        "\nIt is",
+    )
     assert first.question.answers == ("a", "b")
     assert (second.task, second.question.answers) == ("qa", ("p",))
     (tmp_path / "rows.jsonl").write_text('{"context": "a"}')

@@ -22,7 +22,8 @@ from harness.training.tokenizer import WORDS, make_tokenizer  # noqa: E402
 
 TEXT = held_out_text()
 SMALL = replace(
-    CPU, layers=2, hidden=32, feed_forward=32, query_heads=2, kv_heads=1, head_dim=16, step_tokens=256, tokens=256 * 6,
+    CPU, layers=2, hidden=32, feed_forward=32, query_heads=2, kv_heads=1, head_dim=16,
+    step_tokens=256, tokens=256 * 6,
     stages=(Stage(64, 2.0, 0.5, FIRST_MIXTURE), Stage(128, 2.0, 1.0)),
 )  # fmt: skip
 

@@ -1,4 +1,6 @@
-"""Accuracy: samples crossed with methods, with the question inside or outside of what is compressed."""
+"""Accuracy: samples crossed with methods, with the question inside or outside of what is
+compressed.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,13 @@ from .tasks import Sample
 
 
 def score(text: str, answers: tuple[str, ...]) -> float:
-    """The share of the answers that the text has, as RULER counts: as whole words, or at its start if one letter long."""
+    """The share of the answers that the text has, as RULER counts: as whole words, or at its start
+    if one letter long.
+    """
     found = [
-        text.startswith(each) if len(each) == 1 else bool(re.search(rf"\b{re.escape(each)}\b", text, re.IGNORECASE))
+        text.startswith(each)
+        if len(each) == 1
+        else bool(re.search(rf"\b{re.escape(each)}\b", text, re.IGNORECASE))
         for each in answers
     ]
     return sum(found) / len(found)
@@ -26,8 +32,9 @@ def score(text: str, answers: tuple[str, ...]) -> float:
 def split(loaded: Loaded, sample: Sample, aware: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens that are compressed, and those that follow: [1, n] and [1, m].
 
-    Aware: the question is compressed with the context, in the observation window, and the answer's beginning follows.
-    Agnostic: both follow. Either way each token of the answer comes from the compacted cache.
+    Aware: the question is compressed with the context, in the observation window, and the answer's
+    beginning follows. Agnostic: both follow. Either way each token of the answer comes from the
+    compacted cache.
     """
     context = loaded.tokenizer.encode(sample.context)
     question = loaded.tokenizer.encode(sample.question.text)

@@ -1,4 +1,6 @@
-"""Layer by layer: what a compacted cache changes for the tokens that follow, and how well its sets were chosen."""
+"""Layer by layer: what a compacted cache changes for the tokens that follow, and how well its sets
+were chosen.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from .tasks import Sample
 
 @contextmanager
 def recorded(loaded: Loaded) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """The outputs of each layer and of its attention, [tokens, hidden] f32 each, forward after forward in order."""
+    """The outputs of each layer and of its attention, [tokens, hidden] f32 each, forward after
+    forward in order.
+    """
     outputs: dict[str, list[torch.Tensor]] = {}
     handles = []
 
@@ -49,19 +53,26 @@ def eager(loaded: Loaded) -> Iterator[None]:
         loaded.model.set_attn_implementation(before)
 
 
-def oracle(loaded: Loaded, prompt: torch.Tensor, rest: torch.Tensor) -> tuple[list[torch.Tensor], Any]:
-    """The attention that the tokens after the prompt pay to each of its tokens: [kv_heads, prompt] for each layer, and
-    the full cache."""
+def oracle(
+    loaded: Loaded, prompt: torch.Tensor, rest: torch.Tensor
+) -> tuple[list[torch.Tensor], Any]:
+    """The attention that the tokens after the prompt pay to each of its tokens: [kv_heads, prompt]
+    for each layer, and the full cache.
+    """
     with full().prefill(loaded, prompt) as prefilled, eager(loaded):
         keep = prefilled.tokens
         attention = loaded.forward(rest, prefilled.cache, keep, output_attentions=True).attentions
     heads = loaded.model.config.num_key_value_heads
-    return [weights[0, :, :, :keep].float().sum(1).unflatten(0, (heads, -1)).sum(1) for weights in attention], prefilled.cache
+    return [
+        weights[0, :, :, :keep].float().sum(1).unflatten(0, (heads, -1)).sum(1)
+        for weights in attention
+    ], prefilled.cache
 
 
 def overlap(kept: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The share of the kept tokens that an oracle would keep: as many of the highest `wanted` [kv_heads, prompt]; of their
-    sum where one set stands for all heads."""
+    """The share of the kept tokens that an oracle would keep: as many of the highest `wanted`
+    [kv_heads, prompt]; of their sum where one set stands for all heads.
+    """
     rows, scores = (kept[None], wanted.sum(0)[None]) if kept.dim() == 1 else (kept, wanted)
     if rows.shape[-1] == 0:
         return 1.0
@@ -75,8 +86,10 @@ def overlap(kept: torch.Tensor, wanted: torch.Tensor) -> float:
 def measure(
     loaded: Loaded, samples: Iterable[Sample], methods: list[Method], awareness: Iterable[bool]
 ) -> Iterator[dict[str, Any]]:
-    """For each sample and method, over the question and its right answer behind the prompt's cache: the cosine with the full
-    cache's outputs, mean over the tokens, and the overlap with the oracle, for each layer."""
+    """For each sample and method, over the question and its right answer behind the prompt's cache:
+    the cosine with the full cache's outputs, mean over the tokens, and the overlap with the oracle,
+    for each layer.
+    """
     for sample in samples:
         target = loaded.tokenizer.encode(sample.question.target)
         for aware in awareness:
@@ -100,15 +113,25 @@ def measure(
                     "budget": method.budget,
                     "pivot_layer": prefilled.pivot_layer,
                     "overlap": [overlap(a, b) for a, b in zip(kept, wanted)],
-                    **{kind: _cosines(kind, outputs, reference, len(kept)) for kind in ("hidden", "attention")},
+                    **{
+                        kind: _cosines(kind, outputs, reference, len(kept))
+                        for kind in ("hidden", "attention")
+                    },
                 }
 
 
 def _cosines(
-    kind: str, outputs: dict[str, list[torch.Tensor]], reference: dict[str, list[torch.Tensor]], layers: int
+    kind: str,
+    outputs: dict[str, list[torch.Tensor]],
+    reference: dict[str, list[torch.Tensor]],
+    layers: int,
 ) -> list[float]:
     names = [f"{kind}.{layer}" for layer in range(layers)]
     return [
-        torch.nn.functional.cosine_similarity(torch.cat(outputs[name]), torch.cat(reference[name]), dim=-1).mean().item()
+        torch.nn.functional.cosine_similarity(
+            torch.cat(outputs[name]), torch.cat(reference[name]), dim=-1
+        )
+        .mean()
+        .item()
         for name in names
     ]

@@ -1,4 +1,6 @@
-"""Methods of compression behind one seam: the full cache, the service's by structkv.hf, and kvpress's presses."""
+"""Methods of compression behind one seam: the full cache, the service's by structkv.hf, and
+kvpress's presses.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from .models import Loaded
 class Prefilled:
     """A prompt's cache.
 
-    kept: for each layer the positions that it holds, i64 [kept] or [kv_heads, kept], where the method tells.
+    kept: for each layer the positions that it holds, i64 [kept] or [kv_heads, kept], where the
+        method tells.
     pivot_layer: where there is one.
     uniform: whether a forward of several tokens may follow, as after a whole cache.
     """
@@ -31,14 +34,17 @@ class Prefilled:
 
 @dataclass(frozen=True)
 class Method:
-    """`name`, or `name:field=value,...` with parameters of the method; kvpress's are `kvpress:name`.
+    """`name`, or `name:field=value,...` with parameters of the method; kvpress's are
+    `kvpress:name`.
 
     budget: share of the prompt's tokens that is kept; 1 for the full cache.
     """
 
     name: str
     budget: float
-    prefill: Callable[[Loaded, torch.Tensor], Any]  # a context manager, in which a Prefilled is used
+    prefill: Callable[
+        [Loaded, torch.Tensor], Any
+    ]  # a context manager, in which a Prefilled is used
 
 
 @contextmanager
@@ -64,19 +70,29 @@ def value(text: str) -> Any:
 
 
 def service_method(name: str, budget: float, client: Any) -> Method:
-    """A method of the service, `structkv:decay=0.5` for instance; fields as structkv.hf.compress() takes them.
+    """A method of the service, `structkv:decay=0.5` for instance; fields as structkv.hf.compress()
+    takes them.
 
     ImportError where structkv.hf does not load.
     """
     import structkv.hf
 
     kind, _, rest = name.partition(":")
-    parameters = {key: value(text) for key, _, text in (field.partition("=") for field in rest.split(",") if field)}
+    parameters = {
+        key: value(text)
+        for key, _, text in (field.partition("=") for field in rest.split(",") if field)
+    }
 
     @contextmanager
     def prefill(loaded: Loaded, tokens: torch.Tensor) -> Iterator[Prefilled]:
         with structkv.hf.compress(
-            loaded.model, client, kind, kv_budget=budget, on_failure="raise", continuation=True, **parameters
+            loaded.model,
+            client,
+            kind,
+            kv_budget=budget,
+            on_failure="raise",
+            continuation=True,
+            **parameters,
         ) as run:
             cache = DynamicCache(config=loaded.model.config)
             loaded.forward(tokens, cache, 0)
@@ -98,23 +114,29 @@ PRESSES = {
 
 
 def kvpress_method(name: str, budget: float) -> Method:
-    """One of kvpress's presses, `kvpress:snapkv` for instance. ImportError where kvpress does not load."""
+    """One of kvpress's presses, `kvpress:snapkv` for instance. ImportError where kvpress does not
+    load.
+    """
     import kvpress
 
     kind = name.removeprefix("kvpress:")
     if kind not in PRESSES:
-        raise ValueError(f"method: {name!r}; one of {', '.join(f'kvpress:{press}' for press in PRESSES)} is expected")
+        names = ", ".join(f"kvpress:{press}" for press in PRESSES)
+        raise ValueError(f"method: {name!r}; one of {names} is expected")
     make = getattr(kvpress, PRESSES[kind])
 
     @contextmanager
     def prefill(loaded: Loaded, tokens: torch.Tensor) -> Iterator[Prefilled]:
         press = make(compression_ratio=1 - budget)
         if getattr(press, "window_size", 0) >= tokens.shape[1]:
-            raise ValueError(f"{name}: {tokens.shape[1]} tokens; more than its window, {press.window_size}, are expected")
+            raise ValueError(
+                f"{name}: {tokens.shape[1]} tokens;"
+                f" more than its window, {press.window_size}, are expected"
+            )
         cache = DynamicCache()
         with press(loaded.model):
             loaded.forward(tokens, cache, 0)
-        lengths = {layer.keys.shape[2] for layer in cache.layers}
+        lengths = {layer.get_seq_length() for layer in cache.layers}
         yield Prefilled(cache, tokens.shape[1], uniform=len(lengths) == 1)
 
     return Method(name, budget, prefill)
@@ -130,7 +152,8 @@ def make_method(name: str, budget: float, client: Any) -> Method:
 
 
 def find_kept(full_cache: Any, cache: Any) -> list[torch.Tensor]:
-    """The positions whose keys a cache holds, by comparison with the whole one: i64 [kv_heads, kept], ascending.
+    """The positions whose keys a cache holds, by comparison with the whole one: i64 [kv_heads,
+    kept], ascending.
 
     For methods that say nothing of their sets and change no key.
     """

@@ -57,8 +57,9 @@ class Loaded:
         return len(self.tokenizer.encode(text))
 
     def forward(self, tokens: torch.Tensor, cache: Any, position: int, **kwargs: Any) -> Any:
-        """One forward of `tokens` [1, n] from `position` on, with a cache that is added to. Logits are of the last token
-        unless `logits_to_keep` says otherwise."""
+        """One forward of `tokens` [1, n] from `position` on, with a cache that is added to. Logits
+        are of the last token unless `logits_to_keep` says otherwise.
+        """
         positions = torch.arange(position, position + tokens.shape[1], device=tokens.device)[None]
         kwargs = {"logits_to_keep": 1, "use_cache": True, self.cache_name: cache, **kwargs}
         with torch.inference_mode():
@@ -68,9 +69,14 @@ class Loaded:
 def load(folder: Path, device: str = "cpu", dtype: str = "float32") -> Loaded:
     """The model of a local folder; nothing is downloaded."""
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), local_files_only=True
+    )
     model.to(device).eval()
-    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
+    has_tokenizer = any(
+        (folder / name).exists()
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    )
     tokenizer: Tokenizer = HuggingFace(folder) if has_tokenizer else Bytes()
     parameters = inspect.signature(type(model).forward).parameters
     cache_name = "cache" if "cache" in parameters else "past_key_values"

@@ -15,15 +15,20 @@ from .models import Loaded
 def measure(
     loaded: Loaded, text: str, length: int, continuation: int, samples: int, methods: list[Method]
 ) -> Iterator[dict[str, Any]]:
-    """The mean negative log-likelihood (nats a token) of `continuation` tokens after each of `samples` pieces of `text` of
-    `length` tokens, which lie evenly in it."""
+    """The mean negative log-likelihood (nats a token) of `continuation` tokens after each of
+    `samples` pieces of `text` of `length` tokens, which lie evenly in it.
+    """
     tokens = loaded.tokenizer.encode(text)
     spare = len(tokens) - length - continuation
     if spare < 0:
-        raise ValueError(f"text: {len(tokens)} tokens; {length + continuation} are expected at least")
+        raise ValueError(
+            f"text: {len(tokens)} tokens; {length + continuation} are expected at least"
+        )
     for number in range(samples):
         begin = spare * number // max(1, samples - 1)
-        piece = torch.tensor([tokens[begin : begin + length + continuation]], device=loaded.model.device)
+        piece = torch.tensor(
+            [tokens[begin : begin + length + continuation]], device=loaded.model.device
+        )
         prompt, rest = piece[:, :length], piece[:, length:]
         for method in methods:
             with method.prefill(loaded, prompt) as prefilled:

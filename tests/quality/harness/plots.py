@@ -15,7 +15,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 Records = list[dict[str, Any]]
-plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update(
+    {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+)
 
 
 def _svg(figure: Figure) -> str:
@@ -55,7 +57,12 @@ def accuracy_over_budget(records: Records, title: str) -> str:
         else:
             style = "--" if method.startswith("kvpress:") else "-"
             axes.plot(budgets, scores, style, marker="os^vD"[number % 5], label=method)
-    axes.set(xlabel="share of the prompt's tokens kept", ylabel="accuracy", ylim=(-0.02, 1.02), title=title)
+    axes.set(
+        xlabel="share of the prompt's tokens kept",
+        ylabel="accuracy",
+        ylim=(-0.02, 1.02),
+        title=title,
+    )
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return _svg(figure)
 
@@ -66,7 +73,9 @@ def depth_by_length(records: Records, title: str) -> str:
     lengths, depths = (sorted({record[name] for record in records}) for name in ("tokens", "depth"))
     across = min(4, len(methods))
     down = -(-len(methods) // across)
-    figure, grid = plt.subplots(down, across, figsize=(2.6 * across, 2.3 * down), squeeze=False, sharex=True, sharey=True)
+    figure, grid = plt.subplots(
+        down, across, figsize=(2.6 * across, 2.3 * down), squeeze=False, sharex=True, sharey=True
+    )
     for axes in grid.flat[len(methods) :]:
         axes.set_visible(False)
     for axes, method in zip(grid.flat, methods):
@@ -84,7 +93,11 @@ def depth_by_length(records: Records, title: str) -> str:
 
 
 def _score(records: Records, method: str, length: int, depth: float) -> float:
-    found = [r["score"] for r in records if (r["method"], r["tokens"], r["depth"]) == (method, length, depth)]
+    found = [
+        r["score"]
+        for r in records
+        if (r["method"], r["tokens"], r["depth"]) == (method, length, depth)
+    ]
     return mean(found) if found else math.nan
 
 
@@ -93,7 +106,14 @@ def over_layers(records: Records, kind: str, title: str) -> str:
     for number, method in enumerate(_methods(records)):
         values = by_layer([record for record in records if record["method"] == method], kind)
         style = "--" if method.startswith("kvpress:") else "-"
-        axes.plot(range(len(values)), values, style, marker="os^vD"[number % 5], markersize=4, label=method)
+        axes.plot(
+            range(len(values)),
+            values,
+            style,
+            marker="os^vD"[number % 5],
+            markersize=4,
+            label=method,
+        )
     axes.set(xlabel="layer", title=title)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return _svg(figure)

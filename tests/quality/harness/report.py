@@ -48,7 +48,9 @@ def groups(records: Records, *names: str) -> dict[tuple[Any, ...], Records]:
     return result
 
 
-def method_rows(records: Records, column: str, cell: Callable[[Records], str]) -> tuple[list[str], list[list[str]]]:
+def method_rows(
+    records: Records, column: str, cell: Callable[[Records], str]
+) -> tuple[list[str], list[list[str]]]:
     """A table of methods and budgets over the values of `column`."""
     columns = list(dict.fromkeys(record[column] for record in records))
     rows = []
@@ -78,8 +80,9 @@ def accuracy_section(records: Records) -> Section:
             figures.append(plots.depth_by_length(few, f"budget {lowest:.0%}, {side(aware)}"))
     count = len({(r["task"], r["tokens"], r["depth"], r["number"]) for r in records})
     text = (
-        f"The share of the right answers that the model gives, over {count} prompts; greedy decoding. Each token of an answer is"
-        " computed on the compacted cache. A method is worth comparing only where the full cache answers."
+        f"The share of the right answers that the model gives, over {count} prompts; greedy"
+        " decoding. Each token of an answer is computed on the compacted cache. Where the full cache does not"
+        " answer there is nothing to compare."
     )
     return Section("Accuracy", text, tables, figures)
 
@@ -108,25 +111,48 @@ def fidelity_section(records: Records) -> Section:
                 worst = min(range(len(layers)), key=layers.__getitem__)
                 return [f"{mean(layers):.1%}", f"{layers[worst]:.1%} ({worst})"]
 
-            rows = [[m, f"{b:.0%}", *lowest(group)] for (m, b), group in groups(part, "method", "budget").items()]
-            tables.append(Table(f"{title}, {side(aware)}", ["method", "budget", "mean", "worst layer"], rows))
+            rows = [
+                [m, f"{b:.0%}", *lowest(group)]
+                for (m, b), group in groups(part, "method", "budget").items()
+            ]
+            tables.append(
+                Table(f"{title}, {side(aware)}", ["method", "budget", "mean", "worst layer"], rows)
+            )
             budget = min(record["budget"] for record in part)
-            few = [record for record in part if record["budget"] == budget and "=" not in record["method"]]
-            figures.append(plots.over_layers(few, kind, f"{title}\nbudget {budget:.0%}, {side(aware)}"))
+            few = [
+                record
+                for record in part
+                if record["budget"] == budget and "=" not in record["method"]
+            ]
+            figures.append(
+                plots.over_layers(few, kind, f"{title}\nbudget {budget:.0%}, {side(aware)}")
+            )
     text = (
-        "Over the question (where it follows) and the right answer, given token by token, behind each cache; means over tokens and prompts."
-        " A layer after the pivot computed on the skeleton alone."
+        "Over the tokens that follow the prompt, up to the right answer, behind each cache; means"
+        " over tokens and prompts. A layer after the pivot computed on the skeleton alone."
     )
     return Section("Fidelity by layer", text, tables, figures)
 
 
 def pivots(records: Records) -> Table | None:
     rows = [
-        [method, f"{budget:.0%}", ", ".join(f"{layer}: {n}" for layer, n in sorted(plots.counted(found).items()))]
+        [
+            method,
+            f"{budget:.0%}",
+            ", ".join(f"{layer}: {n}" for layer, n in sorted(plots.counted(found).items())),
+        ]
         for (method, budget), part in groups(records, "method", "budget").items()
         if (found := [r["pivot_layer"] for r in part if r["pivot_layer"] is not None])
     ]
-    return Table("Pivot layers and how many prompts had them", ["method", "budget", "layer: prompts"], rows) if rows else None
+    return (
+        Table(
+            "Pivot layers and how many prompts had them",
+            ["method", "budget", "layer: prompts"],
+            rows,
+        )
+        if rows
+        else None
+    )
 
 
 SECTIONS: dict[str, Callable[[Records], Section]] = {
@@ -136,38 +162,11 @@ SECTIONS: dict[str, Callable[[Records], Section]] = {
 }
 
 PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-    """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>StructKV: quality on {{ model }}</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-variant-numeric: tabular-nums }
-td, th { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #dde1e6 }
-td:first-child, th:first-child { text-align: left }
-figure { margin: 1rem 0 } svg { max-width: 100%; height: auto } code { background: #f3f4f6; overflow-wrap: anywhere }
-h2 { margin-top: 2.5rem } h3 { margin-bottom: 0 }
-</style></head><body>
-<h1>Quality on compacted caches: {{ model }}</h1>
-{% for run in environments %}
-<p>{{ run.label }}: {{ "{:,}".format(run.parameters) }} parameters, {{ run.layers }} layers, {{ run.dtype }} on {{ run.device }}, seed {{ run.seed }};
-{% for name, version in run.versions.items() if version %}{{ name }} {{ version }}{{ ", " if not loop.last }}{% endfor %}.
-<br><code>tests/quality/run {{ run.command }}</code></p>
-{% if run.skipped %}<p>Skipped: {% for name, why in run.skipped.items() %}{{ name }} ({{ why }}){{ "; " if not loop.last }}{% endfor %}.</p>{% endif %}
-{% endfor %}
-{% for section in sections %}
-<h2>{{ section.title }}</h2>
-<p>{{ section.text }}</p>
-{% for figure in section.figures %}<figure>{{ figure | safe }}</figure>
-{% endfor %}
-{% for table in section.tables %}
-<h3>{{ table.title }}</h3>
-<table><tr>{% for cell in table.head %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table>
-{% endfor %}
-{% endfor %}
-</body></html>
-"""
+    (Path(__file__).parent / "report.html.jinja").read_text()
 )
+
+
+IDENTITY = ("task", "tokens", "depth", "number", "aware", "method", "budget")
 
 
 def merged(results: Iterable[dict[str, Any]], part: str) -> Records:
@@ -175,7 +174,7 @@ def merged(results: Iterable[dict[str, Any]], part: str) -> Records:
     records, seen = Records(), set()
     for result in results:
         for record in result.get(part, []):
-            identity = json.dumps([record.get(name) for name in ("task", "tokens", "depth", "number", "aware", "method", "budget")])
+            identity = tuple(record.get(name) for name in IDENTITY)
             if identity not in seen:
                 seen.add(identity)
                 records.append(record)
@@ -183,11 +182,14 @@ def merged(results: Iterable[dict[str, Any]], part: str) -> Records:
 
 
 def write_report(folder: Path) -> Path:
-    """Writes `folder`/report.html of its *.json; they must be of one model. ValueError names two that are not."""
+    """Writes `folder`/report.html of its *.json; they must be of one model. ValueError names two
+    that are not.
+    """
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     models = {(r["environment"]["model"], r["environment"]["parameters"]) for r in results}
     if len(models) > 1:
-        raise ValueError(f"{folder}: results of {len(models)} models: {', '.join(sorted(name for name, _ in models))}; one is expected")
+        names = ", ".join(sorted(name for name, _ in models))
+        raise ValueError(f"{folder}: results of {len(models)} models: {names}; one is expected")
     sections = []
     for part, section in SECTIONS.items():
         if records := merged(results, part):
@@ -196,5 +198,7 @@ def write_report(folder: Path) -> Path:
                 sections[-1].tables.append(table)
     page = folder / "report.html"
     environments = [result["environment"] for result in results]
-    page.write_text(PAGE.render(model=environments[0]["model"], environments=environments, sections=sections))
+    page.write_text(
+        PAGE.render(model=environments[0]["model"], environments=environments, sections=sections)
+    )
     return page

@@ -1,4 +1,6 @@
-"""Tasks built like RULER's (arXiv 2404.06654), generated and seeded: facts laid into a haystack, and questions about them."""
+"""Tasks built like RULER's (arXiv 2404.06654), generated and seeded: facts laid into a haystack,
+and questions about them.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ HAYSTACKS = ("noise", "words", "text")
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the words that its answer begins with, the right answer, and the words of it that count. Each of the first
-    three follows the one before as it is."""
+    """A question, the words that its answer begins with, the right answer, and the words of it that
+    count. Each of the first three follows the one before as it is.
+    """
 
     text: str
     prefix: str
@@ -26,7 +29,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Facts:
-    """Sentences, the first of which goes where the depth says and the others in order at random places, and the questions they answer."""
+    """Sentences, the first of which goes where the depth says and the others in order at random
+    places, and the questions they answer.
+    """
 
     needles: tuple[str, ...]
     questions: tuple[Question, ...]
@@ -34,8 +39,9 @@ class Facts:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt: `context` and then a question. `tokens` is the length that was asked for, `depth` where the needle lies (0 to 1),
-    `number` tells the samples of a task apart."""
+    """One prompt: `context` and then a question. `tokens` is the length that was asked for, `depth`
+    where the needle lies (0 to 1), `number` tells the samples of a task apart.
+    """
 
     task: str
     context: str
@@ -50,7 +56,9 @@ def fact(key: str, value: str) -> str:
 
 
 def ask(key: str, value: str) -> Question:
-    return Question(f" What is the code of {key}?", f" The code of {key} is", f" {value}.", (value,))
+    return Question(
+        f" What is the code of {key}?", f" The code of {key} is", f" {value}.", (value,)
+    )
 
 
 def single(rng: random.Random) -> Facts:
@@ -68,7 +76,9 @@ def multi_value(rng: random.Random, count: int = 3) -> Facts:
     """One key with `count` values, all of which are asked for, in their order."""
     key, values = rng.choice(KEYS), rng.sample(VALUES, count)
     target = f". The code of {key} is ".join(values)
-    question = Question(f" What are all the codes of {key}?", f" The code of {key} is", f" {target}.", tuple(values))
+    question = Question(
+        f" What are all the codes of {key}?", f" The code of {key} is", f" {target}.", tuple(values)
+    )
     return Facts(tuple(fact(key, v) for v in values), (question,))
 
 
@@ -83,7 +93,9 @@ def multi_query(rng: random.Random, count: int = 8, asked: int = 3) -> Facts:
 
 
 def variable_tracking(rng: random.Random, hops: int = 2, chains: int = 2) -> Facts:
-    """`chains` values, each handed on from name to name `hops` times; all names that hold the first are asked for."""
+    """`chains` values, each handed on from name to name `hops` times; all names that hold the first
+    are asked for.
+    """
     names, values = rng.sample(KEYS, chains * (hops + 1)), rng.sample(VALUES, chains)
     lines = []
     for i, value in enumerate(values):
@@ -91,13 +103,16 @@ def variable_tracking(rng: random.Random, hops: int = 2, chains: int = 2) -> Fac
         lines.append([f"Let {name} be {held}." for name, held in zip(chain, [value, *chain])])
     needles = tuple(line for step in zip(*lines) for line in step)
     chain = names[: hops + 1]
-    question = Question(f" Which names are {values[0]}?", " They are", f" {', '.join(chain)}.", tuple(chain))
+    question = Question(
+        f" Which names are {values[0]}?", " They are", f" {', '.join(chain)}.", tuple(chain)
+    )
     return Facts(needles, (question,))
 
 
 def records(rng: random.Random, count: int = 8) -> Facts:
-    """What the bundled model was trained on (tests/data/README.md): `~Kv` says that K has the value v, `~K` asks,
-    once for the question and once for the answer's beginning."""
+    """What the bundled model was trained on (tests/data/README.md): `~Kv` says that K has the value
+    v, `~K` asks, once for the question and once for the answer's beginning.
+    """
     keys = rng.sample("ABCDEFGHIJKLMNOPQRSTUVWXYZ", count)
     values = rng.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=count)
     questions = tuple(Question(f"~{k}", f"~{k}", v, (v,)) for k, v in zip(keys, values))
@@ -117,7 +132,7 @@ TASKS = (*FACTS, "common_words")
 
 
 def haystack(kind: str, rng: random.Random, sentences: list[str]) -> Iterator[str]:
-    """Sentences without end: RULER's noise, random words, or a text's own from a random place on."""
+    """Sentences without end: RULER's noise, random words, or a text's from a random place on."""
     at = rng.randrange(max(1, len(sentences)))
     while True:
         if kind == "noise":
@@ -129,9 +144,12 @@ def haystack(kind: str, rng: random.Random, sentences: list[str]) -> Iterator[st
             at += 1
 
 
-def lay_out(facts: Facts, hay: Iterator[str], room: int, count: Count, rng: random.Random, depth: float) -> str:
-    """`facts` among as many sentences of `hay` as `room` tokens hold, the last of them cut short: the first needle after a
-    share `depth` of them."""
+def lay_out(
+    facts: Facts, hay: Iterator[str], room: int, count: Count, rng: random.Random, depth: float
+) -> str:
+    """`facts` among as many sentences of `hay` as `room` tokens hold, the last of them cut short:
+    the first needle after a share `depth` of them.
+    """
     left = room - sum(count(" " + needle) for needle in facts.needles)
     if left < 0:
         raise ValueError(f"room: {room} tokens; the needles alone need {room - left}")
@@ -157,7 +175,9 @@ def lay_out(facts: Facts, hay: Iterator[str], room: int, count: Count, rng: rand
 MOST_COMMON = " Which words are the most common?"
 
 
-def common_words(rng: random.Random, room: int, count: Count, asked: int = 3) -> tuple[str, Question]:
+def common_words(
+    rng: random.Random, room: int, count: Count, asked: int = 3
+) -> tuple[str, Question]:
     """A list of words, `asked` of which come four times as often as any other."""
     pool = rng.sample(KEYS, len(KEYS))
     common, others = pool[:asked], pool[asked:]
@@ -196,5 +216,7 @@ def make(
     question = facts.questions[0]
     place = rng.random() if depth is None else depth
     stack = haystack(hay, rng, sentences or [])
-    context = lay_out(facts, stack, tokens - count(question.text + question.prefix), count, rng, place)
+    context = lay_out(
+        facts, stack, tokens - count(question.text + question.prefix), count, rng, place
+    )
     return Sample(task, context, question, tokens, place if task in DEPTHS else None, seed)

@@ -1,4 +1,6 @@
-"""Text that every checkout has: the project's own documents, one of which is held out, and Python's."""
+"""Text that every checkout has: the project's own documents, one of which is held out, and
+Python's.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,14 @@ def held_out_text() -> str:
 
 def training_text() -> str:
     """The other documents, and the reference that Python's `help()` shows."""
-    files = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")] if path != HELD_OUT)
+    files = sorted(
+        path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")] if path != HELD_OUT
+    )
     from pydoc_data.topics import topics
 
-    return "\n\n".join([path.read_text() for path in files] + [topics[name] for name in sorted(topics)])
+    return "\n\n".join(
+        [path.read_text() for path in files] + [topics[name] for name in sorted(topics)]
+    )
 
 
 def sentences(text: str) -> list[str]:

@@ -1,9 +1,10 @@
-"""Training sequences: text, repetition, and the tasks of tasks.py with as many questions as fit. Seeded by step."""
+"""Training sequences: text, repetition, and the tasks of tasks.py with as many questions as fit.
+Seeded by step.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,8 +20,9 @@ LANGUAGE_WEIGHT = 0.1  # of the loss of a token that is no answer
 
 @dataclass(frozen=True)
 class Batch:
-    """`tokens` [rows, length] i64; `weights` the same shape, of the loss of each token as a prediction;
-    `positions` i64 rotary positions; `answers` bool, the tokens that answer a question."""
+    """`tokens` [rows, length] i64; `weights` the same shape, of the loss of each token as a
+    prediction; `positions` i64 rotary positions; `answers` bool, the tokens that answer a question.
+    """
 
     tokens: torch.Tensor
     weights: torch.Tensor
@@ -29,7 +31,9 @@ class Batch:
 
 
 class Sequences:
-    """Makes training sequences, each of one task of a mixture, the tasks' own or "text" or "repetition"."""
+    """Makes training sequences, each of one task of a mixture, the tasks' own or "text" or
+    "repetition".
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, text: str, sentences: list[str]) -> None:
         encode = tokenizer.backend_tokenizer.encode
@@ -49,9 +53,11 @@ class Sequences:
         return tokens, [at >= period + 1 for at in range(length)]
 
     def _facts(self, rng: random.Random, length: int, task: str) -> tuple[Facts, int]:
-        """As many facts and questions as `length` tokens hold densely, and the tokens left for the context.
+        """As many facts and questions as `length` tokens hold densely, and the tokens left for the
+        context.
 
-        Half of such sequences ask by the answer's beginning alone, which gives more answers in less text.
+        Half of such sequences ask by the answer's beginning alone, which gives more answers in less
+        text.
         """
         terse = rng.random() < 0.5
         per_fact = 16 if terse else 32  # a needle, its question and its answer
@@ -60,7 +66,9 @@ class Sequences:
             count = rng.choice((most, rng.randint(1, most)))
             facts = multi_key(rng, count)
             if terse:
-                facts = replace(facts, questions=tuple(replace(each, text="") for each in facts.questions))
+                facts = replace(
+                    facts, questions=tuple(replace(each, text="") for each in facts.questions)
+                )
         else:
             facts = FACTS[task](rng)
         questions = list(facts.questions)
@@ -87,13 +95,18 @@ class Sequences:
         tokens = list(self._encode(context))
         answers = [False] * len(tokens)
         for question in questions:
-            text, target = self._encode(question.text + question.prefix), self._encode(question.target)
+            text, target = (
+                self._encode(question.text + question.prefix),
+                self._encode(question.target),
+            )
             wanted = {self._encode(" " + word)[0] for word in question.answers}
             tokens += (*text, *target)
             answers += [False] * len(text) + [token in wanted for token in target]
         return tokens[:length], answers[:length]
 
-    def sequence(self, rng: random.Random, length: int, mixture: dict[str, float]) -> tuple[list[int], list[bool]]:
+    def sequence(
+        self, rng: random.Random, length: int, mixture: dict[str, float]
+    ) -> tuple[list[int], list[bool]]:
         """Tokens and which of them are answers, both of `length`."""
         task = rng.choices(list(mixture), list(mixture.values()))[0]
         if task == "text":
@@ -111,8 +124,9 @@ class Sequences:
 
 
 def positions(rng: random.Random, length: int, span: int) -> list[int]:
-    """0 .. length-1 with jumps at up to three places, so that short sequences show distances of up to `span` tokens
-    (positional skips, arXiv 2309.10400)."""
+    """0 .. length-1 with jumps at up to three places, so that short sequences show distances of up
+    to `span` tokens (positional skips, arXiv 2309.10400).
+    """
     spare = span - length
     if spare <= 0 or rng.random() < 0.5:
         return list(range(length))

@@ -22,11 +22,22 @@ SHORTEST_SCORED = 256  # tokens: shorter prompts have no room for some tasks
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="train", description=__doc__)
-    parser.add_argument("folder", type=Path, help="for checkpoint.pt, log.jsonl, model/ and scores.json; a training in it goes on")
-    parser.add_argument("--recipe", choices=RECIPES, default="gpu" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        help="for checkpoint.pt, log.jsonl, model/ and scores.json; a training in it goes on",
+    )
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default="gpu" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--tokens", type=int, help="of the whole training (the recipe's number)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--samples", type=int, default=50, help="prompts of each task, length and haystack for the scores")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=50,
+        help="prompts of each task, length and haystack for the scores",
+    )
     parser.add_argument("--threads", type=int, help="of PyTorch (its own choice)")
     flags = parser.parse_args()
     if flags.threads:
@@ -48,4 +59,7 @@ def main() -> None:
     scores = full_cache_scores(loaded, lengths, flags.samples, sentences(held_out_text()))
     (flags.folder / "scores.json").write_text(json.dumps(scores, indent=1))
     for task, by_length in scores.items():
-        print(f"train: {task}: " + ", ".join(f"{length}: {score:.1%}" for length, score in by_length.items()))
+        print(
+            f"train: {task}: "
+            + ", ".join(f"{length}: {score:.1%}" for length, score in by_length.items())
+        )

@@ -51,7 +51,9 @@ class Trainer:
         chosen = {id(p) for p in matrices}
         others = [p for p in self.model.parameters() if id(p) not in chosen]
         self.optimizers = [
-            torch.optim.Muon(matrices, lr=recipe.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(
+                matrices, lr=recipe.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+            ),
             torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         self._log = folder / "log.jsonl"
@@ -84,7 +86,12 @@ class Trainer:
         stage = recipe.stages[progress.stage]
         rows = max(1, recipe.step_tokens // stage.length)
         batch = make_batch(
-            self.sequences, recipe.seed << 32 | progress.step, rows, stage.length, recipe.span, stage.mixture
+            self.sequences,
+            recipe.seed << 32 | progress.step,
+            rows,
+            stage.length,
+            recipe.span,
+            stage.mixture,
         )
         self._set_rate()
         loss, right = self._loss(batch)
@@ -99,29 +106,33 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, float]:
         tokens = batch.tokens.to(self.device)
-        # With positions that jump alone, transformers would take each part for a sequence of its own and mask the others.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
-            embedded = self.model.model.embed_tokens(tokens)
-            hidden = self.model.model(
-                inputs_embeds=embedded,
+            logits = self.model(
+                input_ids=tokens,
                 position_ids=batch.positions.to(self.device),
+                # Without one, positions that jump are taken for several sequences in one row.
                 attention_mask=torch.ones_like(tokens),
                 use_cache=False,
-            ).last_hidden_state[:, :-1]
-            logits = self.model.lm_head(hidden)
+            ).logits[:, :-1]
         wanted, weights = tokens[:, 1:], batch.weights[:, 1:].to(self.device)
         losses = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), wanted.flatten(), reduction="none"
         )
         answers = batch.answers[:, 1:].to(self.device)
         with torch.no_grad():
-            right = (logits.argmax(-1) == wanted)[answers].float().mean().item() if answers.any() else math.nan
+            right = (
+                (logits.argmax(-1) == wanted)[answers].float().mean().item()
+                if answers.any()
+                else math.nan
+            )
         return (losses * weights.flatten()).sum() / weights.sum(), right
 
     def _set_rate(self) -> None:
         """A short rise, then down to a twentieth along a cosine."""
         done = min(1.0, self.progress.tokens / self.recipe.tokens)
-        scale = min(1.0, (self.progress.step + 1) / WARM_STEPS) * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+        scale = min(1.0, (self.progress.step + 1) / WARM_STEPS) * (
+            0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2
+        )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.rate * scale

@@ -21,7 +21,9 @@ FIRST_MIXTURE = {"repetition": 0.5, "multi_key": 0.5}
 
 @dataclass(frozen=True)
 class Stage:
-    """Sequences of `length` tokens until the share of right answers reaches `until`, or a share `end` of all tokens was seen."""
+    """Sequences of `length` tokens until the share of right answers reaches `until`, or a share
+    `end` of all tokens was seen.
+    """
 
     length: int
     until: float
@@ -65,8 +67,8 @@ class Recipe:
 
 
 CPU = Recipe(
-    layers=16, hidden=128, feed_forward=256, query_heads=4, kv_heads=2, head_dim=32, vocabulary=2048,
-    span=2048, step_tokens=4096, rate=3e-3, tokens=9_000_000,
+    layers=16, hidden=128, feed_forward=256, query_heads=4, kv_heads=2, head_dim=32,
+    vocabulary=2048, span=2048, step_tokens=4096, rate=3e-3, tokens=9_000_000,
     stages=(
         Stage(64, 0.90, 0.40, FIRST_MIXTURE),
         Stage(128, 0.90, 0.60),
@@ -77,8 +79,8 @@ CPU = Recipe(
     ),
 )  # fmt: skip
 GPU = Recipe(
-    layers=24, hidden=256, feed_forward=704, query_heads=8, kv_heads=2, head_dim=32, vocabulary=2048,
-    span=8192, step_tokens=131072, rate=2e-3, tokens=300_000_000,
+    layers=24, hidden=256, feed_forward=704, query_heads=8, kv_heads=2, head_dim=32,
+    vocabulary=2048, span=8192, step_tokens=131072, rate=2e-3, tokens=300_000_000,
     stages=(
         Stage(128, 0.95, 0.15, FIRST_MIXTURE),
         Stage(256, 0.95, 0.30),

@@ -26,6 +26,8 @@ def make_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator([words] * 4000 + [text], trainer)
     split = [word for word in WORDS if len(tokenizer.encode(" " + word).ids) != 1]
     if split:
-        raise ValueError(f"vocabulary: {vocabulary} tokens are too few for {len(split)} words, {split[0]} among them")
+        raise ValueError(
+            f"vocabulary: {vocabulary} tokens are too few for {len(split)} words,"
+            f" {split[0]} among them"
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
