@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from harness.models import load  # noqa: E402
 from harness.texts import held_out_text, sentences  # noqa: E402
-from harness.training.batches import LANGUAGE_WEIGHT, Sequences, make_batch, positions  # noqa: E402
+from harness.training.batches import LANGUAGE_WEIGHT, Batch, Sequences, make_batch, positions  # noqa: E402
 from harness.training.loop import Trainer  # noqa: E402
 from harness.training.recipe import CPU, FIRST_MIXTURE, GPU, MIXTURE, Stage  # noqa: E402
 from harness.training.scores import full_cache_scores  # noqa: E402
@@ -71,6 +71,23 @@ def test_positions() -> None:
     assert positions(rng, 64, 64) == list(range(64))
 
 
+def test_tokens_see_what_is_before_a_jump(
+    tokenizer: Any, sequences: Sequences, tmp_path: Path
+) -> None:
+    trainer = Trainer(SMALL, tokenizer, sequences, tmp_path, torch.device("cpu"))
+    tokens = torch.arange(40)[None] + 300
+    jumping = torch.cat([torch.arange(20), torch.arange(500, 520)])[None]
+    ones = torch.ones_like(tokens)
+    last = []
+    for first in (5, 6):
+        tokens[0, 0] = first
+        batch = Batch(tokens.clone(), ones.float(), jumping, ones.bool())
+        # The same answers from the second half on, so that only the loss of these tells.
+        batch.weights[:, :21] = 0
+        last.append(trainer._loss(batch)[0].item())
+    assert last[0] != last[1]
+
+
 def train(recipe: Any, tokenizer: Any, sequences: Sequences, folder: Path) -> Trainer:
     folder.mkdir(exist_ok=True)
     trainer = Trainer(recipe, tokenizer, sequences, folder, torch.device("cpu"))
@@ -87,7 +104,7 @@ def test_resume_and_export(tokenizer: Any, sequences: Sequences, tmp_path: Path)
     (tmp_path / "half").mkdir()
     half = Trainer(SMALL, tokenizer, sequences, tmp_path / "half", torch.device("cpu"))
     half.train_until(3 * SMALL.step_tokens)
-    rest = train(SMALL, tokenizer, sequences, tmp_path / "half")
+    rest = train(replace(SMALL, workers=2), tokenizer, sequences, tmp_path / "half")
     for one, other in zip(whole.model.parameters(), rest.model.parameters()):
         assert torch.equal(one, other)
     whole.export(tmp_path / "model")

@@ -76,11 +76,11 @@ def overlap(kept: torch.Tensor, wanted: torch.Tensor) -> float:
     rows, scores = (kept[None], wanted.sum(0)[None]) if kept.dim() == 1 else (kept, wanted)
     if rows.shape[-1] == 0:
         return 1.0
-    shares = [
-        torch.isin(row.cpu(), score.topk(rows.shape[-1]).indices.cpu()).float().mean().item()
+    hits = [
+        torch.isin(row.cpu(), score.topk(rows.shape[-1]).indices.cpu())
         for row, score in zip(rows, scores)
     ]
-    return sum(shares) / len(shares)
+    return float(torch.stack(hits).float().mean())
 
 
 def measure(

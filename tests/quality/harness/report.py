@@ -81,8 +81,8 @@ def accuracy_section(records: Records) -> Section:
     count = len({(r["task"], r["tokens"], r["depth"], r["number"]) for r in records})
     text = (
         f"The share of the right answers that the model gives, over {count} prompts; greedy"
-        " decoding. Each token of an answer is computed on the compacted cache. Where the full cache does not"
-        " answer there is nothing to compare."
+        " decoding. Each token of an answer is computed on the compacted cache. Where the full"
+        " cache does not answer there is nothing to compare."
     )
     return Section("Accuracy", text, tables, figures)
 

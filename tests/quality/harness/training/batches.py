@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from ..tasks import FACTS, HAYSTACKS, Facts, Question, common_words, haystack, lay_out, multi_key
 from ..words import FILLERS, KEYS, VALUES
+from .recipe import Recipe, Stage
 
 COMMON_WORDS_ROOM = 32  # tokens of that task's question and answer, at most
 LANGUAGE_WEIGHT = 0.1  # of the loss of a token that is no answer
@@ -137,6 +139,25 @@ def positions(rng: random.Random, length: int, span: int) -> list[int]:
         result += range(begin + jump, end + jump)
         jump = next_jump
     return result
+
+
+class StageBatches(Dataset[Batch]):
+    """The batches of a stage by their step."""
+
+    def __init__(self, sequences: Sequences, recipe: Recipe, stage: Stage) -> None:
+        self._sequences, self._recipe, self._stage = sequences, recipe, stage
+
+    def __getitem__(self, step: int) -> Batch:
+        recipe, stage = self._recipe, self._stage
+        rows = max(1, recipe.step_tokens // stage.length)
+        return make_batch(
+            self._sequences,
+            recipe.seed << 32 | step,
+            rows,
+            stage.length,
+            recipe.span,
+            stage.mixture,
+        )
 
 
 def make_batch(

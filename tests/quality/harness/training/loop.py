@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .batches import Batch, Sequences, make_batch
+from .batches import Batch, Sequences, StageBatches
 from .recipe import Recipe
 
 SAVE_SECONDS = 120
@@ -67,8 +70,10 @@ class Trainer:
     def train_until(self, tokens: int) -> None:
         """Goes on until `tokens` were seen, and saves."""
         begin, saved, logged = time.monotonic() - self.progress.seconds, 0.0, 0.0
-        while self.progress.tokens < tokens:
-            loss, right = self._step()
+        for batch in self._batches():
+            if self.progress.tokens >= tokens:
+                break
+            loss, right = self._step(batch)
             self.progress.seconds = time.monotonic() - begin
             self._advance(right)
             now = self.progress.seconds
@@ -80,19 +85,25 @@ class Trainer:
                 self._save()
         self._save()
 
-    def _step(self) -> tuple[float, float]:
+    def _batches(self) -> Iterator[Batch]:
+        """Those of the step and stage that the progress is at, without end."""
+        while True:
+            stage = self.progress.stage
+            # Forked, since the sequences hold a cache of what was encoded; they use no GPU.
+            loader: DataLoader[Batch] = DataLoader(
+                StageBatches(self.sequences, self.recipe, self.recipe.stages[stage]),
+                batch_size=None,
+                sampler=range(self.progress.step, sys.maxsize),
+                num_workers=self.recipe.workers,
+                multiprocessing_context="fork" if self.recipe.workers else None,
+            )
+            for batch in loader:
+                yield batch
+                if self.progress.stage != stage:
+                    break
+
+    def _step(self, batch: Batch) -> tuple[float, float]:
         """One update; the loss and the share of answers that came first."""
-        recipe, progress = self.recipe, self.progress
-        stage = recipe.stages[progress.stage]
-        rows = max(1, recipe.step_tokens // stage.length)
-        batch = make_batch(
-            self.sequences,
-            recipe.seed << 32 | progress.step,
-            rows,
-            stage.length,
-            recipe.span,
-            stage.mixture,
-        )
         self._set_rate()
         loss, right = self._loss(batch)
         loss.backward()
@@ -100,8 +111,8 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        progress.step += 1
-        progress.tokens += rows * stage.length
+        self.progress.step += 1
+        self.progress.tokens += batch.tokens.numel()
         return loss.item(), right
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, float]:

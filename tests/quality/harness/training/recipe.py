@@ -47,6 +47,7 @@ class Recipe:
     rate: float
     tokens: int  # of the whole training
     stages: tuple[Stage, ...]
+    workers: int = 0  # processes that make sequences
     seed: int = 1
 
     def config(self) -> LlamaConfig:
@@ -80,7 +81,7 @@ CPU = Recipe(
 )  # fmt: skip
 GPU = Recipe(
     layers=24, hidden=256, feed_forward=704, query_heads=8, kv_heads=2, head_dim=32,
-    vocabulary=2048, span=8192, step_tokens=131072, rate=2e-3, tokens=300_000_000,
+    vocabulary=2048, span=8192, step_tokens=131072, rate=2e-3, tokens=300_000_000, workers=8,
     stages=(
         Stage(128, 0.95, 0.15, FIRST_MIXTURE),
         Stage(256, 0.95, 0.30),
