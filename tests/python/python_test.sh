@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the Python package into a virtual environment of the build directory, from the libraries that are there,
 # and runs a command in it. 77, which CTest shows as skipped: there is no python3-dev, python3-venv or PyPI.
-#   python_test.sh BUILD_DIR SOURCE_DIR PYTHON install|pytest|mypy|torch|hf|vllm
+#   python_test.sh BUILD_DIR SOURCE_DIR PYTHON install|pytest|mypy|torch|hf|vllm|quality
 set -euo pipefail
 build=$1
 source=$2
@@ -53,6 +53,11 @@ case $what in
     "$bin/python" -c 'import torch, transformers' 2>/dev/null ||
       skip "there is no torch or no transformers: $bin/pip install torch transformers, or PYTHONPATH"
     "$bin/pytest" -q -rs -p no:cacheprovider test_hf*.py
+    ;;
+  quality)
+    "$bin/python" -c 'import torch, transformers, matplotlib, jinja2' 2>/dev/null ||
+      skip "torch, transformers, matplotlib or jinja2 is missing: $bin/pip install them, or PYTHONPATH"
+    cd "$source/tests/quality" && "$bin/pytest" -q -rs -p no:cacheprovider .
     ;;
   vllm)
     "$bin/python" -c 'import vllm.distributed.kv_transfer.kv_connector.v1.base' 2>/dev/null ||

@@ -1,0 +1,68 @@
+"""Accuracy: samples crossed with methods, with the question inside or outside of what is
+compressed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from .generate import answer
+from .methods import Method
+from .models import Loaded
+from .tasks import Sample
+
+
+def score(text: str, answers: tuple[str, ...]) -> float:
+    """The share of the answers that the text has, as RULER counts: as whole words, or at its start
+    if one letter long.
+    """
+    found = [
+        text.startswith(each)
+        if len(each) == 1
+        else bool(re.search(rf"\b{re.escape(each)}\b", text, re.IGNORECASE))
+        for each in answers
+    ]
+    return sum(found) / len(found)
+
+
+def split(loaded: Loaded, sample: Sample, aware: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that are compressed, and those that follow: [1, n] and [1, m].
+
+    Aware: the question is compressed with the context, in the observation window, and the answer's
+    beginning follows. Agnostic: both follow. Either way each token of the answer comes from the
+    compacted cache.
+    """
+    context = loaded.tokenizer.encode(sample.context)
+    question = loaded.tokenizer.encode(sample.question.text)
+    prefix = loaded.tokenizer.encode(sample.question.prefix)
+    cut = len(context) + (len(question) if aware else 0)
+    tokens = torch.tensor([context + question + prefix], device=loaded.model.device)
+    return tokens[:, :cut], tokens[:, cut:]
+
+
+def measure(
+    loaded: Loaded, samples: Iterable[Sample], methods: list[Method], awareness: Iterable[bool]
+) -> Iterator[dict[str, Any]]:
+    """A record for each sample, method and side of the question."""
+    for sample in samples:
+        limit = loaded.count(sample.question.target) + 2
+        for aware in awareness:
+            prompt, question = split(loaded, sample, aware)
+            for method in methods:
+                with method.prefill(loaded, prompt) as prefilled:
+                    text = loaded.tokenizer.decode(answer(loaded, prefilled, question, limit))
+                yield {
+                    "task": sample.task,
+                    "tokens": sample.tokens,
+                    "number": sample.number,
+                    "depth": sample.depth,
+                    "aware": aware,
+                    "method": method.name,
+                    "budget": method.budget,
+                    "score": score(text, sample.question.answers),
+                    "pivot_layer": prefilled.pivot_layer,
+                }

@@ -1,0 +1,93 @@
+"""What is trained: model, curriculum, tokens. Two sizes: for one GPU, and for a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import LlamaConfig
+
+MIXTURE = {
+    "repetition": 0.10,
+    "text": 0.15,
+    "single": 0.15,
+    "multi_key": 0.30,
+    "multi_query": 0.10,
+    "multi_value": 0.07,
+    "variable_tracking": 0.08,
+    "common_words": 0.05,
+}
+FIRST_MIXTURE = {"repetition": 0.5, "multi_key": 0.5}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Sequences of `length` tokens until the share of right answers reaches `until`, or a share
+    `end` of all tokens was seen.
+    """
+
+    length: int
+    until: float
+    end: float
+    mixture: dict[str, float] = field(default_factory=lambda: MIXTURE)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One size of model and its training."""
+
+    layers: int
+    hidden: int
+    feed_forward: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    span: int  # tokens: the longest distance that is trained, and max_position_embeddings
+    step_tokens: int
+    rate: float
+    tokens: int  # of the whole training
+    stages: tuple[Stage, ...]
+    workers: int = 0  # processes that make sequences
+    seed: int = 1
+
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.feed_forward,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.query_heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=self.span,
+            rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+
+
+CPU = Recipe(
+    layers=16, hidden=128, feed_forward=256, query_heads=4, kv_heads=2, head_dim=32,
+    vocabulary=2048, span=2048, step_tokens=4096, rate=3e-3, tokens=9_000_000,
+    stages=(
+        Stage(64, 0.90, 0.40, FIRST_MIXTURE),
+        Stage(128, 0.90, 0.60),
+        Stage(256, 0.90, 0.75),
+        Stage(512, 0.95, 0.85),
+        Stage(1024, 2.0, 0.95),
+        Stage(2048, 2.0, 1.0),
+    ),
+)  # fmt: skip
+GPU = Recipe(
+    layers=24, hidden=256, feed_forward=704, query_heads=8, kv_heads=2, head_dim=32,
+    vocabulary=2048, span=8192, step_tokens=131072, rate=2e-3, tokens=300_000_000, workers=8,
+    stages=(
+        Stage(128, 0.95, 0.15, FIRST_MIXTURE),
+        Stage(256, 0.95, 0.30),
+        Stage(1024, 0.97, 0.50),
+        Stage(4096, 0.99, 0.70),
+        Stage(8192, 2.0, 1.0),
+    ),
+)  # fmt: skip
+RECIPES = {"cpu": CPU, "gpu": GPU}

@@ -1,0 +1,33 @@
+"""A byte-level BPE of the training text, in which each word of the tasks is one token."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ..words import FILLERS, KEYS, VALUES
+
+WORDS = (*KEYS, *VALUES, *FILLERS)
+
+
+def make_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
+    """The same for the same text and size, to the bit."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+    )
+    # So often that their merges come first, whatever the text.
+    words = " " + " ".join(WORDS)
+    tokenizer.train_from_iterator([words] * 4000 + [text], trainer)
+    split = [word for word in WORDS if len(tokenizer.encode(" " + word).ids) != 1]
+    if split:
+        raise ValueError(
+            f"vocabulary: {vocabulary} tokens are too few for {len(split)} words,"
+            f" {split[0]} among them"
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")

@@ -1,0 +1,162 @@
+"""A short run of the whole harness on the bundled model, and its answers against kvpress's own
+pipeline.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+from harness.accuracy import measure as measure_accuracy  # noqa: E402
+from harness.fidelity import measure as measure_fidelity  # noqa: E402
+from harness.generate import answer  # noqa: E402
+from harness.methods import full, make_method  # noqa: E402
+from harness.models import Loaded, load  # noqa: E402
+from harness.report import write_report  # noqa: E402
+from harness.tasks import make  # noqa: E402
+from harness.texts import held_out_text, sentences  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+MODEL = HERE.parent / "data" / "tiny-llama"
+SERVICE = find_spec("structkv") is not None
+KVPRESS = find_spec("kvpress") is not None
+RUN = [
+    "--tasks",
+    "records",
+    "--lengths",
+    "260",
+    "--depths",
+    "2",
+    "--samples",
+    "1",
+    "--budgets",
+    "0.3",
+    "--threads",
+    "1",
+]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Loaded:
+    torch.set_num_threads(1)
+    return load(MODEL)
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Any]:
+    hay = sentences(held_out_text())
+    return [
+        make("records", 600, seed, len, depth=0.3, hay="text", sentences=hay) for seed in range(8)
+    ]
+
+
+def run(out: Path, *flags: str) -> dict[str, Any]:
+    command = [sys.executable, str(HERE / "run"), str(MODEL), "--out", str(out), *RUN, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return results
+
+
+def test_smoke(tmp_path: Path) -> None:
+    methods = ["structkv", "snapkv", "kvpress:snapkv", "kvpress:pyramidkv"]
+    results = run(tmp_path, "--continuation", "8", "--methods", *methods)
+    there = {"full"} | {
+        name for name in methods if (KVPRESS if name.startswith("kvpress") else SERVICE)
+    }
+    assert set(results["environment"]["skipped"]) == set(methods) - there
+    for part, count in (("accuracy", 4), ("perplexity", 1), ("fidelity", 2)):
+        for method in there:
+            assert sum(record["method"] == method for record in results[part]) == count, (
+                part,
+                method,
+            )
+    for record in results["fidelity"]:
+        lowest = 0.9999 if record["method"] == "full" else -1
+        for kind in ("hidden", "attention", "overlap"):
+            assert len(record[kind]) == 12 and all(
+                lowest <= value <= 1.0001 for value in record[kind]
+            )
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") >= 8 and not re.search(r"<(script|link|img|iframe)|url\(http", page)
+    for method in methods:
+        assert method in page
+    assert ("Skipped" in page) == (len(there) < 5)
+
+
+def test_the_full_cache_answers(tiny: Loaded, samples: list[Any]) -> None:
+    records = list(measure_accuracy(tiny, samples, [full()], [True, False]))
+    assert (
+        sum(record["score"] for record in records) / len(records) >= 0.6
+    )  # a guess is right once in 36
+
+
+def test_results_of_several_models_are_not_mixed(tmp_path: Path) -> None:
+    for label, name in (("a", "one"), ("b", "two")):
+        results = {"environment": {"model": name, "parameters": 1}}
+        (tmp_path / f"{label}.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="results of 2 models: one, two"):
+        write_report(tmp_path)
+
+
+@pytest.mark.skipif(not SERVICE, reason="structkv is not installed")
+def test_everything_kept_is_the_full_cache(tiny: Loaded, samples: list[Any]) -> None:
+    import structkv
+
+    with structkv.Engine(log_sessions=False, threads=1) as engine:
+        method = make_method("structkv:skeleton=1.0", 1.0, engine)
+        for record in measure_fidelity(tiny, samples[:2], [method], [True, False]):
+            assert record["overlap"] == [1.0] * 12
+            assert min(record["hidden"]) > 0.9999 and min(record["attention"]) > 0.9999
+        with pytest.raises(structkv.Error):
+            with make_method("structkv", 7.0, engine).prefill(
+                tiny, torch.zeros(1, 64, dtype=torch.long)
+            ):
+                pass
+
+
+@pytest.mark.skipif(not KVPRESS, reason="kvpress is not installed")
+@pytest.mark.parametrize(
+    "name", ["snapkv", "pyramidkv", "streaming_llm", "tova", "knorm", "expected_attention"]
+)
+def test_kvpress_answers_as_in_its_own_pipeline(
+    tiny: Loaded, samples: list[Any], name: str
+) -> None:
+    import kvpress
+
+    from harness.methods import PRESSES
+
+    class Pipeline(kvpress.KVPressTextGenerationPipeline):  # type: ignore[misc]
+        def __init__(self, tokenizer: Any) -> None:
+            self.model, self.tokenizer = tiny.model, tokenizer
+
+    class Tokenizer:
+        def decode(self, tokens: Any, skip_special_tokens: bool) -> str:
+            return tiny.tokenizer.decode(tokens.tolist())
+
+    pipeline, method = Pipeline(Tokenizer()), make_method(f"kvpress:{name}", 0.4, None)
+    for sample in samples[:4]:
+        # One token, which needs no mask: layers may keep different numbers.
+        prompt = torch.tensor([tiny.tokenizer.encode(sample.context)])
+        question = torch.tensor([tiny.tokenizer.encode("~")])
+        with torch.inference_mode():
+            (theirs,) = pipeline._forward(
+                {"context_ids": prompt, "questions_ids": [question]},
+                max_new_tokens=6,
+                press=getattr(kvpress, PRESSES[name])(compression_ratio=0.6),
+            )
+        with method.prefill(tiny, prompt) as prefilled:
+            ours = tiny.tokenizer.decode(answer(tiny, prefilled, question, 6))
+        assert ours == theirs

@@ -1,0 +1,126 @@
+"""The training: its sequences, and that one that was interrupted goes on as if it had not been."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from harness.models import load  # noqa: E402
+from harness.texts import held_out_text, sentences  # noqa: E402
+from harness.training.batches import LANGUAGE_WEIGHT, Batch, Sequences, make_batch, positions  # noqa: E402
+from harness.training.loop import Trainer  # noqa: E402
+from harness.training.recipe import CPU, FIRST_MIXTURE, GPU, MIXTURE, Stage  # noqa: E402
+from harness.training.scores import full_cache_scores  # noqa: E402
+from harness.training.tokenizer import WORDS, make_tokenizer  # noqa: E402
+
+TEXT = held_out_text()
+SMALL = replace(
+    CPU, layers=2, hidden=32, feed_forward=32, query_heads=2, kv_heads=1, head_dim=16,
+    step_tokens=256, tokens=256 * 6,
+    stages=(Stage(64, 2.0, 0.5, FIRST_MIXTURE), Stage(128, 2.0, 1.0)),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer(TEXT, 2048)
+
+
+@pytest.fixture(scope="module")
+def sequences(tokenizer: Any) -> Sequences:
+    return Sequences(tokenizer, TEXT, sentences(TEXT))
+
+
+def test_tokenizer(tokenizer: Any) -> None:
+    assert all(len(tokenizer.encode(" " + word)) == 1 for word in WORDS)
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert make_tokenizer(TEXT, 2048).get_vocab() == tokenizer.get_vocab()
+    with pytest.raises(ValueError, match="300 tokens are too few"):
+        make_tokenizer(TEXT, 300)
+
+
+@pytest.mark.parametrize("task", MIXTURE)
+def test_sequences(tokenizer: Any, sequences: Sequences, task: str) -> None:
+    batch = make_batch(sequences, 7, 8, 256, 2048, {task: 1.0})
+    assert batch.tokens.shape == batch.weights.shape == batch.positions.shape == (8, 256)
+    assert torch.equal(batch.weights, torch.where(batch.answers, 1.0, LANGUAGE_WEIGHT))
+    assert batch.answers.any() == (task != "text")
+    again = make_batch(sequences, 7, 8, 256, 2048, {task: 1.0})
+    assert torch.equal(batch.tokens, again.tokens) and torch.equal(batch.positions, again.positions)
+    for row, answers in zip(batch.tokens, batch.answers):
+        for at in answers.nonzero().flatten().tolist():
+            # What answers was there before, or it could not be found.
+            assert row[at] in row[:at], tokenizer.decode(row)
+
+
+def test_positions() -> None:
+    rng = random.Random(5)
+    rows = [positions(rng, 64, 1000) for _ in range(50)]
+    steps = [[b - a for a, b in zip(row, row[1:])] for row in rows]
+    assert all(min(row) >= 0 and max(row) < 1000 and len(row) == 64 for row in rows)
+    assert all(step >= 1 for row in steps for step in row)
+    assert all(sum(step > 1 for step in row) <= 3 for row in steps)
+    assert max(map(max, rows)) > 800 and rows.count(list(range(64))) > 10
+    assert positions(rng, 64, 64) == list(range(64))
+
+
+def test_tokens_see_what_is_before_a_jump(
+    tokenizer: Any, sequences: Sequences, tmp_path: Path
+) -> None:
+    trainer = Trainer(SMALL, tokenizer, sequences, tmp_path, torch.device("cpu"))
+    tokens = torch.arange(40)[None] + 300
+    jumping = torch.cat([torch.arange(20), torch.arange(500, 520)])[None]
+    ones = torch.ones_like(tokens)
+    last = []
+    for first in (5, 6):
+        tokens[0, 0] = first
+        batch = Batch(tokens.clone(), ones.float(), jumping, ones.bool())
+        # The same answers from the second half on, so that only the loss of these tells.
+        batch.weights[:, :21] = 0
+        last.append(trainer._loss(batch)[0].item())
+    assert last[0] != last[1]
+
+
+def train(recipe: Any, tokenizer: Any, sequences: Sequences, folder: Path) -> Trainer:
+    folder.mkdir(exist_ok=True)
+    trainer = Trainer(recipe, tokenizer, sequences, folder, torch.device("cpu"))
+    trainer.run()
+    return trainer
+
+
+def test_resume_and_export(tokenizer: Any, sequences: Sequences, tmp_path: Path) -> None:
+    whole = train(SMALL, tokenizer, sequences, tmp_path / "whole")
+    assert (whole.progress.step, whole.progress.stage) == (6, 1)
+    parts = Trainer(SMALL, tokenizer, sequences, tmp_path / "whole", torch.device("cpu"))
+    assert parts.progress == whole.progress
+    # The rate follows the tokens of the whole, so half of it is stopped by hand.
+    (tmp_path / "half").mkdir()
+    half = Trainer(SMALL, tokenizer, sequences, tmp_path / "half", torch.device("cpu"))
+    half.train_until(3 * SMALL.step_tokens)
+    rest = train(replace(SMALL, workers=2), tokenizer, sequences, tmp_path / "half")
+    for one, other in zip(whole.model.parameters(), rest.model.parameters()):
+        assert torch.equal(one, other)
+    whole.export(tmp_path / "model")
+    loaded = load(tmp_path / "model", dtype="bfloat16")
+    assert loaded.model.config.num_key_value_heads == 1
+    assert loaded.tokenizer.encode(" apple") == tokenizer.encode(" apple")
+    scores = full_cache_scores(loaded, [160], 1, sentences(TEXT))
+    assert 0 <= scores["single"][160] <= 1 and "records" not in scores
+
+
+def test_recipes_are_of_the_size_that_is_claimed() -> None:
+    from transformers import LlamaForCausalLM
+
+    for recipe in (CPU, GPU):
+        with torch.device("meta"):
+            model = LlamaForCausalLM(recipe.config())
+        assert 2 * sum(p.numel() for p in model.parameters()) <= 40e6
+        assert recipe.layers >= 16 and recipe.query_heads > recipe.kv_heads
+        assert recipe.stages[-1].length == recipe.span and recipe.stages[-1].end == 1
