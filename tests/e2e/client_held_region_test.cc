@@ -133,9 +133,10 @@ TEST_F(ClientHeldRegionTest, ABrokenConnectionIsGoneOnWith) {
   const auto expected = client_->FetchCache(handle, InMessages(options));
   ASSERT_TRUE(expected.ok()) << expected.status();
   options.results = arena;
+  // They stay: the server is asked about rooms on the connection that they were offered on.
+  CuttingProxy proxy(server().port(), {9'000, 30'000});
+  const auto client = *client::Client::Connect(proxy.target());
   {
-    CuttingProxy proxy(server().port(), {9'000, 30'000});
-    const auto client = *client::Client::Connect(proxy.target());
     const auto fetched = client->FetchCache(handle, options);
     ASSERT_TRUE(fetched.ok()) << fetched.status();
     EXPECT_GE(fetched->attempts, 2);
