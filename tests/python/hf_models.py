@@ -3,6 +3,7 @@ prefill, computed from the models' own modules and attention weights."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,13 @@ import torch
 import transformers
 from transformers import DynamicCache
 
+torch.set_num_threads(1)  # models this small only lose by more
 LAYERS = 8
 VOCABULARY = 211
+
+CACHE = "past_key_values"  # which newer transformers call "cache"
+if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters:
+    CACHE = "cache"
 
 _SHAPE: dict[str, Any] = {
     "hidden_size": 96,
@@ -74,6 +80,16 @@ def pad_left(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
+def with_cache(cache: Any) -> dict[str, Any]:
+    """The argument of a model that takes the cache."""
+    return {CACHE: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """A model's cache."""
+    return getattr(output, CACHE)
+
+
 def steps(model: Any, count: int = 4, **inputs: Any) -> torch.Tensor:
     """Logits of the greedy next tokens, [count, batch, vocabulary]."""
     result = model.generate(
@@ -101,7 +117,7 @@ class Reference:
         logits = []
         for place, token in enumerate(tokens):
             position = torch.tensor([[first + place]])
-            out = model(token.view(1, 1), cache=self.cache, position_ids=position)
+            out = model(token.view(1, 1), **with_cache(self.cache), position_ids=position)
             logits.append(out.logits[0, -1])
         return torch.stack(logits)
 
@@ -147,7 +163,7 @@ def reference(model: Any, ids: torch.Tensor, pivot: int, fastkv: bool = False) -
             attention_mask=causal,
             position_ids=positions[None],
             position_embeddings=decoder.rotary_emb(hidden, positions[None]),
-            cache=cache,
+            **with_cache(cache),
         )
         saliency = weights[-1][0, :, -window:].mean(1)  # [query_heads, rows]
         saliency = saliency.unflatten(0, (2, 3)).sum(1)

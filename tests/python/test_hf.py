@@ -15,11 +15,13 @@ import structkv.hf  # noqa: E402
 from hf_models import (  # noqa: E402
     LAYERS,
     MODELS,
+    cache_of,
     make_model,
     make_prompt,
     pad_left,
     reference,
     steps,
+    with_cache,
 )
 
 TOKENS = 260
@@ -71,13 +73,13 @@ def test_methods_without_a_skeleton(engine: structkv.Engine, method: Any) -> Non
     with structkv.hf.compress(model, engine, method) as run:
         got = steps(model, input_ids=prompt)
     assert run.last is not None and run.last.cut_layer is None and run.last.pivot_layer is None
-    cache = model(prompt, use_cache=True).cache
+    cache = cache_of(model(prompt, use_cache=True))
     for kept, layer in zip(run.last.prompts[0].kept, cache.layers):
         index = kept.long().expand(2, -1)[None, ..., None].expand(-1, -1, -1, 32)
         layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
     for place, token in enumerate(got.argmax(-1)[:-1, 0]):
         position = torch.tensor([[TOKENS + place]])
-        out = model(token.view(1, 1), cache=cache, position_ids=position)
+        out = model(token.view(1, 1), **with_cache(cache), position_ids=position)
         torch.testing.assert_close(got[place + 1], out.logits[:, -1], **CLOSE)
 
 
@@ -115,7 +117,7 @@ def test_rows_that_come_back_are_those_that_are_gathered(
     caches = []
     for service, output in ((engine, "plan"), (engine, "compact"), (client, "compact")):
         with structkv.hf.compress(model, service, "fastkv", output=output) as run:  # type: ignore
-            caches.append(model(**batch, use_cache=True).cache)
+            caches.append(cache_of(model(**batch, use_cache=True)))
         assert run.last is not None and run.last.failure is None
     for cache in caches[1:]:
         for left, right in zip(caches[0].layers, cache.layers):
@@ -149,9 +151,9 @@ def test_a_padded_batch_is_its_prompts(
 def test_half_precision(engine: structkv.Engine, dtype: Any) -> None:
     model, prompt = make_model("mistral").to(dtype), make_prompt(TOKENS)
     with structkv.hf.compress(model, engine, kv_budget=0.1, skeleton=0.2, output="compact") as run:
-        cache = model(prompt, use_cache=True).cache
+        cache = cache_of(model(prompt, use_cache=True))
     assert run.last is not None
-    full = model(prompt, use_cache=True).cache.layers
+    full = cache_of(model(prompt, use_cache=True)).layers
     for kept, layer, whole in zip(run.last.prompts[0].kept, cache.layers, full):
         assert layer.keys.dtype == dtype and layer.keys.shape == (1, 2, 26, 32)
         if layer is cache.layers[0]:  # later ones differ where the attention takes another kernel
@@ -174,7 +176,7 @@ def test_a_pivot_that_is_found_cuts_the_prefill(engine: structkv.Engine) -> None
     assert run.last.compute_saved == pytest.approx(0.8 * (LAYERS - cut) / LAYERS)
     entry = 2 * 2 * 32 * 4 * LAYERS  # keys and values of 2 heads of 32 in f32
     assert run.last.cache_bytes == 26 * entry and run.last.full_cache_bytes == TOKENS * entry
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.cache.layers)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache_of(out).layers)
     assert held == run.last.cache_bytes
     seconds = run.last.seconds
     assert 0 < seconds.open + seconds.send + seconds.wait + seconds.compact < seconds.total
@@ -188,20 +190,24 @@ def test_a_text_behind_the_prompt(engine: structkv.Engine) -> None:
         mask = batch["attention_mask"]
         positions = mask.sum(1)[:, None] + torch.arange(5)[None]
         whole = torch.cat([mask, torch.ones(2, 5, dtype=torch.long)], 1)
-        got = model(more, cache=at_once.cache, attention_mask=whole, position_ids=positions).logits
-        cache = model(**batch, use_cache=True).cache
+        got = model(
+            more, **with_cache(cache_of(at_once)), attention_mask=whole, position_ids=positions
+        ).logits
+        cache = cache_of(model(**batch, use_cache=True))
         for place in range(5):
             now = slice(place, place + 1)
             one = model(
                 more[:, now],
-                cache=cache,
+                **with_cache(cache),
                 attention_mask=whole[:, : TOKENS + place + 1],
                 position_ids=positions[:, now],
             )
             torch.testing.assert_close(got[:, now], one.logits, **CLOSE)
         assert cache.get_seq_length() == TOKENS + 5
         cache.crop(-5)
-        again = model(more, cache=cache, attention_mask=whole, position_ids=positions).logits
+        again = model(
+            more, **with_cache(cache), attention_mask=whole, position_ids=positions
+        ).logits
         torch.testing.assert_close(again, got, **CLOSE)
 
 

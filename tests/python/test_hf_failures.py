@@ -13,7 +13,14 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import structkv.hf  # noqa: E402
-from hf_models import make_model, make_prompt, pad_left, steps  # noqa: E402
+from hf_models import (  # noqa: E402
+    cache_of,
+    make_model,
+    make_prompt,
+    pad_left,
+    steps,
+    with_cache,
+)
 
 TOKENS = 150
 
@@ -159,7 +166,7 @@ def test_what_is_asked_for_wrongly_is_raised(engine: structkv.Engine) -> None:
 
 def test_forwards_that_are_refused(engine: structkv.Engine) -> None:
     model, prompt = make_model("ministral", sliding_window=200), make_prompt(TOKENS)
-    before = model(prompt, use_cache=True).cache
+    before = cache_of(model(prompt, use_cache=True))
     right = torch.ones(1, TOKENS, dtype=torch.long)
     right[0, -1] = 0
 
@@ -173,12 +180,17 @@ def test_forwards_that_are_refused(engine: structkv.Engine) -> None:
         (lambda: model(make_prompt(201), use_cache=True), "201 tokens; at most 200"),
         (lambda: model(prompt, attention_mask=right), "on the left alone"),
         (lambda: model(prompt, attention_mask=right[None, None]), r"\[batch, tokens\]"),
-        (lambda: model(prompt[:, :5], cache=before), "150 tokens that were not compressed here"),
+        (
+            lambda: model(prompt[:, :5], **with_cache(before)),
+            "150 tokens that were not compressed here",
+        ),
     ]
     with structkv.hf.compress(model, engine):
         for call, text in cases:
             with pytest.raises(ValueError, match=text):
                 call()
-        out = model(prompt[:, :1], cache=before)  # an ordinary cache is gone on with as ever
-        assert out.cache.get_seq_length() == TOKENS + 1
+        out = model(
+            prompt[:, :1], **with_cache(before)
+        )  # an ordinary cache is gone on with as ever
+        assert cache_of(out).get_seq_length() == TOKENS + 1
         assert model(prompt, use_cache=False).logits.shape[1] == TOKENS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,21 @@ def test_what_cannot_be_loaded_fails_the_request(make: Any) -> None:
         assert outputs[name].finish_reason is not None
         assert str(outputs[name].finish_reason) == "error", name
         assert outputs[name].new_token_ids == []
+
+
+def test_requests_are_such_as_the_server_takes() -> None:
+    protocol = pytest.importorskip("vllm.entrypoints.openai.completion.protocol")
+    body = {"model": "m", "prompt": prompt(), "temperature": 0.0, "max_tokens": 7}
+    first = protocol.CompletionRequest(**vllm_requests.prefill_request(body))
+    assert first.max_tokens == first.min_tokens == 2 and first.return_token_ids
+    held = vllm_requests.HeldPrompt("00" * 16, 30, 300, "11" * 16)
+    params = {vllm_requests.HELD: asdict(held)}
+    body = vllm_requests.decode_request(body, prompt(), 5, params)
+    request = protocol.CompletionRequest(**body)
+    assert request.prompt == [*prompt()[-30:], 5] and request.max_tokens == 7
+    assert request.cache_salt == held.cache_salt
+    sampling = request.to_sampling_params(7, {})
+    assert sampling.extra_args["kv_transfer_params"] == params
 
 
 def test_configurations_that_are_refused(tmp_path: Path, server: Server, model: Model) -> None:

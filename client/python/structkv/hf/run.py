@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -41,7 +42,10 @@ class Run:
             for layer in DynamicCache(config=self._config).layers
         ]
         self._sliding_window = min((w for w in windows if w is not None), default=None)
+        arguments = inspect.signature(self._decoder.forward).parameters
+        self._cache_name = "cache" if "cache" in arguments else "past_key_values"  # of older ones
         self._active: Prefill | _Decode | None = None
+        self._filled: Any = None  # the cache of a prefill
         self._handles: list[Any] = []
         self._implementation = ""
         self.last: Report | None = None
@@ -81,16 +85,16 @@ class Run:
             kwargs = {"input_ids": args[0], **kwargs}
             if len(args) > 1:
                 raise TypeError("the decoder's arguments after input_ids must come by name")
-        if "past_key_values" in kwargs:
-            kwargs["cache"] = kwargs.pop("past_key_values")
-        cache = kwargs.get("cache")
+        if "past_key_values" in kwargs:  # the old name, which is still taken
+            kwargs[self._cache_name] = kwargs.pop("past_key_values")
+        cache = kwargs.get(self._cache_name)
         inputs = kwargs.get("input_ids")
         inputs = kwargs["inputs_embeds"] if inputs is None else inputs
         use_cache = kwargs.get("use_cache")
         if not (self._config.use_cache if use_cache is None else use_cache):
             return (), kwargs
         if cache is None:
-            cache = kwargs["cache"] = DynamicCache(config=self._config)
+            cache = kwargs[self._cache_name] = DynamicCache(config=self._config)
         if not isinstance(cache, DynamicCache) or cache.offloading:
             raise ValueError(f"cache: {type(cache).__name__}; a DynamicCache is expected")
         mask = kwargs.get("attention_mask")
@@ -110,7 +114,7 @@ class Run:
             tokens = _lengths(mask, inputs.shape[0], width)
             layers = [CompactedLayer() for _ in self._decoder.layers]
             cache.layers, cache.layer_class_to_replicate = layers, None
-            cache.structkv_shifts = None
+            cache.structkv_shifts, self._filled = None, cache
             self._active = Prefill(self._setup, decoder, layers, tokens, width)
         elif width > 1:
             raise ValueError(
@@ -165,8 +169,9 @@ class Run:
                 if output is not None:
                     self.last, shifts = active.finish()
                     if any(shifts):
-                        output.cache.structkv_shifts = shifts
+                        self._filled.structkv_shifts = shifts
             finally:
+                self._filled = None
                 active.cancel()
 
 
