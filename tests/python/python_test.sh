@@ -44,7 +44,9 @@ cd "$source/tests/python"
 case $what in
   pytest) "$bin/pytest" -q -rs -p no:cacheprovider --ignore=test_torch.py --ignore-glob='test_hf*.py' --ignore=test_vllm.py . ;;
   mypy) "$bin/mypy" --strict --cache-dir "$environment/mypy" -p structkv &&
-    "$bin/mypy" --strict --cache-dir "$environment/mypy" --ignore-missing-imports . ;;
+    "$bin/mypy" --strict --cache-dir "$environment/mypy" --ignore-missing-imports . &&
+    cd "$source/tests/quality" && "$bin/mypy" --config-file "$source/tests/python/mypy.ini" --strict \
+      --cache-dir "$environment/mypy" --ignore-missing-imports . ;;
   torch)
     "$bin/python" -c 'import torch' 2>/dev/null || skip "there is no torch: $bin/pip install torch, or PYTHONPATH"
     "$bin/pytest" -q -rs -p no:cacheprovider test_torch.py

@@ -51,7 +51,7 @@ class Loaded:
     name: str
     model: PreTrainedModel
     tokenizer: Tokenizer
-    cache_name: str  # of the forward's argument: transformers 5.24 calls it otherwise
+    cache_name: str  # of the forward's argument: newer transformers call it otherwise
 
     def count(self, text: str) -> int:
         return len(self.tokenizer.encode(text))
