@@ -31,7 +31,7 @@ void FetchFigures::Add(const FetchFigures& more) {
 absl::StatusOr<HeldFetcher> HeldFetcher::Connect(const BenchFlags& flags,
                                                  const SharedMemory& memory) {
   absl::StatusOr<std::unique_ptr<client::Client>> client =
-      client::Client::Connect(flags.connection.server);
+      ConnectTo(flags.connection.server, flags.connection.security);
   if (!client.ok()) return client.status();
   client::FetchOptions options;
   options.metadata = TenantMetadata(flags.connection);

@@ -97,6 +97,7 @@ CLI::Option* AddServerFlags(CLI::App* app, ConnectionFlags* flags) {
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str()
       ->group(kGroup);
+  AddSecurityFlags(app, &flags->security, kGroup);
   return app
       ->add_option("--server", flags->server, "Address of the server: host:port or unix:/path")
       ->capture_default_str()
@@ -137,7 +138,7 @@ client::SessionOptions MakeSessionOptions(const ConnectionFlags& flags) {
 
 absl::StatusOr<std::unique_ptr<Compressor>> MakeCompressor(const ConnectionFlags& flags) {
   if (flags.in_process) return MakeInProcessCompressor(flags.backend, flags.threads);
-  absl::StatusOr<std::unique_ptr<client::Client>> client = client::Client::Connect(flags.server);
+  auto client = ConnectTo(flags.server, flags.security);
   if (!client.ok()) return client.status();
   return std::make_unique<RemoteCompressor>(flags.server, *std::move(client));
 }

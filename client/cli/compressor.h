@@ -9,6 +9,7 @@
 #include "CLI/CLI.hpp"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "client/cli/connect.h"
 #include "structkv/compress.h"
 #include "structkv/nccl.h"
 #include "structkv/options.h"
@@ -54,6 +55,7 @@ v1::Opened WithPulledTensors(const v1::Open& open, v1::Opened opened);
 struct ConnectionFlags {
   std::string server = "127.0.0.1:7411";
   std::string tenant;
+  SecurityFlags security;
   bool in_process = false;
   std::string backend = "auto";
   int threads = 0;
@@ -64,7 +66,7 @@ struct ConnectionFlags {
   std::string nccl_library = client::NcclOptions().nccl_library;
 };
 
-// --server, --tenant and --timeout alone; returns --server.
+// --server, --tenant, --timeout and those of SecurityFlags alone; returns --server.
 CLI::Option* AddServerFlags(CLI::App* app, ConnectionFlags* flags);
 void AddConnectionFlags(CLI::App* app, ConnectionFlags* flags);
 

@@ -127,7 +127,7 @@ absl::Status RunFetch(const FetchFlags& flags) {
     progress.Update(++answered, layers, "layers");
   };
   absl::StatusOr<std::unique_ptr<client::Client>> client =
-      client::Client::Connect(flags.connection.server);
+      ConnectTo(flags.connection.server, flags.connection.security);
   if (!client.ok()) return client.status();
   if (flags.connection.transport != client::TransportChoice::kInline) {
     const absl::StatusOr<v1::CacheInfo> info = (*client)->DescribeCache(*handle, options);
@@ -165,7 +165,7 @@ absl::Status RunRelease(const FetchFlags& flags) {
   absl::StatusOr<std::string> handle = ParseHandle(flags.handle);
   if (!handle.ok()) return handle.status();
   absl::StatusOr<std::unique_ptr<client::Client>> client =
-      client::Client::Connect(flags.connection.server);
+      ConnectTo(flags.connection.server, flags.connection.security);
   if (!client.ok()) return client.status();
   client::HeldCallOptions options;
   options.timeout = Timeout(flags.connection, options.timeout);

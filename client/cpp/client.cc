@@ -9,6 +9,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "client/cpp/bytes_pool.h"
+#include "client/cpp/credentials.h"
 #include "client/cpp/retry.h"
 #include "client/cpp/session_core.h"
 #include "client/cpp/stream.h"
@@ -100,9 +101,9 @@ absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const std::string& targe
     args.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS,
                 static_cast<int>(absl::ToInt64Milliseconds(options.keepalive_interval)));
   }
-  std::shared_ptr<grpc::ChannelCredentials> credentials =
-      options.credentials ? options.credentials : grpc::InsecureChannelCredentials();
-  return std::make_unique<Client>(grpc::CreateCustomChannel(target, credentials, args), options);
+  auto credentials = internal::CredentialsFor(target, options);
+  if (!credentials.ok()) return credentials.status();
+  return std::make_unique<Client>(grpc::CreateCustomChannel(target, *credentials, args), options);
 }
 
 Client::Client(std::shared_ptr<grpc::Channel> channel, const ClientOptions& options)

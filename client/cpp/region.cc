@@ -25,7 +25,8 @@ void DropElsewhere(std::unique_ptr<internal::Registration> registration) {
 
 std::string internal::RegionServer::key(RegionKind kind) const {
   const void* const whose = kind == RegionKind::kDescriptor ? nullptr : channel.get();
-  return absl::StrCat(absl::Hex(reinterpret_cast<uintptr_t>(whose)), " ", tenant, " ", socket);
+  return absl::StrCat(absl::Hex(reinterpret_cast<uintptr_t>(whose)), " ", tenant, " ", caller, " ",
+                      socket);
 }
 
 absl::StatusOr<std::shared_ptr<Region>> Region::Create(const RegionOptions& wanted) {

@@ -17,7 +17,9 @@ namespace structkv::client::internal {
 struct RegionServer {
   std::shared_ptr<grpc::Channel> channel;
   std::string socket;  // path of its region socket, as it says
-  std::string tenant;
+  std::string tenant;  // as the streams' metadata say
+  // GetCapabilitiesResponse.tenant, where a certificate or a token decides; otherwise empty.
+  std::string caller;
   std::weak_ptr<const void> client;  // ends with the client whose channel it is
   bool own_process = false;          // ClientOptions.own_process
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
@@ -206,7 +207,9 @@ absl::StatusOr<RegionServer> TransportChooser::ServerFor(v1::Transport transport
     absl::MutexLock lock(&mutex_);
     server_ = server;
   }
-  if (!lacks()) return RegionServer{channel_, server->socket, tenant, alive_, own_process_};
+  if (!lacks()) {
+    return RegionServer{channel_, server->socket, tenant, server->caller, alive_, own_process_};
+  }
   const bool no_regions = transport != v1::TRANSPORT_NCCL && server->socket.empty();
   std::string text =
       absl::StrCat("the server has no ", NameOf(transport), " (GetCapabilitiesResponse.");
@@ -228,6 +231,8 @@ absl::StatusOr<TransportChooser::Server> TransportChooser::Ask(absl::Time deadli
   return Server{response.region_socket(),
                 {response.transports().begin(), response.transports().end()},
                 {response.missing_transports().begin(), response.missing_transports().end()},
+                // By its metadata, which other calls say otherwise; or by its channel.
+                absl::StartsWith(response.tenant(), "name:") ? "" : response.tenant(),
                 absl::Now()};
 }
 

@@ -104,6 +104,7 @@ class TransportChooser {
     std::string socket;  // empty: it has no regions
     std::vector<std::string> transports;
     std::vector<std::string> missing;  // each with the reason
+    std::string caller;                // who it takes this client for; see RegionServer
     absl::Time asked;
 
     bool Has(v1::Transport transport) const;

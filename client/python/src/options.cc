@@ -143,6 +143,7 @@ client::ResultAllocator ReadAllocator(nb::handle options) {
 client::ClientOptions ClientOptionsOf(nb::handle options) {
   client::ClientOptions result;
   Read(options, "idle_buffer_bytes", &result.idle_buffer_bytes);
+  Read(options, "token", &result.token);
   Read(options, "user_agent", &result.user_agent);
   ReadSeconds(options, "keepalive_interval", &result.keepalive_interval);
   const nb::object tls = options.attr("tls");

@@ -48,11 +48,14 @@ class ClientOptions:
     """Of a connection.
 
     tls: None: an unencrypted channel.
+    token: sent with every call, for a server with a token file. Without tls only to unix sockets and
+        this host's own addresses.
     idle_buffer_bytes: memory of dropped results that is kept for the next ones.
     keepalive_interval: how often an idle connection is probed.
     """
 
     tls: Tls | None = None
+    token: str | None = None
     idle_buffer_bytes: int | None = None
     keepalive_interval: float | None = None
     user_agent: str | None = None

@@ -39,7 +39,8 @@ class TransportChooser;
 class Client {
  public:
   // `target` is a gRPC name: "host:port", "unix:/path", "dns:///name:port". Connects with the first
-  // call. INVALID_ARGUMENT where `target` is empty.
+  // call. INVALID_ARGUMENT where `target` is empty, and for a token that ClientOptions does not
+  // allow.
   static absl::StatusOr<std::unique_ptr<Client>> Connect(const std::string& target,
                                                          const ClientOptions& options = {});
   // Uses a channel that exists. It must not compress messages, and must accept messages of

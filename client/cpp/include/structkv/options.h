@@ -43,6 +43,10 @@ std::optional<absl::Duration> RetryAfter(const absl::Status& status);
 struct ClientOptions {
   // Null: an unencrypted channel.
   std::shared_ptr<grpc::ChannelCredentials> credentials;
+  // Sent with every call as `authorization: Bearer TOKEN` (docs/security.md); empty: none. Without
+  // `credentials` only to unix sockets and this host's own addresses. Of a client that Connect()
+  // makes.
+  std::string token;
   // Memory of dropped results that is kept for the next ones: the first touch of fresh pages costs
   // more than a copy.
   size_t idle_buffer_bytes = size_t{256} << 20;
