@@ -74,7 +74,10 @@ nccl::WorkerOptions NcclWorkerOptions(bool impatient) {
   nccl::WorkerOptions options;
   options.group_bytes = 100'000;  // so that layers take several
   options.tick_interval = absl::Milliseconds(100);
-  if (!impatient) return options;
+  if (!impatient) {
+    options.silence_limit = options.group_limit = absl::Minutes(1);
+    return options;
+  }
   options.connect_limit = absl::Seconds(2);
   options.group_limit = absl::Seconds(2);
   options.abort_limit = absl::Seconds(5);
