@@ -182,6 +182,22 @@ def test_a_pivot_that_is_found_cuts_the_prefill(engine: structkv.Engine) -> None
     assert 0 < seconds.open + seconds.send + seconds.wait + seconds.compact < seconds.total
 
 
+def test_a_batch_is_cut_after_the_last_of_its_pivots(engine: structkv.Engine) -> None:
+    model = make_model("llama")
+    batch = pad_left([make_prompt(tokens, tokens) for tokens in (120, 200, 90)])
+    with structkv.hf.compress(model, engine) as run:
+        steps(model, **batch)
+    assert run.last is not None
+    first = [
+        row.pivot.skeleton_from_layer
+        for row in run.last.prompts
+        if row.pivot is not None and row.pivot.skeleton_from_layer is not None
+    ]
+    assert len(first) == 3 and len(set(first)) > 1  # they are found in different layers
+    assert run.last.cut_layer == max(first)
+    assert [row.kept_tokens[0] for row in run.last.prompts] == [12, 20, 9]
+
+
 def test_a_text_behind_the_prompt(engine: structkv.Engine) -> None:
     model, batch = make_model("llama"), pad_left([make_prompt(120), make_prompt(TOKENS, 1)])
     more = torch.cat([make_prompt(5, 2), make_prompt(5, 3)])
