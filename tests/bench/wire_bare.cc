@@ -16,6 +16,7 @@
 #include "grpcpp/server_builder.h"
 #include "grpcpp/support/byte_buffer.h"
 #include "tests/bench/wire_arithmetic.h"
+#include "tests/bench/wire_peer.h"
 
 namespace structkv::bench {
 namespace {
@@ -119,6 +120,7 @@ int ServeBare(const std::string& addresses) {
   }
   builder.SetMaxReceiveMessageSize(-1);
   builder.SetMaxSendMessageSize(-1);
+  for (const auto& [name, value] : ChannelSettings()) builder.AddChannelArgument(name, value);
   builder.RegisterCallbackGenericService(&service);
   const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
   if (server == nullptr) return 1;

@@ -43,6 +43,7 @@ struct Flags {
   uint32_t transport_tokens = 16384;
   uint32_t plan_piece_kib = 2048;  // as the client library sends
   std::string server = STRUCTKV_SERVER;
+  std::string channel;
   std::string serve_bare;
   bool json = false;
   bool check = false;
@@ -333,11 +334,15 @@ int Main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--transport-tokens", flags.transport_tokens, "Tokens of those")
       ->capture_default_str();
+  app.add_option("--channel", flags.channel,
+                 "gRPC channel arguments of the bare stream's both ends and of Compress' client, "
+                 "NAME=INTEGER,... (grpc.http2.max_frame_size=1048576)");
   app.add_option("--server", flags.server, "The server program")->capture_default_str();
   app.add_flag("--json", flags.json, "Print JSON");
   app.add_flag("--check", flags.check, "Fail where a bar is missed");
   app.add_option("--serve-bare", flags.serve_bare, "")->group("");
   CLI11_PARSE(app, argc, argv);
+  if (!flags.channel.empty()) setenv(kChannelSettings, flags.channel.c_str(), /*overwrite=*/1);
   if (!flags.serve_bare.empty()) return ServeBare(flags.serve_bare);
   flags.stream.total_bytes = static_cast<uint64_t>(flags.gib * (1 << 30));
   flags.stream.chunk_bytes = static_cast<uint64_t>(flags.chunk_mib * (1 << 20));

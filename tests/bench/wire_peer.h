@@ -3,6 +3,8 @@
 
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "grpcpp/channel.h"
 #include "grpcpp/client_context.h"
@@ -14,6 +16,11 @@ namespace structkv::bench {
 inline constexpr char kCompressMethod[] = "/structkv.v1.Compression/Compress";
 
 using RawStream = grpc::ClientReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer>;
+
+// gRPC's channel arguments that Connect() and the bare server set beside their own, by name: those
+// of the variable below, "grpc.http2.max_frame_size=1048576,...".
+inline constexpr char kChannelSettings[] = "STRUCTKV_BENCH_CHANNEL";
+std::vector<std::pair<std::string, int>> ChannelSettings();
 
 // A channel of its own connection, for messages of any size.
 std::shared_ptr<grpc::Channel> Connect(const std::string& address);
