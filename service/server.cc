@@ -81,6 +81,10 @@ absl::Status CheckOptions(const ServerOptions& options) {
                      absl::FormatDuration(regions.max_lease), ") are allowed"));
   }
   if (absl::Status status = rpc::CheckTls(options.tls); !status.ok()) return status;
+  if (!options.identity.certificate_names.empty() && options.tls.client_authorities.empty()) {
+    return absl::InvalidArgumentError(
+        "client-names needs client-authorities: no certificate is asked for without them");
+  }
   for (const std::string& address : options.listen) {
     if (options.tls.enabled() || options.insecure || rpc::IsLocalAddress(address)) continue;
     return absl::InvalidArgumentError(
@@ -162,7 +166,7 @@ void SetLimits(const ServerOptions& options, grpc::ServerBuilder* builder) {
 
 // "host:0" with the port that was chosen.
 std::string BoundAddress(const std::string& address, int port) {
-  if (absl::StartsWith(address, "unix")) return address;
+  if (rpc::IsUnixAddress(address)) return address;
   const size_t colon = address.rfind(':');
   return absl::StrCat(address.substr(0, colon), ":", port);
 }
@@ -218,7 +222,7 @@ class Server::Impl {
         return absl::UnavailableError(
             absl::StrCat("cannot listen on ", options_.listen[i], ": another server does"));
       }
-      const bool plain = tls == nullptr || absl::StartsWith(options_.listen[i], "unix");
+      const bool plain = tls == nullptr || rpc::IsUnixAddress(options_.listen[i]);
       builder.AddListeningPort(options_.listen[i], plain ? grpc::InsecureServerCredentials() : tls,
                                &ports[i]);
     }
@@ -237,7 +241,7 @@ class Server::Impl {
     if (server_ == nullptr) return absl::InternalError("gRPC did not start");
     for (size_t i = 0; i < ports.size(); ++i) {
       addresses_.push_back(BoundAddress(options_.listen[i], ports[i]));
-      if (port_ == 0 && !absl::StartsWith(options_.listen[i], "unix")) port_ = ports[i];
+      if (port_ == 0 && !rpc::IsUnixAddress(options_.listen[i])) port_ = ports[i];
     }
     server_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
     return absl::OkStatus();

@@ -4,6 +4,7 @@
 #include <iterator>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "grpcpp/security/credentials.h"
 
@@ -14,7 +15,11 @@ absl::StatusOr<std::string> Read(const char* flag, const std::string& path) {
   if (path.empty()) return std::string();
   std::ifstream file(path, std::ios::binary);
   if (!file) return absl::NotFoundError(absl::StrCat(flag, " ", path, " cannot be read"));
-  return std::string((std::istreambuf_iterator<char>(file)), {});
+  std::string text((std::istreambuf_iterator<char>(file)), {});
+  if (absl::StripAsciiWhitespace(text).empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(flag, " ", path, " is empty"));
+  }
+  return text;
 }
 
 }  // namespace
@@ -52,7 +57,8 @@ absl::StatusOr<std::unique_ptr<client::Client>> ConnectTo(const std::string& ser
     if (!read.ok()) return read.status();
     *text = *std::move(read);
   }
-  options.token = options.token.substr(0, options.token.find_first_of(" \t\r\n"));
+  const absl::string_view token = absl::StripLeadingAsciiWhitespace(options.token);
+  options.token = std::string(token.substr(0, token.find_first_of(" \t\r\n")));
   if (flags.tls || !flags.authorities.empty() || !flags.certificate.empty()) {
     options.credentials = grpc::SslCredentials(ssl);
   }

@@ -17,12 +17,13 @@ struct SecurityFlags {
   std::string authorities;  // of the server; none: the system's
   std::string certificate;  // of the command's own
   std::string key;
-  std::string token_file;  // the first word of it
+  std::string token_file;  // its first word
 };
 
 void AddSecurityFlags(CLI::App* app, SecurityFlags* flags, const char* group);
 
-// A connection of its own. NOT_FOUND for a file that cannot be read, and as Client::Connect.
+// A connection of its own. NOT_FOUND for a file that cannot be read, INVALID_ARGUMENT for one
+// that is empty, and as Client::Connect.
 absl::StatusOr<std::unique_ptr<client::Client>> ConnectTo(const std::string& server,
                                                           const SecurityFlags& flags);
 

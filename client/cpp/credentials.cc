@@ -29,7 +29,9 @@ class TokenPlugin final : public grpc::MetadataCredentialsPlugin {
   const std::string value_;
 };
 
-bool IsSocket(absl::string_view target) { return absl::StartsWith(target, "unix"); }
+bool IsSocket(absl::string_view target) {
+  return absl::StartsWith(target, "unix:") || absl::StartsWith(target, "unix-abstract:");
+}
 
 bool IsOwnHost(absl::string_view target) {
   for (absl::string_view scheme : {"ipv4:", "ipv6:", "dns:///", "dns:"}) {

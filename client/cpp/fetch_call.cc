@@ -227,6 +227,8 @@ absl::Status FetchCall::ReadAll() {
   grpc::ClientContext context;
   Prepare(options_, deadline_, &context);
   if (offer_.pair == nullptr) return ReadStream(&context);
+  // A layer goes by one transfer, whole.
+  if (absl::Status back = assembler_.GoBackTo(handed_on_); !back.ok()) return back;
   transfers_ = std::make_unique<FetchTransfers>(offer_.pair, [&context] { context.TryCancel(); });
   absl::Status status = EndTransfers(ReadStream(&context));
   transfers_->Abandon();

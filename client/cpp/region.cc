@@ -111,6 +111,8 @@ absl::StatusOr<std::string> Region::Register(const internal::RegionServer& serve
     }
     const auto found = registrations_.find(key);
     if (found != registrations_.end() && found->second.registration->holds()) {
+      // Of clients that share it, one that lives keeps it.
+      if (found->second.client.expired()) found->second.client = server.client;
       return found->second.registration->handle();
     }
     if (options_.kind == RegionKind::kNamed && std::exchange(had_name_, true)) {

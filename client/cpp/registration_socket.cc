@@ -120,7 +120,7 @@ absl::StatusOr<std::unique_ptr<Registration>> RegisterDescriptor(const RegionSer
   v1::RegisterDescriptorRequest request;
   request.set_size_bytes(options.size_bytes);
   request.set_writable(options.writable);
-  request.set_tenant(server.caller.empty() ? server.tenant : server.caller);
+  request.set_tenant(server.caller.empty() ? absl::StrCat("name:", server.tenant) : server.caller);
   std::string packet = request.SerializeAsString();
   if (!SendWith(socket->get(), &packet, descriptor)) {
     return Unreachable(server.socket, "sending the descriptor", errno);

@@ -83,7 +83,7 @@ void RetiredBlocks::Add(RetiredBlock block) {
 void RetiredBlocks::Watch() {
   while (true) {
     absl::SleepFor(kWatchInterval);
-    Release({}, absl::InfiniteFuture());
+    Release({}, absl::Now() + kWatchInterval);
     absl::MutexLock lock(&mutex_);
     watched_ = !retired_.empty() || asked_ > 0;
     if (!watched_) return;

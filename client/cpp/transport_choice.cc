@@ -105,9 +105,9 @@ absl::Status CheckRegions(const OfferRequest& request) {
   const bool pairs = on_gpu && request.nccl != nullptr && !is_inline &&
                      named.value_or(v1::TRANSPORT_NCCL) == v1::TRANSPORT_NCCL;
   if (pairs && request.nccl->device().identity().bus_id != GpuOf(*regions.front()).bus_id()) {
-    return invalid("StreamOptions.nccl is GPU ", request.nccl->device().identity().bus_id,
-                   ", and the regions are memory of GPU ", GpuOf(*regions.front()).bus_id(),
-                   "; both are one");
+    return invalid(request.fetches ? "FetchOptions" : "StreamOptions", ".nccl is GPU ",
+                   request.nccl->device().identity().bus_id, ", and the regions are memory of GPU ",
+                   GpuOf(*regions.front()).bus_id(), "; both are one");
   }
   if (is_inline || regions.size() <= kMaxRegions) return absl::OkStatus();
   return invalid(regions.size(), " regions are in use; a stream may have ", kMaxRegions);

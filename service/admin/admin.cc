@@ -83,8 +83,8 @@ Readings Admin::Read() const {
                        .log_lines_dropped = log_->dropped(),
                        .held_caches_expired = held.expired()};
   if (const rpc::TlsOptions& tls = server_->options().tls; tls.enabled()) {
-    // A file that cannot be read now: as one that has ended.
-    readings.certificate_end = rpc::CertificateExpiry(tls.certificate).value_or(absl::UnixEpoch());
+    // Files that cannot be taken now: as a certificate that has ended.
+    readings.certificate_end = rpc::CertificateExpiry(tls).value_or(absl::UnixEpoch());
   }
   readings.pools["prompts"] = PoolOf(sessions.budget());
   readings.pools["held_caches"] = PoolOf(held.budget());

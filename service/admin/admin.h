@@ -15,7 +15,7 @@
 namespace structkv::admin {
 
 // Serves from Start to its end. Plain HTTP and for anybody who can reach it: nothing can be changed
-// here, and no handle or tenant is shown, but ids of sessions and texts of errors are.
+// here, but ids of sessions and texts of errors are shown.
 class Admin {
  public:
   // `server`, `telemetry` and `log` outlive it; none is null. As HttpServer::Start.

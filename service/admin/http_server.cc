@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <list>
 #include <optional>
 #include <thread>
 #include <utility>
@@ -67,7 +68,16 @@ class Connection : public std::enable_shared_from_this<Connection> {
   }
   ~Connection() { --*count_; }
 
+  // Whether nothing of a request has come, or not all.
+  bool reads() const { return reads_; }
+  // Ends it, whatever it does.
+  void Drop() {
+    beast::error_code ignored;
+    stream_.socket().close(ignored);
+  }
+
   void Read() {
+    reads_ = true;
     parser_.emplace();
     parser_->header_limit(kMaxRequestBytes);
     parser_->body_limit(0);
@@ -79,6 +89,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
  private:
   void OnRead(beast::error_code error) {
+    reads_ = false;
     if (error == http::error::end_of_stream || error == beast::error::timeout) return Close();
     if (error == http::error::body_limit || error == http::error::unexpected_body)
       return Answer(Plain(413, "no body is read here"), false);
@@ -137,6 +148,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   }
 
   beast::tcp_stream stream_;
+  bool reads_ = false;
   const Limits* const limits_;
   const HttpServer::Handler* const handler_;
   const std::shared_ptr<int> count_;                 // of connections; on the server's thread alone
@@ -187,11 +199,24 @@ class HttpServer::Impl {
     acceptor_.async_accept([this](boost::system::error_code error, tcp::socket socket) {
       if (error == asio::error::operation_aborted) return;
       if (error) return AcceptLater();
-      if (*connections_ < limits_.max_connections) {
-        std::make_shared<Connection>(std::move(socket), &limits_, &handler_, connections_)->Read();
-      }
+      if (*connections_ >= limits_.max_connections) DropOldest();
+      auto connection =
+          std::make_shared<Connection>(std::move(socket), &limits_, &handler_, connections_);
+      oldest_first_.push_back(connection);
+      connection->Read();
       Accept();
     });
+  }
+
+  // Who waits longest for nothing makes room: so nobody keeps a monitor out.
+  void DropOldest() {
+    oldest_first_.remove_if([](const auto& each) { return each.expired(); });
+    for (const std::weak_ptr<Connection>& each : oldest_first_) {
+      const std::shared_ptr<Connection> connection = each.lock();
+      if (connection == nullptr || !connection->reads()) continue;
+      connection->Drop();
+      return;
+    }
   }
 
   // Without a free descriptor accepting would fail again at once.
@@ -205,6 +230,7 @@ class HttpServer::Impl {
   const Limits limits_;
   const Handler handler_;
   const std::shared_ptr<int> connections_ = std::make_shared<int>(0);
+  std::list<std::weak_ptr<Connection>> oldest_first_;
   std::string address_;
   asio::io_context io_{1};
   tcp::acceptor acceptor_{io_};

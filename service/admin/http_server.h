@@ -20,7 +20,8 @@ struct HttpResponse {
 struct HttpOptions {
   // "host:port", a numeric host or "localhost"; port 0: any free one. "[::1]:80" is IPv6.
   std::string address;
-  int max_connections = 64;  // more are closed at once
+  // One more closes the one that has waited longest without a request.
+  int max_connections = 64;
   // For a request to come, and for its answer to be taken.
   absl::Duration limit = absl::Seconds(10);
 };

@@ -125,6 +125,7 @@ void Metrics::CountPrompt(const rpc::PromptReport& prompt, const absl::Status& s
 
 void Metrics::CountFetch(const rpc::FetchReport& fetch, const absl::Status& status) {
   fetches_.Add({{"result", CodeLabel(status)}}).Increment();
+  if (fetch.output_bytes == 0) return;  // it may have been refused before there was a transport
   output_bytes_.Add({{"transport", Text(fetch.transport)}})
       .Increment(static_cast<double>(fetch.output_bytes));
 }

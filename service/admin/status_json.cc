@@ -59,7 +59,6 @@ Json PromptOf(const rpc::PromptReport& prompt) {
                {"output_bytes", prompt.output_bytes},
                {"reserved_bytes", prompt.reserved_bytes},
                {"micros", prompt.micros}};
-  if (prompt.picture != nullptr) json["picture"] = PictureOf(*prompt.picture);
   return json;
 }
 
@@ -100,6 +99,7 @@ std::string StatusJson(const Status& status) {
   json["prompts"] = Json::array();
   for (const Recent::Prompt& prompt : status.prompts) {
     Json one = PromptOf(prompt.report);
+    if (prompt.report.picture != nullptr) one["picture"] = PictureOf(*prompt.report.picture);
     one["ended"] = TimeText(prompt.ended);
     one["status"] = StatusOf(prompt.status);
     json["prompts"].push_back(std::move(one));

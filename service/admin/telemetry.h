@@ -13,12 +13,12 @@ class Telemetry final : public rpc::StreamObserver {
     metrics_.CountLayer(method, timing);
   }
   void OnPromptEnd(const rpc::PromptReport& prompt, const absl::Status& status) override {
-    metrics_.CountPrompt(prompt, status);
     recent_.Add(prompt, status);
+    metrics_.CountPrompt(prompt, status);
   }
   void OnFetchEnd(const rpc::FetchReport& fetch, const absl::Status& status) override {
-    metrics_.CountFetch(fetch, status);
     recent_.Add(fetch, status);
+    metrics_.CountFetch(fetch, status);
   }
 
   Metrics& metrics() { return metrics_; }

@@ -89,7 +89,13 @@ CompressReactor* CompressReactor::Start(const StreamShared* shared,
   auto reactor = std::make_shared<CompressReactor>(shared, context);
   reactor->HoldSelf();
   shared->streams->Add(reactor);
-  reactor->WantMessage();
+  absl::StatusOr<std::string> tenant = shared->identity->TenantOf(*context);
+  if (tenant.ok()) {
+    reactor->tenant_ = *std::move(tenant);
+    reactor->WantMessage();
+  } else {
+    reactor->End(tenant.status());
+  }
   return reactor.get();
 }
 
@@ -211,13 +217,7 @@ void CompressReactor::TakeOpen(Slot& slot, const v1::Open& open) {
     Fail(slot, request.status());
     return;
   }
-  absl::StatusOr<std::string> tenant = shared_->identity->TenantOf(*context());
-  if (!tenant.ok()) {
-    Fail(slot, tenant.status());
-    return;
-  }
-  slot.tenant = *std::move(tenant);
-  request->transport.tenant = slot.tenant;
+  request->transport.tenant = tenant_;
   if (!request->transport.wishes.empty()) {
     slot.wished_transport = transport::KindName(request->transport.wishes[0]);
   }
@@ -228,7 +228,7 @@ void CompressReactor::TakeOpen(Slot& slot, const v1::Open& open) {
                                     .shard = request->shard,
                                     .transport = request->transport};
   if (wanted.shard.has_value()) wanted.agreed = AgreedFields(open, *request);
-  if (request->hold) wanted.hold = {slot.tenant, request->lease_millis};
+  if (request->hold) wanted.hold = {tenant_, request->lease_millis};
   absl::StatusOr<std::shared_ptr<session::Session>> opened = shared_->sessions->Open(wanted);
   if (!opened.ok()) {
     Fail(slot, opened.status(), /*at_open=*/true);
@@ -341,10 +341,10 @@ void CompressReactor::Fail(Slot& slot, const absl::Status& status, bool at_open)
     End(status);
     return;
   }
-  slot.failed = true;
   {
     absl::MutexLock lock(&session_mutex_);
     slot.status = status;
+    slot.failed = true;
   }
   Drop(slot.index);
   const grpc::Status encoded = ToGrpc(status);
@@ -566,7 +566,10 @@ void CompressReactor::TellEnd(const Slot* slot, const session::Session* session)
   if (shared_->log == nullptr && shared_->observer == nullptr) return;
   const PromptReport report = ReportOf(slot, session);
   grpc::Status status = end_status();
-  if (slot != nullptr && slot->failed) status = ToGrpc(slot->status);
+  if (slot != nullptr && slot->failed) {
+    absl::MutexLock lock(&session_mutex_);
+    status = ToGrpc(slot->status);
+  }
   if (shared_->observer != nullptr) shared_->observer->OnPromptEnd(report, FromGrpc(status));
   if (shared_->log == nullptr) return;
   shared_->log->Write("session", {{"id", report.id.empty() ? std::string_view("-") : report.id},
@@ -586,16 +589,16 @@ bool CompressReactor::IsGone() const {
 }
 
 void CompressReactor::ReleaseHeld() {
-  std::vector<std::pair<std::string, std::string>> held;  // tenant, handle
+  std::vector<std::string> held;  // handles
   {
     absl::MutexLock lock(&session_mutex_);
     for (const auto& slot : slots_) {
-      if (!slot->held.empty() && !slot->told) held.emplace_back(slot->tenant, slot->held);
+      if (!slot->held.empty() && !slot->told) held.push_back(slot->held);
     }
   }
-  for (const auto& [tenant, handle] : held) {
+  for (const std::string& handle : held) {
     // It may have expired.
-    shared_->sessions->held_caches().Release(handle, tenant).IgnoreError();
+    shared_->sessions->held_caches().Release(handle, tenant_).IgnoreError();
   }
 }
 
@@ -615,8 +618,14 @@ void CompressReactor::OnGone() {
     ended_ = true;
     for (size_t i = 0; i < slots_.size(); ++i) done[i].swap(slots_[i]->session);
   }
-  if (slots_.empty()) TellEnd(nullptr, nullptr);
-  for (size_t i = 0; i < slots_.size(); ++i) TellEnd(slots_[i].get(), done[i].get());
+  // Of a batch, prompts alone that were opened; of a stream without any, that there was one.
+  bool told = false;
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (slots_[i]->phase == Phase::kOpen) continue;
+    TellEnd(slots_[i].get(), done[i].get());
+    told = true;
+  }
+  if (!told) TellEnd(nullptr, nullptr);
   for (const auto& each : done) {
     if (each != nullptr) each->Cancel();
   }

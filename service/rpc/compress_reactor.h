@@ -78,7 +78,6 @@ class CompressReactor final : public StreamIo, public Stream {
     // Written while its open is taken, read afterwards.
     int64_t max_response_bytes = kDefaultMessageBytes;
     v1::Summary summary;  // what is known of it at open
-    std::string tenant;
     std::string_view wished_transport = "-";
     std::shared_ptr<PromptPicture> picture;
     transport::ResultPlace place;  // of its results
@@ -141,6 +140,7 @@ class CompressReactor final : public StreamIo, public Stream {
 
   const StreamShared* const shared_;
   const int64_t begun_;
+  std::string tenant_;  // written before the first message is read
   // Made by the first message, before there is any session.
   std::vector<std::unique_ptr<Slot>> slots_;
   // SteadyNanos() of the last answer, or of the last look at the limits that found one due.

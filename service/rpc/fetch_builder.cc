@@ -144,6 +144,7 @@ absl::StatusOr<WriteStep> FetchBuilder::Stage() {
   if (sending_->load() == transport::Transfers::kMostSending) {
     return WriteStep{WriteStep::Kind::kWait, {}};
   }
+  if (absl::Status whole = transport().Check(); !whole.ok()) return whole;
   if (room_.key_room.empty()) transport().GiveRoom(&room_);
   const std::vector<session::SlicedTensor> tensors = slice_.Tensors(layer_);
   while (staged_tensor_ < tensors.size() && !IsRows(tensors[staged_tensor_])) {
@@ -169,7 +170,8 @@ void FetchBuilder::Send() {
   sending_->fetch_add(1);
   transport().transfers()->Send(
       rows_, [sending = sending_, told = options_.on_transfer](const absl::Status& status) {
-        sending->fetch_sub(1);
+        // A failure ends the stream, and its memory may still be NCCL's.
+        if (status.ok()) sending->fetch_sub(1);
         told(status);
       });
   rows_ = engine::LayerOutput();

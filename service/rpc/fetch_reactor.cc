@@ -45,6 +45,8 @@ FetchReactor::FetchReactor(const StreamShared* shared, grpc::CallbackServerConte
     : WriteStream(context), shared_(shared), begun_(SteadyNanos()) {}
 
 absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
+  const absl::StatusOr<std::string> tenant = shared_->identity->TenantOf(*context());
+  if (!tenant.ok()) return tenant.status();
   if (shared_->sessions->draining()) return absl::UnavailableError("the server is draining");
   grpc::ByteBuffer copy = bytes;  // shares the slices
   v1::FetchCacheRequest request;
@@ -55,8 +57,6 @@ absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
   const absl::StatusOr<int64_t> longest =
       MaxMessageBytes(request, shared_->limits.max_message_bytes);
   if (!longest.ok()) return longest.status();
-  const absl::StatusOr<std::string> tenant = shared_->identity->TenantOf(*context());
-  if (!tenant.ok()) return tenant.status();
   auto cache = shared_->sessions->held_caches().Find(request.handle(), *tenant);
   if (!cache.ok()) return cache.status();
   absl::StatusOr<session::HeldSlice> slice =
@@ -80,7 +80,7 @@ absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
     options.granted = *std::move(granted);
     absl::Status reserved = options.granted.transport->Reserve();
     if (reserved.ok() && slice->strided() && !options.granted.transport->in_place()) {
-      reserved = ReserveCopies(*longest, slice->result_sizes());
+      reserved = ReserveCopies(*tenant, *longest, slice->result_sizes());
     }
     if (absl::IsResourceExhausted(reserved)) {
       context()->AddTrailingMetadata(
@@ -113,12 +113,12 @@ absl::StatusOr<transport::Granted> FetchReactor::Negotiate(const v1::FetchCacheR
   return transport::Negotiate(*wanted, slice.result_sizes(), offers);
 }
 
-absl::Status FetchReactor::ReserveCopies(int64_t max_message_bytes,
+absl::Status FetchReactor::ReserveCopies(const std::string& tenant, int64_t max_message_bytes,
                                          const transport::PromptSizes& sizes) {
   // A message has keys and values of one layer, each in whole pages.
   const int64_t message = std::min(max_message_bytes, sizes.key_bytes + sizes.value_bytes);
   const int64_t bytes = kMessagesOnTheirWay * (message + 2 * kPageBytes);
-  absl::StatusOr<session::Reservation> reservation = shared_->sessions->Reserve(bytes);
+  absl::StatusOr<session::Reservation> reservation = shared_->sessions->Reserve(tenant, bytes);
   if (!reservation.ok()) return reservation.status();
   reservation_ = *std::move(reservation);
   allowance_ = shared_->sessions->buffers().Allow(static_cast<size_t>(bytes));

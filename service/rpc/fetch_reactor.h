@@ -36,7 +36,8 @@ class FetchReactor final : public WriteStream, public Stream {
                                                const session::HeldSlice& slice,
                                                const std::string& tenant) const;
   // Memory to arrange heads in.
-  absl::Status ReserveCopies(int64_t max_message_bytes, const transport::PromptSizes& sizes);
+  absl::Status ReserveCopies(const std::string& tenant, int64_t max_message_bytes,
+                             const transport::PromptSizes& sizes);
   // What is told of the ends of transfers.
   std::function<void(const absl::Status&)> OnTransfer();
   absl::StatusOr<WriteStep> Next() override { return builder_->Next(); }

@@ -12,12 +12,11 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
-#include "absl/time/clock.h"
 
 namespace structkv::rpc {
 namespace {
 
-constexpr absl::Duration kLookInterval = absl::Seconds(1);
+constexpr std::chrono::seconds kLookInterval(1);
 
 absl::string_view View(grpc::string_ref text) { return {text.data(), text.size()}; }
 
@@ -31,11 +30,12 @@ bool SameToken(absl::string_view one, absl::string_view other) {
   return difference == 0;
 }
 
-// When the file was last changed; 0 where there is none.
-int64_t ChangedNanos(const std::string& path) {
+// Another one where the file was changed; empty where there is none.
+std::string VersionOf(const std::string& path) {
   struct stat file = {};
-  if (stat(path.c_str(), &file) != 0) return 0;
-  return int64_t{file.st_mtim.tv_sec} * 1'000'000'000 + file.st_mtim.tv_nsec;
+  if (stat(path.c_str(), &file) != 0) return "";
+  return absl::StrCat(file.st_ino, " ", file.st_size, " ", file.st_mtim.tv_sec, " ",
+                      file.st_mtim.tv_nsec);
 }
 
 }  // namespace
@@ -74,7 +74,7 @@ absl::StatusOr<std::shared_ptr<Identity>> Identity::Open(IdentityOptions options
 
 absl::Status Identity::Load() {
   const std::string& path = options_.token_file;
-  changed_nanos_ = ChangedNanos(path);
+  version_ = VersionOf(path);
   std::ifstream file(path);
   if (!file) return absl::NotFoundError(absl::StrCat("token-file ", path, " cannot be read"));
   const std::string text((std::istreambuf_iterator<char>(file)), {});
@@ -106,15 +106,18 @@ absl::Status Identity::Load() {
     if (twice) return absl::InvalidArgumentError(absl::StrCat(where, "the token came before"));
     tokens.push_back({parts[0], parts[1]});
   }
+  if (tokens.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("token-file ", path, " holds no token"));
+  }
   tokens_ = std::move(tokens);
   return absl::OkStatus();
 }
 
 void Identity::Refresh() {
-  const absl::Time now = absl::Now();
-  if (now - looked_ < kLookInterval) return;
+  const auto now = std::chrono::steady_clock::now();
+  if (looked_.has_value() && now - *looked_ < kLookInterval) return;
   looked_ = now;
-  if (ChangedNanos(options_.token_file) == changed_nanos_) return;
+  if (VersionOf(options_.token_file) == version_) return;
   const absl::Status loaded = Load();
   if (!loaded.ok() && options_.warn) {
     options_.warn(absl::StrCat(loaded.message(), "; the tokens of before stay"));
@@ -142,9 +145,12 @@ absl::StatusOr<std::string> Identity::OfCertificate(
       return FitsPattern(pattern, View(name));
     };
     const std::vector<std::string>& patterns = options_.certificate_names;
-    if (patterns.empty() || std::any_of(patterns.begin(), patterns.end(), fits)) {
-      return absl::StrCat("peer:", View(name));
-    }
+    if (!patterns.empty() && std::none_of(patterns.begin(), patterns.end(), fits)) continue;
+    std::string tenant = absl::StrCat("peer:", View(name));
+    if (tenant.size() <= kMaxFullTenantBytes) return tenant;
+    return absl::PermissionDeniedError(absl::StrCat("the name of the client's certificate has ",
+                                                    name.size(), " bytes; at most ",
+                                                    kMaxFullTenantBytes - 5, " are allowed"));
   }
   std::vector<absl::string_view> views;
   for (const grpc::string_ref& name : names) views.push_back(View(name));

@@ -1,10 +1,12 @@
 // Whose call it is: from the caller's certificate, from a token, or from what it says.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,6 +21,8 @@ namespace structkv::rpc {
 // Request metadata that names the tenant where nobody is authenticated.
 inline constexpr char kTenantKey[] = "structkv-tenant";
 inline constexpr size_t kMaxTenantBytes = 128;
+// Of a tenant with its kind, "peer:NAME": certificates' names may be long.
+inline constexpr size_t kMaxFullTenantBytes = 2048;
 
 struct IdentityOptions {
   // Which of the names in a client's certificate (its subject alternative names; where it has none,
@@ -43,7 +47,7 @@ class Identity {
   static absl::StatusOr<std::shared_ptr<Identity>> Open(IdentityOptions options);
 
   // UNAUTHENTICATED   there are tokens, and the call has none that is among them
-  // PERMISSION_DENIED no name of the certificate fits
+  // PERMISSION_DENIED no name of the certificate fits, or it is too long
   // INVALID_ARGUMENT  the metadata's tenant is too long
   absl::StatusOr<std::string> TenantOf(const grpc::ServerContextBase& context);
 
@@ -67,8 +71,8 @@ class Identity {
   const IdentityOptions options_;
   std::mutex mutex_;
   std::vector<Token> tokens_;
-  absl::Time looked_ = absl::InfinitePast();
-  int64_t changed_nanos_ = 0;  // of the file that was read
+  std::optional<std::chrono::steady_clock::time_point> looked_;
+  std::string version_;  // of the file that was read
 };
 
 // Whether `text` fits `pattern`, in which '*' is any run of characters.

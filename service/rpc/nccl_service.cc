@@ -21,12 +21,12 @@ class Refusal final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::Byt
 
 grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* NcclService::Attach(
     grpc::CallbackServerContext* context) {
+  absl::StatusOr<std::string> tenant = identity_->TenantOf(*context);
+  if (!tenant.ok()) return new Refusal(ToGrpc(tenant.status()));
   if (!hubs_.ok()) {
     return new Refusal(ToGrpc(absl::UnavailableError(
         absl::StrCat("no NCCL transport here: ", hubs_.status().message()))));
   }
-  absl::StatusOr<std::string> tenant = identity_->TenantOf(*context);
-  if (!tenant.ok()) return new Refusal(ToGrpc(tenant.status()));
   nccl::Hub* const hub = *std::min_element(
       hubs_->begin(), hubs_->end(),
       [](nccl::Hub* one, nccl::Hub* other) { return one->stats().pairs < other->stats().pairs; });

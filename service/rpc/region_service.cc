@@ -60,10 +60,12 @@ v1::RegionState StateOf(const transport::RegionInfo& info) {
 
 template <typename Call>
 grpc::ServerUnaryReactor* RegionService::Answer(grpc::CallbackServerContext* context, Call call) {
-  absl::Status status = absl::UnimplementedError("this server has no regions (--region-socket)");
-  if (registry_ != nullptr) {
-    const absl::StatusOr<std::string> tenant = identity_->TenantOf(*context);
-    status = tenant.ok() ? call(*registry_, *tenant) : tenant.status();
+  const absl::StatusOr<std::string> tenant = identity_->TenantOf(*context);
+  absl::Status status = tenant.status();
+  if (status.ok()) {
+    status = registry_ != nullptr
+                 ? call(*registry_, *tenant)
+                 : absl::UnimplementedError("this server has no regions (--region-socket)");
   }
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
   reactor->Finish(ToGrpc(status));

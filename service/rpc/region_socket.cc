@@ -216,9 +216,9 @@ class RegionSocket::Impl {
       return absl::InvalidArgumentError(
           absl::StrCat("the packet has ", files.size(), " descriptors; 1 is allowed"));
     }
-    if (request.tenant().size() > kMaxTenantBytes) {
+    if (request.tenant().size() > kMaxFullTenantBytes) {
       return absl::InvalidArgumentError(absl::StrCat("tenant is ", request.tenant().size(),
-                                                     " bytes long; at most ", kMaxTenantBytes,
+                                                     " bytes long; at most ", kMaxFullTenantBytes,
                                                      " are allowed"));
     }
     const int64_t held = registry_.RegionsOf(id);

@@ -1,5 +1,6 @@
 #include "service/rpc/tls.h"
 
+#include <openssl/err.h>
 #include <openssl/pem.h>
 #include <openssl/x509.h>
 
@@ -43,6 +44,7 @@ absl::StatusOr<std::vector<Certificate>> ReadCertificates(const char* option,
   while (X509* one = PEM_read_bio_X509(file->get(), nullptr, nullptr, nullptr)) {
     all.emplace_back(one);
   }
+  ERR_clear_error();  // of the end of the file
   if (!all.empty()) return all;
   return absl::InvalidArgumentError(
       absl::StrCat(option, " ", path, " holds no certificate in PEM form"));
@@ -73,7 +75,8 @@ absl::Time FirstEnd(const std::vector<Certificate>& certificates) {
   return first;
 }
 
-absl::Status CheckFiles(const TlsOptions& options) {
+// When the first certificate ends.
+absl::StatusOr<absl::Time> CheckFiles(const TlsOptions& options) {
   const auto chain = ReadCertificates("tls-certificate", options.certificate);
   if (!chain.ok()) return chain.status();
   const absl::StatusOr<Key> key = ReadKey(options.key);
@@ -83,13 +86,11 @@ absl::Status CheckFiles(const TlsOptions& options) {
                                                    " is not the key of the first certificate in ",
                                                    options.certificate));
   }
-  if (const absl::Time end = FirstEnd(*chain); end < absl::Now()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("tls-certificate ", options.certificate, " ended at ",
-                     absl::FormatTime("%Y-%m-%dT%H:%M:%SZ", end, absl::UTCTimeZone())));
+  if (!options.client_authorities.empty()) {
+    const auto authorities = ReadCertificates("client-authorities", options.client_authorities);
+    if (!authorities.ok()) return authorities.status();
   }
-  if (options.client_authorities.empty()) return absl::OkStatus();
-  return ReadCertificates("client-authorities", options.client_authorities).status();
+  return FirstEnd(*chain);
 }
 
 }  // namespace
@@ -107,7 +108,13 @@ absl::Status CheckTls(const TlsOptions& options) {
 absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeCredentials(
     const TlsOptions& options) {
   if (absl::Status status = CheckTls(options); !status.ok()) return status;
-  if (absl::Status status = CheckFiles(options); !status.ok()) return status;
+  const absl::StatusOr<absl::Time> end = CheckFiles(options);
+  if (!end.ok()) return end.status();
+  if (*end < absl::Now()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("tls-certificate ", options.certificate, " ended at ",
+                     absl::FormatTime("%Y-%m-%dT%H:%M:%SZ", *end, absl::UTCTimeZone())));
+  }
   auto provider = std::make_shared<grpc::experimental::FileWatcherCertificateProvider>(
       options.key, options.certificate, options.client_authorities,
       static_cast<unsigned>(options.look_seconds));
@@ -120,15 +127,17 @@ absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeCredentials(
   return grpc::experimental::TlsServerCredentials(tls);
 }
 
-absl::StatusOr<absl::Time> CertificateExpiry(const std::string& path) {
-  const auto chain = ReadCertificates("tls-certificate", path);
-  if (!chain.ok()) return chain.status();
-  return FirstEnd(*chain);
+absl::StatusOr<absl::Time> CertificateExpiry(const TlsOptions& options) {
+  return CheckFiles(options);
+}
+
+bool IsUnixAddress(const std::string& address) {
+  return absl::StartsWith(address, "unix:") || absl::StartsWith(address, "unix-abstract:");
 }
 
 bool IsLocalAddress(const std::string& address) {
   absl::string_view rest = address;
-  if (absl::StartsWith(rest, "unix")) return true;
+  if (IsUnixAddress(address)) return true;
   for (absl::string_view scheme : {"ipv4:", "ipv6:", "dns:///", "dns:"}) {
     if (absl::ConsumePrefix(&rest, scheme)) break;
   }

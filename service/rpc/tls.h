@@ -33,9 +33,12 @@ absl::Status CheckTls(const TlsOptions& options);
 // expired.
 absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeCredentials(const TlsOptions& options);
 
-// When the first of the certificates in the file ends.
-absl::StatusOr<absl::Time> CertificateExpiry(const std::string& path);
+// When the first of an enabled one's certificates ends. The errors of MakeCredentials for files
+// that cannot be taken now: gRPC goes on with those of before.
+absl::StatusOr<absl::Time> CertificateExpiry(const TlsOptions& options);
 
+// Whether gRPC takes an address for a unix socket, which has no TLS.
+bool IsUnixAddress(const std::string& address);
 // Whether an address to listen on ("host:port", "unix:...") is reached from this host alone.
 bool IsLocalAddress(const std::string& address);
 

@@ -105,7 +105,8 @@ struct SessionCallbacks {
   absl::AnyInvocable<void()> ready;
   // A layer's answer, in order of completion.
   absl::AnyInvocable<void(engine::LayerOutput)> layer;
-  // A layer was computed; before what is said of it. May be empty, as all but `ready` may.
+  // A layer was computed; before what is said of it. Of a shard group the first rank's alone is
+  // called. May be empty, as all but `ready` may.
   absl::AnyInvocable<void(LayerTiming)> computed;
   // With PromptSpec::pull: the rows that the client is to send of a layer, once for each, as soon
   // as its positions are known. `layer` follows when they came.
@@ -250,8 +251,9 @@ class SessionManager {
   // What finished sessions have left to be fetched.
   HeldCaches& held_caches();
   const HeldCaches& held_caches() const;
-  // Memory beside that of sessions; as MemoryBudget::Reserve.
-  absl::StatusOr<Reservation> Reserve(int64_t bytes);
+  // Memory beside that of sessions, of the tenant's share; as MemoryBudget::Reserve and
+  // TenantShares::Take.
+  absl::StatusOr<Reservation> Reserve(const std::string& tenant, int64_t bytes);
   const MemoryBudget& budget() const;
   engine::BufferPool& buffers();
   const engine::BufferPool& buffers() const;

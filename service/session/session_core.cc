@@ -400,7 +400,8 @@ void SessionCore::OnAnswer(Answer answer) {
     SendRows(*answer.output);
   }
   StartLayer();  // the next layer is computed while this one is handed out
-  if (callbacks_.computed && !cancelled_.load()) {
+  // Of a shard group one rank tells.
+  if (callbacks_.computed && shard_index_ == 0 && !cancelled_.load()) {
     callbacks_.computed({absl::FromChrono(answer.queued), absl::FromChrono(answer.computed)});
   }
   if (answer.pivot.has_value() && callbacks_.pivot && !cancelled_.load()) {

@@ -72,6 +72,16 @@ class SessionManager::Impl {
     if (pivot_profile == nullptr) pivot_profile = *PivotProfile::Open({});
   }
 
+  // Memory of the budget, and of the tenant's share.
+  absl::StatusOr<Reservation> Reserve(const std::string& tenant,
+                                      const TenantShares::Amounts& amounts) {
+    absl::StatusOr<TenantShares::Share> share = tenants.Take(tenant, amounts);
+    if (!share.ok()) return share.status();
+    absl::StatusOr<Reservation> reservation = budget.Reserve(amounts.memory_bytes);
+    if (reservation.ok()) reservation->Keep(*std::move(share));
+    return reservation;
+  }
+
   // Reserves memory for what a session is to hold.
   absl::StatusOr<Holding> Hold(const SessionRequest& request) {
     Holding holding;
@@ -169,25 +179,30 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
   if (plan->reserved_bytes > options.memory_budget_bytes) {
     return impl_->budget.Reserve(plan->reserved_bytes).status();
   }
-  const int64_t own_limit = options.tenants.memory_bytes;
-  if (own_limit > 0 && plan->reserved_bytes > own_limit) {
-    return impl_->tenants.Take(request.transport.tenant, {.memory_bytes = plan->reserved_bytes})
-        .status();
+  const std::string& tenant = request.transport.tenant;
+  const auto exceeds = [](int64_t bytes, int64_t share) { return share > 0 && bytes > share; };
+  if (exceeds(plan->reserved_bytes, options.tenants.memory_bytes)) {
+    return impl_->tenants.Take(tenant, {.memory_bytes = plan->reserved_bytes}).status();
   }
   const absl::StatusOr<int64_t> held_bytes = BytesToHold(request);
   if (!held_bytes.ok()) return held_bytes.status();
   if (*held_bytes > options.hold.budget_bytes) {
     return impl_->held_caches.Reserve(*held_bytes).status();
   }
+  if (exceeds(*held_bytes, options.tenants.hold_bytes)) {
+    return impl_->tenants.Take(request.hold->tenant, {.hold_bytes = *held_bytes}).status();
+  }
+  // A key is one tenant's own.
+  const std::string key = request.idempotency_key.empty()
+                              ? ""
+                              : absl::StrCat(tenant.size(), " ", tenant, request.idempotency_key);
   const auto begin = std::chrono::steady_clock::now();
   const auto left = [begin] {
     return kReplaceLimit - absl::FromChrono(std::chrono::steady_clock::now() - begin);
   };
   bool replaces = false;
   while (true) {
-    if (!request.idempotency_key.empty()) {
-      replaces |= impl_->Replace(request.idempotency_key, left());
-    }
+    if (!key.empty()) replaces |= impl_->Replace(key, left());
     const SessionHost host = {.backend = impl_->backend.get(),
                               .buffers = &impl_->buffers,
                               .scheduler = &impl_->scheduler,
@@ -204,12 +219,9 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
       plan = PlanSession(request, *impl_->backend, *granted->transport);
       if (!plan.ok()) return plan.status();
     }
-    absl::StatusOr<TenantShares::Share> share = impl_->tenants.Take(
-        request.transport.tenant, {.sessions = 1, .memory_bytes = plan->reserved_bytes});
-    if (!share.ok()) return share.status();
-    absl::StatusOr<Reservation> reservation = impl_->budget.Reserve(plan->reserved_bytes);
+    absl::StatusOr<Reservation> reservation =
+        impl_->Reserve(tenant, {.sessions = 1, .memory_bytes = plan->reserved_bytes});
     if (!reservation.ok()) return reservation.status();
-    reservation->Keep(*std::move(share));
     absl::Status taken = granted->transport->Reserve();
     // What the other session has on its way keeps its memory until that is over.
     while (absl::IsResourceExhausted(taken) && replaces && left() > absl::ZeroDuration()) {
@@ -222,7 +234,7 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
     auto core =
         std::make_shared<SessionCore>(NewId(), request, *plan, *granted, *std::move(reservation),
                                       host, group, *std::move(holding));
-    switch (impl_->registry->Add(core->id(), request.idempotency_key, core, options.max_sessions)) {
+    switch (impl_->registry->Add(core->id(), key, core, options.max_sessions)) {
       case SessionRegistry::Added::kYes: {
         if (group != nullptr) {
           const absl::StatusOr<bool> joined = group->Join(request, core);
@@ -260,8 +272,8 @@ void SessionManager::FailAll(const absl::Status& status) {
 int64_t SessionManager::active_sessions() const { return impl_->registry->size(); }
 HeldCaches& SessionManager::held_caches() { return impl_->held_caches; }
 const HeldCaches& SessionManager::held_caches() const { return impl_->held_caches; }
-absl::StatusOr<Reservation> SessionManager::Reserve(int64_t bytes) {
-  return impl_->budget.Reserve(bytes);
+absl::StatusOr<Reservation> SessionManager::Reserve(const std::string& tenant, int64_t bytes) {
+  return impl_->Reserve(tenant, {.memory_bytes = bytes});
 }
 const MemoryBudget& SessionManager::budget() const { return impl_->budget; }
 engine::BufferPool& SessionManager::buffers() { return impl_->buffers; }

@@ -53,7 +53,7 @@ ShardGroup::ShardGroup(const SessionRequest& first, const SessionHost& host)
       room_(members_.size(), false),
       done_(members_.size(), false) {}
 
-ShardGroup::~ShardGroup() { host_.groups->Remove(first_.shard->group_id, this); }
+ShardGroup::~ShardGroup() { host_.groups->Remove(ShardGroups::KeyOf(first_), this); }
 
 std::string ShardGroup::Name() const { return absl::StrCat("'", first_.shard->group_id, "'"); }
 
@@ -371,7 +371,7 @@ void ShardGroup::Finish() {
     if (phase_ != Phase::kRunning) return;
     phase_ = Phase::kOver;
   }
-  host_.groups->Remove(first_.shard->group_id, this);
+  host_.groups->Remove(ShardGroups::KeyOf(first_), this);
   if (const std::optional<int64_t> pivot = prompt_->ExactPivot()) {
     host_.pivot_profile->Record(spec(), *pivot);
   }
@@ -390,7 +390,7 @@ void ShardGroup::End(Phase from, const SessionCore* culprit, const absl::Status&
       if (member.core != nullptr) cores.push_back(member.core);
     }
   }
-  host_.groups->Remove(first_.shard->group_id, this);
+  host_.groups->Remove(ShardGroups::KeyOf(first_), this);
   parts_.clear();
   ready_.clear();
   std::optional<std::vector<engine::LayerInput>> waiting;

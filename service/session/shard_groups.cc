@@ -3,16 +3,17 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
+
 namespace structkv::session {
 
 absl::StatusOr<std::shared_ptr<ShardGroup>> ShardGroups::Find(const SessionRequest& request,
                                                               const SessionHost& host) {
-  const std::string& id = request.shard->group_id;
   std::shared_ptr<ShardGroup> group;
-  if (!id.empty()) {
+  if (!request.shard->group_id.empty()) {
     const std::lock_guard lock(mutex_);
     if (!ended_.ok()) return ended_;
-    Entry& entry = groups_[id];
+    Entry& entry = groups_[KeyOf(request)];
     group = entry.weak.lock();
     if (group == nullptr) {
       group = std::make_shared<ShardGroup>(request, host);
@@ -26,9 +27,14 @@ absl::StatusOr<std::shared_ptr<ShardGroup>> ShardGroups::Find(const SessionReque
   return group;
 }
 
-void ShardGroups::Remove(const std::string& id, const ShardGroup* group) {
+std::string ShardGroups::KeyOf(const SessionRequest& request) {
+  const std::string& tenant = request.transport.tenant;
+  return absl::StrCat(tenant.size(), " ", tenant, request.shard->group_id);
+}
+
+void ShardGroups::Remove(const std::string& key, const ShardGroup* group) {
   const std::lock_guard lock(mutex_);
-  const auto found = groups_.find(id);
+  const auto found = groups_.find(key);
   if (found != groups_.end() && found->second.group == group) groups_.erase(found);
 }
 
@@ -37,7 +43,7 @@ void ShardGroups::EndWaiting(const absl::Status& status) {
   {
     const std::lock_guard lock(mutex_);
     ended_ = status;
-    for (const auto& [id, entry] : groups_) {
+    for (const auto& [key, entry] : groups_) {
       if (auto group = entry.weak.lock()) groups.push_back(std::move(group));
     }
   }

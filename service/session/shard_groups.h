@@ -1,4 +1,4 @@
-// The groups of a server, by their id.
+// The groups of a server, by tenant and id.
 #pragma once
 
 #include <memory>
@@ -19,8 +19,10 @@ class ShardGroups {
   // new.
   absl::StatusOr<std::shared_ptr<ShardGroup>> Find(const SessionRequest& request,
                                                    const SessionHost& host);
-  // The id no longer leads to that group.
-  void Remove(const std::string& id, const ShardGroup* group);
+  // What a rank's group is known by: its id, among those of its tenant.
+  static std::string KeyOf(const SessionRequest& request);
+  // The key no longer leads to that group.
+  void Remove(const std::string& key, const ShardGroup* group);
   // Ends those that wait, now and later.
   void EndWaiting(const absl::Status& status);
 

@@ -19,7 +19,7 @@ namespace {
 
 absl::Status NotFound(const std::string& handle) {
   return absl::NotFoundError(absl::StrCat(
-      "the region ", absl::BytesToHexString(handle.substr(0, kHandleBytes)), " is not registered"));
+      "the region ", absl::BytesToHexString(handle.substr(0, 4)), "... is not registered"));
 }
 
 absl::Status CheckLease(absl::Duration lease, absl::Duration max) {

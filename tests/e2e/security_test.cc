@@ -19,6 +19,7 @@
 #include "tests/testing/held.h"
 #include "tests/testing/process.h"
 #include "tests/testing/service_test.h"
+#include "tests/testing/shards.h"
 
 namespace structkv::testkit {
 namespace {
@@ -268,7 +269,7 @@ TEST_F(SecurityTest, TenantsHaveShares) {
   ASSERT_TRUE(first.WaitForOpened().has_value());
   const Outcome refused = run(kPrefillToken);
   ExpectFailure(refused, grpc::StatusCode::RESOURCE_EXHAUSTED,
-                {"tenant 'token:prefill' has 1 prompts and asks for 1; at most 1 are allowed "
+                {"the tenant has 1 prompts and asks for 1; at most 1 are allowed "
                  "(--tenant-max-sessions)"});
   EXPECT_EQ(refused.trailers.count("grpc-retry-pushback-ms"), 1U);
   ExpectSuccess(data, run(kDecodeToken));
@@ -329,6 +330,65 @@ TEST_F(SecurityTest, SharesOfHeldCaches) {
   EXPECT_TRUE(release(again, kPrefillToken).ok());
   EXPECT_TRUE(release(other, kDecodeToken).ok());
   ExpectNothingHeld();
+}
+
+// What one tenant calls its prompts is nothing to another.
+TEST_F(SecurityTest, KeysAndGroupsAreTheTenantsOwn) {
+  StartAlone(Tokens());
+  v1::Open open = SmallOpen();
+  open.set_idempotency_key("request-17");
+  const PromptData data(open, 1);
+  Call first(channel(), CallOptions{.metadata = Bearer(kPrefillToken)});
+  first.Send(OpenMessage(data.open()));
+  ASSERT_TRUE(first.WaitForOpened().has_value());
+  ExpectSuccess(data, testkit::Run(channel(), AllMessages(data),
+                                   CallOptions{.metadata = Bearer(kDecodeToken)}));
+  for (uint32_t layer = 0; layer < data.layers(); ++layer) first.Send(LayerMessage(data, layer));
+  first.Send(CommitMessage(data));
+  first.HalfClose();
+  ExpectSuccess(data, first.Finish());
+
+  // Ranks of two tenants wait for one another's in vain: each is alone in its group.
+  const auto rank = [](uint32_t index) {
+    v1::Open shard = SmallOpen();
+    *shard.mutable_shard_group() = EvenShardGroup(shard, 2, index);
+    return shard;
+  };
+  Call own(channel(), CallOptions{.metadata = Bearer(kPrefillToken)});
+  own.Send(OpenMessage(rank(0)));
+  ASSERT_TRUE(own.WaitForOpened().has_value());
+  v1::Open other = rank(0);  // would be the same rank twice, and end the first
+  other.set_model_id("another");
+  Call strange(channel(), CallOptions{.metadata = Bearer(kDecodeToken)});
+  strange.Send(OpenMessage(other));
+  ASSERT_TRUE(strange.WaitForOpened().has_value());
+  Call second(channel(), CallOptions{.metadata = Bearer(kPrefillToken)});
+  second.Send(OpenMessage(rank(1)));
+  EXPECT_TRUE(second.WaitForOpened().has_value());
+  for (Call* call : {&own, &strange, &second}) {
+    call->Cancel();
+    call->Finish();
+  }
+  ExpectNothingHeld();
+}
+
+// A stream without a token is refused before anything of it is read.
+TEST_F(SecurityTest, ABatchWithoutATokenIsOneRefusal) {
+  StartAlone(Tokens());
+  v1::Open open = SmallOpen();
+  open.set_batch_prompt_count(1024);
+  const Outcome outcome = testkit::Run(channel(), {OpenMessage(open)});
+  EXPECT_EQ(outcome.status.error_code(), grpc::StatusCode::UNAUTHENTICATED);
+  EXPECT_TRUE(outcome.responses.empty());
+  ExpectNothingHeld();
+}
+
+TEST(SecureByDefaultTest, NamesOfCertificatesNeedAuthorities) {
+  ServerOptions options = TestOptions();
+  options.identity.certificate_names = {"*"};
+  EXPECT_EQ(Server::Start(options).status(),
+            absl::InvalidArgumentError("client-names needs client-authorities: no certificate is "
+                                       "asked for without them"));
 }
 
 TEST(SecureByDefaultTest, OtherHostsNeedTlsOrLeave) {

@@ -53,13 +53,14 @@ class TokenFileTest : public ::testing::Test {
 };
 
 TEST_F(TokenFileTest, WhatIsTaken) {
-  EXPECT_EQ(Open(""), absl::OkStatus());
   EXPECT_EQ(Open("# a comment\n\nprefill 0123456789abcdef\n decode\t0123456789abcdeF \n"
                  "prefill 0123456789abcdef2"),
             absl::OkStatus());
 }
 
 TEST_F(TokenFileTest, WhatIsRefused) {
+  EXPECT_EQ(Open("# none\n"), absl::InvalidArgumentError("token-file " + directory_.Path("tokens") +
+                                                         " holds no token"));
   ExpectRefused("one", "1: 1 words; a tenant and its token are expected");
   ExpectRefused("\na b c", "2: 3 words; a tenant and its token are expected");
   ExpectRefused("a 0123456789abcde", "1: the token has 15 bytes; at least 16 are needed");

@@ -62,11 +62,13 @@ TEST_F(TlsTest, SaysWhatIsWrong) {
 }
 
 TEST_F(TlsTest, Expiry) {
-  const absl::StatusOr<absl::Time> end =
-      CertificateExpiry(File("chain", pair_.certificate + authority_.Sign({}, 600).certificate));
+  TlsOptions options = Options(pair_);
+  options.certificate = File("chain", pair_.certificate + authority_.Sign({}, 600).certificate);
+  const absl::StatusOr<absl::Time> end = CertificateExpiry(options);
   ASSERT_TRUE(end.ok()) << end.status();
   EXPECT_LT(absl::AbsDuration(*end - absl::Now() - absl::Seconds(600)), absl::Seconds(60));
-  EXPECT_FALSE(CertificateExpiry("/nowhere").ok());
+  options.key = File("other", authority_.Sign({}).key);
+  EXPECT_FALSE(CertificateExpiry(options).ok());
 }
 
 TEST(LocalAddressTest, WhoReachesIt) {
@@ -74,8 +76,9 @@ TEST(LocalAddressTest, WhoReachesIt) {
                             "unix-abstract:a", "ipv4:127.0.0.1:1", "dns:///localhost:1"}) {
     EXPECT_TRUE(IsLocalAddress(local)) << local;
   }
-  for (const char* open : {"0.0.0.0:7411", "[::]:1", "10.0.0.1:1", "host:1", "127.example.org:1",
-                           "ipv4:0.0.0.0:1", "localhost.example.org:1", ":1"}) {
+  for (const char* open :
+       {"0.0.0.0:7411", "[::]:1", "10.0.0.1:1", "host:1", "127.example.org:1", "ipv4:0.0.0.0:1",
+        "localhost.example.org:1", ":1", "unix1.example:7411"}) {
     EXPECT_FALSE(IsLocalAddress(open)) << open;
   }
 }

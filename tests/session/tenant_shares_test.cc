@@ -25,10 +25,10 @@ TEST(TenantSharesTest, EachLimitIsItsOwn) {
   const auto prompt = shares.Take("a", {.sessions = 1, .memory_bytes = 60});
   ASSERT_TRUE(prompt.ok());
   EXPECT_EQ(shares.Take("a", {.sessions = 1, .memory_bytes = 41}).status(),
-            absl::ResourceExhaustedError("tenant 'a' has 60 bytes of memory and asks for 41; at "
+            absl::ResourceExhaustedError("the tenant has 60 bytes of memory and asks for 41; at "
                                          "most 100 are allowed (--tenant-memory)"));
   EXPECT_EQ(shares.Take("a", {.sessions = 2}).status().message(),
-            "tenant 'a' has 1 prompts and asks for 2; at most 2 are allowed "
+            "the tenant has 1 prompts and asks for 2; at most 2 are allowed "
             "(--tenant-max-sessions)");
   // What was refused took nothing.
   EXPECT_TRUE(shares.Take("a", {.sessions = 1, .memory_bytes = 40, .hold_bytes = 10}).ok());
@@ -37,12 +37,12 @@ TEST(TenantSharesTest, EachLimitIsItsOwn) {
 
 TEST(TenantSharesTest, WhatNeverFitsSaysSo) {
   TenantShares shares({.hold_bytes = 10});
-  const auto held = shares.Take("a\n", {.hold_bytes = 10});
-  EXPECT_FALSE(shares.Take("a\n", {.hold_bytes = 1}).status().GetPayload(kNeverFits).has_value());
-  const absl::Status never = shares.Take("a\n", {.hold_bytes = 11}).status();
+  const auto held = shares.Take("a", {.hold_bytes = 10});
+  EXPECT_FALSE(shares.Take("a", {.hold_bytes = 1}).status().GetPayload(kNeverFits).has_value());
+  const absl::Status never = shares.Take("a", {.hold_bytes = 11}).status();
   EXPECT_TRUE(never.GetPayload(kNeverFits).has_value());
   EXPECT_EQ(never.message(),
-            "tenant 'a\\n' has 10 bytes of held caches and asks for 11; at most 10 are allowed "
+            "the tenant has 10 bytes of held caches and asks for 11; at most 10 are allowed "
             "(--tenant-hold-budget)");
 }
 

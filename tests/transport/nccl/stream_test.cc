@@ -71,7 +71,8 @@ class NcclStreamTest : public ::testing::Test {
 
   void Start(const WorkerOptions& options = QuickOptions()) {
     auto hub = *Hub::Start(FakeApi(), FakeDeviceApi(), {options, "service"});
-    auto service = std::make_unique<rpc::NcclService>(std::vector<Hub*>{hub.get()});
+    auto service =
+        std::make_unique<rpc::NcclService>(std::vector<Hub*>{hub.get()}, *rpc::Identity::Open({}));
     server_ = std::make_unique<NcclServer>(std::move(service), std::move(hub));
   }
 
@@ -142,7 +143,8 @@ TEST_F(NcclStreamTest, SaysWhyItRefuses) {
 
 TEST_F(NcclStreamTest, AHostWithoutNcclServesAndSaysSo) {
   const absl::Status why = Api::Load("libnosuchnccl.so.2").status();
-  server_ = std::make_unique<NcclServer>(std::make_unique<rpc::NcclService>(why));
+  server_ = std::make_unique<NcclServer>(
+      std::make_unique<rpc::NcclService>(why, *rpc::Identity::Open({})));
   const absl::Status refused = Attach(ClientIdentity(1)).status();
   EXPECT_EQ(refused.code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(std::string(refused.message()),
