@@ -288,14 +288,14 @@ TEST_F(HeldFailureTest, AFetchOfSomeHeadsNeedsRoomForItsCopies) {
   v1::FetchCacheRequest request = FetchRequest(handle);
   request.set_kv_head_count(1);
   {
-    const auto taken = sessions.Reserve(sessions.budget().limit_bytes() - kCopies + 1);
+    const auto taken = sessions.Reserve("", sessions.budget().limit_bytes() - kCopies + 1);
     ASSERT_TRUE(taken.ok()) << taken.status();
     const Fetched refused = Fetch(channel(), request);
     ExpectFetchFailure(refused, grpc::StatusCode::RESOURCE_EXHAUSTED, {std::to_string(kCopies)});
     EXPECT_EQ(refused.trailers.at("grpc-retry-pushback-ms"), "1000");
     EXPECT_TRUE(Fetch(channel(), FetchRequest(handle)).status.ok()) << "all heads lie together";
   }
-  const auto taken = sessions.Reserve(sessions.budget().limit_bytes() - kCopies);
+  const auto taken = sessions.Reserve("", sessions.budget().limit_bytes() - kCopies);
   ASSERT_TRUE(taken.ok()) << taken.status();
   EXPECT_TRUE(Fetch(channel(), request).status.ok());
   EXPECT_TRUE(Release(channel(), handle).ok());
