@@ -76,6 +76,23 @@ def test_nothing_is_left_of_it(engine: structkv.Engine, implementation: str) -> 
                 assert each.config._attn_implementation == implementation
 
 
+def test_one_prompt_goes_on_behind_the_context(engine: structkv.Engine) -> None:
+    """As docs/huggingface.md says; layers that differ in length do not."""
+    model, prompt, token = make_model("llama"), make_prompt(TOKENS), make_prompt(1, 7)
+    methods: list[Any] = ["structkv", "snapkv"]
+    for method in methods:
+        got = []
+        for inside in (True, False):
+            with structkv.hf.compress(model, engine, method) as run:
+                cache = cache_of(model(prompt, use_cache=True))
+                if inside:
+                    got.append(model(token, **with_cache(cache)).logits)
+            if not inside:
+                got.append(model(token, **with_cache(cache)).logits)
+            assert run.last is not None and run.last.cache_bytes < run.last.full_cache_bytes
+        torch.testing.assert_close(got[0], got[1], **CLOSE)
+
+
 @pytest.mark.parametrize("method", ["structkv", "fastkv"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_reference(engine: structkv.Engine, name: str, method: Any) -> None:
