@@ -86,9 +86,9 @@ def overlap(kept: torch.Tensor, wanted: torch.Tensor) -> float:
 def measure(
     loaded: Loaded, samples: Iterable[Sample], methods: list[Method], awareness: Iterable[bool]
 ) -> Iterator[dict[str, Any]]:
-    """For each sample and method that it is long enough for, over the question and its right answer behind the prompt's cache:
-    the cosine with the full cache's outputs, mean over the tokens, and the overlap with the oracle,
-    for each layer.
+    """For each sample and method that it is long enough for, over the question and its right answer
+    behind the prompt's cache: the cosine with the full cache's outputs, mean over the tokens, and
+    the overlap with the oracle, for each layer.
     """
     for sample in samples:
         target = loaded.tokenizer.encode(sample.question.target)

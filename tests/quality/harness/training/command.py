@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument(
         "folder",
         type=Path,
-        help="for checkpoint.pt, tokenizer/, log.jsonl, model/ and scores.json; a training in it goes on",
+        help="for checkpoint.pt, tokenizer/, log.jsonl, model/ and scores.json;"
+        " a training in it goes on",
     )
     parser.add_argument(
         "--recipe", choices=RECIPES, default="gpu" if torch.cuda.is_available() else "cpu"
