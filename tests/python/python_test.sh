@@ -52,8 +52,8 @@ case $what in
     "$bin/pytest" -q -rs -p no:cacheprovider test_torch.py
     ;;
   hf)
-    "$bin/python" -c 'import torch, transformers' 2>/dev/null ||
-      skip "there is no torch or no transformers: $bin/pip install torch transformers, or PYTHONPATH"
+    "$bin/python" -c 'import structkv.hf' 2>/dev/null ||
+      skip "there is no torch or no transformers from 5.20 on: $bin/pip install torch transformers, or PYTHONPATH"
     "$bin/pytest" -q -rs -p no:cacheprovider test_hf*.py
     ;;
   quality)

@@ -45,7 +45,52 @@ def test_all_kept_is_the_plain_model(
         torch.testing.assert_close(steps(model, input_ids=prompt), plain, **CLOSE)
     assert run.last is not None and run.last.cut_layer == 4 and run.last.compute_saved == 0
     assert run.last.cache_bytes == run.last.full_cache_bytes
-    assert torch.equal(steps(model, input_ids=prompt), plain)  # nothing of it is left
+    assert torch.equal(steps(model, input_ids=prompt), plain)
+
+
+@pytest.mark.parametrize("implementation", structkv.hf.attention.IMPLEMENTATIONS)
+def test_nothing_is_left_of_it(engine: structkv.Engine, implementation: str) -> None:
+    model = make_model("llama", implementation)
+
+    def hooks() -> int:
+        return sum(
+            len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules()
+        )
+
+    class Stop(BaseException):
+        pass
+
+    for error in (None, RuntimeError, Stop):
+        try:
+            with structkv.hf.compress(model, engine):
+                model(make_prompt(TOKENS), use_cache=True)
+                assert hooks() == 2 + LAYERS
+                assert model.config._attn_implementation == f"structkv_{implementation}"
+                if error is not None:
+                    raise error
+        except (RuntimeError, Stop) as raised:
+            assert type(raised) is error
+        assert hooks() == 0
+        for each in model.modules():
+            if hasattr(each, "config"):
+                assert each.config._attn_implementation == implementation
+
+
+def test_one_prompt_goes_on_behind_the_context(engine: structkv.Engine) -> None:
+    """As docs/huggingface.md says; layers that differ in length do not."""
+    model, prompt, token = make_model("llama"), make_prompt(TOKENS), make_prompt(1, 7)
+    methods: list[Any] = ["structkv", "snapkv"]
+    for method in methods:
+        got = []
+        for inside in (True, False):
+            with structkv.hf.compress(model, engine, method) as run:
+                cache = cache_of(model(prompt, use_cache=True))
+                if inside:
+                    got.append(model(token, **with_cache(cache)).logits)
+            if not inside:
+                got.append(model(token, **with_cache(cache)).logits)
+            assert run.last is not None and run.last.cache_bytes < run.last.full_cache_bytes
+        torch.testing.assert_close(got[0], got[1], **CLOSE)
 
 
 @pytest.mark.parametrize("method", ["structkv", "fastkv"])

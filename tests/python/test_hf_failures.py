@@ -37,10 +37,13 @@ class Failing:
     def __init__(self, engine: structkv.Engine, at: Any) -> None:
         self._engine, self._at = engine, at
         self.sessions: list[structkv.Session] = []
+        self.interrupts_after: int | None = None
 
     def open_prompt(self, open: Any, options: Any) -> Any:
         if self._at == "open":
             raise structkv.Unavailable("gone", None)
+        if len(self.sessions) == self.interrupts_after:
+            raise KeyboardInterrupt
         session = self._engine.open_prompt(open, options)
         self.sessions.append(session)
         return Faulty(session, self._at)
@@ -111,19 +114,48 @@ def test_no_server() -> None:
     assert torch.equal(got, steps(model, input_ids=prompt))
 
 
-def test_a_model_that_fails_leaves_no_session(engine: structkv.Engine) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_model_that_fails_leaves_no_session(
+    engine: structkv.Engine, kind: Any, goes_on: bool
+) -> None:
     free = engine.get_capabilities().limits
-    model = make_model("llama")
+    model, service = make_model("llama"), Failing(engine, None)
 
     def fail(*_: Any) -> None:
-        raise RuntimeError("out of memory")
+        raise kind("out of memory")
 
     hook = model.model.layers[5].mlp.register_forward_hook(fail)
-    with structkv.hf.compress(model, engine):
-        with pytest.raises(RuntimeError, match="out of memory"):
+    with structkv.hf.compress(model, service, "snapkv") as run:  # type: ignore[arg-type]
+        with pytest.raises(kind, match="out of memory"):
             model(make_prompt(TOKENS), use_cache=True)
         hook.remove()
-        model(make_prompt(TOKENS), use_cache=True)
+        if goes_on:
+            plain = model(make_prompt(TOKENS), use_cache=False).logits  # not taken for the prefill
+            assert plain.shape[1] == TOKENS
+        assert run.last is None
+    (session,) = service.sessions
+    with pytest.raises(structkv.Cancelled):
+        while True:
+            session.next_event()
+    _wait_until_free(engine, free)
+
+
+def test_an_interrupt_while_rows_are_opened(engine: structkv.Engine) -> None:
+    free = engine.get_capabilities().limits
+    service: Any = Failing(engine, None)
+    service.interrupts_after = 1
+    batch = pad_left([make_prompt(TOKENS), make_prompt(60, 1)])
+    with structkv.hf.compress(make_model("llama"), service) as run:
+        with pytest.raises(KeyboardInterrupt):
+            run._model(**batch, use_cache=True)
+        (session,) = service.sessions
+        with pytest.raises(structkv.Cancelled):
+            session.next_event()
+    _wait_until_free(engine, free)
+
+
+def _wait_until_free(engine: structkv.Engine, free: Any) -> None:
     assert free is not None
     end = time.monotonic() + 10
     while (now := engine.get_capabilities().limits) is not None:

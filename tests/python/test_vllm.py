@@ -14,6 +14,7 @@ from structkv import vllm_requests
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
+from vllm.v1.request import RequestStatus  # noqa: E402
 from vllm_instance import (  # noqa: E402
     BLOCK,
     DIM,
@@ -208,11 +209,18 @@ def test_what_cannot_be_loaded_fails_the_request(make: Any) -> None:
         "gone": {"held": {**held, "handle": "00" * 16}},
         "other": {"held": {**held, "fingerprint": "00" * 16}},
         "broken": {"held": {"handle": held["handle"]}},
+        "no object": {"held": 3},
+        "no length": {"held": {**held, "kv_length": -1}},
+        # The ordinary prefix cache has all of it but its last token.
+        "cached": {"prompt": prompt(5, 2 * BLOCK + 1), "cache_salt": None},
+        "one token": {"prompt": [1], "cache_salt": None},
     }
+    warm = decode.add("warm", prompt(5, 2 * BLOCK + 1), 3)
+    decode.step()
     for name, change in changes.items():
         given = change.get("held", held)
         salt = body["cache_salt"]
-        if set(given) == set(held):
+        if isinstance(given, dict) and set(given) == set(held):
             salt = vllm_requests.HeldPrompt(**given).cache_salt
         decode.add(
             name,
@@ -226,20 +234,91 @@ def test_what_cannot_be_loaded_fails_the_request(make: Any) -> None:
         assert outputs[name].finish_reason is not None
         assert str(outputs[name].finish_reason) == "error", name
         assert outputs[name].new_token_ids == []
+    # Who shares blocks with a refused request goes on, and no block is lost.
+    assert str(outputs["warm"].finish_reason) == "length" and warm.num_output_tokens == 3
+    decode.step()
+    pool = decode.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # one is vLLM's null block
+    assert decode.scheduler.requests == {}
+
+
+def test_stand_ins_are_not_computed_for_prompt_logprobs(make: Any) -> None:
+    prefill, decode = make("kv_producer"), make("kv_consumer")
+    prefill.add("a", prompt(), 2, kv_transfer_params={vllm_requests.COMPRESS: True})
+    params = prefill.run()["a"].kv_transfer_params
+    body = vllm_requests.decode_request({"echo": True, "prompt_logprobs": 1}, prompt(), 1, params)
+    assert "echo" not in body and "prompt_logprobs" not in body
+    for name, options in (("with", {"prompt_logprobs": 1}), ("without", {})):
+        decode.add(
+            name,
+            body["prompt"],
+            5,
+            kv_transfer_params=body["kv_transfer_params"],
+            cache_salt=body["cache_salt"],
+            **options,
+        )
+        decode.run()
+    kept = params[vllm_requests.HELD]["kv_length"]
+    assert decode.cached["with"] == kept
+    one, other = (list(decode.requests[name].output_token_ids) for name in ("with", "without"))
+    assert one == other
+
+
+def test_a_prompt_that_is_preempted_in_its_window(make: Any, client: structkv.Client) -> None:
+    """Four tokens of the window are computed before, and once more after it."""
+    held = []
+    for preempts in (False, True):
+        prefill = make("kv_producer", method="snapkv")
+        ids = prompt(0, 128 + 4)  # the window, 32, begins in the first step and ends in the second
+        request = prefill.add("a", ids, 2, kv_transfer_params={vllm_requests.COMPRESS: True})
+        prefill.step()
+        if preempts:
+            scheduler = prefill.scheduler
+            scheduler.running.remove(request)
+            scheduler._preempt_request(request, 0.0)
+            scheduler.reset_prefix_cache()
+        params = prefill.run()["a"].kv_transfer_params
+        held.append(client.fetch(bytes.fromhex(params[vllm_requests.HELD]["handle"])))
+    for left, right in zip(held[0].layers, held[1].layers):
+        assert torch.equal(torch.from_dlpack(left.keys), torch.from_dlpack(right.keys))
+
+
+def test_results_of_a_request_that_was_aborted(make: Any) -> None:
+    prefill = make("kv_producer")
+    prefill.add("a", prompt(0, 100), 2, kv_transfer_params={vllm_requests.COMPRESS: True})
+    scheduled = prefill.scheduler.schedule()
+    output = prefill._execute(scheduled)
+    prefill.scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    prefill.scheduler.update_from_output(scheduled, output)
+    assert output.kv_connector_output.kv_connector_worker_meta.params["a"]
+    assert prefill.scheduler.connector._finished == {}
 
 
 def test_requests_are_such_as_the_server_takes() -> None:
     protocol = pytest.importorskip("vllm.entrypoints.openai.completion.protocol")
     body = {"model": "m", "prompt": prompt(), "temperature": 0.0, "max_tokens": 7}
+    asked = {"min_tokens": 3, "stop": "x", "stop_token_ids": [4], "stream": True}
+    body |= {**asked, "stream_options": {"include_usage": True}, "echo": True, "logprobs": 1}
     first = protocol.CompletionRequest(**vllm_requests.prefill_request(body))
-    assert first.max_tokens == first.min_tokens == 2 and first.return_token_ids
+    assert first.max_tokens == 2 and first.return_token_ids and not first.stream
+    # No end token is kept from being the first one, and none ends the request before the second.
+    assert first.ignore_eos and first.min_tokens == 0 and not first.stop_token_ids
+    assert not first.stop
     held = vllm_requests.HeldPrompt("00" * 16, 30, 300, "11" * 16)
     params = {vllm_requests.HELD: asdict(held)}
+    for wanted in (0, 1):
+        with pytest.raises(ValueError, match=f"max_tokens: {wanted}; at least 2"):
+            vllm_requests.decode_request({"max_tokens": wanted}, prompt(), 5, params)
+    assert vllm_requests.decode_request({}, prompt(), 5, params)["max_tokens"] == 15
     body = vllm_requests.decode_request(body, prompt(), 5, params)
     request = protocol.CompletionRequest(**body)
-    assert request.prompt == [*prompt()[-30:], 5] and request.max_tokens == 7
+    # The first token is there already.
+    assert request.prompt == [*prompt()[-30:], 5]
+    assert (request.max_tokens, request.min_tokens) == (6, 2)
+    assert request.stop == "x" and request.stream and not request.echo
     assert request.cache_salt == held.cache_salt
-    sampling = request.to_sampling_params(7, {})
+    sampling = request.to_sampling_params(6, {})
+    assert not sampling.skip_reading_prefix_cache
     assert sampling.extra_args["kv_transfer_params"] == params
 
 

@@ -157,7 +157,11 @@ class Instance:
         params = SamplingParams(
             max_tokens=max_tokens,
             extra_args={"kv_transfer_params": options.pop("kv_transfer_params", None)},
-            **{k: options.pop(k) for k in ("skip_reading_prefix_cache",) if k in options},
+            **{
+                name: options.pop(name)
+                for name in ("skip_reading_prefix_cache", "prompt_logprobs")
+                if name in options
+            },
         )
         request = Request(name, prompt, params, None, block_hasher=self._hasher, **options)
         self.requests[name] = request

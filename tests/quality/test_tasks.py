@@ -5,19 +5,29 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
 
 from harness import datasets  # noqa: E402
-from harness.accuracy import score  # noqa: E402
+from harness.accuracy import score, split  # noqa: E402
+from harness.command import spread, too_short  # noqa: E402
 from harness.fidelity import overlap  # noqa: E402
-from harness.models import Bytes, Loaded  # noqa: E402
-from harness.tasks import DEPTHS, FACTS, HAYSTACKS, TASKS, fact, make  # noqa: E402
+from harness.methods import Method  # noqa: E402
+from harness.models import Bytes, HuggingFace, Loaded  # noqa: E402
+from harness.tasks import DEPTHS, FACTS, HAYSTACKS, TASKS, Question, Sample, fact, make  # noqa: E402
 from harness.texts import held_out_text, sentences, training_text  # noqa: E402
 from harness.words import FILLERS, KEYS, NOISE, VALUES  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
+from tokenizers.models import WordLevel  # noqa: E402
+from tokenizers.processors import TemplateProcessing  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 TEXT = sentences(held_out_text())
 
@@ -85,8 +95,10 @@ def test_scores() -> None:
     assert score(" blue. And red", ("blue", "red")) == 1
     assert score(" Blue-ish", ("blue", "red")) == 0.5
     assert score(" blueish", ("blue",)) == 0
-    assert score("g~Q", ("g",)) == 1
+    assert score("g~Q", ("g",)) == score(" g", ("g",)) == 1
     assert score("~g", ("g",)) == 0
+    assert score(" red", ("blue", "red"), any_of=True) == 1
+    assert score(" green", ("blue", "red"), any_of=True) == 0
 
 
 def test_overlap_with_the_oracle() -> None:
@@ -114,21 +126,57 @@ def test_datasets(tmp_path: Path) -> None:
             "task": "niah",
         },
         {"context": "x " * 500, "question": "too long?", "answer": "x", "task": "niah"},
-        {"context": "p q", "input": "what?", "answers": ["p"], "task": "qa"},
+        {"context": "p q", "input": "what?", "answers": ["p", "q"], "task": "hotpotqa"},
+        {"context": "p q", "question": "what?", "answer": ["p", "q"], "task": "qa_1"},
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     loaded = Loaded("none", None, Bytes(), "")
-    first, second = datasets.read(tmp_path, loaded, longest=200, limit=4)
+    first, second, third = datasets.read(tmp_path, loaded, longest=200, limit=4)
     assert (first.task, first.question.text, first.question.prefix) == (
         "niah",
         "\nwhich?",
         "\nIt is",
     )
     assert first.question.answers == ("a", "b")
-    assert (second.task, second.question.answers) == ("qa", ("p",))
+    assert not first.question.any_of and first.question.target == " a, b"
+    for task, sample in (("hotpotqa", second), ("qa_1", third)):
+        assert (sample.task, sample.question.answers) == (task, ("p", "q"))
+        assert sample.question.any_of and sample.question.target == " p"
     (tmp_path / "rows.jsonl").write_text('{"context": "a"}')
     with pytest.raises(ValueError, match="no column question"):
         datasets.read(tmp_path, loaded, longest=200, limit=4)
+
+
+def test_fidelity_has_all_depths() -> None:
+    few = [make("single", 100, i, words, (i % 5) / 4) for i in range(20)]
+    assert [sample.depth for sample in spread(few, 4, 5)] == [0.0, 0.25, 0.75, 1.0]
+    assert [sample.depth for sample in spread(few[:5], 1, 5)] == [0.5]
+    assert len({sample.number for sample in spread(few, 4, 5)}) == 4
+
+
+def test_a_window_that_fills_the_budget_is_skipped_in_sight() -> None:
+    methods = [Method("snapkv", budget, None, 64) for budget in (0.1, 0.2)]  # type: ignore
+    assert too_short(methods, {512, 640, 1024}) == {
+        "snapkv at 10%": "its window of 64 tokens fills the budget of prompts of up to 640"
+    }
+
+
+def test_the_token_that_begins_a_text(tmp_path: Path) -> None:
+    backend = Tokenizer(WordLevel({"<s>": 0, "a": 1, "b": 2}, unk_token="b"))
+    for begins in (False, True):
+        if begins:
+            backend.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 0)])
+        plain = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+        plain.save_pretrained(tmp_path)
+        tokenizer = HuggingFace(tmp_path)
+        assert tokenizer.begin == [0] * begins and tokenizer.encode("a") == [1]
+        model: Any = SimpleNamespace(device="cpu")
+        prompt, rest = split(
+            Loaded("none", model, tokenizer, ""),
+            Sample("qa", "a", Question("b", "a", "b", ("b",)), 3, None, 0),
+            True,
+        )
+        assert prompt.tolist() == [[0] * begins + [1, 2]] and rest.tolist() == [[1]]
 
 
 def test_samples_differ_between_lengths() -> None:

@@ -11,6 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+if not hasattr(torch.optim, "Muon"):
+    pytest.skip(f"torch {torch.__version__} has no Muon; 2.9 has", allow_module_level=True)
 
 from harness.models import load  # noqa: E402
 from harness.texts import held_out_text, sentences  # noqa: E402
@@ -18,7 +20,7 @@ from harness.training.batches import LANGUAGE_WEIGHT, Batch, Sequences, make_bat
 from harness.training.loop import Trainer  # noqa: E402
 from harness.training.recipe import CPU, FIRST_MIXTURE, GPU, MIXTURE, Stage  # noqa: E402
 from harness.training.scores import full_cache_scores  # noqa: E402
-from harness.training.tokenizer import WORDS, make_tokenizer  # noqa: E402
+from harness.training.tokenizer import WORDS, make_tokenizer, tokenizer_of  # noqa: E402
 
 TEXT = held_out_text()
 SMALL = replace(
@@ -44,6 +46,14 @@ def test_tokenizer(tokenizer: Any) -> None:
     assert make_tokenizer(TEXT, 2048).get_vocab() == tokenizer.get_vocab()
     with pytest.raises(ValueError, match="300 tokens are too few"):
         make_tokenizer(TEXT, 300)
+
+
+def test_a_training_keeps_its_tokenizer(tokenizer: Any, tmp_path: Path) -> None:
+    """Its text is the project's documents, which change while it is interrupted."""
+    began = tokenizer_of(tmp_path, TEXT, 2048)
+    goes_on = tokenizer_of(tmp_path, TEXT[: len(TEXT) // 2], 2048)
+    assert began.get_vocab() == goes_on.get_vocab() == tokenizer.get_vocab()
+    assert goes_on.encode(TEXT) == tokenizer.encode(TEXT)
 
 
 @pytest.mark.parametrize("task", MIXTURE)

@@ -54,7 +54,8 @@ class Sender:
 
     def __init__(self, client: Client, open: Open, window: int, options: SessionOptions) -> None:
         self._client, self._open, self._window, self._options = client, open, window, options
-        self._queries: dict[tuple[str, int], torch.Tensor] = {}
+        # By request and layer: the first token, and the queries from there on.
+        self._queries: dict[tuple[str, int], tuple[int, torch.Tensor]] = {}
         self._sessions: dict[str, Session] = {}
         self._errors: dict[str, str] = {}
 
@@ -94,10 +95,14 @@ class Sender:
         if not bool(same.any(1).all()):
             raise ValueError("the step's slot mapping lacks the prompt's last tokens")
         now = queries.index_select(0, same.int().argmax(1))
-        before = self._queries.pop((prefill.request, layer), None)
-        tail = now if before is None else torch.cat([before, now])
+        first, before = self._queries.pop((prefill.request, layer), (begin, now[:0]))
+        if first <= begin <= first + len(before):
+            # Fewer than there are where the prompt was preempted, and is computed again.
+            tail = torch.cat([before[: begin - first], now])
+        else:
+            first, tail = begin, now
         if not prefill.complete:
-            self._queries[prefill.request, layer] = tail
+            self._queries[prefill.request, layer] = (first, tail)
         return tail
 
     def _send(self, prefill: Prefill, layer: int, cache: torch.Tensor, tail: torch.Tensor) -> None:

@@ -85,6 +85,7 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._caches: list[torch.Tensor] = []
         self._queries: dict[str, torch.Tensor] = {}
         self._failed_blocks: set[int] = set()
+        self._refused: set[str] = set()
         self._results: dict[str, dict[str, Any]] = {}
         self._client, self._fetch = client, FetchOptions(timeout=timeout)
         self._window = 0
@@ -103,6 +104,9 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         params = request.kv_transfer_params or {}
         if self._produces and params.get(COMPRESS):
             self._prompts[request.request_id] = (request.num_prompt_tokens, [])
+        if self._consumes and HELD in params:
+            # Set with prompt_logprobs: vLLM would compute the stand-ins and ask for no load.
+            request.skip_reading_prefix_cache = False
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
@@ -111,18 +115,25 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         if not self._consumes or HELD not in params:
             return 0, False
         held, _ = self._held(request)
-        # What cannot be loaded is said to be there all the same, so that the load fails, and the
-        # request with it; otherwise its stand-ins would be computed as if they were the prompt.
-        known = request.num_prompt_tokens - 1 if held is None else held.kv_length
-        return max(0, min(known, request.num_prompt_tokens - 1) - num_computed_tokens), False
+        known = self._known(request, held)
+        return max(0, known - num_computed_tokens), held is None
+
+    def _known(self, request: Any, held: HeldPrompt | None) -> int:
+        """Tokens that are said to be there. Of what is refused all, and later, so that a load of at
+        least one of them fails, and the request with it, before any stand-in is computed as if it
+        were the prompt."""
+        tokens: int = request.num_prompt_tokens
+        return tokens if held is None else held.kv_length
 
     def _held(self, request: Any) -> tuple[HeldPrompt | None, str | None]:
         """What the request names, or why it cannot be loaded."""
         given = request.kv_transfer_params[HELD]
         names = {each.name for each in fields(HeldPrompt)}
         if not isinstance(given, dict) or set(given) != names:
-            return None, f"{HELD}: {sorted(given)}; {sorted(names)} are expected"
+            return None, f"{HELD}: {given!r}; {', '.join(sorted(names))} are expected"
         held = HeldPrompt(**given)
+        if not isinstance(held.kv_length, int) or held.kv_length < 1:
+            return None, f"kv_length: {held.kv_length!r}; at least 1 is expected"
         if request.num_prompt_tokens <= held.kv_length:
             return None, (
                 f"prompt: {request.num_prompt_tokens} tokens; more than the {held.kv_length} of the"
@@ -138,9 +149,8 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         if num_external_tokens == 0:
             return
         held, refused = self._held(request)
-        known = request.num_prompt_tokens - 1 if held is None else held.kv_length
         (block_ids,) = blocks.get_block_ids()
-        first = known - num_external_tokens
+        first = self._known(request, held) - num_external_tokens
         self._loads.append(Load(request.request_id, held, first, list(block_ids), refused))
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
@@ -186,7 +196,9 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: Any) -> None:
         results = connector_output.kv_connector_worker_meta
         if isinstance(results, StepResults):
-            self._finished.update(results.params)
+            for request, params in results.params.items():
+                if request in self._prompts:  # an aborted one is over before its results come
+                    self._finished[request] = params
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -244,7 +256,10 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
                 load(self._client, each, self._caches, self._fetch)
             except Exception as error:
                 logger.error("structkv: request %s is not loaded: %s", each.request, error)
-                self._failed_blocks.update(each.block_ids)
+                # Those before may be other requests' as well, and are right.
+                self._failed_blocks.update(each.block_ids[each.first // self._block_tokens :])
+                if each.refused is not None:
+                    self._refused.add(each.request)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Everything was loaded by start_load_kv()."""
@@ -278,7 +293,8 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self._produces:
             for request in finished_req_ids:
                 self._sender.drop(request)
-        return None, None
+        refused, self._refused = self._refused, set()
+        return None, refused or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed_blocks = self._failed_blocks, set()

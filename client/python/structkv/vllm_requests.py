@@ -21,6 +21,9 @@ HELD = "structkv_held"
 ERROR = "structkv_error"
 """Of kv_transfer_params: why the prompt was not compressed."""
 
+DEFAULT_MAX_TOKENS = 16
+"""Of a completion request to vLLM that does not say."""
+
 
 @dataclass(frozen=True)
 class HeldPrompt:
@@ -44,12 +47,12 @@ class HeldPrompt:
 
 
 def prefill_request(body: dict[str, Any]) -> dict[str, Any]:
-    """A completion request as the prefill instance gets it: two tokens, since what a prompt came to
-    is known after the step that computed it. The first one is to be kept."""
+    """A completion request as the prefill instance gets it: two tokens, whatever they are, since
+    what a prompt came to is known after the step that computed it. The first one is to be kept."""
     return {
-        **body,
+        **_without(body, "min_tokens", "stop", "stop_token_ids", "stream_options"),
         "max_tokens": 2,
-        "min_tokens": 2,
+        "ignore_eos": True,
         "stream": False,
         "return_token_ids": True,
         "kv_transfer_params": {COMPRESS: True},
@@ -64,16 +67,30 @@ def decode_request(
 ) -> dict[str, Any]:
     """The request as the decode instance gets it: a prompt of kv_length tokens, which stand in for
     the compacted ones and are never computed, and the first token, at which it goes on. Its usage
-    counts these. ValueError where the prefill instance held nothing."""
+    counts these; max_tokens and min_tokens are one less, and nothing is asked of the prompt's own
+    tokens (echo, prompt_logprobs). ValueError where the prefill instance held nothing, and where
+    max_tokens is 1, of which the first token is the whole answer."""
     params = kv_transfer_params or {}
     if HELD not in params:
         raise ValueError(
             f"kv_transfer_params: no {HELD}; {params.get(ERROR, 'nothing was compressed')}"
         )
     held = HeldPrompt(**params[HELD])
-    return {
-        **body,
+    request = {
+        **_without(body, "echo", "prompt_logprobs", "skip_reading_prefix_cache"),
         "prompt": [*prompt[len(prompt) - held.kv_length :], first_token],
         "cache_salt": held.cache_salt,
         "kv_transfer_params": {HELD: asdict(held)},
     }
+    wanted = body.get("max_tokens")
+    wanted = DEFAULT_MAX_TOKENS if wanted is None else wanted
+    if wanted < 2:
+        raise ValueError(f"max_tokens: {wanted}; at least 2 are expected, the first is there")
+    request["max_tokens"] = wanted - 1
+    if body.get("min_tokens"):
+        request["min_tokens"] = body["min_tokens"] - 1
+    return request
+
+
+def _without(body: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in body.items() if name not in names}

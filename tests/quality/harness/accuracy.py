@@ -16,17 +16,17 @@ from .models import Loaded
 from .tasks import Sample
 
 
-def score(text: str, answers: tuple[str, ...]) -> float:
+def score(text: str, answers: tuple[str, ...], any_of: bool = False) -> float:
     """The share of the answers that the text has, as RULER counts: as whole words, or at its start
-    if one letter long.
+    if one letter long. `any_of`: one is enough.
     """
     found = [
-        text.startswith(each)
+        text.lstrip().startswith(each)
         if len(each) == 1
         else bool(re.search(rf"\b{re.escape(each)}\b", text, re.IGNORECASE))
         for each in answers
     ]
-    return sum(found) / len(found)
+    return float(any(found)) if any_of else sum(found) / len(found)
 
 
 def split(loaded: Loaded, sample: Sample, aware: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +36,7 @@ def split(loaded: Loaded, sample: Sample, aware: bool) -> tuple[torch.Tensor, to
     beginning follows. Agnostic: both follow. Either way each token of the answer comes from the
     compacted cache.
     """
-    context = loaded.tokenizer.encode(sample.context)
+    context = loaded.tokenizer.begin + loaded.tokenizer.encode(sample.context)
     question = loaded.tokenizer.encode(sample.question.text)
     prefix = loaded.tokenizer.encode(sample.question.prefix)
     cut = len(context) + (len(question) if aware else 0)
@@ -47,12 +47,16 @@ def split(loaded: Loaded, sample: Sample, aware: bool) -> tuple[torch.Tensor, to
 def measure(
     loaded: Loaded, samples: Iterable[Sample], methods: list[Method], awareness: Iterable[bool]
 ) -> Iterator[dict[str, Any]]:
-    """A record for each sample, method and side of the question."""
+    """A record for each sample, side of the question, and method that the sample is long enough
+    for.
+    """
     for sample in samples:
         limit = loaded.count(sample.question.target) + 2
         for aware in awareness:
             prompt, question = split(loaded, sample, aware)
             for method in methods:
+                if not method.fits(sample.tokens):
+                    continue
                 with method.prefill(loaded, prompt) as prefilled:
                     text = loaded.tokenizer.decode(answer(loaded, prefilled, question, limit))
                 yield {
@@ -63,6 +67,6 @@ def measure(
                     "aware": aware,
                     "method": method.name,
                     "budget": method.budget,
-                    "score": score(text, sample.question.answers),
-                    "pivot_layer": prefilled.pivot_layer,
+                    "score": score(text, sample.question.answers, sample.question.any_of),
+                    **prefilled.measures(),
                 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -47,7 +48,7 @@ def parse() -> argparse.Namespace:
         "--methods",
         nargs="+",
         default=[*SERVICE, *KVPRESS],
-        help="NAME[:FIELD=VALUE,...], kvpress:NAME",
+        help="NAME[:FIELD=VALUE,...], kvpress:NAME[:FIELD=VALUE,...]",
     )
     parser.add_argument(
         "--ablations",
@@ -62,7 +63,7 @@ def parse() -> argparse.Namespace:
         "--dataset", type=Path, help="folder of prompts in kvpress's or LongBench's form"
     )
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[512, 1024], help="tokens of a prompt"
+        "--lengths", type=int, nargs="+", default=[1024, 2048], help="tokens of a prompt"
     )
     parser.add_argument(
         "--depths", type=int, default=5, help="places of a needle, from the start to the end"
@@ -118,6 +119,16 @@ def choose(
     return methods, skipped
 
 
+def too_short(methods: list[Method], lengths: set[int]) -> dict[str, str]:
+    """What is not measured because a method's window fills its budget."""
+    return {
+        f"{method.name} at {method.budget:.0%}": f"its window of {method.window} tokens fills the"
+        f" budget of prompts of up to {max(short)}"
+        for method in methods
+        if (short := [tokens for tokens in lengths if not method.fits(tokens)])
+    }
+
+
 def make_samples(flags: argparse.Namespace, loaded: Loaded, text: str) -> list[Sample]:
     samples = list[Sample]()
     hay = sentences(text)
@@ -142,8 +153,26 @@ def make_samples(flags: argparse.Namespace, loaded: Loaded, text: str) -> list[S
     return samples
 
 
+def spread(samples: list[Sample], count: int, depths: int) -> list[Sample]:
+    """`count` of a task's samples, which come depth after depth: over all depths, the middle one if
+    it is one.
+    """
+    places = [i * depths + (2 * i + 1) * depths // (2 * count) for i in range(count)]
+    return [samples[place] for place in places]
+
+
+def weights_hash(folder: Path) -> str:
+    """Of the model's files of weights."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
 def environment(
-    flags: argparse.Namespace, loaded: Loaded, skipped: dict[str, str]
+    flags: argparse.Namespace, loaded: Loaded, text: str, skipped: dict[str, str]
 ) -> dict[str, Any]:
     def installed(package: str) -> str | None:
         try:
@@ -154,18 +183,50 @@ def environment(
     return {
         "label": flags.label,
         "model": loaded.name,
+        "weights": weights_hash(flags.model),
         "parameters": sum(p.numel() for p in loaded.model.parameters()),
         "layers": loaded.model.config.num_hidden_layers,
         "dtype": flags.dtype,
         "device": flags.device,
         "seed": flags.seed,
         "hay": flags.hay,
+        "text": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "continuation": flags.continuation,
         "command": " ".join(sys.argv[1:]),
         "versions": {
             name: installed(name) for name in ("structkv", "kvpress", "transformers", "torch")
         },
         "skipped": skipped,
     }
+
+
+def measure(
+    part: str,
+    flags: argparse.Namespace,
+    loaded: Loaded,
+    text: str,
+    samples: list[Sample],
+    methods: list[Method],
+) -> Iterator[dict[str, Any]]:
+    """The records of one of PARTS."""
+    awareness = [side == "aware" for side in flags.questions]
+    if part == "accuracy":
+        yield from accuracy.measure(loaded, samples, methods, awareness)
+    elif part == "perplexity":
+        for length in flags.lengths:
+            yield from perplexity.measure(
+                loaded, text, length, flags.continuation, flags.samples, methods
+            )
+    else:
+        longest = [sample for sample in samples if sample.tokens == max(flags.lengths)]
+        few = [
+            sample
+            for task in flags.tasks
+            for sample in spread(
+                [s for s in longest if s.task == task], flags.samples, flags.depths
+            )
+        ]
+        yield from fidelity.measure(loaded, few, methods, awareness)
 
 
 def shown(records: Iterator[dict[str, Any]], what: str) -> list[dict[str, Any]]:
@@ -187,35 +248,16 @@ def main() -> None:
     text = flags.text.read_text() if flags.text else held_out_text()
     client = connect(flags.server)
     methods, skipped = choose(flags, loaded.model.config.num_hidden_layers, client)
+    samples = make_samples(flags, loaded, text)
+    skipped |= too_short(methods, {sample.tokens for sample in samples} | set(flags.lengths))
     for name, why in skipped.items():
         print(f"run: skipped: {name}: {why}", flush=True)
-    samples = make_samples(flags, loaded, text)
-    awareness = [side == "aware" for side in flags.questions]
-    results: dict[str, Any] = {"environment": environment(flags, loaded, skipped)}
-    if "accuracy" in flags.parts:
-        results["accuracy"] = shown(
-            accuracy.measure(loaded, samples, methods, awareness), "accuracy"
-        )
-    if "perplexity" in flags.parts:
-        results["perplexity"] = [
-            record
-            for length in flags.lengths
-            for record in shown(
-                perplexity.measure(
-                    loaded, text, length, flags.continuation, flags.samples, methods
-                ),
-                "perplexity",
-            )
-        ]
-    if "fidelity" in flags.parts:
-        longest = [sample for sample in samples if sample.tokens == max(flags.lengths)]
-        few = [
-            sample
-            for task in flags.tasks
-            for sample in [s for s in longest if s.task == task][: flags.samples]
-        ]
-        results["fidelity"] = shown(fidelity.measure(loaded, few, methods, awareness), "fidelity")
+    results: dict[str, Any] = {"environment": environment(flags, loaded, text, skipped)}
     flags.out.mkdir(parents=True, exist_ok=True)
-    (flags.out / f"{flags.label}.json").write_text(json.dumps(results))
+    for part in flags.parts:
+        results[part] = shown(measure(part, flags, loaded, text, samples, methods), part)
+        # What was measured stays where a later part fails.
+        (flags.out / f"{flags.label}.new").write_text(json.dumps(results))
+        (flags.out / f"{flags.label}.new").replace(flags.out / f"{flags.label}.json")
     page = write_report(flags.out)
     print(f"run: {page}", flush=True)

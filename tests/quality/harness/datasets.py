@@ -2,7 +2,7 @@
 
 Columns as in kvpress's evaluation datasets: `context`, `question`, `answer` (a text or several),
 and, where they are there, `answer_prefix`, `task`. LongBench's names `input` and `answers` do as
-well.
+well; these answers, and those of RULER's tasks `qa_1` and `qa_2`, are alternatives.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def read(folder: Path, loaded: Loaded, longest: int, limit: int) -> list[Sample]
         if counts.get(task, 0) >= limit:
             continue
         words = (answers,) if isinstance(answers, str) else tuple(map(str, answers))
+        any_of = row.get("answer") is None or task.startswith("qa")
+        target = words[0] if any_of else ", ".join(words)
         text, prefix = f"\n{question}", "\n" + row.get("answer_prefix", "")
         tokens = loaded.count(context) + loaded.count(text + prefix)
         if tokens > longest:
@@ -67,7 +69,7 @@ def read(folder: Path, loaded: Loaded, longest: int, limit: int) -> list[Sample]
             Sample(
                 task,
                 context,
-                Question(text, prefix, " " + ", ".join(words), words),
+                Question(text, prefix, f" {target}", words, any_of),
                 tokens,
                 None,
                 counts[task],

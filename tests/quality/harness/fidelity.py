@@ -86,9 +86,9 @@ def overlap(kept: torch.Tensor, wanted: torch.Tensor) -> float:
 def measure(
     loaded: Loaded, samples: Iterable[Sample], methods: list[Method], awareness: Iterable[bool]
 ) -> Iterator[dict[str, Any]]:
-    """For each sample and method, over the question and its right answer behind the prompt's cache:
-    the cosine with the full cache's outputs, mean over the tokens, and the overlap with the oracle,
-    for each layer.
+    """For each sample and method that it is long enough for, over the question and its right answer
+    behind the prompt's cache: the cosine with the full cache's outputs, mean over the tokens, and
+    the overlap with the oracle, for each layer.
     """
     for sample in samples:
         target = loaded.tokenizer.encode(sample.question.target)
@@ -99,6 +99,8 @@ def measure(
             with full().prefill(loaded, prompt) as prefilled, recorded(loaded) as reference:
                 feed(loaded, prefilled, rest, prefilled.tokens)
             for method in methods:
+                if not method.fits(sample.tokens):
+                    continue
                 with method.prefill(loaded, prompt) as prefilled:
                     # Before the tokens that follow are added to the cache.
                     kept = prefilled.kept or find_kept(full_cache, prefilled.cache)
@@ -111,7 +113,7 @@ def measure(
                     "aware": aware,
                     "method": method.name,
                     "budget": method.budget,
-                    "pivot_layer": prefilled.pivot_layer,
+                    **prefilled.measures(),
                     "overlap": [overlap(a, b) for a, b in zip(kept, wanted)],
                     **{
                         kind: _cosines(kind, outputs, reference, len(kept))

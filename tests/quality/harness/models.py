@@ -13,7 +13,9 @@ from transformers.utils import logging
 
 
 class Tokenizer(Protocol):
-    """What the harness needs of a tokenizer."""
+    """What the harness needs of a tokenizer. begin: tokens that it puts before every text."""
+
+    begin: list[int]
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -23,6 +25,8 @@ class Tokenizer(Protocol):
 class Bytes:
     """A model without tokenizer files reads bytes, as the bundled one does."""
 
+    begin: list[int] = []
+
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
@@ -31,10 +35,12 @@ class Bytes:
 
 
 class HuggingFace:
-    """AutoTokenizer without special tokens."""
+    """AutoTokenizer; special tokens are those of `begin` alone, for whoever puts texts together."""
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        first = self._tokenizer.bos_token_id
+        self.begin = [first] if first in self._tokenizer.encode("a")[:1] else []
 
     def encode(self, text: str) -> list[int]:
         tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False)

@@ -16,7 +16,8 @@ def measure(
     loaded: Loaded, text: str, length: int, continuation: int, samples: int, methods: list[Method]
 ) -> Iterator[dict[str, Any]]:
     """The mean negative log-likelihood (nats a token) of `continuation` tokens after each of
-    `samples` pieces of `text` of `length` tokens, which lie evenly in it.
+    `samples` pieces of `text` of `length` tokens, which lie evenly in it; a piece's number is the
+    place that it begins at.
     """
     tokens = loaded.tokenizer.encode(text)
     spare = len(tokens) - length - continuation
@@ -26,18 +27,21 @@ def measure(
         )
     for number in range(samples):
         begin = spare * number // max(1, samples - 1)
-        piece = torch.tensor(
-            [tokens[begin : begin + length + continuation]], device=loaded.model.device
-        )
-        prompt, rest = piece[:, :length], piece[:, length:]
+        cut = begin + length
+        piece = loaded.tokenizer.begin + tokens[begin:cut]
+        prompt = torch.tensor([piece], device=loaded.model.device)
+        rest = torch.tensor([tokens[cut : cut + continuation]], device=loaded.model.device)
         for method in methods:
+            if not method.fits(length):
+                continue
             with method.prefill(loaded, prompt) as prefilled:
-                logits = feed(loaded, prefilled, rest[:, :-1], length)
+                logits = feed(loaded, prefilled, rest[:, :-1], prefilled.tokens)
             loss = torch.nn.functional.cross_entropy(logits[0].float(), rest[0, 1:])
             yield {
                 "tokens": length,
-                "number": number,
+                "number": begin,
                 "method": method.name,
                 "budget": method.budget,
                 "loss": loss.item(),
+                **prefilled.measures(),
             }

@@ -48,6 +48,15 @@ def groups(records: Records, *names: str) -> dict[tuple[Any, ...], Records]:
     return result
 
 
+SIZES = ("kept", "cache, bytes")
+
+
+def sizes(records: Records) -> list[str]:
+    """What the caches came to, mean over the records: share of the prompt, and bytes."""
+    share, size = (mean(r[name] for r in records) for name in ("kept_share", "cache_bytes"))
+    return [f"{share:.1%}", f"{size:,.0f}"]
+
+
 def method_rows(
     records: Records, column: str, cell: Callable[[Records], str]
 ) -> tuple[list[str], list[list[str]]]:
@@ -57,8 +66,8 @@ def method_rows(
     for (method, budget), part in groups(records, "method", "budget").items():
         by_column = groups(part, column)
         cells = [cell(by_column[(value,)]) if (value,) in by_column else "–" for value in columns]
-        rows.append([method, f"{budget:.0%}", *cells, cell(part)])
-    return ["method", "budget", *map(str, columns), "all"], rows
+        rows.append([method, f"{budget:.0%}", *sizes(part), *cells, cell(part)])
+    return ["method", "budget", *SIZES, *map(str, columns), "all"], rows
 
 
 def score(records: Records) -> str:
@@ -112,12 +121,11 @@ def fidelity_section(records: Records) -> Section:
                 return [f"{mean(layers):.1%}", f"{layers[worst]:.1%} ({worst})"]
 
             rows = [
-                [m, f"{b:.0%}", *lowest(group)]
+                [m, f"{b:.0%}", *sizes(group), *lowest(group)]
                 for (m, b), group in groups(part, "method", "budget").items()
             ]
-            tables.append(
-                Table(f"{title}, {side(aware)}", ["method", "budget", "mean", "worst layer"], rows)
-            )
+            head = ["method", "budget", *SIZES, "mean", "worst layer"]
+            tables.append(Table(f"{title}, {side(aware)}", head, rows))
             budget = min(record["budget"] for record in part)
             few = [
                 record
@@ -166,6 +174,8 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 )
 
 
+# Of the environment; a seed is a part of the samples' numbers.
+SAME = ("model", "weights", "dtype", "hay", "text", "continuation")
 IDENTITY = ("task", "tokens", "depth", "number", "aware", "method", "budget")
 
 
@@ -182,14 +192,14 @@ def merged(results: Iterable[dict[str, Any]], part: str) -> Records:
 
 
 def write_report(folder: Path) -> Path:
-    """Writes `folder`/report.html of its *.json; they must be of one model. ValueError names two
-    that are not.
+    """Writes `folder`/report.html of its *.json. ValueError where they are not of the same model or
+    not of the same prompts.
     """
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    models = {(r["environment"]["model"], r["environment"]["parameters"]) for r in results}
-    if len(models) > 1:
-        names = ", ".join(sorted(name for name, _ in models))
-        raise ValueError(f"{folder}: results of {len(models)} models: {names}; one is expected")
+    for name in SAME:
+        values = sorted({str(result["environment"][name]) for result in results})
+        if len(values) > 1:
+            raise ValueError(f"{folder}: results of {name} {', '.join(values)}; one is expected")
     sections = []
     for part, section in SECTIONS.items():
         if records := merged(results, part):

@@ -18,13 +18,14 @@ HAYSTACKS = ("noise", "words", "text")
 @dataclass(frozen=True)
 class Question:
     """A question, the words that its answer begins with, the right answer, and the words of it that
-    count. Each of the first three follows the one before as it is.
+    count, all of them or `any_of` them. Each of the first three follows the one before as it is.
     """
 
     text: str
     prefix: str
     target: str
     answers: tuple[str, ...]
+    any_of: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,16 @@ from typing import Any, Literal
 
 try:
     import torch as _torch  # noqa: F401
-    import transformers as _transformers  # noqa: F401
+    import transformers as _transformers
 except ImportError as _error:
     raise ImportError(
         "structkv.hf needs torch and transformers: pip install 'structkv[hf]'"
     ) from _error
+
+if tuple(map(int, _transformers.__version__.split(".")[:2])) < (5, 20):
+    raise ImportError(
+        f"structkv.hf needs transformers 5.20 or later; {_transformers.__version__} is installed"
+    )
 
 from transformers import PreTrainedModel
 

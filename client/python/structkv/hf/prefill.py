@@ -57,11 +57,15 @@ class Prefill:
         self._begin = time.perf_counter()
         self._failure: Exception | None = None
         self.seconds = Seconds()
-        with self._service("open"):
-            for each in tokens:
-                self._prompts.append(
-                    Prompt(setup.client, setup.open, each, width - each, setup.options)
-                )
+        try:
+            with self._service("open"):
+                for each in tokens:
+                    self._prompts.append(
+                        Prompt(setup.client, setup.open, each, width - each, setup.options)
+                    )
+        except BaseException:  # a KeyboardInterrupt too: nobody else has the rows before it
+            self.cancel()
+            raise
 
     @property
     def _gemfilter(self) -> bool:

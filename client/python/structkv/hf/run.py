@@ -74,13 +74,23 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._drop()
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._model.set_attn_implementation(self._implementation)
 
+    def _drop(self) -> None:
+        """Of a forward that ended without _after(): PyTorch calls it after an Exception, but not
+        after a KeyboardInterrupt."""
+        active, self._active = self._active, None
+        self._filled = None
+        if isinstance(active, Prefill):
+            active.cancel()
+
     def _before(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What a forward of the decoder is: a prefill, one on a compacted cache, or neither."""
+        self._drop()
         if args:  # as input_ids, which is what models are called with
             kwargs = {"input_ids": args[0], **kwargs}
             if len(args) > 1:

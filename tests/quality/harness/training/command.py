@@ -15,7 +15,7 @@ from .batches import Sequences
 from .loop import Trainer
 from .recipe import RECIPES
 from .scores import full_cache_scores
-from .tokenizer import make_tokenizer
+from .tokenizer import tokenizer_of
 
 SHORTEST_SCORED = 256  # tokens: shorter prompts have no room for some tasks
 
@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument(
         "folder",
         type=Path,
-        help="for checkpoint.pt, log.jsonl, model/ and scores.json; a training in it goes on",
+        help="for checkpoint.pt, tokenizer/, log.jsonl, model/ and scores.json;"
+        " a training in it goes on",
     )
     parser.add_argument(
         "--recipe", choices=RECIPES, default="gpu" if torch.cuda.is_available() else "cpu"
@@ -47,7 +48,7 @@ def main() -> None:
         recipe = dataclasses.replace(recipe, tokens=flags.tokens)
     flags.folder.mkdir(parents=True, exist_ok=True)
     text = training_text()
-    tokenizer = make_tokenizer(text, recipe.vocabulary)
+    tokenizer = tokenizer_of(flags.folder, text, recipe.vocabulary)
     sequences = Sequences(tokenizer, text, sentences(text))
     device = "cuda" if flags.recipe == "gpu" else "cpu"
     trainer = Trainer(recipe, tokenizer, sequences, flags.folder, torch.device(device))

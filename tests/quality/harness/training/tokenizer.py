@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ..words import FILLERS, KEYS, VALUES
 
 WORDS = (*KEYS, *VALUES, *FILLERS)
+
+
+def tokenizer_of(folder: Path, text: str, vocabulary: int) -> PreTrainedTokenizerFast:
+    """The one that a training in `folder` began with, whatever its text has become since; a new one
+    is saved there.
+    """
+    saved = folder / "tokenizer"
+    if not saved.exists():
+        make_tokenizer(text, vocabulary).save_pretrained(folder / "tokenizer.new")
+        (folder / "tokenizer.new").rename(saved)
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(saved)
+    return tokenizer
 
 
 def make_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
