@@ -104,7 +104,7 @@ TEST_F(ClientSecurityTest, ACertificateInMessagesAndSharedMemory) {
   ASSERT_EQ(shared->layers.size(), inline_result->layers.size());
   for (size_t i = 0; i < shared->layers.size(); ++i) {
     const auto equal = [](const client::Bytes& a, const client::Bytes& b) {
-      return std::equal(a.begin(), a.end(), b.begin(), b.end());
+      return std::equal(a.span().begin(), a.span().end(), b.span().begin(), b.span().end());
     };
     EXPECT_TRUE(equal(shared->layers[i].keys, inline_result->layers[i].keys));
     EXPECT_TRUE(equal(shared->layers[i].values, inline_result->layers[i].values));
