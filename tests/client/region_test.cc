@@ -87,7 +87,7 @@ TEST_F(RegionTest, IsSealedAndSaysWhatItIs) {
   EXPECT_EQ(registered[0].seals, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
   EXPECT_EQ(registered[0].request.size_bytes(), 1 << 16);
   EXPECT_TRUE(registered[0].request.writable());
-  EXPECT_EQ(registered[0].request.tenant(), "mine");
+  EXPECT_EQ(registered[0].request.tenant(), "name:mine");
   region->data()[5] = std::byte{9};
   EXPECT_EQ(registered[0].memory.get()[5], std::byte{9});
 }

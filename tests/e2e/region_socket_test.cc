@@ -90,8 +90,8 @@ TEST_F(RegionSocketTest, DescriptorsThatAreRefused) {
     request.set_lease_millis(UINT64_MAX);
     ExpectRefused(request, sealed->fd(), 1, invalid, "lease_millis");
     request = Wanted();
-    request.set_tenant(std::string(129, 'a'));
-    ExpectRefused(request, sealed->fd(), 1, invalid, "tenant is 129 bytes long");
+    request.set_tenant(std::string(2049, 'a'));
+    ExpectRefused(request, sealed->fd(), 1, invalid, "tenant is 2049 bytes long");
     EXPECT_EQ(connection().Register(*sealed).code(), 0U);
   }
   connection().Close();
