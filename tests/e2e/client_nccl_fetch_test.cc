@@ -53,7 +53,9 @@ class ClientNcclFetchTest : public HoldingTest<NcclTest> {
     Connect();
   }
   void Connect() {
-    client_ = *client::Client::Connect(target());
+    client::ClientOptions options;
+    options.own_process = true;  // the server is the test's own
+    client_ = *client::Client::Connect(target(), options);
     held_ = FakeCuda::held();
   }
   void TearDown() override {
