@@ -5,9 +5,8 @@
 #include <utility>
 
 #include "absl/strings/ascii.h"
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/strip.h"
+#include "structkv/v1/address.h"
 
 namespace structkv::client::internal {
 namespace {
@@ -29,19 +28,6 @@ class TokenPlugin final : public grpc::MetadataCredentialsPlugin {
   const std::string value_;
 };
 
-bool IsSocket(absl::string_view target) {
-  return absl::StartsWith(target, "unix:") || absl::StartsWith(target, "unix-abstract:");
-}
-
-bool IsOwnHost(absl::string_view target) {
-  for (absl::string_view scheme : {"ipv4:", "ipv6:", "dns:///", "dns:"}) {
-    if (absl::ConsumePrefix(&target, scheme)) break;
-  }
-  const absl::string_view host = target.substr(0, target.rfind(':'));
-  const bool numeric = host.find_first_not_of("0123456789.") == absl::string_view::npos;
-  return (numeric && absl::StartsWith(host, "127.")) || host == "localhost" || host == "[::1]";
-}
-
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> CredentialsFor(
@@ -56,8 +42,10 @@ absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> CredentialsFor(
   std::shared_ptr<grpc::ChannelCredentials> channel = options.credentials;
   // gRPC attaches tokens to channels alone that it knows to be private: these are of this host, in
   // plain text.
-  if (channel == nullptr && IsSocket(target)) channel = grpc::experimental::LocalCredentials(UDS);
-  if (channel == nullptr && IsOwnHost(target)) {
+  if (channel == nullptr && wire::IsUnixAddress(target)) {
+    channel = grpc::experimental::LocalCredentials(UDS);
+  }
+  if (channel == nullptr && wire::IsLoopbackAddress(target)) {
     channel = grpc::experimental::LocalCredentials(LOCAL_TCP);
   }
   if (channel == nullptr) {

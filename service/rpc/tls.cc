@@ -2,45 +2,33 @@
 
 #include <openssl/err.h>
 #include <openssl/pem.h>
-#include <openssl/x509.h>
 
 #include <algorithm>
 #include <ctime>
 #include <utility>
 #include <vector>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/strip.h"
 #include "absl/time/clock.h"
 #include "grpcpp/security/tls_certificate_provider.h"
 #include "grpcpp/security/tls_credentials_options.h"
+#include "service/rpc/openssl_ptr.h"
+#include "structkv/v1/address.h"
 
 namespace structkv::rpc {
 namespace {
 
-template <auto Free>
-struct Freed {
-  template <typename T>
-  void operator()(T* object) const {
-    Free(object);
-  }
-};
-using File = std::unique_ptr<BIO, Freed<BIO_free>>;
-using Certificate = std::unique_ptr<X509, Freed<X509_free>>;
-using Key = std::unique_ptr<EVP_PKEY, Freed<EVP_PKEY_free>>;
-
-absl::StatusOr<File> Open(const char* option, const std::string& path) {
-  File file(BIO_new_file(path.c_str(), "r"));
+absl::StatusOr<BioPtr> Open(const char* option, const std::string& path) {
+  BioPtr file(BIO_new_file(path.c_str(), "r"));
   if (file != nullptr) return file;
   return absl::NotFoundError(absl::StrCat(option, " ", path, " cannot be read"));
 }
 
-absl::StatusOr<std::vector<Certificate>> ReadCertificates(const char* option,
-                                                          const std::string& path) {
-  absl::StatusOr<File> file = Open(option, path);
+absl::StatusOr<std::vector<CertificatePtr>> ReadCertificates(const char* option,
+                                                             const std::string& path) {
+  absl::StatusOr<BioPtr> file = Open(option, path);
   if (!file.ok()) return file.status();
-  std::vector<Certificate> all;
+  std::vector<CertificatePtr> all;
   while (X509* one = PEM_read_bio_X509(file->get(), nullptr, nullptr, nullptr)) {
     all.emplace_back(one);
   }
@@ -50,18 +38,18 @@ absl::StatusOr<std::vector<Certificate>> ReadCertificates(const char* option,
       absl::StrCat(option, " ", path, " holds no certificate in PEM form"));
 }
 
-absl::StatusOr<Key> ReadKey(const std::string& path) {
-  absl::StatusOr<File> file = Open("tls-key", path);
+absl::StatusOr<KeyPtr> ReadKey(const std::string& path) {
+  absl::StatusOr<BioPtr> file = Open("tls-key", path);
   if (!file.ok()) return file.status();
   // Without a terminal: one that is encrypted cannot be read.
   const auto no_password = [](char*, int, int, void*) { return 0; };
-  Key key(PEM_read_bio_PrivateKey(file->get(), nullptr, no_password, nullptr));
+  KeyPtr key(PEM_read_bio_PrivateKey(file->get(), nullptr, no_password, nullptr));
   if (key != nullptr) return key;
   return absl::InvalidArgumentError(
       absl::StrCat("tls-key ", path, " holds no private key in PEM form without a password"));
 }
 
-absl::Time EndOf(const Certificate& certificate) {
+absl::Time EndOf(const CertificatePtr& certificate) {
   std::tm end = {};
   if (ASN1_TIME_to_tm(X509_get0_notAfter(certificate.get()), &end) != 1) {
     return absl::InfinitePast();
@@ -69,9 +57,9 @@ absl::Time EndOf(const Certificate& certificate) {
   return absl::FromTM(end, absl::UTCTimeZone());
 }
 
-absl::Time FirstEnd(const std::vector<Certificate>& certificates) {
+absl::Time FirstEnd(const std::vector<CertificatePtr>& certificates) {
   absl::Time first = absl::InfiniteFuture();
-  for (const Certificate& one : certificates) first = std::min(first, EndOf(one));
+  for (const CertificatePtr& one : certificates) first = std::min(first, EndOf(one));
   return first;
 }
 
@@ -79,7 +67,7 @@ absl::Time FirstEnd(const std::vector<Certificate>& certificates) {
 absl::StatusOr<absl::Time> CheckFiles(const TlsOptions& options) {
   const auto chain = ReadCertificates("tls-certificate", options.certificate);
   if (!chain.ok()) return chain.status();
-  const absl::StatusOr<Key> key = ReadKey(options.key);
+  const absl::StatusOr<KeyPtr> key = ReadKey(options.key);
   if (!key.ok()) return key.status();
   if (X509_check_private_key(chain->front().get(), key->get()) != 1) {
     return absl::InvalidArgumentError(absl::StrCat("tls-key ", options.key,
@@ -131,19 +119,10 @@ absl::StatusOr<absl::Time> CertificateExpiry(const TlsOptions& options) {
   return CheckFiles(options);
 }
 
-bool IsUnixAddress(const std::string& address) {
-  return absl::StartsWith(address, "unix:") || absl::StartsWith(address, "unix-abstract:");
-}
+bool IsUnixAddress(const std::string& address) { return wire::IsUnixAddress(address); }
 
 bool IsLocalAddress(const std::string& address) {
-  absl::string_view rest = address;
-  if (IsUnixAddress(address)) return true;
-  for (absl::string_view scheme : {"ipv4:", "ipv6:", "dns:///", "dns:"}) {
-    if (absl::ConsumePrefix(&rest, scheme)) break;
-  }
-  const absl::string_view host = rest.substr(0, rest.rfind(':'));
-  const bool numeric = host.find_first_not_of("0123456789.") == absl::string_view::npos;
-  return (numeric && absl::StartsWith(host, "127.")) || host == "[::1]" || host == "localhost";
+  return IsUnixAddress(address) || wire::IsLoopbackAddress(address);
 }
 
 }  // namespace structkv::rpc

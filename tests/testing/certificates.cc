@@ -9,20 +9,14 @@
 #include "absl/strings/str_join.h"
 #include "grpcpp/create_channel.h"
 #include "grpcpp/security/credentials.h"
+#include "service/rpc/openssl_ptr.h"
 
 namespace structkv::testkit {
 namespace {
 
-template <auto Free>
-struct Freed {
-  template <typename T>
-  void operator()(T* object) const {
-    Free(object);
-  }
-};
-using Certificate = std::unique_ptr<X509, Freed<X509_free>>;
-using Key = std::unique_ptr<EVP_PKEY, Freed<EVP_PKEY_free>>;
-using Memory = std::unique_ptr<BIO, Freed<BIO_free>>;
+using rpc::BioPtr;
+using rpc::CertificatePtr;
+using rpc::KeyPtr;
 
 std::string Text(BIO* memory) {
   char* data = nullptr;
@@ -31,18 +25,18 @@ std::string Text(BIO* memory) {
 }
 
 std::string Pem(X509* certificate) {
-  const Memory memory(BIO_new(BIO_s_mem()));
+  const BioPtr memory(BIO_new(BIO_s_mem()));
   PEM_write_bio_X509(memory.get(), certificate);
   return Text(memory.get());
 }
 
 std::string Pem(EVP_PKEY* key) {
-  const Memory memory(BIO_new(BIO_s_mem()));
+  const BioPtr memory(BIO_new(BIO_s_mem()));
   PEM_write_bio_PrivateKey(memory.get(), key, nullptr, nullptr, 0, nullptr, nullptr);
   return Text(memory.get());
 }
 
-Key NewKey() { return Key(EVP_EC_gen("P-256")); }
+KeyPtr NewKey() { return KeyPtr(EVP_EC_gen("P-256")); }
 
 void Extend(X509* certificate, X509* issuer, int kind, const std::string& value) {
   X509V3_CTX context;
@@ -53,8 +47,8 @@ void Extend(X509* certificate, X509* issuer, int kind, const std::string& value)
   X509_EXTENSION_free(extension);
 }
 
-Certificate NewCertificate(EVP_PKEY* key, const char* name, int seconds) {
-  Certificate certificate(X509_new());
+CertificatePtr NewCertificate(EVP_PKEY* key, const char* name, int seconds) {
+  CertificatePtr certificate(X509_new());
   static long serial = 0;  // NOLINT(google-runtime-int): OpenSSL's
   X509_set_version(certificate.get(), X509_VERSION_3);
   ASN1_INTEGER_set(X509_get_serialNumber(certificate.get()), ++serial);
@@ -69,8 +63,8 @@ Certificate NewCertificate(EVP_PKEY* key, const char* name, int seconds) {
 }  // namespace
 
 struct Authority::Parts {
-  Key key = NewKey();
-  Certificate certificate = NewCertificate(key.get(), "authority", 7200);
+  KeyPtr key = NewKey();
+  CertificatePtr certificate = NewCertificate(key.get(), "authority", 7200);
 };
 
 Authority::Authority() : parts_(std::make_unique<Parts>()) {
@@ -84,8 +78,8 @@ Authority::Authority() : parts_(std::make_unique<Parts>()) {
 Authority::~Authority() = default;
 
 Authority::Pair Authority::Sign(const std::vector<std::string>& names, int seconds) const {
-  const Key key = NewKey();
-  const Certificate certificate = NewCertificate(key.get(), "common", seconds);
+  const KeyPtr key = NewKey();
+  const CertificatePtr certificate = NewCertificate(key.get(), "common", seconds);
   X509* issuer = parts_->certificate.get();
   X509_set_issuer_name(certificate.get(), X509_get_subject_name(issuer));
   if (!names.empty()) {
