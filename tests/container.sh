@@ -35,8 +35,10 @@ make_base() {
   fi
   say "base: debootstrap from $mirror"
   rm -rf "$work/root"
-  debootstrap --variant=minbase --include=ca-certificates bookworm "$work/root" "$mirror" >"$work/debootstrap.log" 2>&1 ||
+  debootstrap --variant=minbase --include=ca-certificates,ccache bookworm "$work/root" "$mirror" >"$work/debootstrap.log" 2>&1 ||
     { tail -n 3 "$work/debootstrap.log"; skip "debootstrap failed, log in $work/debootstrap.log"; }
+  # Only here: what this machine has compiled already is not compiled again.
+  printf '%s\n' 'cache_dir = /ccache' 'base_dir = /src' 'hash_dir = false' 'max_size = 12G' >"$work/root/etc/ccache.conf"
   local container
   container=$(buildah from scratch)
   buildah add --quiet "$container" "$work/root" / >/dev/null
@@ -49,12 +51,15 @@ build_image() {
   local kind=$1 file=container/Containerfile options=()
   if [[ $kind == cuda ]]; then
     file=container/Containerfile.cuda
-    # This machine's toolkit stands in for NVIDIA's packages, and one kind of GPU for all: what compiles the others is
-    # the build's own test.
-    options=(--volume "$(readlink -f $cuda):$cuda:ro" --build-arg CUDA_ARCHITECTURES=90a-real)
+    # This machine's toolkit stands in for NVIDIA's packages.
+    options=(--volume "$(readlink -f $cuda):$cuda:ro")
     [[ -e $nccl ]] && options+=(--volume "$(readlink -f "$nccl"):/usr/lib/x86_64-linux-gnu/libnccl.so.2:ro")
   fi
   say "$kind: building from $file (log in $work/build-$kind.log)"
+  local cache=$work/ccache
+  command -v ccache >/dev/null && cache=$(ccache --get-config cache_dir)
+  mkdir -p "$cache"
+  options+=(--volume "$cache:/ccache")
   buildah build --layers --isolation chroot --network host --build-arg "BASE=$base" --build-arg "JOBS=$(nproc)" \
     "${options[@]}" -f "$file" -t "localhost/structkv:$kind" . >"$work/build-$kind.log" 2>&1 ||
     { tail -n 30 "$work/build-$kind.log"; fail "the image structkv:$kind"; }

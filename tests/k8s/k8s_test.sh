@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs tests of the manifests in a virtual environment of the build directory.
-#   k8s_test.sh BUILD_DIR SOURCE_DIR PYTHON PYTEST_ARGUMENT...
+#   k8s_test.sh BUILD_DIR SOURCE_DIR PYTHON PYTEST_ARGUMENT...|--program FILE
 # 77, which CTest shows as skipped: there is no kubectl or kustomize, no python3-venv, or no PyPI.
 set -euo pipefail
 build=$1
@@ -33,6 +33,8 @@ flock -u 9
 
 export STRUCTKV_BIN=$build/bin STRUCTKV_SOURCE=$source
 cd "$source/tests/k8s"
-code=0
-"$environment/venv/bin/pytest" -q -rs -p no:cacheprovider "$@" || code=$?
-exit "$code"
+if [[ $1 == --program ]]; then
+  shift
+  exec "$environment/venv/bin/python" -B "$@"
+fi
+exec "$environment/venv/bin/pytest" -q -rs -p no:cacheprovider "$@"

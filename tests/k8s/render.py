@@ -21,16 +21,14 @@ COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir())
 OF_THE_SET = {"certificate", "haproxy", "hpa", "keda", "tokens"}
 # Those that do the same.
 EITHER = {"hpa", "keda"}
-# What an overlay has already.
-INCLUDED = {"disaggregated": {"certificate"}}
+# What an overlay has already, or cannot have: the example has one server, whose clients show certificates.
+NOT_WITH = {"disaggregated": {"certificate", "tokens", *EITHER}, "sidecar": OF_THE_SET}
 
 Objects = tuple[dict[str, Any], ...]
 
 
 def fits(overlay: str, component: str) -> bool:
-    if overlay == "sidecar" and component in OF_THE_SET:
-        return False
-    return component not in INCLUDED.get(overlay, ())
+    return component not in NOT_WITH.get(overlay, ())
 
 
 def combinations(overlay: str) -> list[tuple[str, ...]]:
