@@ -8,6 +8,7 @@ import yaml
 from served import SOURCE
 
 RULES = SOURCE / 'k8s/components/prometheus-rule/structkv.rules.yaml'
+SCALERS = SOURCE / 'k8s/components/keda/scaled-object.yaml', SOURCE / 'k8s/components/hpa/adapter-rules.yaml'
 DASHBOARDS = sorted((SOURCE / 'k8s/components/dashboards').glob('*.json'))
 
 TOKEN = re.compile(r'''\s+|\#[^\n]*|(?P<string>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(?P<range>\[[^\]]*\])
@@ -91,6 +92,18 @@ def of_dashboards():
             for target in panel['targets']:
                 yield Expression(f'{path.name}: {panel["title"]}', target['expr'],
                                  set(LABEL_IN_TEXT.findall(target.get('legendFormat', ''))))
+
+
+def of_scalers():
+    """Of KEDA, and of prometheus-adapter with what it fills in for a replica."""
+    keda, adapter = (yaml.safe_load(path.read_text()) for path in SCALERS)
+    for trigger in keda['spec']['triggers']:
+        yield Expression('keda', trigger['metadata']['query'])
+    filled = {'LabelMatchers': 'namespace="structkv",pod="structkv-0"', 'GroupBy': 'pod'}
+    for rule in adapter['rules']:
+        yield Expression('adapter', rule['seriesQuery'])
+        filled['Series'] = rule['seriesQuery'].split('{')[0]
+        yield Expression('adapter', re.sub(r'<<\.(\w+)>>', lambda name: filled[name.group(1)], rule['metricsQuery']), {'pod'})
 
 
 def variables_of(dashboard):

@@ -19,7 +19,7 @@ scrape_configs:
   static_configs:
 {targets}
 '''
-TARGET = "  - {{targets: ['{admin}'], labels: {{namespace: test, pod: structkv-{number}}}}}\n"
+TARGET = "  - {{targets: ['{admin}'], labels: {{namespace: structkv, pod: structkv-{number}}}}}\n"
 
 
 class Prometheus:

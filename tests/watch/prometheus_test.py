@@ -1,11 +1,11 @@
-"""Every expression of the alert rules and the dashboards, by a real Prometheus that scrapes real servers."""
+"""Every expression of the alert rules, the dashboards and the autoscalers, by a real Prometheus that scrapes real servers."""
 import json
 import re
 import tempfile
 import time
 import unittest
 
-from expressions import DASHBOARDS, names_of, of_dashboards, of_rules, variables_of
+from expressions import DASHBOARDS, names_of, of_dashboards, of_rules, of_scalers, variables_of
 from prometheus import Prometheus
 from served import SOURCE, Server, certificate, ended, eventually
 
@@ -21,7 +21,7 @@ CODES = {'ok', 'cancelled', 'unknown', 'invalid_argument', 'deadline_exceeded', 
          'internal', 'unavailable', 'data_loss', 'unauthenticated'}
 # Values that a label may have beside those that were seen.
 VALUES = {'result': CODES, 'reason': CODES}
-CHOSEN = {'$__rate_interval': '15s', '$namespace': 'test'}
+CHOSEN = {'$__rate_interval': '15s', '$namespace': 'structkv'}
 LIMIT_S = 30
 
 
@@ -95,7 +95,9 @@ class PrometheusTest(unittest.TestCase):
             known |= set(labels)
             for label, operator, value in matchers:
                 self.assertIn(label, labels, f'{metric} has no label {label}')
-                for one in re.fullmatch(r'[\w|-]+', value).group().split('|') if value != '.*' else []:
+                if operator in ('!=', '!~') or value == '.*':
+                    continue
+                for one in re.fullmatch(r'[\w|-]+', value).group().split('|'):
                     may_be = labels[label] | VALUES.get(label, set())
                     self.assertTrue(one in may_be or metric in NOT_HERE, f'{metric} has no {label}{operator}"{one}"')
         self.assertTrue(names.selectors)
@@ -124,6 +126,12 @@ class PrometheusTest(unittest.TestCase):
                 with self.subTest(expression.where, pod=pod):
                     self.check_names(expression, pod)
                     self.check_shows(expression, pod)
+
+    def test_every_autoscaler_asks_for_what_there_is(self):
+        for expression in of_scalers():
+            with self.subTest(expression.where):
+                self.check_names(expression)
+                self.check_shows(expression, pod='')
 
     def test_every_choice_of_a_dashboard_has_something_to_choose(self):
         for path in DASHBOARDS:
