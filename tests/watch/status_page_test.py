@@ -131,6 +131,32 @@ class StatusPageTest(unittest.TestCase):
             self.show(server)
             self.assertIn('computes no statistics', self.browser.text('details[open] .picture'))
 
+    def test_what_clients_write_is_text(self):
+        status = self.server.status()
+        markup = '<img src=x onerror="document.title = 1">'
+        status['prompts'][0].update(client_session=markup, trace='0af7651916cd43dd8448eb211c80319c')
+        status['running'] = [{**status['prompts'][1], 'client_session': markup}]
+        status['errors'][0]['status']['text'] = markup
+        # Shown and looked at in one turn, before the next answer of the server.
+        texts = self.browser.ask('''
+            show(arguments[0]);
+            return [document.querySelector("summary").innerText, document.getElementById("running").innerText,
+                    document.getElementById("errors").innerText, document.querySelectorAll("img").length, document.title];''', status)
+        for text in texts[:3]:
+            self.assertIn(markup, text)
+        self.assertIn('trace 0af7651916cd43dd8448eb211c80319c', texts[0])
+        self.assertEqual(texts[3:], [0, 'StructKV'])
+
+    def test_prompts_that_are_forgotten_go(self):
+        status = self.server.status()
+        first, second, third = status['prompts']
+        rows = lambda *prompts: self.browser.ask(
+            'show(arguments[0]); return [...document.querySelectorAll("summary")].map((s) => s.innerText.split(" · ").pop().trim())',
+            {**status, 'prompts': list(prompts)})
+        self.assertEqual(rows(first, third), [first['id'], third['id']])
+        self.assertEqual(rows(), [])
+        self.assertEqual(rows(second, first, third), [second['id'], first['id'], third['id']])
+
     def test_is_live_and_keeps_what_is_open_and_the_keyboards_place(self):
         browser = self.browser
         with Server() as server:
