@@ -19,6 +19,13 @@ const Buckets& LayerBuckets() {
   return buckets;
 }
 
+// Seconds: of a stage of a layer, of which the least takes microseconds.
+const Buckets& StageBuckets() {
+  static const auto& buckets =
+      *new Buckets{1e-6, 5e-6, 2.5e-5, 1e-4, 5e-4, 2.5e-3, 0.01, 0.05, 0.25, 1};
+  return buckets;
+}
+
 // Seconds: of a prompt, as long as its prefill.
 const Buckets& PromptBuckets() {
   static const auto& buckets =
@@ -118,7 +125,7 @@ void Metrics::CountLayer(std::string_view method, const session::LayerTiming& ti
   for (const engine::Stage stage : engine::kStages) {
     const std::chrono::duration<double> took = timing.stages.Of(stage);
     if (took.count() <= 0) continue;
-    stage_seconds_.Add({{"stage", Text(engine::StageName(stage))}}, LayerBuckets())
+    stage_seconds_.Add({{"stage", Text(engine::StageName(stage))}}, StageBuckets())
         .Observe(took.count());
   }
   queue_seconds_.Add({}, LayerBuckets()).Observe(absl::ToDoubleSeconds(timing.queued));
