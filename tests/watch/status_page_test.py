@@ -134,7 +134,7 @@ class StatusPageTest(unittest.TestCase):
     def test_what_clients_write_is_text(self):
         status = self.server.status()
         markup = '<img src=x onerror="document.title = 1">'
-        status['prompts'][0].update(client_session=markup, trace='0af7651916cd43dd8448eb211c80319c')
+        status['prompts'][0].update(id='f' * 32, client_session=markup, trace='0af7651916cd43dd8448eb211c80319c')
         status['running'] = [{**status['prompts'][1], 'client_session': markup}]
         status['errors'][0]['status']['text'] = markup
         # Shown and looked at in one turn, before the next answer of the server.
