@@ -3,9 +3,12 @@ import dataclasses
 import json
 import re
 
-import yaml
+from served import SOURCE, skip
 
-from served import SOURCE
+try:
+    import yaml
+except ImportError:
+    skip('python3-yaml is not installed (scripts/setup --watch)')
 
 RULES = SOURCE / 'k8s/components/prometheus-rule/structkv.rules.yaml'
 SCALERS = SOURCE / 'k8s/components/keda/scaled-object.yaml', SOURCE / 'k8s/components/hpa/adapter-rules.yaml'

@@ -1,13 +1,14 @@
 """Every expression of the alert rules, the dashboards and the autoscalers, by a real Prometheus that scrapes real servers."""
 import json
 import re
+import shutil
 import tempfile
 import time
 import unittest
 
 from expressions import DASHBOARDS, names_of, of_dashboards, of_rules, of_scalers, variables_of
 from prometheus import Prometheus
-from served import SOURCE, Server, certificate, ended, eventually
+from served import SOURCE, Server, certificate, ended, eventually, skip
 
 # What a server on a host without a GPU has no series of, and their labels.
 NOT_HERE = {
@@ -187,4 +188,6 @@ class OutageTest(unittest.TestCase):
 
 
 if __name__ == '__main__':
+    if not shutil.which('prometheus') or not shutil.which('openssl'):
+        skip('prometheus or openssl is not installed (scripts/setup --watch)')
     unittest.main()

@@ -5,9 +5,7 @@ import shutil
 import subprocess
 import unittest
 
-import yaml
-
-from expressions import DASHBOARDS, RULES, alerts, names_of, panels_of, variables_of
+from expressions import DASHBOARDS, RULES, alerts, names_of, panels_of, variables_of, yaml
 from served import SOURCE, skip
 
 TESTS = sorted((SOURCE / 'tests/watch/alerts').glob('*.yaml'))
