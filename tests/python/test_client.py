@@ -375,3 +375,24 @@ def test_admission(start_server: Callable[..., Server]) -> None:
         small.open_prompt(small_open(prompt_tokens=100_000), options)
     assert refused.value.retry_after is None  # never
     assert refused.value.code == "RESOURCE_EXHAUSTED" and "budget" in refused.value.text
+
+
+def test_calls_have_names(start_server: Callable[..., Server]) -> None:
+    """In the server's log, with the caller's trace."""
+    server = start_server()
+    client = structkv.Client(server.target)
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    options = structkv.SessionOptions(
+        session_id="mine", traceparent=f"00-{trace}-00f067aa0ba902b7-01", tracestate="vendor=1"
+    )
+    client.compress(small_open(), small_source, options)
+    log = Path(server.target.removeprefix("unix:")).parent / "log"
+    end = time.monotonic() + 30
+    while f"client_session=mine trace={trace}" not in log.read_text():
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.02)
+    refused = "metadata structkv-session-id has ' '"
+    with pytest.raises(structkv.errors.InvalidArgument, match=refused):
+        client.compress(small_open(), small_source, replace(options, session_id="two words"))
+    with pytest.raises(structkv.errors.InvalidArgument, match=refused):
+        client.fetch(b"h" * 16, structkv.FetchOptions(session_id="two words"))

@@ -24,6 +24,7 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
+from ._connection import connection_options
 from ._vllm_model import build_open, check
 from ._vllm_worker import Load, Prefill, Sender, load
 from .client import Client
@@ -57,8 +58,8 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
     leaves them in the service; the decode instance (kv_consumer) loads them. One instance may be
     both.
 
-    kv_connector_extra_config: `target` (required), `lease` of held prompts and `timeout` in
-    seconds; of a producer `method`, `kv_budget` and other parameters of the method, as in
+    kv_connector_extra_config: `target` (required), `tls_authorities`, `tls_certificate`, `tls_key` and
+    `token_file` (paths), `lease` of held prompts and `timeout` in seconds; of a producer `method`, `kv_budget` and other parameters of the method, as in
     structkv.hf.
 
     ValueError, when vLLM starts, for what is not supported: more than one rank, MLA, sliding
@@ -72,7 +73,7 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         if "target" not in extra:
             raise ValueError("kv_connector_extra_config: no 'target', the StructKV server")
         check(vllm_config, kv_cache_config)
-        client = Client(extra.pop("target"))
+        client = Client(extra.pop("target"), connection_options(extra))
         timeout, lease = extra.pop("timeout", 30.0), extra.pop("lease", None)
         self._produces, self._consumes = config.is_kv_producer, config.is_kv_consumer
         self._block_tokens: int = vllm_config.cache_config.block_size

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Replays a pod's life from the rendered manifest (pod_life.py). Needs root, for the namespaces that make a container. 77:
+# skipped, the last line says why.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+[[ $(id -u) -eq 0 ]] || { echo "pod_life: skipped: a container's namespaces need root"; exit 77; }
+tests/k8s/get_kubectl.sh || true
+[[ -x build/release/bin/structkv-server && -x build/release/bin/structkv ]] ||
+  scripts/build release structkv-server structkv
+exec tests/k8s/k8s_test.sh "$PWD/build/release" "$PWD" "$(command -v python3)" --program pod_life.py
