@@ -125,10 +125,19 @@ void Metrics::CountLayer(std::string_view method, const session::LayerTiming& ti
   for (const engine::Stage stage : engine::kStages) {
     const std::chrono::duration<double> took = timing.stages.Of(stage);
     if (took.count() <= 0) continue;
-    stage_seconds_.Add({{"stage", Text(engine::StageName(stage))}}, StageBuckets())
-        .Observe(took.count());
+    OfStage(stage).Observe(took.count());
   }
   queue_seconds_.Add({}, LayerBuckets()).Observe(absl::ToDoubleSeconds(timing.queued));
+}
+
+prometheus::Histogram& Metrics::OfStage(engine::Stage stage) {
+  std::atomic<prometheus::Histogram*>& known = stages_[static_cast<size_t>(stage)];
+  prometheus::Histogram* found = known.load(std::memory_order_acquire);
+  if (found == nullptr) {  // of two threads both find the same one
+    found = &stage_seconds_.Add({{"stage", Text(engine::StageName(stage))}}, StageBuckets());
+    known.store(found, std::memory_order_release);
+  }
+  return *found;
 }
 
 void Metrics::CountPrompt(const rpc::PromptReport& prompt, const absl::Status& status) {

@@ -1,6 +1,8 @@
 // The server's metrics, in Prometheus' terms. docs/operations.md lists them.
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -16,6 +18,7 @@
 #include "prometheus/gauge.h"
 #include "prometheus/histogram.h"
 #include "prometheus/registry.h"
+#include "service/engine/stage_times.h"
 #include "service/rpc/stream_observer.h"
 #include "service/trace/otlp_exporter.h"
 
@@ -71,6 +74,7 @@ class Metrics {
 
   Counters& NewCounters(const char* name, const char* help);
   Gauges& NewGauges(const char* name, const char* help);
+  prometheus::Histogram& OfStage(engine::Stage stage);
   Histograms& NewHistograms(const char* name, const char* help);
 
   prometheus::Registry registry_;
@@ -107,6 +111,8 @@ class Metrics {
   Gauges& draining_;
   Gauges& certificate_;
   Gauges& build_;
+  // Those of stages that a layer had, so that none is looked up by its label for each layer.
+  std::array<std::atomic<prometheus::Histogram*>, engine::kStages.size()> stages_ = {};
   std::mutex render_mutex_;  // one reading at a time
 };
 

@@ -155,6 +155,18 @@ TEST_F(ConfigTest, FlagsSetEveryOption) {
   EXPECT_TRUE(config.check_only);
 }
 
+TEST_F(ConfigTest, CallsAreRecordedWhereTheyGoSomewhere) {
+  EXPECT_EQ(Good({"--otlp-sample-ratio=0.5"}).server.trace_ratio, std::nullopt);
+  Config config = Good({"--otlp-endpoint=http://collector:4318/v1/traces"});
+  EXPECT_EQ(config.otlp_endpoint, "http://collector:4318/v1/traces");
+  EXPECT_EQ(config.server.trace_ratio, 1.0);
+  config = Good({"--config", File("otlp-endpoint: http://c\notlp-sample-ratio: 0.25\n")});
+  EXPECT_EQ(config.server.trace_ratio, 0.25);
+  EXPECT_THAT(Refusal({"--otlp-endpoint=https://collector/"}),
+              HasSubstr("'https://collector/' is no http:// URL"));
+  EXPECT_THAT(Refusal({"--otlp-sample-ratio=1.5"}), HasSubstr("otlp-sample-ratio"));
+}
+
 TEST_F(ConfigTest, FlagGoesBeforeEnvironmentBeforeFile) {
   const std::string file = File("threads: 1\nmemory-budget: 1GiB\nstall-limit: 1s\n");
   EXPECT_EQ(Good({"--config", file}).server.sessions.threads, 1);
