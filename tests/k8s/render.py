@@ -17,8 +17,8 @@ SOURCE = pathlib.Path(os.environ["STRUCTKV_SOURCE"])
 K8S = SOURCE / "k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
 COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir())
-# Those that change the StatefulSet, which a sidecar's pod is not.
-OF_THE_SET = {"certificate", "haproxy", "hpa", "keda", "tokens"}
+# Those that change or use the StatefulSet, which a sidecar's pod is not.
+OF_THE_SET = {"certificate", "first-prompt", "haproxy", "hpa", "keda", "tokens"}
 # Those that do the same.
 EITHER = {"hpa", "keda"}
 # What an overlay has already, or cannot have: the example has one server, whose clients show certificates.
@@ -90,7 +90,7 @@ def named(objects: Objects, kind: str, name: str) -> dict[str, Any]:
 
 
 def workloads(objects: Objects) -> list[dict[str, Any]]:
-    return of_kind(objects, "StatefulSet", "Deployment")
+    return of_kind(objects, "StatefulSet", "Deployment", "Job")
 
 
 def containers(workload: dict[str, Any]) -> list[dict[str, Any]]:

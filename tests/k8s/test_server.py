@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 import container_options
-from render import K8S, OVERLAYS, SOURCE, few, fits, named, of_kind, render, server_pods
+from render import K8S, OVERLAYS, SOURCE, containers, few, fits, named, of_kind, render, server_pods
 
 BIN = pathlib.Path(os.environ["STRUCTKV_BIN"])
 SERVER = BIN / "structkv-server"
@@ -80,12 +80,21 @@ def test_ports(overlay: str, components: tuple[str, ...]) -> None:
         assert ports.get("grpc") == port_of(options["listen"])
 
 
-def test_the_worker_in_place_of_yours() -> None:
-    worker = named(render("sidecar"), "Deployment", "prefill-worker")["spec"]["template"]["spec"]["containers"][0]
-    command, *arguments = worker["args"]
-    assert {argument.partition("=")[0] for argument in arguments} <= flags(str(CLIENT), command)
-    done = subprocess.run([CLIENT, command, *arguments, "--geometry=tiny-llama", "--bytes"], capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
+def commands() -> list[list[str]]:
+    """Of containers that run the command `structkv`."""
+    found = [c for o in (*render("sidecar"), *render("cpu", ("certificate", "first-prompt")))
+             if o["kind"] in ("Deployment", "Job") for c in containers(o)]
+    return [container["args"] for container in found if container.get("command") == ["/usr/bin/structkv"]]
+
+
+def test_clients_flags() -> None:
+    assert len(commands()) == 2
+    for command, *arguments in commands():
+        assert {argument.partition("=")[0] for argument in arguments} <= flags(str(CLIENT), command)
+        # Measures nothing, and needs no server and no certificate.
+        plain = [argument for argument in arguments if not argument.startswith("--tls")]
+        done = subprocess.run([CLIENT, command, *plain, "--bytes"], capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 @contextlib.contextmanager
