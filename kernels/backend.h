@@ -36,6 +36,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "kernels/backend_stats.h"
 #include "kernels/imported_memory.h"
 #include "kernels/rotation.h"
 #include "kernels/tensor.h"
@@ -228,6 +229,9 @@ class Backend {
     if (bytes > 0) fill(0, {static_cast<std::byte*>(to), static_cast<size_t>(bytes)});
     return absl::OkStatus();
   }
+
+  // For whoever watches; to be called now and then.
+  virtual BackendStats stats() const { return {}; }
 
   // Opens memory that a process has exported, so that tensors may lie in it. May outlive the
   // backend. FAILED_PRECONDITION without BackendCapabilities::device_memory, and where the memory

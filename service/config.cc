@@ -14,6 +14,7 @@
 #include "absl/strings/str_join.h"
 #include "kernels/backend_registry.h"
 #include "service/rpc/version.h"
+#include "service/trace/http_url.h"
 #include "service/units.h"
 #include "service/yaml_config.h"
 
@@ -281,6 +282,25 @@ void AddLog(Schema* schema, Config* config) {
       ->option_text(config->log_sessions ? "BOOL [true]" : "BOOL [false]");
 }
 
+void AddTraces(Schema* schema, Config* config) {
+  constexpr char kGroup[] = "Traces";
+  schema
+      ->Add(kGroup, "otlp-endpoint", &config->otlp_endpoint,
+            "Collector that calls are sent to as spans (OTLP over HTTP), for instance "
+            "http://127.0.0.1:4318/v1/traces; none: they are not recorded")
+      ->option_text("URL")
+      ->check([](const std::string& url) {
+        return url.empty() ? std::string()
+                           : std::string(trace::ParseHttpUrl(url).status().message());
+      });
+  schema
+      ->Add(kGroup, "otlp-sample-ratio", &config->otlp_sample_ratio,
+            "Share of the calls without a traceparent that are recorded; with one its sampled flag "
+            "decides")
+      ->check(CLI::Range(0.0, 1.0))
+      ->option_text("SHARE [1]");
+}
+
 // The options that the environment sets.
 std::set<std::string> FromEnvironment(const std::vector<std::string>& names) {
   std::set<std::string> found;
@@ -335,6 +355,7 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
   AddFiles(&schema, &config);
   AddLimits(&schema, &config);
   AddLog(&schema, &config);
+  AddTraces(&schema, &config);
   const auto yaml = std::make_shared<YamlConfig>(schema.names(), FromEnvironment(schema.names()));
   app.config_formatter(yaml);
   try {
@@ -351,6 +372,7 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
   }
   schema.Finish();
   if (config.admin.address == kOff) config.admin.address.clear();
+  if (!config.otlp_endpoint.empty()) config.server.trace_ratio = config.otlp_sample_ratio;
   return config;
 }
 

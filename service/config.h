@@ -17,6 +17,10 @@ struct Config {
   ServerOptions server;  // all but the logs and the observer
   // Where metrics, health and the status page are served; none where it is empty.
   admin::HttpOptions admin = {.address = "127.0.0.1:7412"};
+  // Where spans go (trace/otlp_exporter.h); nowhere where it is empty.
+  std::string otlp_endpoint;
+  // ServerOptions::trace_ratio, where there is an endpoint.
+  double otlp_sample_ratio = 1;
   // How long running streams may take after SIGTERM.
   absl::Duration drain_limit = absl::Seconds(30);
   rpc::LogFormat log_format = rpc::LogFormat::kText;

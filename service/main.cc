@@ -2,7 +2,9 @@
 #include <malloc.h>
 #include <pthread.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
+#include <climits>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -21,6 +23,7 @@
 #include "service/rpc/version.h"
 #include "service/serve_loop.h"
 #include "service/server.h"
+#include "service/trace/otlp_exporter.h"
 
 namespace structkv {
 namespace {
@@ -61,6 +64,16 @@ int Refuse(const absl::Status& status) {
   return 1;
 }
 
+absl::StatusOr<std::unique_ptr<trace::OtlpExporter>> StartExporter(
+    const Config& config, const std::shared_ptr<rpc::Log>& log) {
+  trace::OtlpOptions options = {.endpoint = config.otlp_endpoint};
+  options.resource = {{"service.name", "structkv-server"}, {"service.version", rpc::kVersion}};
+  char host[HOST_NAME_MAX + 1] = {};
+  if (gethostname(host, sizeof(host) - 1) == 0) options.resource.emplace_back("host.name", host);
+  options.warn = [log](const std::string& text) { log->Write("warning", {{"otlp", text}}); };
+  return trace::OtlpExporter::Start(std::move(options));
+}
+
 int Serve(Config config) {
   auto log = std::make_shared<rpc::Log>(config.log_format);
   if (config.log_sessions) config.server.log = log;
@@ -70,8 +83,15 @@ int Serve(Config config) {
   gpr_set_log_verbosity(static_cast<gpr_log_severity>(GPR_LOG_SEVERITY_ERROR + 1));
   const std::string region_socket = config.server.regions.socket.path;
   const std::string nccl_library = config.server.nccl.library;
-  admin::Telemetry telemetry;
-  if (!config.admin.address.empty()) config.server.observer = &telemetry;
+  std::unique_ptr<trace::OtlpExporter> exporter;
+  if (!config.otlp_endpoint.empty()) {
+    auto started = StartExporter(config, log);
+    if (!started.ok()) return Refuse(started.status());
+    exporter = *std::move(started);
+  }
+  admin::Telemetry telemetry(exporter.get());
+  if (!config.admin.address.empty() || exporter != nullptr) config.server.observer = &telemetry;
+  const std::string otlp_endpoint = config.otlp_endpoint;
   absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(std::move(config.server));
   if (!server.ok()) return Refuse(server.status());
   std::unique_ptr<admin::Admin> admin;
@@ -93,7 +113,8 @@ int Serve(Config config) {
                        {"threads", sessions.threads()},
                        {"memory_budget_bytes", sessions.budget().limit_bytes()},
                        {"region_socket", region_socket},
-                       {"nccl", nccl}});
+                       {"nccl", nccl},
+                       {"otlp", otlp_endpoint}});
 
   const ServeEnd end = ServeUntilEnd(server->get(), signals, config.drain_limit, log.get());
   if (end.at_once) std::_Exit(end.exit_code);

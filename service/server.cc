@@ -196,6 +196,7 @@ class Server::Impl {
             .identity = identity_.get(),
             .log = options_.log.get(),
             .observer = options_.observer,
+            .trace_ratio = options_.trace_ratio,
             .region_socket = options_.regions.socket.path};
   }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -59,6 +60,9 @@ struct ServerOptions {
   std::shared_ptr<rpc::Log> log;
   // What an operator should know; null: no log.
   std::shared_ptr<rpc::Log> warnings;
+  // Share of the calls without a valid traceparent that the observer is to record as spans, of the
+  // others those that are sampled; none: no call (rpc/call_labels.h).
+  std::optional<double> trace_ratio;
   // Is told of prompts and fetches; may be null, and outlives the server.
   rpc::StreamObserver* observer = nullptr;
 };

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/cpp/cache_info.h"
+#include "client/cpp/call_metadata.h"
 #include "client/cpp/retired_blocks.h"
 #include "client/cpp/retry.h"
 #include "grpcpp/impl/rpc_method.h"
@@ -41,7 +42,7 @@ v1::FetchCacheRequest RequestFor(const std::string& handle, const FetchOptions& 
 
 void Prepare(const HeldCallOptions& options, absl::Time deadline, grpc::ClientContext* context) {
   if (deadline != absl::InfiniteFuture()) context->set_deadline(absl::ToChronoTime(deadline));
-  for (const auto& [key, value] : options.metadata) context->AddMetadata(key, value);
+  AddMetadata(options.metadata, options.labels, context);
 }
 
 FetchCall::FetchCall(std::shared_ptr<grpc::Channel> channel, TransportChooser* transports,

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "client/cpp/call_metadata.h"
 #include "client/cpp/retry.h"
 #include "client/cpp/session_core.h"
 #include "grpcpp/generic/generic_stub.h"
@@ -36,7 +37,7 @@ void Stream::Start(std::shared_ptr<grpc::Channel> channel, absl::Time deadline,
                    const std::vector<SessionCore*>& sessions) {
   channel_ = std::move(channel);
   if (deadline != absl::InfiniteFuture()) context_.set_deadline(absl::ToChronoTime(deadline));
-  for (const auto& [key, value] : options_.metadata) context_.AddMetadata(key, value);
+  AddMetadata(options_.metadata, options_.labels, &context_);
   grpc::GenericStub stub(channel_);
   stub.PrepareBidiStreamingCall(&context_, kCompressMethod, grpc::StubOptions(), this);
   Outgoing* front = nullptr;

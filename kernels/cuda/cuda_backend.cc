@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cuda/cuda_backend_parts.h"
+#include "kernels/cuda/cuda_error.h"
 #include "kernels/cuda/devices.h"
 #include "kernels/cuda/gather_call.h"
 #include "kernels/cuda/ipc_memory.h"
@@ -169,6 +170,20 @@ class CudaBackend final : public Backend {
     if (!place.ok()) return place.status();
     return place->on_device() ? cuda::Fill(*devices_, place->device, to, bytes, fill)
                               : host_->Fill(to, bytes, fill);
+  }
+
+  BackendStats stats() const override {
+    BackendStats stats;
+    for (const std::unique_ptr<Device>& device : devices_->all()) {
+      const int64_t calls = device->pool_bytes();
+      const int64_t apart = device->apart_bytes();
+      stats.gpus.push_back({.index = device->index(),
+                            .calls = {calls, calls - device->free_bytes()},
+                            .apart = {apart, apart - device->free_apart_bytes()}});
+    }
+    stats.open_imports = imports_->open();
+    stats.errors = CountedErrors();
+    return stats;
   }
 
   absl::StatusOr<std::unique_ptr<ImportedMemory>> Import(

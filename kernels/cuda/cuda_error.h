@@ -3,6 +3,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+#include <map>
+#include <string>
 #include <string_view>
 
 #include "absl/status/status.h"
@@ -16,5 +19,8 @@ bool IsSticky(cudaError_t error);
 // sticky, RESOURCE_EXHAUSTED where memory ran out, INTERNAL for any other. Clears the thread's last
 // error, which the next launch would take for its own.
 absl::Status CudaStatus(cudaError_t error, std::string_view what);
+
+// How often CudaStatus was not OK in this process, by the error's name.
+std::map<std::string, int64_t> CountedErrors();
 
 }  // namespace structkv::cuda

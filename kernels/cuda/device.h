@@ -140,6 +140,9 @@ class Device {
   const SelectLimits& limits() const { return limits_; }
   int64_t pool_bytes() const { return pool_->bytes(); }
   int64_t free_bytes() const { return pool_->free_bytes(); }
+  // What is set apart.
+  int64_t apart_bytes() const { return pool_->apart().bytes(); }
+  int64_t free_apart_bytes() const { return pool_->apart().free_bytes(); }
   // Memory of what is set apart, until the last share is gone, which may outlive the device.
   // RESOURCE_EXHAUSTED, with the numbers, where not so much is free.
   absl::StatusOr<std::shared_ptr<std::byte>> Reserve(int64_t bytes);

@@ -17,6 +17,17 @@ Readings::Pool PoolOf(const session::MemoryBudget& budget) {
   return {budget.reserved_bytes(), budget.limit_bytes()};
 }
 
+void AddBackend(const BackendStats& stats, Readings* readings) {
+  for (const BackendStats::Gpu& gpu : stats.gpus) {
+    const std::string name = absl::StrCat("gpu", gpu.index);
+    readings->pools[name] = {gpu.calls.used_bytes, gpu.calls.bytes};
+    if (gpu.apart.bytes == 0) continue;
+    readings->pools[absl::StrCat(name, "_nccl")] = {gpu.apart.used_bytes, gpu.apart.bytes};
+  }
+  readings->ipc_handles = stats.open_imports;
+  readings->cuda_errors = stats.errors;
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Admin>> Admin::Start(const HttpOptions& options,
@@ -81,7 +92,10 @@ Readings Admin::Read() const {
                        .nccl_communicators = nccl.communicators.live,
                        .draining = sessions.draining(),
                        .log_lines_dropped = log_->dropped(),
-                       .held_caches_expired = held.expired()};
+                       .held_caches_expired = held.expired(),
+                       .nccl_aborts = nccl.aborts,
+                       .spans = telemetry_->spans()};
+  AddBackend(sessions.backend().stats(), &readings);
   if (const rpc::TlsOptions& tls = server_->options().tls; tls.enabled()) {
     // Files that cannot be taken now: as a certificate that has ended.
     readings.certificate_end = rpc::CertificateExpiry(tls).value_or(absl::UnixEpoch());

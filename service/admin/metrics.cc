@@ -1,9 +1,11 @@
 #include "service/admin/metrics.h"
 
+#include <chrono>
 #include <utility>
 
 #include "absl/strings/ascii.h"
 #include "prometheus/text_serializer.h"
+#include "service/engine/nonfinite.h"
 
 namespace structkv::admin {
 namespace {
@@ -58,7 +60,8 @@ Metrics::Metrics()
     : prompts_(NewCounters("structkv_sessions_total", "Prompts that are over, by status.")),
       refused_(
           NewCounters("structkv_rejected_total", "Prompts that were refused at open, by status.")),
-      layers_(NewCounters("structkv_layers_total", "Layers computed.")),
+      layers_(NewCounters("structkv_layers_total",
+                          "Layers that were computed, and those that failed, by status.")),
       input_bytes_(NewCounters("structkv_input_bytes_total",
                                "Bytes of tensors that prompts brought, by transport.")),
       output_bytes_(NewCounters("structkv_output_bytes_total",
@@ -66,11 +69,20 @@ Metrics::Metrics()
       fallbacks_(NewCounters("structkv_transport_fallback_total",
                              "Prompts that did not get the transport they asked for first.")),
       fetches_(NewCounters("structkv_fetches_total", "Fetches that are over, by status.")),
+      nonfinite_(NewCounters("structkv_nonfinite_values_total",
+                             "Layers that a NaN or an infinity in what came for them failed.")),
+      cuda_errors_(NewCounters("structkv_cuda_errors_total",
+                               "Calls of the CUDA runtime that failed, by the error's name.")),
+      nccl_aborts_(NewCounters("structkv_nccl_aborts_total", "Communicators that were aborted.")),
+      spans_(NewCounters("structkv_trace_spans_total",
+                         "Spans that were exported, dropped (too many waited), and failed.")),
       expired_(NewCounters("structkv_leases_expired_total",
                            "Leases that ran out, of held caches and of regions.")),
       log_dropped_(NewCounters("structkv_log_dropped_total", "Log lines that were not written.")),
       layer_seconds_(NewHistograms("structkv_layer_compress_duration_seconds",
                                    "Time that a layer was computed.")),
+      stage_seconds_(
+          NewHistograms("structkv_stage_duration_seconds", "Time that a stage of a layer took.")),
       queue_seconds_(NewHistograms("structkv_queue_wait_seconds",
                                    "Time that a complete layer waited to be computed.")),
       prompt_seconds_(NewHistograms("structkv_session_duration_seconds",
@@ -87,17 +99,28 @@ Metrics::Metrics()
       held_(NewGauges("structkv_held_caches", "Caches held for decode workers.")),
       regions_(NewGauges("structkv_regions", "Memory regions that clients have registered.")),
       mapped_bytes_(NewGauges("structkv_shm_mapped_bytes", "Clients' memory that is mapped.")),
+      ipc_handles_(NewGauges("structkv_ipc_handles_open",
+                             "Allocations of other processes' GPU memory that are open.")),
       nccl_pairs_(NewGauges("structkv_nccl_pairs", "Clients' GPUs that are attached.")),
       nccl_communicators_(NewGauges("structkv_nccl_communicators", "Communicators that live.")),
       draining_(NewGauges("structkv_draining", "1 from SIGTERM on.")),
       certificate_(NewGauges("structkv_certificate_expiry_timestamp_seconds",
                              "When the server's certificate ends.")),
-      build_(NewGauges("structkv_build_info", "What runs; always 1.")) {}
+      build_(NewGauges("structkv_build_info", "What runs; always 1.")) {
+  nonfinite_.Add({});  // is 0 before the first
+}
 
 void Metrics::CountLayer(std::string_view method, const session::LayerTiming& timing) {
-  const Labels labels = {{"method", Text(method)}};
-  layers_.Add(labels).Increment();
-  layer_seconds_.Add(labels, LayerBuckets()).Observe(absl::ToDoubleSeconds(timing.computed));
+  layers_.Add({{"method", Text(method)}, {"result", CodeLabel(timing.status)}}).Increment();
+  if (engine::IsNonFinite(timing.status)) nonfinite_.Add({}).Increment();
+  layer_seconds_.Add({{"method", Text(method)}}, LayerBuckets())
+      .Observe(absl::ToDoubleSeconds(timing.computed));
+  for (const engine::Stage stage : engine::kStages) {
+    const std::chrono::duration<double> took = timing.stages.Of(stage);
+    if (took.count() <= 0) continue;
+    stage_seconds_.Add({{"stage", Text(engine::StageName(stage))}}, LayerBuckets())
+        .Observe(took.count());
+  }
   queue_seconds_.Add({}, LayerBuckets()).Observe(absl::ToDoubleSeconds(timing.queued));
 }
 
@@ -141,6 +164,7 @@ std::string Metrics::Render(const Readings& readings) {
        {std::pair(&active_, readings.active_prompts), std::pair(&streams_, readings.active_streams),
         std::pair(&queued_, readings.queued_layers), std::pair(&held_, readings.held_caches),
         std::pair(&regions_, readings.regions), std::pair(&mapped_bytes_, readings.mapped_bytes),
+        std::pair(&ipc_handles_, readings.ipc_handles),
         std::pair(&nccl_pairs_, readings.nccl_pairs),
         std::pair(&nccl_communicators_, readings.nccl_communicators),
         std::pair(&draining_, int64_t{readings.draining})}) {
@@ -150,6 +174,15 @@ std::string Metrics::Render(const Readings& readings) {
     certificate_.Add({}).Set(static_cast<double>(absl::ToUnixSeconds(readings.certificate_end)));
   }
   RaiseTo(log_dropped_.Add({}), readings.log_lines_dropped);
+  RaiseTo(nccl_aborts_.Add({}), readings.nccl_aborts);
+  for (const auto& [name, count] : readings.cuda_errors) {
+    RaiseTo(cuda_errors_.Add({{"kind", name}}), count);
+  }
+  if (readings.spans.has_value()) {
+    RaiseTo(spans_.Add({{"result", "exported"}}), readings.spans->exported);
+    RaiseTo(spans_.Add({{"result", "dropped"}}), readings.spans->dropped);
+    RaiseTo(spans_.Add({{"result", "failed"}}), readings.spans->failed);
+  }
   RaiseTo(expired_.Add({{"kind", "held_cache"}}), readings.held_caches_expired);
   RaiseTo(expired_.Add({{"kind", "region"}}), readings.regions_expired);
   return prometheus::TextSerializer().Serialize(registry_.Collect());

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -16,6 +17,7 @@
 #include "prometheus/histogram.h"
 #include "prometheus/registry.h"
 #include "service/rpc/stream_observer.h"
+#include "service/trace/otlp_exporter.h"
 
 namespace structkv::admin {
 
@@ -38,10 +40,14 @@ struct Readings {
   int64_t nccl_communicators = 0;
   bool draining = false;
   absl::Time certificate_end = absl::InfiniteFuture();  // infinite: there is none
+  int64_t ipc_handles = 0;
   // Since the start; never fall.
   int64_t log_lines_dropped = 0;
   int64_t held_caches_expired = 0;
   int64_t regions_expired = 0;
+  int64_t nccl_aborts = 0;
+  std::map<std::string, int64_t> cuda_errors;  // by name
+  std::optional<trace::ExportCounts> spans;    // none: nothing is recorded
 };
 
 // Thread-safe. No series is ever of one prompt or one client: their number is bounded by the
@@ -75,9 +81,14 @@ class Metrics {
   Counters& output_bytes_;
   Counters& fallbacks_;
   Counters& fetches_;
+  Counters& nonfinite_;
+  Counters& cuda_errors_;
+  Counters& nccl_aborts_;
+  Counters& spans_;
   Counters& expired_;
   Counters& log_dropped_;
   Histograms& layer_seconds_;
+  Histograms& stage_seconds_;
   Histograms& queue_seconds_;
   Histograms& prompt_seconds_;
   Histograms& kept_ratio_;
@@ -90,6 +101,7 @@ class Metrics {
   Gauges& held_;
   Gauges& regions_;
   Gauges& mapped_bytes_;
+  Gauges& ipc_handles_;
   Gauges& nccl_pairs_;
   Gauges& nccl_communicators_;
   Gauges& draining_;

@@ -14,17 +14,27 @@ void Push(std::deque<T>* all, T one, size_t most) {
   if (all->size() > most) all->pop_back();
 }
 
+// The caller's own name for it.
+std::string Named(const rpc::CallLabels& call) {
+  return call.session_id.empty() ? "" : absl::StrCat(" (", call.session_id, ")");
+}
+
 }  // namespace
 
 void Recent::Add(const rpc::PromptReport& prompt, const absl::Status& status) {
   const std::lock_guard lock(mutex_);
-  if (prompt.answered > 0) Push(&prompts_, {absl::Now(), prompt, status}, kPrompts);
-  AddError(prompt.id.empty() ? "a prompt at open" : absl::StrCat("prompt ", prompt.id), status);
+  if (prompt.answered > 0) {
+    Push(&prompts_, {absl::Now(), prompt, status}, kPrompts);
+    prompts_.front().report.timeline = nullptr;  // traces have it
+  }
+  AddError(absl::StrCat(prompt.id.empty() ? "a prompt at open" : absl::StrCat("prompt ", prompt.id),
+                        Named(prompt.call)),
+           status);
 }
 
-void Recent::Add(const rpc::FetchReport& /*fetch*/, const absl::Status& status) {
+void Recent::Add(const rpc::FetchReport& fetch, const absl::Status& status) {
   const std::lock_guard lock(mutex_);
-  AddError("a fetch", status);
+  AddError(absl::StrCat("a fetch", Named(fetch.call)), status);
 }
 
 void Recent::AddError(std::string what, const absl::Status& status) {

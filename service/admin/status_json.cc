@@ -50,6 +50,8 @@ Json PictureOf(const rpc::PromptPicture& picture) {
 
 Json PromptOf(const rpc::PromptReport& prompt) {
   Json json = {{"id", prompt.id},
+               {"client_session", prompt.call.session_id},
+               {"trace", prompt.call.trace_id},
                {"method", prompt.method},
                {"transport", prompt.transport},
                {"prompt_tokens", prompt.prompt_tokens},

@@ -2,9 +2,11 @@
 
 #include <cmath>
 #include <string_view>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "service/engine/nonfinite.h"
 
 namespace structkv::engine {
 namespace {
@@ -45,13 +47,14 @@ absl::Status CheckScales(const PromptSpec& spec, const LayerInput& input, InputT
       continue;
     }
     const std::string_view name = InputTensorName(tensor);
-    return absl::InvalidArgumentError(absl::StrCat(
+    absl::Status status = absl::InvalidArgumentError(absl::StrCat(
         "layer ", input.layer, ": ", absl::string_view(name.data(), name.size()), ": that of ",
         spec.kv_scales == KvScales::kPerTensor
             ? "every KV head"
             : absl::StrCat("KV head ", first_head + static_cast<int64_t>(i)),
         " is ", std::isnan(scales[i]) ? NAN : scales[i], "; a finite number above 0 is needed",
         factor == 1 ? "" : absl::StrCat(", times attention_scale (", factor, ") too")));
+    return std::isfinite(scales[i]) ? status : MarkNonFinite(std::move(status));
   }
   return absl::OkStatus();
 }

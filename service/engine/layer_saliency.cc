@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "service/engine/kv_view.h"
+#include "service/engine/nonfinite.h"
 #include "service/engine/query_heads.h"
 #include "service/method/budget.h"
 
@@ -25,9 +26,10 @@ absl::Status BadValue(const LayerInput& input, const BadStatistic& bad, int64_t 
   // The sign of a NaN means nothing.
   const float value = std::isnan(bad.value) ? std::abs(bad.value) : bad.value;
   const int64_t token = input.positions.empty() ? bad.token : input.positions[bad.token];
-  return absl::InvalidArgumentError(
+  absl::Status status = absl::InvalidArgumentError(
       absl::StrFormat("layer %d: saliency of token %d (KV head %d) is %g", input.layer, token,
                       first_head + bad.head, value));
+  return std::isfinite(value) ? status : MarkNonFinite(std::move(status));
 }
 
 // One for each KV head; empty: none.
@@ -62,8 +64,8 @@ absl::Status ScoredLayer::Named(absl::Status status, const LayerInput& input, in
   if (status.ok()) return status;
   if (absl::IsInvalidArgument(status) && bad.head != kNoHead) {
     // The backend knows whether a query, a log-sum-exp or a score was at fault.
-    return absl::InvalidArgumentError(
-        absl::StrCat(BadValue(input, bad, first_head).message(), " (", status.message(), ")"));
+    return MarkNonFinite(absl::InvalidArgumentError(
+        absl::StrCat(BadValue(input, bad, first_head).message(), " (", status.message(), ")")));
   }
   return absl::Status(status.code(), absl::StrCat("layer ", input.layer, ": ", status.message()));
 }

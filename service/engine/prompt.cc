@@ -40,9 +40,11 @@ class Prompt::Impl {
 
   const PromptSpec& spec() const { return spec_; }
   bool done() const { return answered_count_ == spec_.geometry.layers; }
+  const StageTimes& stages() const { return stages_; }
 
   absl::StatusOr<std::vector<LayerOutput>> Compress(absl::Span<LayerInput> parts,
                                                     ParallelFor parallel, int64_t* culprit) {
+    stages_ = {};
     if (absl::Status status = CheckParts(parts, culprit); !status.ok()) return status;
     const LayerInput& first = parts[0];
     LayerOutput whole;
@@ -52,9 +54,11 @@ class Prompt::Impl {
     whole.kept_tokens = std::min(spec_.kept_tokens(whole.layer), tokens);
     LayerSaliency saliency;
     Planned planned;
+    const StageTimes::Clock::time_point begin = StageTimes::Clock::now();
     const absl::StatusOr<bool> passed =
         TryPass(parts[0], tokens, whole, &saliency, &planned, parallel);
     absl::Status status = passed.status();
+    if (!passed.ok() || *passed) stages_.Add(Stage::kLayerPass, StageTimes::Clock::now() - begin);
     if (status.ok() && !*passed) {
       status = TakeSteps(parts, tokens, whole, &saliency, parallel, culprit);
     }
@@ -62,6 +66,7 @@ class Prompt::Impl {
     for (size_t i = 0; status.ok() && i < parts.size(); ++i) {
       TakePart(i, whole, &outputs[i]);
       if (spec_.plan_only) continue;
+      const StageTimer timer(&stages_, Stage::kGather);
       status = Compact(i, parts[i], tokens, std::exchange(planned, {}), outputs[i], parallel);
     }
     if (!status.ok()) {
@@ -77,10 +82,12 @@ class Prompt::Impl {
     answered_[whole.layer] = true;
     ++answered_count_;
     if (centrality_ != nullptr) {
+      const StageTimer timer(&stages_, Stage::kCentrality);
       centrality_->Add(whole.layer, {saliency.sum_scores(), static_cast<size_t>(tokens)}, parallel);
       DecideIfKnown(parallel);
     } else if (whole.layer == spec_.method.skeleton_layer()) {
       // GemFilter's choice, which all parts share.
+      const StageTimer timer(&stages_, Stage::kSelect);
       pivot_ = LayerSkeleton(spec_, saliency, outputs[0].positions, backend_, pool_, parallel);
       AllowSkeletonRows();
     }
@@ -236,6 +243,7 @@ class Prompt::Impl {
   absl::Status TakeSteps(absl::Span<LayerInput> parts, int64_t tokens, LayerOutput& whole,
                          LayerSaliency* saliency, ParallelFor parallel, int64_t* culprit) {
     if (spec_.method.needs_statistics() && spec_.has_input(whole.layer)) {
+      const StageTimer timer(&stages_, Stage::kSaliency);
       absl::StatusOr<LayerSaliency> computed =
           shards_.empty()
               ? ComputeLayerSaliency(spec_, backend_, pool_, parts[0], parallel)
@@ -244,6 +252,7 @@ class Prompt::Impl {
       *saliency = *std::move(computed);
       Note(*saliency, whole);
     }
+    const StageTimer timer(&stages_, Stage::kSelect);
     Select(*saliency, tokens, whole, parallel);
     return absl::OkStatus();
   }
@@ -441,6 +450,7 @@ class Prompt::Impl {
   int64_t answered_count_ = 0;
   int64_t complete_prefix_ = 0;  // layers 0 .. complete_prefix_ - 1 were answered
   bool failed_ = false;
+  StageTimes stages_;  // of the last layer
   std::vector<method::LayerMetrics> metrics_;
   std::unique_ptr<method::Centrality> centrality_;  // until the pivot is known
   std::optional<PivotResult> pivot_;
@@ -476,5 +486,7 @@ std::shared_ptr<const Skeleton> Prompt::skeleton() const { return impl_->skeleto
 std::optional<int64_t> Prompt::ExactPivot() const { return impl_->ExactPivot(); }
 
 bool Prompt::done() const { return impl_->done(); }
+
+const StageTimes& Prompt::stages() const { return impl_->stages(); }
 
 }  // namespace structkv::engine

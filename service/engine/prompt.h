@@ -14,6 +14,7 @@
 #include "service/engine/buffer_pool.h"
 #include "service/engine/prompt_spec.h"
 #include "service/engine/shard.h"
+#include "service/engine/stage_times.h"
 #include "service/method/layer_metrics.h"
 #include "service/method/pivot_detector.h"
 
@@ -132,6 +133,9 @@ class Prompt {
 
   // Whether every layer was answered.
   bool done() const;
+
+  // Of the last call that compressed a layer, or tried to.
+  const StageTimes& stages() const;
 
  private:
   class Impl;

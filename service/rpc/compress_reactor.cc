@@ -89,14 +89,22 @@ CompressReactor* CompressReactor::Start(const StreamShared* shared,
   auto reactor = std::make_shared<CompressReactor>(shared, context);
   reactor->HoldSelf();
   shared->streams->Add(reactor);
-  absl::StatusOr<std::string> tenant = shared->identity->TenantOf(*context);
-  if (tenant.ok()) {
-    reactor->tenant_ = *std::move(tenant);
+  if (const absl::Status known = reactor->Know(); known.ok()) {
     reactor->WantMessage();
   } else {
-    reactor->End(tenant.status());
+    reactor->End(known);
   }
   return reactor.get();
+}
+
+absl::Status CompressReactor::Know() {
+  absl::StatusOr<std::string> tenant = shared_->identity->TenantOf(*context());
+  if (!tenant.ok()) return tenant.status();
+  tenant_ = *std::move(tenant);
+  absl::StatusOr<CallLabels> labels = ReadCallLabels(*context(), shared_->trace_ratio);
+  if (!labels.ok()) return labels.status();
+  labels_ = *std::move(labels);
+  return absl::OkStatus();
 }
 
 CompressReactor::CompressReactor(const StreamShared* shared, grpc::CallbackServerContext* context)
@@ -212,6 +220,7 @@ void CompressReactor::TakeOpen(Slot& slot, const v1::Open& open) {
     return;
   }
   slot.phase = Phase::kPieces;
+  if (labels_.span != nullptr) slot.timeline = std::make_shared<PromptTimeline>();
   absl::StatusOr<OpenRequest> request = DecodeOpen(open, shared_->limits.max_message_bytes);
   if (!request.ok()) {
     Fail(slot, request.status());
@@ -290,9 +299,12 @@ session::SessionCallbacks CompressReactor::Callbacks(Slot& slot, const session::
     if (auto self = weak.lock()) self->ReadOn(slot);
   };
   if (shared_->observer != nullptr) {
-    callbacks.computed =
-        [observer = shared_->observer, method = method::MethodName(session.spec().method.method)](
-            const session::LayerTiming& timing) { observer->OnLayer(method, timing); };
+    callbacks.computed = [observer = shared_->observer, timeline = slot.timeline,
+                          method = method::MethodName(session.spec().method.method)](
+                             const session::LayerTiming& timing) {
+      if (timeline != nullptr) timeline->Add(timing);
+      observer->OnLayer(method, timing);
+    };
   }
   callbacks.layer = [weak, &slot](engine::LayerOutput output) {
     auto self = weak.lock();
@@ -334,6 +346,7 @@ void CompressReactor::Queue(Slot& slot, std::vector<OutgoingMessage> messages) {
 }
 
 void CompressReactor::Fail(Slot& slot, const absl::Status& status, bool at_open) {
+  if (slot.timeline != nullptr) slot.timeline->End();
   const bool try_again = at_open && absl::IsResourceExhausted(status);
   const int64_t pushback = RetryPushbackMillis(status, shared_->limits.retry_pushback);
   if (!is_batch()) {
@@ -387,6 +400,7 @@ void CompressReactor::SendSummary(Slot& slot, const session::SessionSummary& sum
     absl::MutexLock lock(&session_mutex_);
     slot.held = summary.held->handle;
   }
+  if (slot.timeline != nullptr) slot.timeline->End();
   SendTerminal(response);
   if (summary.held.has_value() && IsGone()) ReleaseHeld();
 }
@@ -536,7 +550,9 @@ void CompressReactor::CheckLimits(int64_t now) {
 PromptReport CompressReactor::ReportOf(const Slot* slot, const session::Session* session) const {
   PromptReport report;
   report.micros = (SteadyNanos() - begun_) / 1000;
+  report.call = labels_;
   if (slot == nullptr) return report;
+  report.timeline = slot->timeline;
   report.wished_transport = slot->wished_transport;
   report.answered = slot->layers.load();
   report.input_bytes = slot->input_bytes.load();
@@ -572,7 +588,9 @@ void CompressReactor::TellEnd(const Slot* slot, const session::Session* session)
   }
   if (shared_->observer != nullptr) shared_->observer->OnPromptEnd(report, FromGrpc(status));
   if (shared_->log == nullptr) return;
-  shared_->log->Write("session", {{"id", report.id.empty() ? std::string_view("-") : report.id},
+  shared_->log->Write("session", {{"id", OrDash(report.id)},
+                                  {"client_session", OrDash(report.call.session_id)},
+                                  {"trace", OrDash(report.call.trace_id)},
                                   {"method", report.method},
                                   {"transport", report.transport},
                                   {"layers", report.answered},
@@ -619,13 +637,17 @@ void CompressReactor::OnGone() {
     for (size_t i = 0; i < slots_.size(); ++i) done[i].swap(slots_[i]->session);
   }
   // Of a batch, prompts alone that were opened; of a stream without any, that there was one.
-  bool told = false;
+  CompressReport report = {.call = labels_};
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (slots_[i]->phase == Phase::kOpen) continue;
     TellEnd(slots_[i].get(), done[i].get());
-    told = true;
+    ++report.prompts;
   }
-  if (!told) TellEnd(nullptr, nullptr);
+  if (report.prompts == 0) TellEnd(nullptr, nullptr);
+  if (shared_->observer != nullptr) {
+    report.micros = (SteadyNanos() - begun_) / 1000;
+    shared_->observer->OnCompressEnd(report, FromGrpc(end_status()));
+  }
   for (const auto& each : done) {
     if (each != nullptr) each->Cancel();
   }

@@ -12,6 +12,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "service/rpc/call_labels.h"
 #include "service/rpc/identity.h"
 #include "service/rpc/log.h"
 #include "service/rpc/open_decoder.h"
@@ -51,6 +52,7 @@ struct StreamShared {
   Identity* identity = nullptr;
   Log* log = nullptr;                  // may be null: no log
   StreamObserver* observer = nullptr;  // may be null
+  std::optional<double> trace_ratio;   // as ReadCallLabels
   std::string region_socket;           // path; empty: none
 };
 
@@ -80,7 +82,8 @@ class CompressReactor final : public StreamIo, public Stream {
     v1::Summary summary;  // what is known of it at open
     std::string_view wished_transport = "-";
     std::shared_ptr<PromptPicture> picture;
-    transport::ResultPlace place;  // of its results
+    std::shared_ptr<PromptTimeline> timeline;  // null: the call is not recorded
+    transport::ResultPlace place;              // of its results
     // Written by messages, which come one at a time.
     Phase phase = Phase::kOpen;
     std::atomic<int64_t> input_bytes{0};
@@ -127,6 +130,8 @@ class CompressReactor final : public StreamIo, public Stream {
   bool IsGone() const;
   // What is known of a prompt; null where there is none.
   PromptReport ReportOf(const Slot* slot, const session::Session* session) const;
+  // What is known of the caller before it is read from; an error ends the stream.
+  absl::Status Know();
   // Tells the log, and the observer.
   void TellEnd(const Slot* slot, const session::Session* session) const;
 
@@ -140,7 +145,9 @@ class CompressReactor final : public StreamIo, public Stream {
 
   const StreamShared* const shared_;
   const int64_t begun_;
-  std::string tenant_;  // written before the first message is read
+  // Written before the first message is read.
+  std::string tenant_;
+  CallLabels labels_;
   // Made by the first message, before there is any session.
   std::vector<std::unique_ptr<Slot>> slots_;
   // SteadyNanos() of the last answer, or of the last look at the limits that found one due.

@@ -47,6 +47,9 @@ FetchReactor::FetchReactor(const StreamShared* shared, grpc::CallbackServerConte
 absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
   const absl::StatusOr<std::string> tenant = shared_->identity->TenantOf(*context());
   if (!tenant.ok()) return tenant.status();
+  absl::StatusOr<CallLabels> labels = ReadCallLabels(*context(), shared_->trace_ratio);
+  if (!labels.ok()) return labels.status();
+  labels_ = *std::move(labels);
   if (shared_->sessions->draining()) return absl::UnavailableError("the server is draining");
   grpc::ByteBuffer copy = bytes;  // shares the slices
   v1::FetchCacheRequest request;
@@ -168,6 +171,7 @@ void FetchReactor::TellEnd() const {
   const grpc::Status status = end_status();
   FetchReport report;
   report.micros = (SteadyNanos() - begun_) / 1000;
+  report.call = labels_;
   if (builder_.has_value()) {
     report.transport = transport::KindName(builder_->transport().kind());
     report.layers = builder_->slice().end_layer() - builder_->slice().first_layer();
@@ -176,7 +180,9 @@ void FetchReactor::TellEnd() const {
   }
   if (shared_->observer != nullptr) shared_->observer->OnFetchEnd(report, FromGrpc(status));
   if (shared_->log == nullptr) return;
-  shared_->log->Write("fetch", {{"transport", report.transport},
+  shared_->log->Write("fetch", {{"client_session", OrDash(report.call.session_id)},
+                                {"trace", OrDash(report.call.trace_id)},
+                                {"transport", report.transport},
                                 {"layers", report.layers},
                                 {"kv_heads", report.kv_heads},
                                 {"output_bytes", report.output_bytes},

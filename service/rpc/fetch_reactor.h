@@ -51,6 +51,7 @@ class FetchReactor final : public WriteStream, public Stream {
   session::Reservation reservation_;
   engine::BufferAllowance allowance_;
   std::optional<FetchBuilder> builder_;
+  CallLabels labels_;
 };
 
 }  // namespace structkv::rpc

@@ -16,6 +16,9 @@ enum class LogFormat : uint8_t { kText, kJson };
 // A named value of a line.
 using LogField = std::pair<std::string_view, std::variant<int64_t, std::string_view>>;
 
+// What stands for a value that is not there.
+inline std::string_view OrDash(std::string_view text) { return text.empty() ? "-" : text; }
+
 // Thread-safe. A line that cannot be written (a full disk, a closed pipe) is dropped and counted.
 class Log {
  public:

@@ -86,6 +86,7 @@ nccl::HubStats NcclHost::stats() const {
     all.pairs += one.pairs;
     all.communicators.live += one.communicators.live;
     all.communicators.reclaiming += one.communicators.reclaiming;
+    all.aborts += one.aborts;
   }
   return all;
 }

@@ -9,7 +9,9 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "service/rpc/call_labels.h"
 #include "service/rpc/prompt_picture.h"
+#include "service/rpc/prompt_timeline.h"
 #include "service/session/session.h"
 
 namespace structkv::rpc {
@@ -27,8 +29,17 @@ struct PromptReport {
   int64_t input_bytes = 0;
   int64_t output_bytes = 0;
   int64_t reserved_bytes = 0;
-  int64_t micros = 0;                            // since the stream began
-  std::shared_ptr<const PromptPicture> picture;  // null: there was no session
+  int64_t micros = 0;                              // since the stream began
+  std::shared_ptr<const PromptPicture> picture;    // null: there was no session
+  CallLabels call;                                 // of its stream
+  std::shared_ptr<const PromptTimeline> timeline;  // null: the call is not recorded
+};
+
+// A `Compress` stream that is over.
+struct CompressReport {
+  CallLabels call;
+  int64_t prompts = 0;  // that were opened, or refused
+  int64_t micros = 0;
 };
 
 // A `FetchCache` stream that is over.
@@ -38,16 +49,19 @@ struct FetchReport {
   int64_t kv_heads = 0;
   int64_t output_bytes = 0;
   int64_t micros = 0;
+  CallLabels call;
 };
 
 // Thread-safe. Called on streams' own threads: must not block, nor call back.
 class StreamObserver {
  public:
   virtual ~StreamObserver() = default;
-  // A layer was computed.
+  // A layer was computed, or failed.
   virtual void OnLayer(std::string_view method, const session::LayerTiming& timing) = 0;
   // A prompt is over; once for each. `status` is OK where its summary was sent.
   virtual void OnPromptEnd(const PromptReport& prompt, const absl::Status& status) = 0;
+  // A stream is over, after its prompts.
+  virtual void OnCompressEnd(const CompressReport& call, const absl::Status& status) = 0;
   virtual void OnFetchEnd(const FetchReport& fetch, const absl::Status& status) = 0;
 };
 

@@ -2,6 +2,7 @@
 // commit, and holds its memory until the end. Knows neither gRPC nor protobuf.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -21,6 +22,7 @@
 #include "service/engine/prompt_spec.h"
 #include "service/engine/scheduler.h"
 #include "service/engine/shard.h"
+#include "service/engine/stage_times.h"
 #include "service/session/held_caches.h"
 #include "service/session/memory_budget.h"
 #include "service/session/pivot_profile.h"
@@ -89,10 +91,15 @@ struct SessionSummary {
   std::optional<HeldTicket> held;
 };
 
-// How long a layer waited for a thread, and was computed. Of a shard group, the whole layer's.
+// What became of a layer, how long it waited for a thread, and was computed. Of a shard group, the
+// whole layer's.
 struct LayerTiming {
+  int64_t layer = 0;
+  absl::Status status;                          // its rows, or what it failed with
+  std::chrono::steady_clock::time_point begun;  // to be computed
   absl::Duration queued;
   absl::Duration computed;
+  engine::StageTimes stages;
 };
 
 // A session's answers. Called one at a time, never under a lock of the session, from any thread,
@@ -105,8 +112,8 @@ struct SessionCallbacks {
   absl::AnyInvocable<void()> ready;
   // A layer's answer, in order of completion.
   absl::AnyInvocable<void(engine::LayerOutput)> layer;
-  // A layer was computed; before what is said of it. Of a shard group the first rank's alone is
-  // called. May be empty, as all but `ready` may.
+  // A layer was computed, or failed; before what is said of it. Of a shard group the first rank's
+  // alone is called. May be empty, as all but `ready` may.
   absl::AnyInvocable<void(LayerTiming)> computed;
   // With PromptSpec::pull: the rows that the client is to send of a layer, once for each, as soon
   // as its positions are known. `layer` follows when they came.

@@ -209,6 +209,12 @@ void SessionCore::TakeGroupAnswer(Answer answer) {
   });
 }
 
+void SessionCore::TellGroupFailure(LayerTiming timing) {
+  Enqueue([this, timing = std::move(timing)] {
+    if (!ended()) TellComputed(timing);
+  });
+}
+
 void SessionCore::GroupHasFinished() {
   Enqueue([this] {
     in_group_ = false;
@@ -361,6 +367,7 @@ void SessionCore::ComputeLayer(Clock::time_point posted, ParallelFor parallel) {
   if (!input.has_value()) return;  // the session ended
   const absl::Status ready = transport_->Await();
   const Clock::time_point begin = Clock::now();
+  const int64_t layer = input->layer;
   Answer answer = {.output = absl::InternalError("a layer was not computed")};
   if (ready.ok()) {
     answer.output = prompt_->CompressLayer(*std::move(input), parallel);
@@ -370,8 +377,11 @@ void SessionCore::ComputeLayer(Clock::time_point posted, ParallelFor parallel) {
   input.reset();
   if (answer.output.ok()) answer.pivot = prompt_->TakePivot();
   if (answer.pivot.has_value()) answer.skeleton = prompt_->skeleton();
-  answer.queued = begin - posted;
-  answer.computed = Clock::now() - begin;
+  answer.timing = {.layer = layer,
+                   .begun = begin,
+                   .queued = absl::FromChrono(begin - posted),
+                   .computed = absl::FromChrono(Clock::now() - begin),
+                   .stages = prompt_->stages()};
   Enqueue([this, answer = std::move(answer)]() mutable { OnAnswer(std::move(answer)); });
 }
 
@@ -385,12 +395,14 @@ void SessionCore::OnAnswer(Answer answer) {
   absl::Status status = transport_->Check();  // of memory that is gone zeros were read
   status.Update(answer.output.status());
   if (!status.ok()) {
+    answer.timing.status = status;
+    TellComputed(answer.timing);
     DoFail(status);
     return;
   }
   if (answer.skeleton != nullptr) assembler_->SetSkeleton(std::move(answer.skeleton));
-  queued_ += answer.queued;
-  computed_ += answer.computed;
+  queued_ += answer.timing.queued;
+  computed_ += answer.timing.computed;
   if (answer.pivot.has_value()) unsent_bytes_ += OutputBytes(*answer.pivot);
   std::optional<engine::RowPull> pull;
   if (pulls()) {
@@ -400,10 +412,7 @@ void SessionCore::OnAnswer(Answer answer) {
     SendRows(*answer.output);
   }
   StartLayer();  // the next layer is computed while this one is handed out
-  // Of a shard group one rank tells.
-  if (callbacks_.computed && shard_index_ == 0 && !cancelled_.load()) {
-    callbacks_.computed({absl::FromChrono(answer.queued), absl::FromChrono(answer.computed)});
-  }
+  TellComputed(answer.timing);
   if (answer.pivot.has_value() && callbacks_.pivot && !cancelled_.load()) {
     callbacks_.pivot(*std::move(answer.pivot));
   }
@@ -413,6 +422,10 @@ void SessionCore::OnAnswer(Answer answer) {
     callbacks_.layer(*std::move(answer.output));
   }
   GoOn();
+}
+
+void SessionCore::TellComputed(const LayerTiming& timing) {
+  if (callbacks_.computed && shard_index_ == 0 && !cancelled_.load()) callbacks_.computed(timing);
 }
 
 engine::RowPull SessionCore::WaitForRows(engine::LayerOutput output) {
@@ -492,8 +505,8 @@ void SessionCore::Finish() {
   }
   Drop();
   host_.registry->ForgetKey(id_);
-  summary_.queue_micros = Micros(queued_);
-  summary_.compute_micros = Micros(computed_);
+  summary_.queue_micros = absl::ToInt64Microseconds(queued_);
+  summary_.compute_micros = absl::ToInt64Microseconds(computed_);
   summary_.session_micros = Micros(Clock::now() - started_);
   auto finished = std::move(callbacks_.finished);
   callbacks_ = {};

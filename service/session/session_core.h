@@ -57,8 +57,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
     absl::StatusOr<engine::LayerOutput> output;
     std::optional<engine::PivotResult> pivot;
     std::shared_ptr<const engine::Skeleton> skeleton;  // with the pivot
-    Clock::duration queued{};
-    Clock::duration computed{};
+    LayerTiming timing;
   };
 
   // With a `group`, which it joins before it is used, the session is a rank of it, and the group
@@ -98,6 +97,8 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
 
   // What the group says. This rank's part of a layer's answer.
   void TakeGroupAnswer(Answer answer);
+  // A layer of the group failed, for which it is about to end.
+  void TellGroupFailure(LayerTiming timing);
   // All ranks have committed, and everything was answered. The group has let go of this one's
   // memory.
   void GroupHasFinished();
@@ -138,6 +139,8 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   void OnAnswer(Answer answer);
   // Keeps the answer of a layer whose rows are to be pulled.
   engine::RowPull WaitForRows(engine::LayerOutput output);
+  // Tells of a layer that was computed; of a shard group one rank does.
+  void TellComputed(const LayerTiming& timing);
   // Counts a layer's answer, and takes what is held out of it.
   void TakeAnswer(engine::LayerOutput* output);
   // Answers layers whose rows came.
@@ -195,8 +198,8 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   engine::BufferAllowance allowance_;  // of the same bytes; goes first
   Holding holding_;
   SessionSummary summary_;
-  Clock::duration queued_{};
-  Clock::duration computed_{};
+  absl::Duration queued_;
+  absl::Duration computed_;
   Clock::time_point started_;
 
   // Used by the running layer; dropped once none runs.

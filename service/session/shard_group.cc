@@ -301,6 +301,7 @@ void ShardGroup::Compute(Clock::time_point posted, ParallelFor parallel) {
   }
   if (!inputs.has_value()) return;  // the group ended
   const Clock::time_point begin = Clock::now();
+  const int64_t layer = inputs->front().layer;
   Computed computed = {.outputs = absl::InternalError("a layer was not computed")};
   const absl::Status ready = AwaitInputs(&computed.culprit);
   if (ready.ok()) {
@@ -311,8 +312,12 @@ void ShardGroup::Compute(Clock::time_point posted, ParallelFor parallel) {
   inputs.reset();
   if (computed.outputs.ok()) computed.pivot = prompt_->TakePivot();
   if (computed.pivot.has_value()) computed.skeleton = prompt_->skeleton();
-  computed.queued = begin - posted;
-  computed.computed = Clock::now() - begin;
+  computed.timing = {.layer = layer,
+                     .status = computed.outputs.status(),
+                     .begun = begin,
+                     .queued = absl::FromChrono(begin - posted),
+                     .computed = absl::FromChrono(Clock::now() - begin),
+                     .stages = prompt_->stages()};
   Enqueue([this, computed = std::move(computed)]() mutable { OnComputed(std::move(computed)); });
 }
 
@@ -347,6 +352,7 @@ void ShardGroup::OnComputed(Computed computed) {
   }
   if (!computed.outputs.ok()) {
     const absl::Status& status = computed.outputs.status();
+    cores.front()->TellGroupFailure(computed.timing);
     if (computed.culprit < 0) {
       End(Phase::kRunning, nullptr, status, status);
     } else {
@@ -358,8 +364,7 @@ void ShardGroup::OnComputed(Computed computed) {
     cores[i]->TakeGroupAnswer({.output = std::move((*computed.outputs)[i]),
                                .pivot = computed.pivot,
                                .skeleton = computed.skeleton,
-                               .queued = computed.queued,
-                               .computed = computed.computed});
+                               .timing = computed.timing});
   }
 }
 

@@ -77,8 +77,7 @@ class ShardGroup : public std::enable_shared_from_this<ShardGroup> {
     int64_t culprit = -1;  // shard index
     std::optional<engine::PivotResult> pivot;
     std::shared_ptr<const engine::Skeleton> skeleton;  // with the pivot
-    Clock::duration queued{};
-    Clock::duration computed{};
+    LayerTiming timing;
   };
 
   void Enqueue(absl::AnyInvocable<void()> event);

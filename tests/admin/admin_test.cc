@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -16,6 +17,7 @@
 #include "tests/session/fault_backend.h"
 #include "tests/testing/process.h"
 #include "tests/testing/service_test.h"
+#include "tests/testing/shards.h"
 
 namespace structkv::testkit {
 namespace {
@@ -75,7 +77,8 @@ TEST_F(AdminTest, CountsWhatHappened) {
       Get("/metrics"),
       AllOf(HasSubstr("structkv_sessions_total{result=\"ok\"} 1\n"),
             HasSubstr("structkv_sessions_total{result=\"invalid_argument\"} 1\n"),
-            HasSubstr("structkv_layers_total{method=\"structkv\"} 4\n"),
+            HasSubstr("structkv_layers_total{method=\"structkv\",result=\"ok\"} 4\n"),
+            HasSubstr("structkv_stage_duration_seconds_count{stage=\"gather\"} 4\n"),
             HasSubstr("structkv_layer_compress_duration_seconds_count{method=\"structkv\"} 4\n"),
             HasSubstr("structkv_queue_wait_seconds_count 4\n"),
             HasSubstr("structkv_input_bytes_total{transport=\"inline\"} " +
@@ -129,6 +132,27 @@ TEST_F(AdminTest, ShowsRunningAndRecentPrompts) {
     EXPECT_EQ(layer["kept"].get<std::string>().size(), 2U * rpc::PromptPicture::kStretches);
     EXPECT_GT(layer["entropy"], 0);
   }
+}
+
+// Of a tensor-parallel group the ranks are prompts, and the layers and what is wrong with one of
+// them are the group's.
+TEST_F(AdminTest, AGroupsLayersCountOnce) {
+  v1::Open open = SmallOpen(200);
+  open.mutable_geometry()->set_query_head_count(8);
+  open.mutable_geometry()->set_kv_head_count(4);
+  std::vector<PromptData> parts = SplitByRanks(PromptData(open, 1), 2);
+  parts[1].mutable_tensor(1, v1::TENSOR_WINDOW_QUERIES)->replace(0, 4, "\xff\xff\xff\xff");
+  std::thread other([&] { testkit::Run(NewChannel(target()), AllMessages(parts[1])); });
+  const Outcome outcome = Run(AllMessages(parts[0]));
+  other.join();
+  EXPECT_FALSE(outcome.status.ok());
+  WaitForPrompts("structkv_sessions_total{result=\"invalid_argument\"} 1\n");
+  WaitForPrompts("structkv_sessions_total{result=\"aborted\"} 1\n");
+  EXPECT_THAT(
+      Get("/metrics"),
+      AllOf(HasSubstr("structkv_layers_total{method=\"structkv\",result=\"ok\"} 1\n"),
+            HasSubstr("structkv_layers_total{method=\"structkv\",result=\"invalid_argument\"} 1\n"),
+            HasSubstr("structkv_nonfinite_values_total 1\n")));
 }
 
 TEST_F(AdminTest, ShowsErrors) {

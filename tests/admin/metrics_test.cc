@@ -1,10 +1,12 @@
 #include "service/admin/metrics.h"
 
+#include <chrono>
 #include <memory>
 #include <string>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "service/engine/nonfinite.h"
 
 namespace structkv::admin {
 namespace {
@@ -71,12 +73,39 @@ TEST(MetricsTest, CountsLayersAndFetches) {
   metrics.CountFetch({.transport = "cuda_ipc", .output_bytes = 7}, absl::OkStatus());
   EXPECT_THAT(
       metrics.Render({}),
-      AllOf(HasSubstr("structkv_layers_total{method=\"snapkv\"} 1\n"),
+      AllOf(HasSubstr("structkv_layers_total{method=\"snapkv\",result=\"ok\"} 1\n"),
+            HasSubstr("structkv_nonfinite_values_total 0\n"),
             HasSubstr("structkv_layer_compress_duration_seconds_sum{method=\"snapkv\"} 0.02\n"),
             HasSubstr("structkv_queue_wait_seconds_bucket{le=\"0.0025\"} 0\n"),
             HasSubstr("structkv_queue_wait_seconds_bucket{le=\"0.005\"} 1\n"),
             HasSubstr("structkv_fetches_total{result=\"ok\"} 1\n"),
             HasSubstr("structkv_output_bytes_total{transport=\"cuda_ipc\"} 7\n")));
+}
+
+TEST(MetricsTest, CountsLayersThatFailed) {
+  Metrics metrics;
+  const absl::Status bad = absl::InvalidArgumentError("layer 1: saliency of token 3 is nan");
+  metrics.CountLayer("h2o", {.status = engine::MarkNonFinite(bad)});
+  metrics.CountLayer("h2o", {.status = bad});
+  EXPECT_THAT(
+      metrics.Render({}),
+      AllOf(HasSubstr("structkv_layers_total{method=\"h2o\",result=\"invalid_argument\"} 2\n"),
+            HasSubstr("structkv_nonfinite_values_total 1\n")));
+}
+
+// A stage that a layer did not have is not one of no time.
+TEST(MetricsTest, StagesOfLayers) {
+  Metrics metrics;
+  session::LayerTiming layer;
+  layer.stages.Add(engine::Stage::kSaliency, std::chrono::milliseconds(4));
+  layer.stages.Add(engine::Stage::kGather, std::chrono::milliseconds(1));
+  layer.stages.Add(engine::Stage::kGather, std::chrono::milliseconds(1));
+  metrics.CountLayer("structkv", layer);
+  EXPECT_THAT(metrics.Render({}),
+              AllOf(HasSubstr("structkv_stage_duration_seconds_sum{stage=\"saliency\"} 0.004\n"),
+                    HasSubstr("structkv_stage_duration_seconds_sum{stage=\"gather\"} 0.002\n"),
+                    HasSubstr("structkv_stage_duration_seconds_count{stage=\"gather\"} 1\n"),
+                    Not(HasSubstr("stage=\"centrality\""))));
 }
 
 // What is read anew each time: gauges follow, counters rise.
@@ -85,19 +114,31 @@ TEST(MetricsTest, Readings) {
   Readings readings = {.version = "1.2.3", .backend = "cpu", .active_prompts = 5};
   readings.pools["prompts"] = {.reserved_bytes = 10, .limit_bytes = 20};
   readings.held_caches_expired = 3;
-  EXPECT_THAT(metrics.Render(readings),
-              AllOf(HasSubstr("structkv_build_info{backend=\"cpu\",version=\"1.2.3\"} 1\n"),
-                    HasSubstr("structkv_sessions_active 5\n"),
-                    HasSubstr("structkv_memory_reserved_bytes{pool=\"prompts\"} 10\n"),
-                    HasSubstr("structkv_memory_limit_bytes{pool=\"prompts\"} 20\n"),
-                    HasSubstr("structkv_leases_expired_total{kind=\"held_cache\"} 3\n"),
-                    HasSubstr("structkv_draining 0\n")));
+  readings.ipc_handles = 2;
+  readings.nccl_aborts = 1;
+  readings.cuda_errors["cudaErrorLaunchFailure"] = 1;
+  EXPECT_THAT(
+      metrics.Render(readings),
+      AllOf(HasSubstr("structkv_build_info{backend=\"cpu\",version=\"1.2.3\"} 1\n"),
+            HasSubstr("structkv_sessions_active 5\n"),
+            HasSubstr("structkv_memory_reserved_bytes{pool=\"prompts\"} 10\n"),
+            HasSubstr("structkv_memory_limit_bytes{pool=\"prompts\"} 20\n"),
+            HasSubstr("structkv_leases_expired_total{kind=\"held_cache\"} 3\n"),
+            HasSubstr("structkv_ipc_handles_open 2\n"), HasSubstr("structkv_nccl_aborts_total 1\n"),
+            HasSubstr("structkv_cuda_errors_total{kind=\"cudaErrorLaunchFailure\"} 1\n"),
+            Not(HasSubstr("structkv_trace_spans_total{")), HasSubstr("structkv_draining 0\n")));
   readings.active_prompts = 1;
   readings.held_caches_expired = 4;
   readings.draining = true;
+  readings.nccl_aborts = 5;
+  readings.spans = {.exported = 7, .dropped = 1};
   EXPECT_THAT(metrics.Render(readings),
               AllOf(HasSubstr("structkv_sessions_active 1\n"),
                     HasSubstr("structkv_leases_expired_total{kind=\"held_cache\"} 4\n"),
+                    HasSubstr("structkv_nccl_aborts_total 5\n"),
+                    HasSubstr("structkv_trace_spans_total{result=\"exported\"} 7\n"),
+                    HasSubstr("structkv_trace_spans_total{result=\"dropped\"} 1\n"),
+                    HasSubstr("structkv_trace_spans_total{result=\"failed\"} 0\n"),
                     HasSubstr("structkv_draining 1\n")));
 }
 

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "service/engine/nonfinite.h"
 #include "service/engine/prompt.h"
 #include "tests/kernels/backends_under_test.h"
 #include "tests/testing/engine_answer.h"
@@ -134,8 +135,9 @@ TEST_P(PromptErrorTest, AGivenSaliencyThatIsNoSaliency) {
     input.saliency.as<float>()[137] = value;
     input.saliency.as<float>()[tokens + 136] = value;
     input.saliency.as<float>()[tokens + 199] = value;
-    ExpectBad(Compress(std::move(input)),
-              {"layer 1: ", "token 136 ", "(KV head 1)", std::string(" is ") + text});
+    const absl::Status status = Compress(std::move(input));
+    EXPECT_EQ(IsNonFinite(status), !std::isfinite(value)) << status;
+    ExpectBad(status, {"layer 1: ", "token 136 ", "(KV head 1)", std::string(" is ") + text});
   }
 }
 
@@ -172,7 +174,9 @@ TEST_P(PromptErrorTest, KeysAndQueriesThatAreNotFinite) {
     ASSERT_TRUE(Compress(0).ok());
     testkit::SetElement(v1::DTYPE_BF16, value, (200 + 55) * 32 + 31,
                         data_->mutable_tensor(1, v1::TENSOR_KEYS));
-    ExpectBad(Compress(1), {"layer 1: ", "token 55 ", "(KV head 1)"});
+    const absl::Status status = Compress(1);
+    EXPECT_TRUE(IsNonFinite(status)) << status;
+    ExpectBad(status, {"layer 1: ", "token 55 ", "(KV head 1)"});
 
     Use("StructKv");
     ASSERT_TRUE(Compress(0).ok());

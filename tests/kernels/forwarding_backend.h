@@ -70,6 +70,7 @@ class ForwardingBackend : public Backend {
   absl::Status Fill(void* to, int64_t bytes, FillRun fill) const override {
     return real_->Fill(to, bytes, fill);
   }
+  BackendStats stats() const override { return real_->stats(); }
   absl::StatusOr<std::unique_ptr<ImportedMemory>> Import(
       const ExportedMemory& memory) const override {
     return real_->Import(memory);

@@ -55,9 +55,16 @@ std::shared_ptr<client::Arena> ArenaOf(nb::handle options, const char* name) {
   return nb::cast<const ArenaHandle&>(arena).get();
 }
 
+void ReadLabels(nb::handle options, client::CallLabels* labels) {
+  Read(options, "session_id", &labels->session_id);
+  Read(options, "traceparent", &labels->traceparent);
+  Read(options, "tracestate", &labels->tracestate);
+}
+
 void ReadCall(nb::handle options, client::HeldCallOptions* call) {
   ReadSeconds(options, "timeout", &call->timeout);
   Read(options, "metadata", &call->metadata);
+  ReadLabels(options, &call->labels);
 }
 
 // A function of Python's that the library calls. What it throws is the status of what called it.
@@ -170,6 +177,7 @@ client::StreamOptions StreamOptionsOf(nb::handle options) {
   }
   result.staging = ArenaOf(options, "staging");
   Read(options, "metadata", &result.metadata);
+  ReadLabels(options, &result.labels);
   return result;
 }
 

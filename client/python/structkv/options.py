@@ -75,6 +75,9 @@ class StreamOptions:
     regions: that keys and values lie in.
     staging: that keys and values outside of the regions are copied to, for shared memory.
     metadata: sent with every attempt, for instance ("structkv-tenant", "me").
+    session_id: the caller's own name, for the server's log, status page and traces: 1 to 128
+        letters, digits and "._:/+@-".
+    traceparent, tracestate: W3C Trace Context of the caller's span.
     """
 
     timeout: float | None = None
@@ -87,6 +90,9 @@ class StreamOptions:
     regions: Sequence[Region] = ()
     staging: Arena | None = None
     metadata: Sequence[tuple[str, str]] | None = None
+    session_id: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +129,14 @@ class BatchPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldCallOptions:
-    """Of a call about a held cache; timeout from the first attempt to the end."""
+    """Of a call about a held cache; timeout from the first attempt to the end. session_id,
+    traceparent and tracestate as in StreamOptions, of a fetch."""
 
     timeout: float | None = None
     metadata: Sequence[tuple[str, str]] | None = None
+    session_id: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

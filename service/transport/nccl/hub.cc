@@ -177,7 +177,7 @@ bool Hub::settled() const {
 
 HubStats Hub::stats() const {
   std::lock_guard lock(mutex_);
-  return {static_cast<int>(pairs_.size()), worker_->stats()};
+  return {static_cast<int>(pairs_.size()), worker_->stats(), worker_->aborts()};
 }
 
 void Hub::Send(Pair& pair, ServiceMessage message) {

@@ -53,6 +53,7 @@ class PairLife {
 struct HubStats {
   int pairs = 0;
   WorkerStats communicators;
+  int64_t aborts = 0;  // of communicators, since the start
 };
 
 // Thread-safe. What goes wrong with a pair ends that pair, its transfers and its control stream;

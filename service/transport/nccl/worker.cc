@@ -193,6 +193,7 @@ void Worker::Lose(PeerId peer, const absl::Status& why) {
   --live_;
   ++reclaiming_;
   lost_.push_back(communicator->Fail(unavailable));
+  if (lost_.back().comm != nullptr) ++aborts_;
   on_gone_.emplace(peer, std::move(events.gone));
   if (events.lost) events.lost(unavailable);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -71,6 +72,8 @@ class Worker {
   void Stop();
 
   WorkerStats stats() const { return {live_.load(), reclaiming_.load()}; }
+  // Communicators that failed, or were ended, and so are aborted, since the start.
+  int64_t aborts() const { return aborts_.load(); }
   const WorkerOptions& options() const { return options_; }
   int nccl_version() const { return api_->version(); }
 
@@ -98,6 +101,7 @@ class Worker {
   std::atomic<PeerId> last_peer_ = 0;
   std::atomic<int> live_ = 0;
   std::atomic<int> reclaiming_ = 0;
+  std::atomic<int64_t> aborts_ = 0;
   Reclaimer reclaimer_;
 
   // Its thread's alone.

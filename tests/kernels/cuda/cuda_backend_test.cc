@@ -195,6 +195,14 @@ TEST_F(CudaBackendTest, ReservesMemoryApartFromThatOfCalls) {
     }
     auto small = backend->Reserve(1, 100);
     ASSERT_TRUE(small.ok());
+    const BackendStats stats = backend->stats();
+    ASSERT_EQ(stats.gpus.size(), 2U);
+    for (const BackendStats::Gpu& gpu : stats.gpus) {
+      EXPECT_EQ(gpu.calls.bytes, 64 * kMiB);
+      EXPECT_EQ(gpu.calls.used_bytes, 0);
+      EXPECT_EQ(gpu.apart.bytes, 32 * kMiB);
+      EXPECT_EQ(gpu.apart.used_bytes, gpu.index == 1 ? 256 : 0);
+    }
     EXPECT_FALSE(backend->Reserve(1, 32 * kMiB).ok());
     EXPECT_TRUE(absl::IsFailedPrecondition(backend->Reserve(2, 1).status()));
     kept = *std::move(small);
@@ -237,10 +245,12 @@ TEST_F(CudaBackendTest, OutOfMemoryAtALaunchIsThatCallsAlone) {
     ++told;
     EXPECT_EQ(why.code(), absl::StatusCode::kResourceExhausted);
   });
+  const int64_t counted = backend_->stats().errors["cudaErrorMemoryAllocation"];
   FakeCuda::FailLaunch(0, cudaErrorMemoryAllocation);
   const absl::Status status = Saliency();
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(status.message()), HasSubstr("GPU 0: LaunchSaliency: out of memory"));
+  EXPECT_EQ(backend_->stats().errors["cudaErrorMemoryAllocation"], counted + 1);
   ExpectWorks();
   // What has no status is done by the CPU, and told once.
   const std::vector<float> scores = Scores(3000);

@@ -246,6 +246,7 @@ TEST_F(NcclFaultTest, AbortsWhatFailsTogetherAsOneGroup) {
   for (const Outcome& outcome : never) ExpectLost(outcome, "not wanted", absl::Seconds(15));
   EXPECT_TRUE(Eventually([this] { return gone_ == 3; }));
   EXPECT_EQ(LargestAbort(), 3);
+  EXPECT_EQ(worker_->aborts(), 3);
 }
 
 }  // namespace

@@ -36,6 +36,8 @@ struct HeldCallOptions {
   absl::Duration timeout = absl::Seconds(10);
   // Sent as gRPC metadata with every attempt.
   std::vector<std::pair<std::string, std::string>> metadata;
+  // Of a fetch.
+  CallLabels labels;
 };
 
 struct FetchOptions : HeldCallOptions {

@@ -96,6 +96,17 @@ enum class TransportChoice : uint8_t {
   kNccl,
 };
 
+// By what the server's log, status page and traces name a call (docs/operations.md). Sent with
+// every attempt; what is empty is not.
+struct CallLabels {
+  // The caller's own name for it: 1 to 128 letters, digits and "._:/+@-". Others the server
+  // refuses.
+  std::string session_id;
+  // W3C Trace Context of the caller's span, as it is.
+  std::string traceparent;
+  std::string tracestate;
+};
+
 // Of a stream: what the prompts of a batch have in common.
 struct StreamOptions {
   // From the first attempt to the last answer. Infinite: the server's own cap alone.
@@ -130,6 +141,7 @@ struct StreamOptions {
   bool copy_from_gpu = false;
   // Sent as gRPC metadata with every attempt.
   std::vector<std::pair<std::string, std::string>> metadata;
+  CallLabels labels;
 };
 
 // Of one prompt. The functions are called on a library thread, and the stream is not read further

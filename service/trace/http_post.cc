@@ -1,0 +1,144 @@
+#include "service/trace/http_post.h"
+
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "boost/asio/io_context.hpp"
+#include "boost/asio/ip/tcp.hpp"
+#include "boost/asio/post.hpp"
+#include "boost/asio/steady_timer.hpp"
+#include "boost/beast/core.hpp"
+#include "boost/beast/http.hpp"
+
+namespace structkv::trace {
+namespace {
+
+namespace asio = boost::asio;
+namespace beast = boost::beast;
+namespace http = beast::http;
+using tcp = asio::ip::tcp;
+using Clock = std::chrono::steady_clock;
+
+constexpr char kUserAgent[] = "structkv-server";
+
+std::optional<absl::Duration> RetryAfter(beast::string_view text) {
+  int64_t seconds = 0;
+  if (!absl::SimpleAtoi(absl::string_view(text.data(), text.size()), &seconds) || seconds < 0) {
+    return std::nullopt;
+  }
+  return absl::Seconds(seconds);
+}
+
+}  // namespace
+
+class HttpPoster::Impl {
+ public:
+  explicit Impl(HttpUrl url) : url_(std::move(url)) {}
+
+  absl::StatusOr<HttpReply> Post(const std::string& content_type, std::string body,
+                                 absl::Duration limit) {
+    result_ = absl::InternalError("the request was not made");
+    late_ = false;
+    request_ = {http::verb::post, url_.path, 11};
+    request_.set(http::field::host, url_.authority());
+    request_.set(http::field::user_agent, kUserAgent);
+    request_.set(http::field::content_type, content_type);
+    request_.keep_alive(false);
+    request_.body() = std::move(body);
+    request_.prepare_payload();
+    stream_.emplace(io_);
+    parser_.emplace();
+    parser_->body_limit(kMaxReplyBytes);
+    buffer_.clear();
+    end_ = Clock::now() + absl::ToChronoNanoseconds(limit);
+    WaitForEnd();
+    resolver_.async_resolve(url_.host, url_.port,
+                            [this](beast::error_code error, tcp::resolver::results_type found) {
+                              if (error) return Fail("looking up", error);
+                              OnResolved(std::move(found));
+                            });
+    io_.restart();
+    io_.run();
+    stream_.reset();
+    return std::move(result_);
+  }
+
+  void Hurry(absl::Duration limit) {
+    const Clock::time_point latest = Clock::now() + absl::ToChronoNanoseconds(limit);
+    asio::post(io_, [this, latest] {
+      latest_ = latest;
+      if (stream_.has_value() && timer_.expires_at() > latest) WaitForEnd();
+    });
+  }
+
+ private:
+  void OnResolved(tcp::resolver::results_type found) {
+    if (late_) return Fail("looking up", asio::error::operation_aborted);
+    stream_->async_connect(found, [this](beast::error_code error, const tcp::endpoint&) {
+      if (error) return Fail("connecting", error);
+      http::async_write(*stream_, request_, [this](beast::error_code failed, size_t) {
+        if (failed) return Fail("sending", failed);
+        Read();
+      });
+    });
+  }
+
+  void Read() {
+    http::async_read(*stream_, buffer_, *parser_, [this](beast::error_code error, size_t) {
+      if (error) return Fail("the answer", error);
+      HttpReply reply;
+      reply.status = static_cast<int>(parser_->get().result_int());
+      reply.retry_after = RetryAfter(parser_->get()[http::field::retry_after]);
+      reply.body = std::move(parser_->get().body());
+      result_ = std::move(reply);
+      timer_.cancel();
+    });
+  }
+
+  void Fail(const char* what, beast::error_code error) {
+    timer_.cancel();
+    result_ = late_ ? absl::DeadlineExceededError(
+                          absl::StrCat(url_.authority(), ": ", what, " took too long"))
+                    : absl::UnavailableError(
+                          absl::StrCat(url_.authority(), ": ", what, ": ", error.message()));
+  }
+
+  void WaitForEnd() {
+    timer_.expires_at(std::min(end_, latest_));
+    timer_.async_wait([this](beast::error_code error) {
+      if (error) return;  // the request is over, or has another end
+      late_ = true;
+      resolver_.cancel();
+      if (stream_.has_value()) stream_->close();
+    });
+  }
+
+  const HttpUrl url_;
+  asio::io_context io_{1};
+  tcp::resolver resolver_{io_};
+  asio::steady_timer timer_{io_};
+  Clock::time_point end_;                                // of the request
+  Clock::time_point latest_ = Clock::time_point::max();  // of any
+  bool late_ = false;
+  std::optional<beast::tcp_stream> stream_;
+  http::request<http::string_body> request_;
+  beast::flat_buffer buffer_;
+  std::optional<http::response_parser<http::string_body>> parser_;
+  absl::StatusOr<HttpReply> result_;
+};
+
+HttpPoster::HttpPoster(HttpUrl url) : impl_(std::make_unique<Impl>(std::move(url))) {}
+HttpPoster::~HttpPoster() = default;
+
+absl::StatusOr<HttpReply> HttpPoster::Post(const std::string& content_type, std::string body,
+                                           absl::Duration limit) {
+  return impl_->Post(content_type, std::move(body), limit);
+}
+void HttpPoster::Hurry(absl::Duration limit) { impl_->Hurry(limit); }
+
+}  // namespace structkv::trace

@@ -1,0 +1,40 @@
+// One HTTP request that takes a limited time.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "service/trace/http_url.h"
+
+namespace structkv::trace {
+
+struct HttpReply {
+  int status = 0;
+  std::string body;                           // at most HttpPoster::kMaxReplyBytes are taken
+  std::optional<absl::Duration> retry_after;  // where it names seconds
+};
+
+// Posts on the calling thread. One call of Post at a time; Hurry from any thread.
+class HttpPoster {
+ public:
+  static constexpr size_t kMaxReplyBytes = 64 << 10;
+
+  explicit HttpPoster(HttpUrl url);
+  ~HttpPoster();
+
+  // On a connection of its own. UNAVAILABLE where nobody answers, DEADLINE_EXCEEDED where that is
+  // not done within `limit`. A look-up of a name may take longer.
+  absl::StatusOr<HttpReply> Post(const std::string& content_type, std::string body,
+                                 absl::Duration limit);
+  // A call that runs, and those to come, end within `limit` from now on.
+  void Hurry(absl::Duration limit);
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace structkv::trace
