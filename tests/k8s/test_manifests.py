@@ -241,5 +241,9 @@ def test_the_proxy_has_what_its_file_reads() -> None:
     own = ports(proxy)
     assert given["STRUCTKV_BIND"] == f":{own['grpc']}" and given["STRUCTKV_STATUS_BIND"] == f":{own['status']}"
     assert given["STRUCTKV_SERVICE"] in named(objects, "Certificate", "structkv-server")["spec"]["dnsNames"]
+    trusted = container_options.environment(server_pods(objects)[0][1])["STRUCTKV_PROXY_NAMES"]
+    assert trusted == named(objects, "Certificate", "structkv-proxy")["spec"]["dnsNames"][0]
+    # HAProxy reads no alternative names: a client without a common name would be nobody's.
+    assert named(objects, "Certificate", "structkv-client")["spec"]["commonName"]
     health = container["readinessProbe"]["httpGet"]["path"]
     assert f"monitor-uri {health}" in text
