@@ -110,8 +110,10 @@ class Pod:
         return re.search(rf"^{field}:\s*(\S+)", text, re.MULTILINE)[1]  # type: ignore[index]
 
     def metric(self, name: str) -> float:
+        """The sum over its labels."""
         with urllib.request.urlopen(f"http://{ADDRESS}:7412/metrics", timeout=30) as answer:
-            return float(re.search(rf"^{name} (\S+)", answer.read().decode(), re.MULTILINE)[1])  # type: ignore[index]
+            values = re.findall(rf"^{name}(?:{{.*}})? (\S+)", answer.read().decode(), re.MULTILINE)
+        return sum(map(float, values))
 
     def end(self) -> None:
         if self.runtime.poll() is None:
@@ -152,11 +154,13 @@ def check_served(pod: Pod, work: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def prompt(pod: Pod) -> Iterator[subprocess.Popen[str]]:
-    """A prompt of 8,192 tokens under way, whose client then stands still."""
-    command = [BIN / "structkv", "bench", "--tokens", "8192", "--layers", "8", "--prompts", "1", *pod.client_flags]
+    """A prompt of 24 layers of 8,192 tokens under way, whose client then stands still."""
+    before = pod.metric("structkv_layers_total")
+    command = [BIN / "structkv", "bench", "--tokens", "8192", "--layers", "24", "--prompts", "1", *pod.client_flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as client:
         try:
-            until("a prompt runs", lambda: pod.metric("structkv_sessions_active") == 1 or client.poll() is not None)
+            # A layer of it: what the client opens to ask for transports has none.
+            until("a prompt runs", lambda: pod.metric("structkv_layers_total") > before or client.poll() is not None)
             client.send_signal(signal.SIGSTOP)
             assert pod.metric("structkv_sessions_active") == 1, "the prompt was over before its client was held"
             yield client
