@@ -31,7 +31,7 @@ if [[ $(cat "$environment/made-from" 2>/dev/null) != "$made_from" ]]; then
 fi
 flock -u 9
 
-export STRUCTKV_BIN=$build/bin STRUCTKV_SOURCE=$source
+export STRUCTKV_BIN=$build/bin
 cd "$source/tests/k8s"
 if [[ $1 == --program ]]; then
   shift

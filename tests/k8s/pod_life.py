@@ -24,6 +24,7 @@ from dataclasses import asdict
 
 import container_options
 import pod_sandbox
+from certificates import make_certificates
 from pod_kubelet import Kubelet
 from quantity import in_bytes
 from render import SOURCE, named, render, server_pods
@@ -53,24 +54,6 @@ def make_network(hosts: dict[str, str], work: pathlib.Path) -> None:
     file = work / "hosts"
     file.write_text("".join(f"{address} {name}\n" for name, address in hosts.items()))
     pod_sandbox.mount("--bind", str(file), "/etc/hosts")
-
-
-def openssl(*arguments: str, cwd: pathlib.Path) -> None:
-    subprocess.run(["openssl", *arguments], check=True, capture_output=True, cwd=cwd)
-
-
-def make_certificates(names: list[str], uri: str, work: pathlib.Path) -> None:
-    """What cert-manager would put into the Secrets: work/server and work/client, each with tls.crt, tls.key and ca.crt."""
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-days", "2", "-subj", "/CN=authority", cwd=work)
-    for role, alternative in (("server", ",".join(f"DNS:{name}" for name in names)), ("client", f"URI:{uri}")):
-        directory = work / role
-        directory.mkdir()
-        (directory / "extensions").write_text(f"subjectAltName={alternative}\nextendedKeyUsage={role}Auth\n")
-        openssl("req", *key, "-keyout", "tls.key", "-out", "request", "-subj", "/", cwd=directory)
-        openssl("x509", "-req", "-in", "request", "-CA", "../ca.crt", "-CAkey", "../ca.key", "-CAcreateserial", "-days", "2",
-                "-extfile", "extensions", "-out", "tls.crt", cwd=directory)
-        (directory / "ca.crt").write_bytes((work / "ca.crt").read_bytes())
 
 
 class Pod:
@@ -127,8 +110,10 @@ class Pod:
         return re.search(rf"^{field}:\s*(\S+)", text, re.MULTILINE)[1]  # type: ignore[index]
 
     def metric(self, name: str) -> float:
+        """The sum over its labels."""
         with urllib.request.urlopen(f"http://{ADDRESS}:7412/metrics", timeout=30) as answer:
-            return float(re.search(rf"^{name} (\S+)", answer.read().decode(), re.MULTILINE)[1])  # type: ignore[index]
+            values = re.findall(rf"^{name}(?:{{.*}})? (\S+)", answer.read().decode(), re.MULTILINE)
+        return sum(map(float, values))
 
     def end(self) -> None:
         if self.runtime.poll() is None:
@@ -169,11 +154,13 @@ def check_served(pod: Pod, work: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def prompt(pod: Pod) -> Iterator[subprocess.Popen[str]]:
-    """A prompt of 8,192 tokens under way, whose client then stands still."""
-    command = [BIN / "structkv", "bench", "--tokens", "8192", "--layers", "8", "--prompts", "1", *pod.client_flags]
+    """A prompt of 24 layers of 8,192 tokens under way, whose client then stands still."""
+    before = pod.metric("structkv_layers_total")
+    command = [BIN / "structkv", "bench", "--tokens", "8192", "--layers", "24", "--prompts", "1", *pod.client_flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as client:
         try:
-            until("a prompt runs", lambda: pod.metric("structkv_sessions_active") == 1 or client.poll() is not None)
+            # A layer of it: what the client opens to ask for transports has none.
+            until("a prompt runs", lambda: pod.metric("structkv_layers_total") > before or client.poll() is not None)
             client.send_signal(signal.SIGSTOP)
             assert pod.metric("structkv_sessions_active") == 1, "the prompt was over before its client was held"
             yield client

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Replays a pod's life from the rendered manifest (pod_life.py). Needs root, for the namespaces that make a container. 77:
+# Replays a pod's life from the rendered manifest (pod_life.py), and a sidecar's beside its worker (pod_sidecar.py). Needs root, for the namespaces that make a container. 77:
 # skipped, the last line says why.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -7,4 +7,6 @@ cd "$(dirname "$0")/../.."
 tests/k8s/get_kubectl.sh || true
 [[ -x build/release/bin/structkv-server && -x build/release/bin/structkv ]] ||
   scripts/build release structkv-server structkv
-exec tests/k8s/k8s_test.sh "$PWD/build/release" "$PWD" "$(command -v python3)" --program pod_life.py
+for program in pod_life.py pod_sidecar.py; do
+  tests/k8s/k8s_test.sh "$PWD/build/release" "$PWD" "$(command -v python3)" --program "$program"
+done

@@ -13,16 +13,18 @@ from typing import Any
 
 import yaml
 
-SOURCE = pathlib.Path(os.environ["STRUCTKV_SOURCE"])
+SOURCE = pathlib.Path(__file__).resolve().parents[2]
 K8S = SOURCE / "k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
 COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir())
-# Those that change the StatefulSet, which a sidecar's pod is not.
-OF_THE_SET = {"certificate", "haproxy", "hpa", "keda", "tokens"}
+# Those that change or use the StatefulSet, which a sidecar's pod is not.
+OF_THE_SET = {"certificate", "first-prompt", "haproxy", "hpa", "keda", "tokens"}
 # Those that do the same.
-EITHER = {"hpa", "keda"}
+SCALERS = {"hpa", "keda"}
+# Those that do not go together: also a proxy, which is known by its certificate, with callers that show none.
+NEVER_BOTH = (SCALERS, {"haproxy", "tokens"})
 # What an overlay has already, or cannot have: the example has one server, whose clients show certificates.
-NOT_WITH = {"disaggregated": {"certificate", "tokens", *EITHER}, "sidecar": OF_THE_SET}
+NOT_WITH = {"disaggregated": {"certificate", "tokens", *SCALERS}, "sidecar": OF_THE_SET}
 
 Objects = tuple[dict[str, Any], ...]
 
@@ -35,7 +37,7 @@ def combinations(overlay: str) -> list[tuple[str, ...]]:
     """Every set of components that an overlay may have."""
     able = [component for component in COMPONENTS if fits(overlay, component)]
     sets = itertools.chain.from_iterable(itertools.combinations(able, n) for n in range(len(able) + 1))
-    return [each for each in sets if not EITHER <= set(each)]
+    return [each for each in sets if not any(both <= set(each) for both in NEVER_BOTH)]
 
 
 def few(overlay: str) -> list[tuple[str, ...]]:
@@ -90,7 +92,7 @@ def named(objects: Objects, kind: str, name: str) -> dict[str, Any]:
 
 
 def workloads(objects: Objects) -> list[dict[str, Any]]:
-    return of_kind(objects, "StatefulSet", "Deployment")
+    return of_kind(objects, "StatefulSet", "Deployment", "Job")
 
 
 def containers(workload: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ import yaml
 from render import SOURCE
 
 VERSION = "1.34"
+# It reads megabytes for each object otherwise.
+kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 _METADATA = {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"}}
 
 

@@ -93,6 +93,21 @@ def test_names_lead_somewhere(overlay: str, components: tuple[str, ...]) -> None
 
 
 @each_overlay
+def test_clients_are_let_in(overlay: str, components: tuple[str, ...]) -> None:
+    objects = render(overlay, components)
+    if overlay == "sidecar":
+        return
+    policy = named(objects, "NetworkPolicy", "structkv")["spec"]["ingress"][0]
+    label = policy["from"][0]["podSelector"]["matchLabels"]
+    assert policy["ports"] == [{"port": "grpc"}]
+    clients = [w for w in workloads(objects) if "structkv.structkv.svc" in json.dumps(pod(w)["containers"])]
+    for workload in clients:
+        labels = workload["spec"]["template"]["metadata"]["labels"]
+        assert labels_match(label, labels) or labels["app.kubernetes.io/name"] == "haproxy", workload["metadata"]["name"]
+    assert len(clients) == {"disaggregated": 4}.get(overlay, 2)
+
+
+@each_overlay
 def test_volumes_and_secrets_are_there(overlay: str, components: tuple[str, ...]) -> None:
     objects = render(overlay, components)
     secrets = {c["spec"]["secretName"] for c in of_kind(objects, "Certificate")} | BY_HAND
@@ -154,6 +169,8 @@ def test_certificates_have_the_names_that_are_asked_for(overlay: str, components
         if certificate in certificates:
             name = f"{service}.{named(objects, 'Service', service)['metadata']['namespace']}.svc"
             assert {name, f"{name}.cluster.local"} <= set(certificates[certificate]["dnsNames"])
+    for target in re.findall(r"dns:///([^:\"]+):7411", json.dumps(of_kind(objects, "Job"))):
+        assert target in certificates["structkv-server"]["dnsNames"]
     for workload in workloads(objects):
         for target in re.findall(r'"target": "([^":]+):7411"', json.dumps(workload).replace('\\"', '"')):
             pod_name, _, rest = target.partition(".")
@@ -224,5 +241,9 @@ def test_the_proxy_has_what_its_file_reads() -> None:
     own = ports(proxy)
     assert given["STRUCTKV_BIND"] == f":{own['grpc']}" and given["STRUCTKV_STATUS_BIND"] == f":{own['status']}"
     assert given["STRUCTKV_SERVICE"] in named(objects, "Certificate", "structkv-server")["spec"]["dnsNames"]
+    trusted = container_options.environment(server_pods(objects)[0][1])["STRUCTKV_PROXY_NAMES"]
+    assert trusted == named(objects, "Certificate", "structkv-proxy")["spec"]["dnsNames"][0]
+    # HAProxy reads no alternative names: a client without a common name would be nobody's.
+    assert named(objects, "Certificate", "structkv-client")["spec"]["commonName"]
     health = container["readinessProbe"]["httpGet"]["path"]
     assert f"monitor-uri {health}" in text

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import time
 import urllib.error
@@ -19,7 +20,8 @@ import pytest
 import yaml
 
 import container_options
-from render import K8S, OVERLAYS, SOURCE, few, fits, named, of_kind, render, server_pods
+from certificates import make_certificates
+from render import K8S, OVERLAYS, SOURCE, containers, few, fits, named, of_kind, render, server_pods
 
 BIN = pathlib.Path(os.environ["STRUCTKV_BIN"])
 SERVER = BIN / "structkv-server"
@@ -35,29 +37,47 @@ def flags(*command: str) -> set[str]:
     return set(re.findall(r"^  (?:-\w,)?(--[a-z-]+)", text, re.MULTILINE))
 
 
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Stands for a container's root: what its volumes would have."""
+    if not shutil.which("openssl"):
+        pytest.skip("there is no openssl")
+    root = tmp_path_factory.mktemp("root")
+    make_certificates(["structkv.structkv.svc"], "spiffe://cluster.local/client", root)
+    for directory in ("etc/structkv/tls", "etc/structkv/config", "etc/structkv/tokens", "run/structkv"):
+        (root / directory).mkdir(parents=True)
+    for file in ("tls.crt", "tls.key", "ca.crt"):
+        shutil.copy(root / "server" / file, root / "etc/structkv/tls")
+    (root / "etc/structkv/tokens/tokens").write_text("team-a 0123456789abcdef0123456789abcdef\n")
+    return root
+
+
 @each_case
-def test_options(overlay: str, components: tuple[str, ...], tmp_path: pathlib.Path) -> None:
+def test_options(overlay: str, components: tuple[str, ...], files: pathlib.Path) -> None:
     objects = render(overlay, components)
     known = flags(str(SERVER))
+
+    def placed(text: str) -> str:
+        return re.sub(r"/(etc|run)/structkv/", rf"{files}/\1/structkv/", text)
+
     for workload, container in server_pods(objects):
-        text = container_options.config_text(objects, workload)
+        text = placed(container_options.config_text(objects, workload))
         environment = container_options.environment(container)
-        arguments = container.get("args", [])
-        for argument in arguments:
+        for argument in container["args"]:
             assert not argument.startswith("-") or argument.partition("=")[0] in known
         for name in environment:
             assert "--" + name.removeprefix("STRUCTKV_").lower().replace("_", "-") in known, name
-        (tmp_path / "structkv.yaml").write_text(text)
-        arguments = [each.replace(container_options.CONFIG, str(tmp_path / "structkv.yaml")) for each in arguments]
-        assert any(str(tmp_path) in each for each in arguments), "the file is not the one that is mounted"
-        command = [str(SERVER), *arguments, "--check-config"]
+        config = pathlib.Path(placed(container_options.CONFIG))
+        config.write_text(text)
+        command = [str(SERVER), *(placed(argument) for argument in container["args"]), "--check-config"]
+        assert any(str(config) in each for each in command), "the file is not the one that is mounted"
         # Where the kernels were not built the server knows no backend cuda.
         if environment.get("STRUCTKV_BACKEND") == "cuda" and "cuda" not in known_backends():
             environment["STRUCTKV_BACKEND"] = "auto"
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         # And it would say so if one were unknown.
-        (tmp_path / "structkv.yaml").write_text(text + "structkv-typo: 1\n")
+        config.write_text(text + "structkv-typo: 1\n")
         assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode != 0
 
 
@@ -80,12 +100,21 @@ def test_ports(overlay: str, components: tuple[str, ...]) -> None:
         assert ports.get("grpc") == port_of(options["listen"])
 
 
-def test_the_worker_in_place_of_yours() -> None:
-    worker = named(render("sidecar"), "Deployment", "prefill-worker")["spec"]["template"]["spec"]["containers"][0]
-    command, *arguments = worker["args"]
-    assert {argument.partition("=")[0] for argument in arguments} <= flags(str(CLIENT), command)
-    done = subprocess.run([CLIENT, command, *arguments, "--geometry=tiny-llama", "--bytes"], capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
+def commands() -> list[list[str]]:
+    """Of containers that run the command `structkv`."""
+    found = [c for o in (*render("sidecar"), *render("cpu", ("certificate", "first-prompt")))
+             if o["kind"] in ("Deployment", "Job") for c in containers(o)]
+    return [container["args"] for container in found if container.get("command") == ["/usr/bin/structkv"]]
+
+
+def test_clients_flags() -> None:
+    assert len(commands()) == 2
+    for command, *arguments in commands():
+        assert {argument.partition("=")[0] for argument in arguments} <= flags(str(CLIENT), command)
+        # Measures nothing, and needs no server and no certificate.
+        plain = [argument for argument in arguments if not argument.startswith("--tls")]
+        done = subprocess.run([CLIENT, command, *plain, "--bytes"], capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 @contextlib.contextmanager

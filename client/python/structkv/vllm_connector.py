@@ -58,9 +58,9 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
     leaves them in the service; the decode instance (kv_consumer) loads them. One instance may be
     both.
 
-    kv_connector_extra_config: `target` (required), `tls_authorities`, `tls_certificate`, `tls_key` and
-    `token_file` (paths), `lease` of held prompts and `timeout` in seconds; of a producer `method`, `kv_budget` and other parameters of the method, as in
-    structkv.hf.
+    kv_connector_extra_config: `target` (required), `tls_authorities`, `tls_certificate`, `tls_key`
+    and `token_file` (paths), `lease` of held prompts and `timeout` in seconds; of a producer
+    `method`, `kv_budget` and other parameters of the method, as in structkv.hf.
 
     ValueError, when vLLM starts, for what is not supported: more than one rank, MLA, sliding
     windows, quantised caches, several groups of cache layers, kv_load_failure_policy "recompute".
