@@ -6,6 +6,7 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -16,7 +17,10 @@
 #include "grpc/support/log.h"
 #include "service/admin/admin.h"
 #include "service/admin/telemetry.h"
+#include "service/build_info.h"
+#include "service/check_config.h"
 #include "service/config.h"
+#include "service/live_config.h"
 #include "service/rpc/log.h"
 #include "service/rpc/version.h"
 #include "service/serve_loop.h"
@@ -35,12 +39,14 @@ void TuneMalloc() {
   mallopt(M_ARENA_MAX, 1);
 }
 
-// SIGTERM and SIGINT wait to be fetched, in this thread and all that it starts. SIGPIPE is ignored.
+// SIGTERM, SIGINT and SIGHUP wait to be fetched, in this thread and all that it starts. SIGPIPE is
+// ignored.
 sigset_t BlockSignals() {
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGHUP);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   // A reader of the log that goes away costs lines of the log, not the server.
   std::signal(SIGPIPE, SIG_IGN);
@@ -61,9 +67,10 @@ int Refuse(const absl::Status& status) {
   return 1;
 }
 
-int Serve(Config config) {
+int Serve(Config config, const std::function<std::variant<Config, EarlyExit>()>& parse) {
   auto log = std::make_shared<rpc::Log>(config.log_format);
-  if (config.log_sessions) config.server.log = log;
+  log->SetSessions(config.log_sessions);
+  config.server.log = log;
   config.server.warnings = log;
   const sigset_t signals = BlockSignals();
   // gRPC's own lines about an address would come on top of ours.
@@ -72,7 +79,7 @@ int Serve(Config config) {
   const std::string nccl_library = config.server.nccl.library;
   admin::Telemetry telemetry;
   if (!config.admin.address.empty()) config.server.observer = &telemetry;
-  absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(std::move(config.server));
+  absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(config.server);
   if (!server.ok()) return Refuse(server.status());
   std::unique_ptr<admin::Admin> admin;
   if (!config.admin.address.empty()) {
@@ -84,9 +91,11 @@ int Serve(Config config) {
   const std::string nccl = (*server)->nccl_status().ok() ? nccl_library : "";
   const std::string addresses = absl::StrJoin((*server)->addresses(), ",");
   const std::string admin_address = admin == nullptr ? "" : admin->address();
+  const std::string revision = BuildRevision();
   log->Write("ready", {{"listen", addresses},
                        {"admin", admin_address},
                        {"version", rpc::kVersion},
+                       {"revision", revision},
                        {"backend", sessions.backend().name()},
                        {"device", sessions.backend().device()},
                        {"backend_reason", (*server)->backend_reason()},
@@ -95,7 +104,12 @@ int Serve(Config config) {
                        {"region_socket", region_socket},
                        {"nccl", nccl}});
 
-  const ServeEnd end = ServeUntilEnd(server->get(), signals, config.drain_limit, log.get());
+  LiveConfig live(std::move(config), parse, server->get(), log.get());
+  const ServeEnd end = ServeUntilEnd(server->get(), signals,
+                                     {.drain_limit = [&] { return live.drain_limit(); },
+                                      .reload = [&] { live.Reload(); },
+                                      .look = [&] { live.Look(); }},
+                                     log.get());
   if (end.at_once) std::_Exit(end.exit_code);
   return end.exit_code;
 }
@@ -108,11 +122,12 @@ int Main(int argc, const char* const* argv) {
   }
   auto& config = std::get<Config>(parsed);
   if (config.check_only) {
-    if (absl::Status valid = CheckOptions(config.server); !valid.ok()) return Refuse(valid);
-    std::puts("structkv-server: the options are valid");
+    const absl::StatusOr<std::string> checked = CheckConfig(config);
+    if (!checked.ok()) return Refuse(checked.status());
+    std::fputs(checked->c_str(), stdout);
     return 0;
   }
-  return Serve(std::move(config));
+  return Serve(std::move(config), [=] { return ParseConfig(argc, argv); });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <sys/socket.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <limits>
@@ -21,7 +22,9 @@
 #include "grpcpp/server_builder.h"
 #include "grpcpp/server_posix.h"
 #include "kernels/backend_registry.h"
+#include "service/live.h"
 #include "service/rpc/compression_service.h"
+#include "service/rpc/connection_listener.h"
 #include "service/rpc/held_caches_service.h"
 #include "service/rpc/region_service.h"
 #include "service/rpc/stream_set.h"
@@ -35,6 +38,8 @@ namespace {
 
 constexpr char kServiceName[] = "structkv.v1.Compression";
 constexpr int kMaxMetadataBytes = 16 << 10;
+// Pings that come too early, before the connection is closed.
+constexpr int kMaxPingStrikes = 2;
 // How long streams may take to notice a shutdown before gRPC cuts them off.
 constexpr absl::Duration kShutdownLimit = absl::Seconds(1);
 
@@ -85,7 +90,12 @@ absl::Status CheckOptions(const ServerOptions& options) {
     return absl::InvalidArgumentError(
         "client-names needs client-authorities: no certificate is asked for without them");
   }
+  if (!options.identity.proxy_names.empty() && options.tls.client_authorities.empty()) {
+    return absl::InvalidArgumentError(
+        "proxy-names needs client-authorities: no certificate is asked for without them");
+  }
   for (const std::string& address : options.listen) {
+    if (absl::Status status = rpc::CheckListenAddress(address); !status.ok()) return status;
     if (options.tls.enabled() || options.insecure || rpc::IsLocalAddress(address)) continue;
     return absl::InvalidArgumentError(
         absl::StrCat("listen is ", address,
@@ -155,9 +165,18 @@ void SetLimits(const ServerOptions& options, grpc::ServerBuilder* builder) {
                               Millis(options.handshake_limit));
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, Millis(options.keepalive_interval));
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, Millis(options.keepalive_timeout));
+  if (options.connection_age > absl::ZeroDuration()) {
+    builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_MS, Millis(options.connection_age));
+    builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS,
+                                Millis(options.streams.session));
+  }
+  if (options.connection_idle > absl::ZeroDuration()) {
+    builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, Millis(options.connection_idle));
+  }
   // Clients may ask too, but not more often than this.
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5000);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder->AddChannelArgument(GRPC_ARG_HTTP2_MAX_PING_STRIKES, kMaxPingStrikes);
   // Reflection alone uses the synchronous API's threads.
   builder->SetSyncServerOption(grpc::ServerBuilder::SyncServerOption::NUM_CQS, 1);
   builder->SetSyncServerOption(grpc::ServerBuilder::SyncServerOption::MIN_POLLERS, 1);
@@ -182,6 +201,7 @@ class Server::Impl {
         options_(WithTransports(std::move(options), regions_, nccl_.get(), *backend.backend)),
         backend_reason_(std::move(backend.reason)),
         sessions_(options_.sessions, std::move(backend.backend)),
+        limits_(options_.streams),
         streams_(TickFor(options_.streams), [this] { sessions_.held_caches().DropExpired(); }),
         service_(Shared()),
         held_caches_service_(Shared()),
@@ -190,7 +210,7 @@ class Server::Impl {
   ~Impl() { Shutdown(); }
 
   rpc::StreamShared Shared() {
-    return {.limits = options_.streams,
+    return {.limits = limits_,
             .sessions = &sessions_,
             .streams = &streams_,
             .identity = identity_.get(),
@@ -217,7 +237,15 @@ class Server::Impl {
       tls = *std::move(made);
     }
     std::vector<int> ports(options_.listen.size(), 0);
+    std::vector<rpc::ConnectionListener::Place> places;
     for (size_t i = 0; i < ports.size(); ++i) {
+      if (options_.max_connections > 0 && !rpc::IsUnixAddress(options_.listen[i])) {
+        auto acceptor = builder.experimental().AddExternalConnectionAcceptor(
+            grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
+            tls == nullptr ? grpc::InsecureServerCredentials() : tls);
+        places.push_back({options_.listen[i], std::move(acceptor)});
+        continue;
+      }
       if (UnixSocketInUse(options_.listen[i])) {
         return absl::UnavailableError(
             absl::StrCat("cannot listen on ", options_.listen[i], ": another server does"));
@@ -230,9 +258,18 @@ class Server::Impl {
     builder.RegisterService(&held_caches_service_);
     builder.RegisterService(&region_service_);
     if (nccl_ != nullptr) builder.RegisterService(&nccl_->service());
+    if (!places.empty()) {
+      auto listener = rpc::ConnectionListener::Bind(std::move(places), options_.max_connections,
+                                                    options_.keepalive_timeout, options_.warnings);
+      if (!listener.ok()) return listener.status();
+      listener_ = *std::move(listener);
+    }
     server_ = builder.BuildAndStart();
+    size_t bound = 0;
     for (size_t i = 0; i < ports.size(); ++i) {
-      if (server_ != nullptr && ports[i] > 0) continue;
+      if (options_.max_connections > 0 && !rpc::IsUnixAddress(options_.listen[i])) {
+        ports[i] = listener_->ports()[bound++];
+      }
       if (ports[i] > 0) continue;
       return absl::UnavailableError(absl::StrCat(
           "cannot listen on ", options_.listen[i],
@@ -243,17 +280,47 @@ class Server::Impl {
       addresses_.push_back(BoundAddress(options_.listen[i], ports[i]));
       if (port_ == 0 && !rpc::IsUnixAddress(options_.listen[i])) port_ = ports[i];
     }
+    if (listener_ != nullptr) listener_->Start();
     server_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
     return absl::OkStatus();
   }
 
-  bool Drain(absl::Duration limit) {
-    const absl::Time end = absl::Now() + limit;
+  absl::Status Reload(const ServerOptions& next) {
+    if (absl::Status status = CheckOptions(next); !status.ok()) return status;
+    absl::Status status =
+        identity_->Reload(next.identity.certificate_names, next.identity.proxy_names);
+    if (!status.ok()) return status;
+    sessions_.SetLimits(session::LimitsOf(next.sessions));
+    rpc::StreamLimits limits = next.streams;
+    limits.max_message_bytes = options_.streams.max_message_bytes;
+    limits_.Set(limits);
+    return absl::OkStatus();
+  }
+
+  absl::Duration DrainLeft() const {
+    return std::max(absl::ZeroDuration(), absl::Nanoseconds(drain_end_ - rpc::SteadyNanos()));
+  }
+
+  std::optional<DrainProgress> Progress() const {
+    if (drain_end_ == 0) return std::nullopt;
+    return DrainProgress{.streams = streams_.size(),
+                         .prompts = sessions_.active_sessions(),
+                         .nccl_pairs = nccl_ == nullptr ? 0 : nccl_->stats().pairs,
+                         .held_caches = sessions_.held_caches().count(),
+                         .left = DrainLeft()};
+  }
+
+  bool Drain(absl::Duration limit, const std::function<void(const DrainProgress&)>& tell) {
+    drain_end_ = rpc::SteadyNanos() + absl::ToInt64Nanoseconds(std::min(limit, absl::Hours(10000)));
     server_->GetHealthCheckService()->SetServingStatus(false);
     sessions_.StartDraining();
     if (nccl_ != nullptr) nccl_->StopAttaching(absl::UnavailableError("the server is draining"));
-    const bool finished = streams_.WaitUntilEmpty(end - absl::Now());
-    if (finished && nccl_ != nullptr) nccl_->WaitUntilSettled(end);
+    bool finished = false;
+    do {
+      if (tell) tell(*Progress());
+      finished = streams_.WaitUntilEmpty(std::min(absl::Seconds(1), DrainLeft()));
+    } while (!finished && DrainLeft() > absl::ZeroDuration());
+    if (finished && nccl_ != nullptr) nccl_->WaitUntilSettled(absl::Now() + DrainLeft());
     Shutdown();
     return finished;
   }
@@ -273,6 +340,7 @@ class Server::Impl {
       shut_down_ = true;
     }
     sessions_.StartDraining();
+    if (listener_ != nullptr) listener_->Stop();
     const absl::Status why = absl::UnavailableError("the server is shutting down");
     if (nccl_ != nullptr) nccl_->EndAll(why);
     streams_.EndAll(why);
@@ -289,16 +357,19 @@ class Server::Impl {
   const ServerOptions options_;
   const std::string backend_reason_;
   session::SessionManager sessions_;
+  Live<rpc::StreamLimits> limits_;
   rpc::StreamSet streams_;
   rpc::CompressionService service_;
   rpc::HeldCachesService held_caches_service_;
   rpc::RegionService region_service_;
   std::unique_ptr<rpc::RegionHost> region_host_;
+  std::unique_ptr<rpc::ConnectionListener> listener_;  // null: gRPC listens itself
   std::unique_ptr<grpc::Server> server_;
   std::vector<std::string> addresses_;
   int port_ = 0;
   absl::Mutex mutex_;
   bool shut_down_ ABSL_GUARDED_BY(mutex_) = false;
+  std::atomic<int64_t> drain_end_{0};  // of SteadyNanos(); 0: it does not drain
 };
 
 Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -394,7 +465,17 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> Server::PrivateChannel(
   return grpc::CreateCustomInsecureChannelFromFd("structkv", ends[1], arguments);
 }
 
-bool Server::Drain(absl::Duration limit) { return impl_->Drain(limit); }
+absl::Status Server::Reload(const ServerOptions& next) { return impl_->Reload(next); }
+int64_t Server::connections() const {
+  return impl_->listener_ == nullptr ? 0 : impl_->listener_->connections();
+}
+int64_t Server::connections_refused() const {
+  return impl_->listener_ == nullptr ? 0 : impl_->listener_->refused();
+}
+bool Server::Drain(absl::Duration limit, const std::function<void(const DrainProgress&)>& tell) {
+  return impl_->Drain(limit, tell);
+}
+std::optional<DrainProgress> Server::drain_progress() const { return impl_->Progress(); }
 void Server::FailAll(const absl::Status& status, absl::Duration limit) {
   impl_->FailAll(status, limit);
 }

@@ -12,6 +12,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "service/live.h"
 #include "service/rpc/identity.h"
 #include "service/rpc/log.h"
 #include "service/rpc/open_decoder.h"
@@ -45,7 +46,7 @@ inline constexpr uint32_t kMaxBatchPrompts = 1024;
 
 // What streams share; outlives them.
 struct StreamShared {
-  StreamLimits limits;
+  Live<StreamLimits> limits;
   session::SessionManager* sessions = nullptr;
   StreamSet* streams = nullptr;
   Identity* identity = nullptr;
