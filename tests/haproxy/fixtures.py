@@ -179,8 +179,11 @@ class Cluster:
             text = urllib.request.urlopen(f"http://127.0.0.1:{self.status_port}/metrics", timeout=5).read().decode()
         except OSError:
             return -1
-        lines = [l for l in text.splitlines() if l.startswith("haproxy_server_status{") and 'proxy="servers"' in l]
-        return sum(1 for l in lines if 'state="UP"' in l and l.endswith(" 1"))
+        def servers(metric, state):
+            return {l.split('server="')[1].split('"')[0] for l in text.splitlines()
+                    if l.startswith(metric + "{") and 'proxy="servers"' in l and f'state="{state}"' in l
+                    and l.endswith(" 1")}
+        return len(servers("haproxy_server_status", "UP") & servers("haproxy_server_check_status", "L7OK"))
 
     def wait_up(self, *hosts):
         self.set_addresses(*hosts)
