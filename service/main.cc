@@ -67,12 +67,12 @@ int Refuse(const absl::Status& status) {
   return 1;
 }
 
-int Serve(Config config, const std::function<std::variant<Config, EarlyExit>()>& parse) {
+int Serve(Config config, const sigset_t& signals,
+          const std::function<std::variant<Config, EarlyExit>()>& parse) {
   auto log = std::make_shared<rpc::Log>(config.log_format);
   log->SetSessions(config.log_sessions);
   config.server.log = log;
   config.server.warnings = log;
-  const sigset_t signals = BlockSignals();
   // gRPC's own lines about an address would come on top of ours.
   gpr_set_log_verbosity(static_cast<gpr_log_severity>(GPR_LOG_SEVERITY_ERROR + 1));
   const std::string region_socket = config.server.regions.socket.path;
@@ -114,7 +114,7 @@ int Serve(Config config, const std::function<std::variant<Config, EarlyExit>()>&
   return end.exit_code;
 }
 
-int Main(int argc, const char* const* argv) {
+int Main(int argc, const char* const* argv, const sigset_t& signals) {
   std::variant<Config, EarlyExit> parsed = ParseConfig(argc, argv);
   if (const auto* early = std::get_if<EarlyExit>(&parsed)) {
     std::fputs(early->text.c_str(), early->exit_code == 0 ? stdout : stderr);
@@ -127,7 +127,7 @@ int Main(int argc, const char* const* argv) {
     std::fputs(checked->c_str(), stdout);
     return 0;
   }
-  return Serve(std::move(config), [=] { return ParseConfig(argc, argv); });
+  return Serve(std::move(config), signals, [=] { return ParseConfig(argc, argv); });
 }
 
 }  // namespace
@@ -136,6 +136,9 @@ int Main(int argc, const char* const* argv) {
 int main(int argc, char** argv) {
   structkv::TuneMalloc();
   structkv::RaiseFileLimit();
+  // Before any other thread is there, gRPC's too: a signal would end the process by way of one that
+  // does not block it.
+  const sigset_t signals = structkv::BlockSignals();
   grpc_init();  // once more than gRPC does itself: its last shutdown could hang at exit
-  return structkv::Main(argc, argv);
+  return structkv::Main(argc, argv, signals);
 }

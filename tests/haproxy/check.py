@@ -42,9 +42,9 @@ def check_identities(cluster, _):
     handle = json.loads(held.stdout)["handle"]
     out = cluster.folder / "fetched"
     for claim in ([], ["--tenant", "prefill"]):
-        foreign = cluster.run("fetch", handle, "--out", out, *claim, client="decode")
-        assert foreign.returncode != 0 and "no such cache is held" in foreign.stderr, foreign
-    own = cluster.run("fetch", handle, "--out", out)
+        foreign = cluster.run("fetch", handle, "--to", out, *claim, client="decode")
+        assert foreign.returncode != 0 and "no such cache is held" in foreign.stderr, foreign.stderr
+    own = cluster.run("fetch", handle, "--to", out)
     assert own.returncode == 0, own.stderr
     for client in ("stranger",):
         refused = compress(cluster, out, client=client)
