@@ -16,6 +16,7 @@
 #include "kernels/backend_registry.h"
 #include "service/build_info.h"
 #include "service/config_names.h"
+#include "service/file_version.h"
 #include "service/units.h"
 #include "service/yaml_config.h"
 
@@ -392,6 +393,7 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
   schema.Finish();
   config.values = schema.Values();
   config.file = app["--config"]->empty() ? "" : app["--config"]->as<std::string>();
+  config.file_version = FileVersion(config.file);
   if (config.admin.address == kOff) config.admin.address.clear();
   return config;
 }

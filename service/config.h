@@ -29,6 +29,8 @@ struct Config {
 
   // The file that was read; empty: none was.
   std::string file;
+  // Of FileVersion(), when it was read.
+  std::string file_version;
   // Every option's value, whichever way it came, in one form.
   std::map<std::string, std::string> values;
 };

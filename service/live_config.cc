@@ -32,7 +32,7 @@ LiveConfig::LiveConfig(Config config, std::function<std::variant<Config, EarlyEx
       parse_(std::move(parse)),
       server_(server),
       log_(log),
-      version_(FileVersion(config_.file)) {}
+      version_(config_.file_version) {}
 
 void LiveConfig::Reload() {
   version_ = FileVersion(config_.file);
