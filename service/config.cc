@@ -112,7 +112,6 @@ class Schema {
   }
 
   const std::vector<std::string>& names() const { return names_; }
-
   // What every option has after parsing, however it was written, or not written at all.
   std::map<std::string, std::string> Values() const {
     std::map<std::string, std::string> values;
