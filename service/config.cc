@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <set>
 #include <sstream>
@@ -13,7 +14,9 @@
 #include "CLI/CLI.hpp"
 #include "absl/strings/str_join.h"
 #include "kernels/backend_registry.h"
-#include "service/rpc/version.h"
+#include "service/build_info.h"
+#include "service/config_names.h"
+#include "service/file_version.h"
 #include "service/trace/http_url.h"
 #include "service/units.h"
 #include "service/yaml_config.h"
@@ -27,12 +30,9 @@ constexpr int64_t kTiB = int64_t{1} << 40;
 constexpr char kOff[] = "off";
 constexpr int64_t kDayMillis = int64_t{24} * 3600 * 1000;
 
-// "--memory-budget" -> "STRUCTKV_MEMORY_BUDGET".
-std::string EnvironmentName(const std::string& name) {
-  std::string result = "STRUCTKV_";
-  for (char c : name) result += c == '-' ? '_' : static_cast<char>(std::toupper(c));
-  return result;
-}
+std::string Text(const std::string& value) { return value; }
+std::string Text(const std::vector<std::string>& value) { return absl::StrJoin(value, ","); }
+std::string Text(int64_t value) { return std::to_string(value); }
 
 using Parser = std::optional<int64_t> (*)(std::string_view);
 using Formatter = std::string (*)(int64_t);
@@ -58,12 +58,14 @@ class Schema {
 
   CLI::Option* Named(CLI::Option* option, const std::string& name, const char* group) {
     names_.push_back(name);
+    if (MayChange(name)) option->description(option->get_description() + " (reload)");
     return option->envname(EnvironmentName(name))->group(group);
   }
 
   template <typename T>
   CLI::Option* Add(const char* group, const std::string& name, T* value, const std::string& help) {
     CLI::Option* option = app_->add_option("--" + name, *value, help)->capture_default_str();
+    values_[name] = [value] { return Text(*value); };
     return Named(option, name, group);
   }
 
@@ -86,7 +88,7 @@ class Schema {
   // The duration is set by Finish.
   void Millis(const char* group, const std::string& name, absl::Duration* value, int64_t min,
               int64_t max, const std::string& help) {
-    auto millis = std::make_shared<int64_t>(absl::ToInt64Milliseconds(*value));
+    const auto millis = std::make_shared<int64_t>(absl::ToInt64Milliseconds(*value));
     Add(group, name, millis.get(), help)
         ->transform(Unit(ParseMillis, FormatMillis, "duration; write for instance 30s", min, max))
         ->default_str(FormatMillis(*millis))
@@ -111,10 +113,17 @@ class Schema {
   }
 
   const std::vector<std::string>& names() const { return names_; }
+  // What every option has after parsing, however it was written, or not written at all.
+  std::map<std::string, std::string> Values() const {
+    std::map<std::string, std::string> values;
+    for (const auto& [name, text] : values_) values[name] = text();
+    return values;
+  }
 
  private:
   CLI::App* const app_;
   std::vector<std::string> names_;
+  std::map<std::string, std::function<std::string()>> values_;
   std::vector<std::function<void()>> finish_;
 };
 
@@ -139,6 +148,14 @@ void AddNetwork(Schema* schema, Config* config) {
                 kGiB, "Longest message in either direction");
   schema->Number(kGroup, "max-streams-per-connection", &server.max_streams_per_connection, 1,
                  1 << 20, "Streams at once on one connection");
+  schema->Number(kGroup, "max-connections", &server.max_connections, 0, 1 << 20,
+                 "Connections at once to all addresses together, beyond which new ones are closed "
+                 "unread; 0: as many as there are descriptors");
+  schema->Millis(kGroup, "connection-age", &server.connection_age, 0, 7 * kDayMillis,
+                 "A client is asked to connect anew after about this time, so that it finds other "
+                 "replicas; its streams go on for up to session-limit; 0: never");
+  schema->Millis(kGroup, "connection-idle", &server.connection_idle, 0, 7 * kDayMillis,
+                 "A connection without streams is closed after this; 0: never");
   schema->Millis(kGroup, "handshake-limit", &server.handshake_limit, 100, kDayMillis,
                  "A connection without a finished handshake is closed after this");
   schema->Millis(kGroup, "keepalive-interval", &server.keepalive_interval, 1000, kDayMillis,
@@ -168,6 +185,12 @@ void AddSecurity(Schema* schema, Config* config) {
   file("token-file", &server.identity.token_file,
        "Lines `TENANT TOKEN`: calls without a client's certificate must have one of the tokens, as "
        "`authorization: Bearer TOKEN`; read again when it changes");
+  schema
+      ->Add(kGroup, "proxy-names", &server.identity.proxy_names,
+            "Patterns of the names of proxies' certificates: a proxy says whose call it passes on, "
+            "as metadata structkv-tenant; none: a proxy is a client as any other; may be repeated")
+      ->delimiter(',')
+      ->option_text("PATTERN ...");
   schema
       ->Add(kGroup, "insecure", &server.insecure,
             "Allow addresses that other hosts reach without TLS")
@@ -301,6 +324,13 @@ void AddTraces(Schema* schema, Config* config) {
       ->option_text("SHARE [1]");
 }
 
+void AddReload(Schema* schema, Config* config) {
+  schema
+      ->Add("Files", "watch-config", &config->watch,
+            "Read the --config file again whenever it changes, as SIGHUP does")
+      ->option_text("BOOL [false]");
+}
+
 // The options that the environment sets.
 std::set<std::string> FromEnvironment(const std::vector<std::string>& names) {
   std::set<std::string> found;
@@ -335,9 +365,10 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
   CLI::App app(
       "StructKV server: compresses KV caches. Options come from flags, then from the "
       "environment (STRUCTKV_MEMORY_BUDGET for --memory-budget), then from the file. Defaults "
-      "stand in brackets; a SIZE is for instance 512MiB, a DURATION 30s.",
+      "stand in brackets; a SIZE is for instance 512MiB, a DURATION 30s. The file's options with "
+      "(reload) may change while the server runs: SIGHUP has it read again.",
       "structkv-server");
-  app.set_version_flag("--version", std::string("structkv-server ") + rpc::kVersion);
+  app.set_version_flag("--version", BuildInfo());
   // CLI11 reads the file before it looks at the environment, so the variable is looked up here.
   const char* path = std::getenv("STRUCTKV_CONFIG");  // NOLINT(concurrency-mt-unsafe)
   const std::string file = path == nullptr ? "" : path;
@@ -356,10 +387,19 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
   AddLimits(&schema, &config);
   AddLog(&schema, &config);
   AddTraces(&schema, &config);
+  AddReload(&schema, &config);
   const auto yaml = std::make_shared<YamlConfig>(schema.names(), FromEnvironment(schema.names()));
   app.config_formatter(yaml);
+  std::vector<std::string> others = schema.names();
+  others.insert(others.end(), {"config", "check-config"});
+  if (const std::string unknown = UnknownInEnvironment(others); !unknown.empty()) {
+    return EarlyExit{2, "structkv-server: " + unknown + "\n"};
+  }
   try {
     app.parse(argc, argv);
+  } catch (const CLI::ExtrasError& error) {
+    others.insert(others.end(), {"help", "version"});
+    return EarlyExit{2, "structkv-server: " + UnknownFlag(argc, argv, error.what(), others) + "\n"};
   } catch (const CLI::ParseError& error) {
     std::ostringstream out;
     std::ostringstream errors;
@@ -371,6 +411,9 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
     return EarlyExit{2, "structkv-server: " + where + error.what() + "\n"};
   }
   schema.Finish();
+  config.values = schema.Values();
+  config.file = app["--config"]->empty() ? "" : app["--config"]->as<std::string>();
+  config.file_version = FileVersion(config.file);
   if (config.admin.address == kOff) config.admin.address.clear();
   if (!config.otlp_endpoint.empty()) config.server.trace_ratio = config.otlp_sample_ratio;
   return config;

@@ -3,6 +3,7 @@
 // `memory-budget: 8GiB` mean the same.
 #pragma once
 
+#include <map>
 #include <string>
 #include <variant>
 
@@ -25,8 +26,17 @@ struct Config {
   absl::Duration drain_limit = absl::Seconds(30);
   rpc::LogFormat log_format = rpc::LogFormat::kText;
   bool log_sessions = true;
+  // Read the file again when it changes.
+  bool watch = false;
   // Validate the options and exit.
   bool check_only = false;
+
+  // The file that was read; empty: none was.
+  std::string file;
+  // Of FileVersion(), when it was read.
+  std::string file_version;
+  // Every option's value, whichever way it came, in one form.
+  std::map<std::string, std::string> values;
 };
 
 // What to do in place of serving: print `text`, to standard output where `exit_code` is 0, and

@@ -8,6 +8,7 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -18,7 +19,10 @@
 #include "grpc/support/log.h"
 #include "service/admin/admin.h"
 #include "service/admin/telemetry.h"
+#include "service/build_info.h"
+#include "service/check_config.h"
 #include "service/config.h"
+#include "service/live_config.h"
 #include "service/rpc/log.h"
 #include "service/rpc/version.h"
 #include "service/serve_loop.h"
@@ -38,12 +42,14 @@ void TuneMalloc() {
   mallopt(M_ARENA_MAX, 1);
 }
 
-// SIGTERM and SIGINT wait to be fetched, in this thread and all that it starts. SIGPIPE is ignored.
+// SIGTERM, SIGINT and SIGHUP wait to be fetched, in this thread and all that it starts. SIGPIPE is
+// ignored.
 sigset_t BlockSignals() {
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGHUP);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   // A reader of the log that goes away costs lines of the log, not the server.
   std::signal(SIGPIPE, SIG_IGN);
@@ -74,11 +80,12 @@ absl::StatusOr<std::unique_ptr<trace::OtlpExporter>> StartExporter(
   return trace::OtlpExporter::Start(std::move(options));
 }
 
-int Serve(Config config) {
+int Serve(Config config, const sigset_t& signals,
+          const std::function<std::variant<Config, EarlyExit>()>& parse) {
   auto log = std::make_shared<rpc::Log>(config.log_format);
-  if (config.log_sessions) config.server.log = log;
+  log->SetSessions(config.log_sessions);
+  config.server.log = log;
   config.server.warnings = log;
-  const sigset_t signals = BlockSignals();
   // gRPC's own lines about an address would come on top of ours.
   gpr_set_log_verbosity(static_cast<gpr_log_severity>(GPR_LOG_SEVERITY_ERROR + 1));
   const std::string region_socket = config.server.regions.socket.path;
@@ -92,7 +99,7 @@ int Serve(Config config) {
   admin::Telemetry telemetry(exporter.get());
   if (!config.admin.address.empty() || exporter != nullptr) config.server.observer = &telemetry;
   const std::string otlp_endpoint = config.otlp_endpoint;
-  absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(std::move(config.server));
+  absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(config.server);
   if (!server.ok()) return Refuse(server.status());
   std::unique_ptr<admin::Admin> admin;
   if (!config.admin.address.empty()) {
@@ -104,9 +111,11 @@ int Serve(Config config) {
   const std::string nccl = (*server)->nccl_status().ok() ? nccl_library : "";
   const std::string addresses = absl::StrJoin((*server)->addresses(), ",");
   const std::string admin_address = admin == nullptr ? "" : admin->address();
+  const std::string revision = BuildRevision();
   log->Write("ready", {{"listen", addresses},
                        {"admin", admin_address},
                        {"version", rpc::kVersion},
+                       {"revision", revision},
                        {"backend", sessions.backend().name()},
                        {"device", sessions.backend().device()},
                        {"backend_reason", (*server)->backend_reason()},
@@ -116,12 +125,17 @@ int Serve(Config config) {
                        {"nccl", nccl},
                        {"otlp", otlp_endpoint}});
 
-  const ServeEnd end = ServeUntilEnd(server->get(), signals, config.drain_limit, log.get());
+  LiveConfig live(std::move(config), parse, server->get(), log.get());
+  const ServeEnd end = ServeUntilEnd(server->get(), signals,
+                                     {.drain_limit = [&] { return live.drain_limit(); },
+                                      .reload = [&] { live.Reload(); },
+                                      .look = [&] { live.Look(); }},
+                                     log.get());
   if (end.at_once) std::_Exit(end.exit_code);
   return end.exit_code;
 }
 
-int Main(int argc, const char* const* argv) {
+int Main(int argc, const char* const* argv, const sigset_t& signals) {
   std::variant<Config, EarlyExit> parsed = ParseConfig(argc, argv);
   if (const auto* early = std::get_if<EarlyExit>(&parsed)) {
     std::fputs(early->text.c_str(), early->exit_code == 0 ? stdout : stderr);
@@ -129,11 +143,12 @@ int Main(int argc, const char* const* argv) {
   }
   auto& config = std::get<Config>(parsed);
   if (config.check_only) {
-    if (absl::Status valid = CheckOptions(config.server); !valid.ok()) return Refuse(valid);
-    std::puts("structkv-server: the options are valid");
+    const absl::StatusOr<std::string> checked = CheckConfig(config);
+    if (!checked.ok()) return Refuse(checked.status());
+    std::fputs(checked->c_str(), stdout);
     return 0;
   }
-  return Serve(std::move(config));
+  return Serve(std::move(config), signals, [=] { return ParseConfig(argc, argv); });
 }
 
 }  // namespace
@@ -142,6 +157,9 @@ int Main(int argc, const char* const* argv) {
 int main(int argc, char** argv) {
   structkv::TuneMalloc();
   structkv::RaiseFileLimit();
+  // Before any other thread is there, gRPC's too: a signal would end the process by way of one that
+  // does not block it.
+  const sigset_t signals = structkv::BlockSignals();
   grpc_init();  // once more than gRPC does itself: its last shutdown could hang at exit
-  return structkv::Main(argc, argv);
+  return structkv::Main(argc, argv, signals);
 }

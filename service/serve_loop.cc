@@ -4,6 +4,7 @@
 
 #include <ctime>
 #include <string>
+#include <utility>
 
 #include "service/session/session.h"
 
@@ -19,7 +20,15 @@ ServeEnd Drain(Server* server, int signal, absl::Duration limit, rpc::Log* log) 
   log->Write("draining", {{"signal", signal == SIGTERM ? "SIGTERM" : "SIGINT"},
                           {"streams", server->active_streams()},
                           {"limit_ms", absl::ToInt64Milliseconds(limit)}});
-  const bool finished = server->Drain(limit);
+  bool first = true;
+  const bool finished = server->Drain(limit, [&](const DrainProgress& left) {
+    if (std::exchange(first, false)) return;  // "draining" says as much
+    log->Write("drain_progress", {{"streams", left.streams},
+                                  {"prompts", left.prompts},
+                                  {"nccl_pairs", left.nccl_pairs},
+                                  {"held_caches", left.held_caches},
+                                  {"left_ms", absl::ToInt64Milliseconds(left.left)}});
+  });
   log->Write("stopped",
              {{"streams_cut", finished ? "none" : "some"}, {"log_lines_dropped", log->dropped()}});
   return {};
@@ -27,13 +36,20 @@ ServeEnd Drain(Server* server, int signal, absl::Duration limit, rpc::Log* log) 
 
 }  // namespace
 
-ServeEnd ServeUntilEnd(Server* server, const sigset_t& signals, absl::Duration drain_limit,
+ServeEnd ServeUntilEnd(Server* server, const sigset_t& signals, const ServeOptions& options,
                        rpc::Log* log) {
   while (true) {
-    if (const int signal = sigtimedwait(&signals, nullptr, &kLook); signal > 0) {
+    const int signal = sigtimedwait(&signals, nullptr, &kLook);
+    if (signal == SIGHUP) {
+      options.reload();
+    } else if (signal > 0) {
       // A second signal ends the process as it would any other.
-      pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
-      return Drain(server, signal, drain_limit, log);
+      sigset_t last = signals;
+      sigdelset(&last, SIGHUP);
+      pthread_sigmask(SIG_UNBLOCK, &last, nullptr);
+      return Drain(server, signal, options.drain_limit(), log);
+    } else {
+      options.look();
     }
     const absl::Status health = server->sessions().backend().Health();
     if (health.ok()) continue;

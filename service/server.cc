@@ -3,9 +3,9 @@
 #include <sys/socket.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <chrono>
-#include <limits>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -21,10 +21,13 @@
 #include "grpcpp/server_builder.h"
 #include "grpcpp/server_posix.h"
 #include "kernels/backend_registry.h"
+#include "service/live.h"
 #include "service/rpc/compression_service.h"
+#include "service/rpc/connection_listener.h"
 #include "service/rpc/held_caches_service.h"
 #include "service/rpc/region_service.h"
 #include "service/rpc/stream_set.h"
+#include "service/server_limits.h"
 #include "service/transport/cuda_ipc.h"
 #include "service/transport/nccl/nccl_api.h"
 #include "service/transport/shared_memory.h"
@@ -34,14 +37,8 @@ namespace structkv {
 namespace {
 
 constexpr char kServiceName[] = "structkv.v1.Compression";
-constexpr int kMaxMetadataBytes = 16 << 10;
 // How long streams may take to notice a shutdown before gRPC cuts them off.
 constexpr absl::Duration kShutdownLimit = absl::Seconds(1);
-
-int Millis(absl::Duration duration) {
-  return static_cast<int>(
-      std::min<int64_t>(absl::ToInt64Milliseconds(duration), std::numeric_limits<int>::max()));
-}
 
 // Often enough to be exact to about an eighth of the shortest limit.
 absl::Duration TickFor(const rpc::StreamLimits& limits) {
@@ -49,58 +46,6 @@ absl::Duration TickFor(const rpc::StreamLimits& limits) {
       std::min({limits.stall, limits.silence, limits.session, limits.shard_group});
   return std::clamp(shortest / 8, absl::Milliseconds(5), absl::Milliseconds(500));
 }
-
-}  // namespace
-
-absl::Status CheckOptions(const ServerOptions& options) {
-  if (options.streams.max_message_bytes < rpc::kMinMessageBytes) {
-    return absl::InvalidArgumentError(absl::StrCat("max_message_bytes is ",
-                                                   options.streams.max_message_bytes, "; at least ",
-                                                   rpc::kMinMessageBytes));
-  }
-  for (const auto& [name, limit] : {std::pair("stall limit", options.streams.stall),
-                                    std::pair("silence limit", options.streams.silence),
-                                    std::pair("session limit", options.streams.session),
-                                    std::pair("shard group limit", options.streams.shard_group)}) {
-    if (limit <= absl::ZeroDuration()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("the ", name, " is ", absl::FormatDuration(limit), "; it must be above 0"));
-    }
-  }
-  const session::HoldOptions& hold = options.sessions.hold;
-  if (hold.default_lease < absl::Milliseconds(1) || hold.default_lease > hold.max_lease) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "hold-lease is ", absl::FormatDuration(hold.default_lease), "; 1ms to max-hold-lease (",
-        absl::FormatDuration(hold.max_lease), ") are allowed"));
-  }
-  const transport::RegionOptions& regions = options.regions.regions;
-  if (regions.lease < transport::kMinLease || regions.max_lease < regions.lease) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("region-lease is ", absl::FormatDuration(regions.lease), "; ",
-                     absl::FormatDuration(transport::kMinLease), " to region-lease-limit (",
-                     absl::FormatDuration(regions.max_lease), ") are allowed"));
-  }
-  if (absl::Status status = rpc::CheckTls(options.tls); !status.ok()) return status;
-  if (!options.identity.certificate_names.empty() && options.tls.client_authorities.empty()) {
-    return absl::InvalidArgumentError(
-        "client-names needs client-authorities: no certificate is asked for without them");
-  }
-  for (const std::string& address : options.listen) {
-    if (options.tls.enabled() || options.insecure || rpc::IsLocalAddress(address)) continue;
-    return absl::InvalidArgumentError(
-        absl::StrCat("listen is ", address,
-                     ", which other hosts reach, and there is no TLS (tls-certificate, tls-key); "
-                     "insecure allows it"));
-  }
-  if (options.nccl.library.empty() && options.nccl.memory_bytes > 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("nccl-memory is ", options.nccl.memory_bytes,
-                     " bytes, and there is no nccl-library that would use them"));
-  }
-  return absl::OkStatus();
-}
-
-namespace {
 
 // The options with what the sessions need of regions and of NCCL, where these are not null.
 ServerOptions WithTransports(ServerOptions options,
@@ -143,27 +88,6 @@ std::unique_ptr<rpc::NcclHost> MakeNccl(const ServerOptions& options, const Back
   return host;
 }
 
-void SetLimits(const ServerOptions& options, grpc::ServerBuilder* builder) {
-  builder->SetMaxReceiveMessageSize(static_cast<int>(options.streams.max_message_bytes));
-  builder->SetMaxSendMessageSize(-1);
-  // Identity alone: a compressed message is refused before it can grow.
-  builder->AddChannelArgument(GRPC_COMPRESSION_CHANNEL_ENABLED_ALGORITHMS_BITSET, 1);
-  builder->AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-  builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, options.max_streams_per_connection);
-  builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kMaxMetadataBytes);
-  builder->AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS,
-                              Millis(options.handshake_limit));
-  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, Millis(options.keepalive_interval));
-  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, Millis(options.keepalive_timeout));
-  // Clients may ask too, but not more often than this.
-  builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5000);
-  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
-  // Reflection alone uses the synchronous API's threads.
-  builder->SetSyncServerOption(grpc::ServerBuilder::SyncServerOption::NUM_CQS, 1);
-  builder->SetSyncServerOption(grpc::ServerBuilder::SyncServerOption::MIN_POLLERS, 1);
-  builder->SetSyncServerOption(grpc::ServerBuilder::SyncServerOption::MAX_POLLERS, 2);
-}
-
 // "host:0" with the port that was chosen.
 std::string BoundAddress(const std::string& address, int port) {
   if (rpc::IsUnixAddress(address)) return address;
@@ -182,6 +106,7 @@ class Server::Impl {
         options_(WithTransports(std::move(options), regions_, nccl_.get(), *backend.backend)),
         backend_reason_(std::move(backend.reason)),
         sessions_(options_.sessions, std::move(backend.backend)),
+        limits_(options_.streams),
         streams_(TickFor(options_.streams), [this] { sessions_.held_caches().DropExpired(); }),
         service_(Shared()),
         held_caches_service_(Shared()),
@@ -190,7 +115,7 @@ class Server::Impl {
   ~Impl() { Shutdown(); }
 
   rpc::StreamShared Shared() {
-    return {.limits = options_.streams,
+    return {.limits = limits_,
             .sessions = &sessions_,
             .streams = &streams_,
             .identity = identity_.get(),
@@ -218,7 +143,15 @@ class Server::Impl {
       tls = *std::move(made);
     }
     std::vector<int> ports(options_.listen.size(), 0);
+    std::vector<rpc::ConnectionListener::Place> places;
     for (size_t i = 0; i < ports.size(); ++i) {
+      if (options_.max_connections > 0 && !rpc::IsUnixAddress(options_.listen[i])) {
+        auto acceptor = builder.experimental().AddExternalConnectionAcceptor(
+            grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
+            tls == nullptr ? grpc::InsecureServerCredentials() : tls);
+        places.push_back({options_.listen[i], std::move(acceptor)});
+        continue;
+      }
       if (UnixSocketInUse(options_.listen[i])) {
         return absl::UnavailableError(
             absl::StrCat("cannot listen on ", options_.listen[i], ": another server does"));
@@ -231,9 +164,18 @@ class Server::Impl {
     builder.RegisterService(&held_caches_service_);
     builder.RegisterService(&region_service_);
     if (nccl_ != nullptr) builder.RegisterService(&nccl_->service());
+    if (!places.empty()) {
+      auto listener = rpc::ConnectionListener::Bind(std::move(places), options_.max_connections,
+                                                    options_.keepalive_timeout, options_.warnings);
+      if (!listener.ok()) return listener.status();
+      listener_ = *std::move(listener);
+    }
     server_ = builder.BuildAndStart();
+    size_t bound = 0;
     for (size_t i = 0; i < ports.size(); ++i) {
-      if (server_ != nullptr && ports[i] > 0) continue;
+      if (options_.max_connections > 0 && !rpc::IsUnixAddress(options_.listen[i])) {
+        ports[i] = listener_->ports()[bound++];
+      }
       if (ports[i] > 0) continue;
       return absl::UnavailableError(absl::StrCat(
           "cannot listen on ", options_.listen[i],
@@ -244,17 +186,47 @@ class Server::Impl {
       addresses_.push_back(BoundAddress(options_.listen[i], ports[i]));
       if (port_ == 0 && !rpc::IsUnixAddress(options_.listen[i])) port_ = ports[i];
     }
+    if (listener_ != nullptr) listener_->Start();
     server_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
     return absl::OkStatus();
   }
 
-  bool Drain(absl::Duration limit) {
-    const absl::Time end = absl::Now() + limit;
+  absl::Status Reload(const ServerOptions& next) {
+    if (absl::Status status = CheckOptions(next); !status.ok()) return status;
+    absl::Status status =
+        identity_->Reload(next.identity.certificate_names, next.identity.proxy_names);
+    if (!status.ok()) return status;
+    sessions_.SetLimits(session::LimitsOf(next.sessions));
+    rpc::StreamLimits limits = next.streams;
+    limits.max_message_bytes = options_.streams.max_message_bytes;
+    limits_.Set(limits);
+    return absl::OkStatus();
+  }
+
+  absl::Duration DrainLeft() const {
+    return std::max(absl::ZeroDuration(), absl::Nanoseconds(drain_end_ - rpc::SteadyNanos()));
+  }
+
+  std::optional<DrainProgress> Progress() const {
+    if (drain_end_ == 0) return std::nullopt;
+    return DrainProgress{.streams = streams_.size(),
+                         .prompts = sessions_.active_sessions(),
+                         .nccl_pairs = nccl_ == nullptr ? 0 : nccl_->stats().pairs,
+                         .held_caches = sessions_.held_caches().count(),
+                         .left = DrainLeft()};
+  }
+
+  bool Drain(absl::Duration limit, const std::function<void(const DrainProgress&)>& tell) {
+    drain_end_ = rpc::SteadyNanos() + absl::ToInt64Nanoseconds(std::min(limit, absl::Hours(10000)));
     server_->GetHealthCheckService()->SetServingStatus(false);
     sessions_.StartDraining();
     if (nccl_ != nullptr) nccl_->StopAttaching(absl::UnavailableError("the server is draining"));
-    const bool finished = streams_.WaitUntilEmpty(end - absl::Now());
-    if (finished && nccl_ != nullptr) nccl_->WaitUntilSettled(end);
+    bool finished = false;
+    do {
+      if (tell) tell(*Progress());
+      finished = streams_.WaitUntilEmpty(std::min(absl::Seconds(1), DrainLeft()));
+    } while (!finished && DrainLeft() > absl::ZeroDuration());
+    if (finished && nccl_ != nullptr) nccl_->WaitUntilSettled(absl::Now() + DrainLeft());
     Shutdown();
     return finished;
   }
@@ -274,6 +246,7 @@ class Server::Impl {
       shut_down_ = true;
     }
     sessions_.StartDraining();
+    if (listener_ != nullptr) listener_->Stop();
     const absl::Status why = absl::UnavailableError("the server is shutting down");
     if (nccl_ != nullptr) nccl_->EndAll(why);
     streams_.EndAll(why);
@@ -290,16 +263,19 @@ class Server::Impl {
   const ServerOptions options_;
   const std::string backend_reason_;
   session::SessionManager sessions_;
+  Live<rpc::StreamLimits> limits_;
   rpc::StreamSet streams_;
   rpc::CompressionService service_;
   rpc::HeldCachesService held_caches_service_;
   rpc::RegionService region_service_;
   std::unique_ptr<rpc::RegionHost> region_host_;
+  std::unique_ptr<rpc::ConnectionListener> listener_;  // null: gRPC listens itself
   std::unique_ptr<grpc::Server> server_;
   std::vector<std::string> addresses_;
   int port_ = 0;
   absl::Mutex mutex_;
   bool shut_down_ ABSL_GUARDED_BY(mutex_) = false;
+  std::atomic<int64_t> drain_end_{0};  // of SteadyNanos(); 0: it does not drain
 };
 
 Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -395,7 +371,17 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> Server::PrivateChannel(
   return grpc::CreateCustomInsecureChannelFromFd("structkv", ends[1], arguments);
 }
 
-bool Server::Drain(absl::Duration limit) { return impl_->Drain(limit); }
+absl::Status Server::Reload(const ServerOptions& next) { return impl_->Reload(next); }
+int64_t Server::connections() const {
+  return impl_->listener_ == nullptr ? 0 : impl_->listener_->connections();
+}
+int64_t Server::connections_refused() const {
+  return impl_->listener_ == nullptr ? 0 : impl_->listener_->refused();
+}
+bool Server::Drain(absl::Duration limit, const std::function<void(const DrainProgress&)>& tell) {
+  return impl_->Drain(limit, tell);
+}
+std::optional<DrainProgress> Server::drain_progress() const { return impl_->Progress(); }
 void Server::FailAll(const absl::Status& status, absl::Duration limit) {
   impl_->FailAll(status, limit);
 }

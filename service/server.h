@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -47,6 +48,13 @@ struct ServerOptions {
   rpc::NcclOptions nccl;
   // Streams at once on one connection; more wait at the client.
   int max_streams_per_connection = 256;
+  // Connections at once to all TCP addresses; one more is closed unread. 0: no limit of its own.
+  int64_t max_connections = 4096;
+  // A connection is told to end after about this, and its streams have `streams.session` left; 0:
+  // never.
+  absl::Duration connection_age;
+  // A connection without streams is closed after this; 0: never.
+  absl::Duration connection_idle;
   // A connection that has not finished its handshake by then is closed.
   absl::Duration handshake_limit = absl::Seconds(10);
   // A silent connection is asked whether it lives this often, and closed without an answer in time:
@@ -69,6 +77,15 @@ struct ServerOptions {
 
 // INVALID_ARGUMENT for options out of range, which Server::Start() returns as well.
 absl::Status CheckOptions(const ServerOptions& options);
+
+// What is left of a server that drains.
+struct DrainProgress {
+  int64_t streams = 0;
+  int64_t prompts = 0;
+  int64_t nccl_pairs = 0;
+  int64_t held_caches = 0;  // these end with the process
+  absl::Duration left;      // until the drain limit
+};
 
 // What the backend registry is asked for. Of a GPU's memory a part is set apart for transfers where
 // NCCL can be loaded.
@@ -113,10 +130,22 @@ class Server {
   absl::StatusOr<std::shared_ptr<grpc::Channel>> PrivateChannel(
       const grpc::ChannelArguments& arguments);
 
+  // Takes from `next` what may change while it runs: the limits of prompts and tenants, those of
+  // time of streams, leases of held caches, patterns of certificates' names. Reads the token file.
+  // As CheckOptions and Identity::Reload; then nothing has changed.
+  absl::Status Reload(const ServerOptions& next);
+
+  // Connections to TCP addresses, and those that were refused for max_connections; 0 where there is
+  // no limit.
+  int64_t connections() const;
+  int64_t connections_refused() const;
+
   // Health says NOT_SERVING first, new streams are UNAVAILABLE, and those that run may finish
   // within `limit`; what is left then fails as UNAVAILABLE. Ends with a shutdown. True where
-  // everything finished in time. Once.
-  bool Drain(absl::Duration limit);
+  // everything finished in time. `tell`, where it is set, is called at once and every second. Once.
+  bool Drain(absl::Duration limit, const std::function<void(const DrainProgress&)>& tell = nullptr);
+  // None while it does not drain.
+  std::optional<DrainProgress> drain_progress() const;
 
   // For a server whose backend is lost: health says NOT_SERVING, and every stream, running or new,
   // fails with `status`. Waits until the running ones are over, at most `limit`: a thread may be

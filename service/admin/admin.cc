@@ -61,6 +61,9 @@ HttpResponse Admin::Handle(std::string_view path) const {
                                 .threads = server_->sessions().threads(),
                                 .addresses = server_->addresses(),
                                 .uptime = absl::Now() - started_,
+                                .drain = server_->drain_progress(),
+                                .connections = server_->connections(),
+                                .connections_refused = server_->connections_refused(),
                                 .running = server_->Report(),
                                 .prompts = telemetry_->recent().prompts(),
                                 .errors = telemetry_->recent().errors()})};

@@ -93,6 +93,15 @@ std::string StatusJson(const Status& status) {
                {"nccl_pairs", readings.nccl_pairs},
                {"log_lines_dropped", readings.log_lines_dropped},
                {"pools", PoolsOf(readings)}};
+  json["connections"] = status.connections;
+  json["connections_refused"] = status.connections_refused;
+  if (status.drain.has_value()) {
+    json["drain"] = {{"streams", status.drain->streams},
+                     {"prompts", status.drain->prompts},
+                     {"nccl_pairs", status.drain->nccl_pairs},
+                     {"held_caches", status.drain->held_caches},
+                     {"left_seconds", absl::ToDoubleSeconds(status.drain->left)}};
+  }
   std::vector<rpc::PromptReport> running = status.running;
   std::sort(running.begin(), running.end(),
             [](const auto& a, const auto& b) { return a.micros > b.micros; });

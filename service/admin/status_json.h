@@ -1,12 +1,14 @@
 // What the status page shows, as JSON.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/time/time.h"
 #include "service/admin/metrics.h"
 #include "service/admin/recent.h"
+#include "service/server.h"
 
 namespace structkv::admin {
 
@@ -16,6 +18,9 @@ struct Status {
   int threads = 0;
   std::vector<std::string> addresses;
   absl::Duration uptime;
+  std::optional<DrainProgress> drain;  // none: it does not drain
+  int64_t connections = 0;
+  int64_t connections_refused = 0;
   std::vector<rpc::PromptReport> running;
   std::vector<Recent::Prompt> prompts;
   std::vector<Recent::Error> errors;

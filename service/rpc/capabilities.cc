@@ -75,12 +75,12 @@ v1::GetCapabilitiesResponse MakeCapabilities(const session::SessionManager& sess
     blocks->set_step(static_cast<uint32_t>(engine::kBlockTokensStep));
   }
 
-  const session::SessionManagerOptions& options = sessions.options();
+  const session::SessionLimits options = sessions.limits();
   v1::Limits* limits = response.mutable_limits();
-  limits->set_max_prompt_tokens(static_cast<uint32_t>(options.limits.max_prompt_tokens));
-  limits->set_max_layers(static_cast<uint32_t>(options.limits.max_layers));
-  limits->set_max_heads(static_cast<uint32_t>(options.limits.max_heads));
-  limits->set_max_window_tokens(static_cast<uint32_t>(options.limits.max_window));
+  limits->set_max_prompt_tokens(static_cast<uint32_t>(options.prompt.max_prompt_tokens));
+  limits->set_max_layers(static_cast<uint32_t>(options.prompt.max_layers));
+  limits->set_max_heads(static_cast<uint32_t>(options.prompt.max_heads));
+  limits->set_max_window_tokens(static_cast<uint32_t>(options.prompt.max_window));
   limits->set_max_message_bytes(static_cast<uint64_t>(max_message_bytes));
   limits->set_max_sessions(static_cast<uint32_t>(options.max_sessions));
   const int64_t budget = sessions.budget().limit_bytes();

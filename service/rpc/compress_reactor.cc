@@ -221,7 +221,7 @@ void CompressReactor::TakeOpen(Slot& slot, const v1::Open& open) {
   }
   slot.phase = Phase::kPieces;
   if (labels_.span != nullptr) slot.timeline = std::make_shared<PromptTimeline>();
-  absl::StatusOr<OpenRequest> request = DecodeOpen(open, shared_->limits.max_message_bytes);
+  absl::StatusOr<OpenRequest> request = DecodeOpen(open, shared_->limits.Get().max_message_bytes);
   if (!request.ok()) {
     Fail(slot, request.status());
     return;
@@ -233,7 +233,7 @@ void CompressReactor::TakeOpen(Slot& slot, const v1::Open& open) {
   session::SessionRequest wanted = {.spec = request->spec,
                                     .layers_in_flight = request->layers_in_flight,
                                     .idempotency_key = request->idempotency_key,
-                                    .max_message_bytes = shared_->limits.max_message_bytes,
+                                    .max_message_bytes = shared_->limits.Get().max_message_bytes,
                                     .shard = request->shard,
                                     .transport = request->transport};
   if (wanted.shard.has_value()) wanted.agreed = AgreedFields(open, *request);
@@ -271,7 +271,8 @@ void CompressReactor::SendOpened(Slot& slot, const session::Session& session) {
   opened->set_session_id(session.id());
   opened->set_reserved_bytes(static_cast<uint64_t>(session.reserved_bytes()));
   opened->set_layers_in_flight(static_cast<uint32_t>(session.layers_in_flight()));
-  opened->set_max_request_message_bytes(static_cast<uint64_t>(shared_->limits.max_message_bytes));
+  opened->set_max_request_message_bytes(
+      static_cast<uint64_t>(shared_->limits.Get().max_message_bytes));
   opened->set_backend(std::string(shared_->sessions->backend().name()));
   opened->set_transport(EncodeTransport(session.transport()));
   opened->set_transport_reason(session.transport_reason());
@@ -348,7 +349,7 @@ void CompressReactor::Queue(Slot& slot, std::vector<OutgoingMessage> messages) {
 void CompressReactor::Fail(Slot& slot, const absl::Status& status, bool at_open) {
   if (slot.timeline != nullptr) slot.timeline->End();
   const bool try_again = at_open && absl::IsResourceExhausted(status);
-  const int64_t pushback = RetryPushbackMillis(status, shared_->limits.retry_pushback);
+  const int64_t pushback = RetryPushbackMillis(status, shared_->limits.Get().retry_pushback);
   if (!is_batch()) {
     if (try_again) context()->AddTrailingMetadata(kRetryPushbackKey, std::to_string(pushback));
     End(status);
@@ -523,7 +524,7 @@ void CompressReactor::End(const absl::Status& status) {
 }
 
 void CompressReactor::CheckLimits(int64_t now) {
-  const StreamLimits& limits = shared_->limits;
+  const StreamLimits limits = shared_->limits.Get();
   const auto over = [now](int64_t since, absl::Duration limit) {
     return since != 0 && now - since > absl::ToInt64Nanoseconds(limit);
   };
@@ -587,7 +588,7 @@ void CompressReactor::TellEnd(const Slot* slot, const session::Session* session)
     status = ToGrpc(slot->status);
   }
   if (shared_->observer != nullptr) shared_->observer->OnPromptEnd(report, FromGrpc(status));
-  if (shared_->log == nullptr) return;
+  if (shared_->log == nullptr || !shared_->log->sessions()) return;
   shared_->log->Write("session", {{"id", OrDash(report.id)},
                                   {"client_session", OrDash(report.call.session_id)},
                                   {"trace", OrDash(report.call.trace_id)},

@@ -13,6 +13,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "service/rpc/call_labels.h"
+#include "service/live.h"
 #include "service/rpc/identity.h"
 #include "service/rpc/log.h"
 #include "service/rpc/open_decoder.h"
@@ -46,7 +47,7 @@ inline constexpr uint32_t kMaxBatchPrompts = 1024;
 
 // What streams share; outlives them.
 struct StreamShared {
-  StreamLimits limits;
+  Live<StreamLimits> limits;
   session::SessionManager* sessions = nullptr;
   StreamSet* streams = nullptr;
   Identity* identity = nullptr;

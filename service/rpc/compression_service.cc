@@ -18,7 +18,7 @@ grpc::ServerUnaryReactor* CompressionService::GetCapabilities(
     v1::GetCapabilitiesResponse* response) {
   absl::StatusOr<std::string> tenant = shared_.identity->TenantOf(*context);
   if (tenant.ok()) {
-    *response = MakeCapabilities(*shared_.sessions, shared_.limits.max_message_bytes,
+    *response = MakeCapabilities(*shared_.sessions, shared_.limits.Get().max_message_bytes,
                                  shared_.region_socket);
     response->set_tenant(*std::move(tenant));
   }

@@ -58,7 +58,7 @@ absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
     return absl::InvalidArgumentError("the request cannot be parsed");
   }
   const absl::StatusOr<int64_t> longest =
-      MaxMessageBytes(request, shared_->limits.max_message_bytes);
+      MaxMessageBytes(request, shared_->limits.Get().max_message_bytes);
   if (!longest.ok()) return longest.status();
   auto cache = shared_->sessions->held_caches().Find(request.handle(), *tenant);
   if (!cache.ok()) return cache.status();
@@ -88,7 +88,7 @@ absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
     if (absl::IsResourceExhausted(reserved)) {
       context()->AddTrailingMetadata(
           kRetryPushbackKey,
-          std::to_string(RetryPushbackMillis(reserved, shared_->limits.retry_pushback)));
+          std::to_string(RetryPushbackMillis(reserved, shared_->limits.Get().retry_pushback)));
     }
     if (!reserved.ok()) return reserved;
     options.on_transfer = OnTransfer();
@@ -155,7 +155,7 @@ void FetchReactor::OnBroken() {
 }
 
 void FetchReactor::CheckLimits(int64_t now) {
-  const StreamLimits& limits = shared_->limits;
+  const StreamLimits limits = shared_->limits.Get();
   const int64_t writing = writing_since();
   if (writing != 0 && now - writing > absl::ToInt64Nanoseconds(limits.stall)) {
     End(absl::AbortedError(
@@ -179,7 +179,7 @@ void FetchReactor::TellEnd() const {
     report.output_bytes = builder_->sent_bytes();
   }
   if (shared_->observer != nullptr) shared_->observer->OnFetchEnd(report, FromGrpc(status));
-  if (shared_->log == nullptr) return;
+  if (shared_->log == nullptr || !shared_->log->sessions()) return;
   shared_->log->Write("fetch", {{"client_session", OrDash(report.call.session_id)},
                                 {"trace", OrDash(report.call.trace_id)},
                                 {"transport", report.transport},

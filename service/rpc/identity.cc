@@ -1,7 +1,5 @@
 #include "service/rpc/identity.h"
 
-#include <sys/stat.h>
-
 #include <algorithm>
 #include <fstream>
 #include <iterator>
@@ -12,6 +10,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "service/file_version.h"
 
 namespace structkv::rpc {
 namespace {
@@ -30,12 +29,9 @@ bool SameToken(absl::string_view one, absl::string_view other) {
   return difference == 0;
 }
 
-// Another one where the file was changed; empty where there is none.
-std::string VersionOf(const std::string& path) {
-  struct stat file = {};
-  if (stat(path.c_str(), &file) != 0) return "";
-  return absl::StrCat(file.st_ino, " ", file.st_size, " ", file.st_mtim.tv_sec, " ",
-                      file.st_mtim.tv_nsec);
+bool FitsAny(const std::vector<std::string>& patterns, absl::string_view name) {
+  return std::any_of(patterns.begin(), patterns.end(),
+                     [name](const std::string& pattern) { return FitsPattern(pattern, name); });
 }
 
 }  // namespace
@@ -72,9 +68,30 @@ absl::StatusOr<std::shared_ptr<Identity>> Identity::Open(IdentityOptions options
   return identity;
 }
 
+absl::Status Identity::Reload(std::vector<std::string> certificate_names,
+                              std::vector<std::string> proxy_names) {
+  const std::lock_guard lock(mutex_);
+  if (!options_.token_file.empty()) {
+    if (absl::Status status = Load(); !status.ok()) return status;
+  }
+  names_.Set({std::move(certificate_names), std::move(proxy_names)});
+  return absl::OkStatus();
+}
+
 absl::Status Identity::Load() {
-  const std::string& path = options_.token_file;
-  version_ = VersionOf(path);
+  version_ = FileVersion(options_.token_file);
+  absl::StatusOr<std::vector<Token>> tokens = Read(options_.token_file);
+  if (tokens.ok()) tokens_ = *std::move(tokens);
+  return tokens.status();
+}
+
+absl::StatusOr<size_t> Identity::CountTokens(const std::string& path) {
+  const absl::StatusOr<std::vector<Token>> tokens = Read(path);
+  if (!tokens.ok()) return tokens.status();
+  return tokens->size();
+}
+
+absl::StatusOr<std::vector<Identity::Token>> Identity::Read(const std::string& path) {
   std::ifstream file(path);
   if (!file) return absl::NotFoundError(absl::StrCat("token-file ", path, " cannot be read"));
   const std::string text((std::istreambuf_iterator<char>(file)), {});
@@ -109,15 +126,14 @@ absl::Status Identity::Load() {
   if (tokens.empty()) {
     return absl::InvalidArgumentError(absl::StrCat("token-file ", path, " holds no token"));
   }
-  tokens_ = std::move(tokens);
-  return absl::OkStatus();
+  return tokens;
 }
 
 void Identity::Refresh() {
   const auto now = std::chrono::steady_clock::now();
   if (looked_.has_value() && now - *looked_ < kLookInterval) return;
   looked_ = now;
-  if (VersionOf(options_.token_file) == version_) return;
+  if (FileVersion(options_.token_file) == version_) return;
   const absl::Status loaded = Load();
   if (!loaded.ok() && options_.warn) {
     options_.warn(absl::StrCat(loaded.message(), "; the tokens of before stay"));
@@ -126,26 +142,38 @@ void Identity::Refresh() {
 
 absl::StatusOr<std::string> Identity::TenantOf(const grpc::ServerContextBase& context) {
   const std::shared_ptr<const grpc::AuthContext> peer = context.auth_context();
-  if (peer != nullptr && peer->IsPeerAuthenticated()) return OfCertificate(peer->GetPeerIdentity());
+  const bool certified = peer != nullptr && peer->IsPeerAuthenticated();
+  if (certified && !IsProxy(peer->GetPeerIdentity())) {
+    return OfCertificate(peer->GetPeerIdentity());
+  }
   if (!options_.token_file.empty()) return OfToken(context);
+  // What a proxy says was checked by the proxy.
+  const absl::string_view kind = certified ? "peer:" : "name:";
   const auto found = context.client_metadata().find(kTenantKey);
-  if (found == context.client_metadata().end()) return std::string("name:");
+  if (certified && (found == context.client_metadata().end() || found->second.empty())) {
+    return absl::UnauthenticatedError(
+        absl::StrCat("the proxy does not say whose call it is (metadata ", kTenantKey, ")"));
+  }
+  if (found == context.client_metadata().end()) return std::string(kind);
   if (found->second.size() > kMaxTenantBytes) {
     return absl::InvalidArgumentError(absl::StrCat("metadata ", kTenantKey, " is ",
                                                    found->second.size(), " bytes long; at most ",
                                                    kMaxTenantBytes, " are allowed"));
   }
-  return absl::StrCat("name:", View(found->second));
+  return absl::StrCat(kind, View(found->second));
+}
+
+bool Identity::IsProxy(const std::vector<grpc::string_ref>& names) const {
+  const std::vector<std::string> patterns = names_.Get().proxies;
+  return std::any_of(names.begin(), names.end(),
+                     [&](const grpc::string_ref& name) { return FitsAny(patterns, View(name)); });
 }
 
 absl::StatusOr<std::string> Identity::OfCertificate(
     const std::vector<grpc::string_ref>& names) const {
+  const std::vector<std::string> patterns = names_.Get().tenants;
   for (const grpc::string_ref& name : names) {
-    const auto fits = [&name](const std::string& pattern) {
-      return FitsPattern(pattern, View(name));
-    };
-    const std::vector<std::string>& patterns = options_.certificate_names;
-    if (!patterns.empty() && std::none_of(patterns.begin(), patterns.end(), fits)) continue;
+    if (!patterns.empty() && !FitsAny(patterns, View(name))) continue;
     std::string tenant = absl::StrCat("peer:", View(name));
     if (tenant.size() <= kMaxFullTenantBytes) return tenant;
     return absl::PermissionDeniedError(absl::StrCat("the name of the client's certificate has ",

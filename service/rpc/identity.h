@@ -15,6 +15,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "grpcpp/server_context.h"
+#include "service/live.h"
 
 namespace structkv::rpc {
 
@@ -29,6 +30,10 @@ struct IdentityOptions {
   // its common name) is its tenant: the first that fits a pattern, in which '*' is any run of
   // characters. Empty: the first name.
   std::vector<std::string> certificate_names;
+  // Certificates with a name that fits one of these patterns are a proxy's, whose calls are
+  // others': each has their name as metadata kTenantKey, or their token where there is a token
+  // file.
+  std::vector<std::string> proxy_names;
   // File of lines "TENANT TOKEN"; blank ones and those that begin with '#' are skipped. Calls
   // without a certificate must then have a token, as metadata `authorization: Bearer TOKEN`. Empty:
   // there are none. Read again where it has changed.
@@ -46,7 +51,15 @@ class Identity {
   // NOT_FOUND or INVALID_ARGUMENT, with the line, for a token file that cannot be taken.
   static absl::StatusOr<std::shared_ptr<Identity>> Open(IdentityOptions options);
 
-  // UNAUTHENTICATED   there are tokens, and the call has none that is among them
+  // How many tokens a file holds. What Open returns for one that cannot be taken.
+  static absl::StatusOr<size_t> CountTokens(const std::string& path);
+
+  // Takes other patterns, and reads the token file. What Open returns; then nothing changes.
+  absl::Status Reload(std::vector<std::string> certificate_names,
+                      std::vector<std::string> proxy_names);
+
+  // UNAUTHENTICATED   there are tokens, and the call has none that is among them; or it comes by a
+  //                   proxy that does not say whose it is
   // PERMISSION_DENIED no name of the certificate fits, or it is too long
   // INVALID_ARGUMENT  the metadata's tenant is too long
   absl::StatusOr<std::string> TenantOf(const grpc::ServerContextBase& context);
@@ -61,14 +74,23 @@ class Identity {
     std::string token;
   };
 
-  explicit Identity(IdentityOptions options) : options_(std::move(options)) {}
+  struct Names {
+    std::vector<std::string> tenants;
+    std::vector<std::string> proxies;
+  };
+
+  explicit Identity(IdentityOptions options)
+      : options_(std::move(options)), names_({options_.certificate_names, options_.proxy_names}) {}
+  static absl::StatusOr<std::vector<Token>> Read(const std::string& path);
   absl::Status Load();
   // Looks whether the file has changed, once a second at most.
   void Refresh();
+  bool IsProxy(const std::vector<grpc::string_ref>& names) const;
   absl::StatusOr<std::string> OfCertificate(const std::vector<grpc::string_ref>& names) const;
   absl::StatusOr<std::string> OfToken(const grpc::ServerContextBase& context);
 
   const IdentityOptions options_;
+  Live<Names> names_;
   std::mutex mutex_;
   std::vector<Token> tokens_;
   std::optional<std::chrono::steady_clock::time_point> looked_;

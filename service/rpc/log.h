@@ -28,12 +28,17 @@ class Log {
   // Text: "2026-01-02T03:04:05.678Z event key=value ..."; JSON: one object with "time" and "event".
   void Write(std::string_view event, std::initializer_list<LogField> fields);
 
+  // Whether a line is wanted at the end of each stream; whoever writes those asks.
+  bool sessions() const { return sessions_.load(std::memory_order_relaxed); }
+  void SetSessions(bool wanted) { sessions_.store(wanted, std::memory_order_relaxed); }
+
   int64_t dropped() const { return dropped_.load(std::memory_order_relaxed); }
 
  private:
   const LogFormat format_;
   const int fd_;
   std::atomic<int64_t> dropped_{0};
+  std::atomic<bool> sessions_{true};
 };
 
 }  // namespace structkv::rpc

@@ -11,19 +11,27 @@ HeldCaches::HeldCaches(const HoldOptions& options, std::shared_ptr<const Clock> 
       budget_(options.budget_bytes) {}
 
 absl::Status HeldCaches::CheckEnabled() const {
-  if (options_.budget_bytes > 0) return absl::OkStatus();
+  if (budget_.limit_bytes() > 0) return absl::OkStatus();
   return absl::UnimplementedError("this server holds no caches: its --hold-budget is 0");
 }
 
 absl::StatusOr<absl::Duration> HeldCaches::Lease(std::optional<uint64_t> millis,
                                                  absl::string_view field) const {
-  if (!millis.has_value()) return options_.default_lease;
-  const auto most = static_cast<uint64_t>(absl::ToInt64Milliseconds(options_.max_lease));
+  const HoldOptions options = options_.Get();
+  if (!millis.has_value()) return options.default_lease;
+  const auto most = static_cast<uint64_t>(absl::ToInt64Milliseconds(options.max_lease));
   if (*millis < 1 || *millis > most) {
     return absl::InvalidArgumentError(
         absl::StrCat(field, " is ", *millis, "; 1 to ", most, " are allowed"));
   }
   return absl::Milliseconds(static_cast<int64_t>(*millis));
+}
+
+void HeldCaches::SetLeases(absl::Duration default_lease, absl::Duration max_lease) {
+  HoldOptions options = options_.Get();
+  options.default_lease = default_lease;
+  options.max_lease = max_lease;
+  options_.Set(options);
 }
 
 absl::StatusOr<Reservation> HeldCaches::Reserve(int64_t bytes) {

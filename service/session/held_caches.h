@@ -16,6 +16,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "service/clock.h"
+#include "service/live.h"
 #include "service/session/held_cache.h"
 #include "service/session/memory_budget.h"
 
@@ -64,7 +65,9 @@ class HeldCaches {
   // Drops what has expired.
   void DropExpired();
 
-  const HoldOptions& options() const { return options_; }
+  HoldOptions options() const { return options_.Get(); }
+  // For leases that begin from now on.
+  void SetLeases(absl::Duration default_lease, absl::Duration max_lease);
   const MemoryBudget& budget() const { return budget_; }
   // Caches that have not been dropped.
   int64_t count() const;
@@ -86,7 +89,7 @@ class HeldCaches {
   std::shared_ptr<const HeldCache> TakeExpired();
   Clock::Time ExpiryOf(absl::Duration lease) const;
 
-  const HoldOptions options_;
+  Live<HoldOptions> options_;
   const std::shared_ptr<const Clock> clock_;
   MemoryBudget budget_;
   mutable std::mutex mutex_;

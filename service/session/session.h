@@ -227,6 +227,16 @@ struct SessionManagerOptions {
   transport::Offers transports;
 };
 
+// Of the options, those that may change while prompts run.
+struct SessionLimits {
+  engine::PromptLimits prompt;
+  int64_t max_sessions = 0;
+  TenantLimits tenants;
+  absl::Duration hold_lease;
+  absl::Duration max_hold_lease;
+};
+SessionLimits LimitsOf(const SessionManagerOptions& options);
+
 // All sessions of a server. Thread-safe; outlives its sessions.
 class SessionManager {
  public:
@@ -268,6 +278,10 @@ class SessionManager {
   // The threads that compute.
   engine::Scheduler& scheduler();
   const SessionManagerOptions& options() const;
+  // What new prompts are held to.
+  SessionLimits limits() const;
+  // Applies to prompts, shares and leases from now on; what runs and what is held stays.
+  void SetLimits(const SessionLimits& limits);
   int threads() const;
   // Complete layers that wait for a thread.
   int64_t queue_depth() const;

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
+#include "service/live.h"
 #include "service/session/session.h"
 #include "service/session/session_core.h"
 #include "service/session/session_impl.h"
@@ -57,6 +58,14 @@ int Threads(int wanted) {
 
 }  // namespace
 
+SessionLimits LimitsOf(const SessionManagerOptions& options) {
+  return {.prompt = options.limits,
+          .max_sessions = options.max_sessions,
+          .tenants = options.tenants,
+          .hold_lease = options.hold.default_lease,
+          .max_hold_lease = options.hold.max_lease};
+}
+
 class SessionManager::Impl {
  public:
   Impl(const SessionManagerOptions& options_in, std::unique_ptr<Backend> backend_in)
@@ -67,6 +76,7 @@ class SessionManager::Impl {
         buffers(static_cast<size_t>(std::max<int64_t>(options.idle_buffer_bytes, 0))),
         held_caches(options.hold, options.clock),
         tenants(options.tenants),
+        limits(LimitsOf(options)),
         scheduler(Threads(options.threads)) {
     // Nothing can fail without a file.
     if (pivot_profile == nullptr) pivot_profile = *PivotProfile::Open({});
@@ -133,6 +143,7 @@ class SessionManager::Impl {
   engine::BufferPool buffers;
   HeldCaches held_caches;
   TenantShares tenants;
+  Live<SessionLimits> limits;
   const std::shared_ptr<SessionRegistry> registry = std::make_shared<SessionRegistry>();
   const std::shared_ptr<ShardGroups> groups = std::make_shared<ShardGroups>();
   engine::Scheduler scheduler;  // last: its threads use all of the above
@@ -152,8 +163,9 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
   if (absl::Status health = impl_->backend->Health(); !health.ok()) return health;
   if (this->draining()) return draining;
   const SessionManagerOptions& options = impl_->options;
+  const SessionLimits limits = impl_->limits.Get();
   absl::Status valid =
-      engine::ValidateSpec(wanted.spec, options.limits, impl_->backend->capabilities());
+      engine::ValidateSpec(wanted.spec, limits.prompt, impl_->backend->capabilities());
   if (!valid.ok()) return valid;
   if (wanted.shard.has_value()) {
     valid = engine::ValidateShard(*wanted.shard, wanted.spec.geometry);
@@ -181,7 +193,7 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
   }
   const std::string& tenant = request.transport.tenant;
   const auto exceeds = [](int64_t bytes, int64_t share) { return share > 0 && bytes > share; };
-  if (exceeds(plan->reserved_bytes, options.tenants.memory_bytes)) {
+  if (exceeds(plan->reserved_bytes, limits.tenants.memory_bytes)) {
     return impl_->tenants.Take(tenant, {.memory_bytes = plan->reserved_bytes}).status();
   }
   const absl::StatusOr<int64_t> held_bytes = BytesToHold(request);
@@ -189,7 +201,7 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
   if (*held_bytes > options.hold.budget_bytes) {
     return impl_->held_caches.Reserve(*held_bytes).status();
   }
-  if (exceeds(*held_bytes, options.tenants.hold_bytes)) {
+  if (exceeds(*held_bytes, limits.tenants.hold_bytes)) {
     return impl_->tenants.Take(request.hold->tenant, {.hold_bytes = *held_bytes}).status();
   }
   // A key is one tenant's own.
@@ -234,7 +246,7 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
     auto core =
         std::make_shared<SessionCore>(NewId(), request, *plan, *granted, *std::move(reservation),
                                       host, group, *std::move(holding));
-    switch (impl_->registry->Add(core->id(), key, core, options.max_sessions)) {
+    switch (impl_->registry->Add(core->id(), key, core, limits.max_sessions)) {
       case SessionRegistry::Added::kYes: {
         if (group != nullptr) {
           const absl::StatusOr<bool> joined = group->Join(request, core);
@@ -247,7 +259,7 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
       }
       case SessionRegistry::Added::kFull:
         return absl::ResourceExhaustedError(
-            absl::StrCat("max_sessions is ", options.max_sessions, ", and as many sessions run"));
+            absl::StrCat("max_sessions is ", limits.max_sessions, ", and as many sessions run"));
       case SessionRegistry::Added::kDraining:
         return draining;
       case SessionRegistry::Added::kKeyTaken:
@@ -281,6 +293,12 @@ const engine::BufferPool& SessionManager::buffers() const { return impl_->buffer
 const Backend& SessionManager::backend() const { return *impl_->backend; }
 engine::Scheduler& SessionManager::scheduler() { return impl_->scheduler; }
 const SessionManagerOptions& SessionManager::options() const { return impl_->options; }
+SessionLimits SessionManager::limits() const { return impl_->limits.Get(); }
+void SessionManager::SetLimits(const SessionLimits& limits) {
+  impl_->tenants.SetLimits(limits.tenants);
+  impl_->held_caches.SetLeases(limits.hold_lease, limits.max_hold_lease);
+  impl_->limits.Set(limits);
+}
 int SessionManager::threads() const { return impl_->scheduler.threads(); }
 int64_t SessionManager::queue_depth() const { return impl_->scheduler.queue_depth(); }
 

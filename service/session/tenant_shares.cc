@@ -51,6 +51,16 @@ absl::StatusOr<TenantShares::Share> TenantShares::Take(const std::string& tenant
   });
 }
 
+void TenantShares::SetLimits(const TenantLimits& limits) {
+  const std::lock_guard lock(state_->mutex);
+  limits_ = limits;
+}
+
+TenantLimits TenantShares::limits() const {
+  const std::lock_guard lock(state_->mutex);
+  return limits_;
+}
+
 int64_t TenantShares::tenants() const {
   const std::lock_guard lock(state_->mutex);
   return static_cast<int64_t>(state_->taken.size());

@@ -35,6 +35,10 @@ class TenantShares {
   // payload kNeverFits (memory_budget.h) where it never will.
   absl::StatusOr<Share> Take(const std::string& tenant, const Amounts& amounts);
 
+  // Applies to what is taken from now on; what is taken stays.
+  void SetLimits(const TenantLimits& limits);
+  TenantLimits limits() const;
+
   // Tenants that have anything.
   int64_t tenants() const;
 
@@ -44,7 +48,7 @@ class TenantShares {
     absl::flat_hash_map<std::string, Amounts> taken;
   };
 
-  const TenantLimits limits_;
+  TenantLimits limits_;  // under the state's mutex
   const std::shared_ptr<State> state_ = std::make_shared<State>();
 };
 

@@ -146,6 +146,33 @@ TEST_F(AdmissionTest, EmptyKeysAreNotTheSame) {
 }
 
 // The neighbour is the stream that runs: it may finish, nobody else comes in, and health says so.
+TEST_F(AdmissionTest, LimitsMayChangeUnderStreams) {
+  ServerOptions options = TestOptions();
+  options.sessions.max_sessions = 1;
+  StartAlone(options);
+  const PromptData data(SmallOpen(), 1);
+  Call silent(channel());
+  silent.Send(OpenMessage(data.open()));
+  ASSERT_TRUE(silent.WaitForOpened().has_value());
+  ExpectFailure(Run(AllMessages(data)), grpc::StatusCode::RESOURCE_EXHAUSTED,
+                {"max_sessions is 1"});
+  options.sessions.max_sessions = 2;
+  ASSERT_TRUE(server().Reload(options).ok());
+  ExpectSuccess(data, Run(AllMessages(data)));
+
+  // What does not agree changes nothing.
+  ServerOptions wrong = options;
+  wrong.sessions.max_sessions = 1;
+  wrong.streams.stall = absl::ZeroDuration();
+  EXPECT_EQ(server().Reload(wrong).message(), "the stall limit is 0; it must be above 0");
+  ExpectSuccess(data, Run(AllMessages(data)));
+
+  options.streams.silence = absl::Milliseconds(200);
+  ASSERT_TRUE(server().Reload(options).ok());
+  ExpectFailure(silent.Finish(), grpc::StatusCode::DEADLINE_EXCEEDED, {"silence limit"});
+  ExpectNothingHeld();
+}
+
 TEST_F(AdmissionTest, DrainLetsTheRunningFinish) {
   Start();
   EXPECT_EQ(Health(channel()), "SERVING");

@@ -45,7 +45,9 @@ int Main(int argc, char** argv) {
   }
   std::printf("listening on %s\n", (*server)->addresses()[0].c_str());
   std::fflush(stdout);
-  return ServeUntilEnd(server->get(), signals, config.drain_limit, log.get()).exit_code;
+  return ServeUntilEnd(server->get(), signals, {.drain_limit = [&] { return config.drain_limit; }},
+                       log.get())
+      .exit_code;
 }
 
 }  // namespace

@@ -89,7 +89,7 @@ TEST_F(LostBackendTest, ASignalDrainsAWellOne) {
   const pthread_t self = pthread_self();
   std::thread sender([self] { pthread_kill(self, SIGTERM); });
   rpc::Log log(rpc::LogFormat::kText);
-  const ServeEnd end = ServeUntilEnd(&server(), signals, absl::Seconds(5), &log);
+  const ServeEnd end = ServeUntilEnd(&server(), signals, {}, &log);
   sender.join();
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   EXPECT_EQ(end.exit_code, 0);

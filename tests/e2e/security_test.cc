@@ -1,9 +1,12 @@
 // Who may call: TLS, clients' certificates, tokens, and that what one tenant has is not another's.
+#include <unistd.h>
+
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -16,10 +19,12 @@
 #include "structkv/v1/nccl.grpc.pb.h"
 #include "structkv/v1/region.grpc.pb.h"
 #include "tests/testing/certificates.h"
+#include "tests/testing/health.h"
 #include "tests/testing/held.h"
 #include "tests/testing/process.h"
 #include "tests/testing/service_test.h"
 #include "tests/testing/shards.h"
+#include "tests/testing/shared_region.h"
 
 namespace structkv::testkit {
 namespace {
@@ -160,67 +165,192 @@ TEST_F(SecurityTest, CertificatesAreReadAgain) {
   EXPECT_TRUE(Eventually([&] { return Ask(NewTlsChannel(target(), next.certificate())).ok(); }));
 }
 
-// No call but the health service's goes without a token.
-TEST_F(SecurityTest, EveryCallNeedsAToken) {
-  ServerOptions options = Tokens();
-  options.regions.socket.path = directory_.Path("regions");
-  StartAlone(options);
-  const auto call = [this](const Metadata& metadata, auto make) {
+// Full names of the public API's calls, as its descriptors have them.
+std::vector<std::string> CallsOfTheApi() {
+  std::vector<std::string> names;
+  for (const google::protobuf::FileDescriptor* file :
+       {v1::GetCapabilitiesRequest::descriptor()->file(),
+        v1::FetchCacheRequest::descriptor()->file(), v1::AttachRequest::descriptor()->file(),
+        v1::RegisterRegionRequest::descriptor()->file()}) {
+    for (int i = 0; i < file->service_count(); ++i) {
+      for (int j = 0; j < file->service(i)->method_count(); ++j) {
+        names.push_back(file->service(i)->method(j)->name());
+      }
+    }
+  }
+  return names;
+}
+
+// The text, without the first digits of the handle that a region's has.
+std::string WithoutHandle(const grpc::Status& status) {
+  const std::string prefix = "the region ";
+  std::string text = status.error_message();
+  if (text.rfind(prefix, 0) == 0) text.erase(prefix.size(), 8);
+  return text;
+}
+
+class EveryCallTest : public SecurityTest {
+ protected:
+  // The status of one call of each kind, by the call's name. `handle` is what calls about handles
+  // ask for.
+  std::map<std::string, std::function<grpc::Status(const Metadata&)>> Calls(
+      const std::string& handle) {
+    return {
+        {"Compress",
+         [this](const Metadata& metadata) {
+           const PromptData data(SmallOpen(), 1);
+           return Run(AllMessages(data), CallOptions{.metadata = metadata}).status;
+         }},
+        {"GetCapabilities",
+         [this](const Metadata& metadata) { return Ask(channel(), nullptr, metadata); }},
+        {"FetchCache",
+         [=, this](const Metadata& metadata) {
+           return Fetch(channel(), FetchRequest(handle), metadata).status;
+         }},
+        {"RenewCache",
+         [=, this](const Metadata& metadata) { return Renew(channel(), handle, metadata); }},
+        {"ReleaseCache",
+         [=, this](const Metadata& metadata) { return Release(channel(), handle, metadata); }},
+        {"RegisterRegion",
+         [this](const Metadata& metadata) {
+           return Region(&v1::Regions::Stub::RegisterRegion, v1::RegisterRegionRequest(), metadata);
+         }},
+        {"GetRegion",
+         [=, this](const Metadata& metadata) {
+           return OfRegion(&v1::Regions::Stub::GetRegion, handle, metadata);
+         }},
+        {"RenewRegion",
+         [=, this](const Metadata& metadata) {
+           return OfRegion(&v1::Regions::Stub::RenewRegion, handle, metadata);
+         }},
+        {"UnregisterRegion",
+         [=, this](const Metadata& metadata) {
+           return OfRegion(&v1::Regions::Stub::UnregisterRegion, handle, metadata);
+         }},
+        {"Attach",
+         [this](const Metadata& metadata) {
+           grpc::ClientContext context;
+           Prepare(metadata, &context);
+           const auto stream = v1::NcclTransport::NewStub(channel())->Attach(&context);
+           stream->WritesDone();
+           v1::AttachResponse response;
+           while (stream->Read(&response)) {
+           }
+           return stream->Finish();
+         }},
+    };
+  }
+
+  ServerOptions AllServices() {
+    ServerOptions options = Tokens();
+    options.regions.socket.path = directory_.Path("regions");
+    options.backend = "cpu";
+    options.nccl.library = "libnccl.so.2";  // for its service; there is no GPU
+    return options;
+  }
+
+ private:
+  template <typename Request, typename Response>
+  grpc::Status Region(grpc::Status (v1::Regions::Stub::*method)(grpc::ClientContext*,
+                                                                const Request&, Response*),
+                      const Request& request, const Metadata& metadata) {
     grpc::ClientContext context;
-    for (const auto& [key, value] : metadata) context.AddMetadata(key, value);
-    return make(channel(), &context).error_code();
-  };
-  const std::vector<std::function<grpc::StatusCode(const Metadata&)>> calls = {
-      [&](const Metadata& metadata) {
-        const PromptData data(SmallOpen(), 1);
-        return Run(AllMessages(data), CallOptions{.metadata = metadata}).status.error_code();
-      },
-      [&](const Metadata& metadata) { return Ask(channel(), nullptr, metadata).error_code(); },
-      [&](const Metadata& metadata) {
-        return Fetch(channel(), FetchRequest(std::string(16, 'h')), metadata).status.error_code();
-      },
-      [&](const Metadata& metadata) {
-        return Renew(channel(), std::string(16, 'h'), metadata).error_code();
-      },
-      [&](const Metadata& metadata) {
-        return Release(channel(), std::string(16, 'h'), metadata).error_code();
-      },
-      [&](const Metadata& metadata) {
-        return call(metadata, [](const auto& channel, auto* context) {
-          v1::RegisterRegionResponse response;
-          return v1::Regions::NewStub(channel)->RegisterRegion(context, {}, &response);
-        });
-      },
-      [&](const Metadata& metadata) {
-        return call(metadata, [](const auto& channel, auto* context) {
-          v1::GetRegionResponse response;
-          return v1::Regions::NewStub(channel)->GetRegion(context, {}, &response);
-        });
-      },
-      [&](const Metadata& metadata) {
-        return call(metadata, [](const auto& channel, auto* context) {
-          v1::RenewRegionResponse response;
-          return v1::Regions::NewStub(channel)->RenewRegion(context, {}, &response);
-        });
-      },
-      [&](const Metadata& metadata) {
-        return call(metadata, [](const auto& channel, auto* context) {
-          v1::UnregisterRegionResponse response;
-          return v1::Regions::NewStub(channel)->UnregisterRegion(context, {}, &response);
-        });
-      },
-  };
-  for (size_t i = 0; i < calls.size(); ++i) {
+    Prepare(metadata, &context);
+    Response response;
+    return (v1::Regions::NewStub(channel()).get()->*method)(&context, request, &response);
+  }
+  template <typename Request, typename Response>
+  grpc::Status OfRegion(grpc::Status (v1::Regions::Stub::*method)(grpc::ClientContext*,
+                                                                  const Request&, Response*),
+                        const std::string& handle, const Metadata& metadata) {
+    Request request;
+    request.set_handle(handle);
+    return Region(method, request, metadata);
+  }
+};
+
+// No call goes without a token but those of health and reflection, which say nothing of prompts.
+TEST_F(EveryCallTest, NeedsAToken) {
+  StartAlone(AllServices());
+  const auto calls = Calls(std::string(16, 'h'));
+  for (const std::string& name : CallsOfTheApi()) {
+    EXPECT_TRUE(calls.contains(name)) << name << " is a call that this test does not make";
+  }
+  for (const auto& [name, call] : calls) {
     for (const Metadata& bad :
          {Metadata{}, Bearer(""), Bearer("0123456789abcdeg"), Bearer("0123456789abcdef "),
           Metadata{{"authorization", kPrefillToken}},
           Metadata{{"authorization", std::string("Basic ") + kPrefillToken}}}) {
-      EXPECT_EQ(calls[i](bad), grpc::StatusCode::UNAUTHENTICATED) << "call " << i;
+      EXPECT_EQ(call(bad).error_code(), grpc::StatusCode::UNAUTHENTICATED) << name;
     }
-    EXPECT_NE(calls[i](Bearer(kPrefillToken)), grpc::StatusCode::UNAUTHENTICATED) << "call " << i;
+    EXPECT_NE(call(Bearer(kPrefillToken)).error_code(), grpc::StatusCode::UNAUTHENTICATED) << name;
   }
   EXPECT_EQ(Ask(channel()).error_message(),
             "the call has no metadata `authorization: Bearer TOKEN`, which this server asks for");
+  EXPECT_EQ(Health(channel()), "SERVING");
+  EXPECT_THAT(ReflectedServices(channel()), HasSubstr("structkv.v1.NcclTransport"));
+  ExpectNothingHeld();
+}
+
+// What a handle is of, nobody but its tenant learns: every call about one answers as to a handle
+// that never was.
+TEST_F(EveryCallTest, FindsNoHandleOfAnotherTenant) {
+  StartAlone(AllServices());
+  const std::string name = "structkv.security-" + std::to_string(getpid());
+  const auto file = SharedFile::Named(name, 64 << 10);
+  v1::RegisterRegionRequest region;
+  region.set_name(name);
+  region.set_size_bytes(64 << 10);
+  v1::RegisterRegionResponse registered;
+  {
+    grpc::ClientContext context;
+    Prepare(Bearer(kPrefillToken), &context);
+    const grpc::Status status =
+        v1::Regions::NewStub(channel())->RegisterRegion(&context, region, &registered);
+    ASSERT_TRUE(status.ok()) << status.error_message();
+  }
+  const std::string cache = Hold(channel(), Bearer(kPrefillToken));
+  const std::string never(16, 'h');
+  for (const auto& [handle, names] :
+       {std::pair(cache, std::vector<std::string>{"FetchCache", "RenewCache", "ReleaseCache"}),
+        std::pair(registered.handle(),
+                  std::vector<std::string>{"GetRegion", "RenewRegion", "UnregisterRegion"})}) {
+    const auto calls = Calls(handle);
+    const auto unknown = Calls(never);
+    for (const std::string& call : names) {
+      const grpc::Status theirs = calls.at(call)(Bearer(kDecodeToken));
+      EXPECT_EQ(theirs.error_code(), grpc::StatusCode::NOT_FOUND) << call;
+      EXPECT_EQ(WithoutHandle(theirs), WithoutHandle(unknown.at(call)(Bearer(kDecodeToken))))
+          << call;
+    }
+    for (const std::string& call : names) {
+      EXPECT_TRUE(calls.at(call)(Bearer(kPrefillToken)).ok()) << call;
+    }
+  }
+  ExpectNothingHeld();
+}
+
+// A proxy that the server knows says whose calls it passes on; whoever else says so is not
+// believed.
+TEST_F(SecurityTest, AProxySpeaksForOthers) {
+  ServerOptions options = MutualTls();
+  options.identity.proxy_names = {"proxy.*"};
+  StartAlone(options);
+  const auto proxy = As({"DNS:proxy.structkv"});
+  const auto other = As({"DNS:prefill"});
+  std::string tenant;
+  EXPECT_TRUE(Ask(proxy, &tenant, {{"structkv-tenant", "prefill"}}).ok());
+  EXPECT_EQ(tenant, "peer:prefill");
+  EXPECT_TRUE(Ask(other, &tenant, {{"structkv-tenant", "decode"}}).ok());
+  EXPECT_EQ(tenant, "peer:prefill");
+  for (const Metadata& nobody : {Metadata{}, Metadata{{"structkv-tenant", ""}}}) {
+    EXPECT_EQ(Ask(proxy, nullptr, nobody).error_code(), grpc::StatusCode::UNAUTHENTICATED);
+  }
+  // What is held by way of the proxy is the tenant's own, whichever way it comes next.
+  const std::string handle = Hold(proxy, {{"structkv-tenant", "prefill"}});
+  EXPECT_EQ(Release(proxy, handle, {{"structkv-tenant", "decode"}}).error_code(),
+            grpc::StatusCode::NOT_FOUND);
+  EXPECT_TRUE(Release(other, handle).ok());
   ExpectNothingHeld();
 }
 

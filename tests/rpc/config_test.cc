@@ -14,6 +14,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "service/config_names.h"
 
 namespace structkv {
 namespace {
@@ -222,10 +223,55 @@ TEST_F(ConfigTest, HelpAndVersionExitInPeace) {
 }
 
 TEST_F(ConfigTest, RefusesWhatIsNoOption) {
-  EXPECT_THAT(Refusal({"--thread-count=3"}), HasSubstr("--thread-count=3"));
+  EXPECT_EQ(Refusal({"--thread-count=3"}), "structkv-server: unknown flag '--thread-count'\n");
+  EXPECT_EQ(Refusal({"--memory-bugdet", "1GiB"}),
+            "structkv-server: unknown flag '--memory-bugdet'; did you mean '--memory-budget'?\n");
+  EXPECT_EQ(Refusal({"--threads", "1", "--chek-config"}),
+            "structkv-server: unknown flag '--chek-config'; did you mean '--check-config'?\n");
   EXPECT_THAT(Refusal({"3"}), HasSubstr("3"));
   EXPECT_THAT(Refusal({"--threads", "1", "--threads", "2"}), HasSubstr("--threads"));
   EXPECT_THAT(Refusal({"--config", "/no/such/file.yaml"}), HasSubstr("/no/such/file.yaml"));
+}
+
+TEST_F(ConfigTest, RefusesVariablesThatAreNoOptions) {
+  SetEnvironment("STRUCTKV_MEMORY_BUGDET", "1GiB");
+  EXPECT_EQ(Refusal({}),
+            "structkv-server: unknown variable 'STRUCTKV_MEMORY_BUGDET'; did you mean "
+            "'STRUCTKV_MEMORY_BUDGET'?\n");
+  EXPECT_EQ(std::get<EarlyExit>(Parse({})).exit_code, 2);
+}
+
+TEST_F(ConfigTest, LeavesVariablesOfOthersAlone) {
+  // Kubernetes' for Services "structkv" and "structkv-gpu".
+  SetEnvironment("STRUCTKV_SERVICE_HOST", "10.0.0.1");
+  SetEnvironment("STRUCTKV_GPU_SERVICE_PORT_GRPC", "7411");
+  SetEnvironment("STRUCTKV_PORT", "tcp://10.0.0.1:7411");
+  SetEnvironment("STRUCTKV_GPU_PORT_7411_TCP_PROTO", "tcp");
+  SetEnvironment("STRUCTKV_CPU_TARGET", "AVX2");
+  Good({});
+  // A name of the same kind with a value that is not of that kind.
+  SetEnvironment("STRUCTKV_PORT", "7411");
+  EXPECT_THAT(Refusal({}), HasSubstr("unknown variable 'STRUCTKV_PORT'"));
+}
+
+TEST_F(ConfigTest, ValuesAreTheSameHoweverTheyAreWritten) {
+  const Config one = Good({"--memory-budget", "2GiB", "--stall-limit=60s", "--listen", "a:1,b:2"});
+  const Config other = Good({"--config", File("memory-budget: 2048MiB\nstall-limit: 1m\n"
+                                              "listen: ['a:1', 'b:2']\n")});
+  EXPECT_EQ(one.values, other.values);
+  EXPECT_EQ(one.values.at("listen"), "a:1,b:2");
+  EXPECT_EQ(Good({}).values, Good({"--threads", "0", "--insecure=false"}).values);
+  EXPECT_NE(Good({}).values, Good({"--insecure"}).values);
+  const std::string help = std::get<EarlyExit>(Parse({"--help"})).text;
+  size_t marked = 0;
+  for (size_t at = help.find("(reload)"); at != std::string::npos;
+       at = help.find("(reload)", at + 1)) {
+    ++marked;
+  }
+  size_t may_change = 0;
+  for (const auto& [name, value] : one.values) may_change += MayChange(name) ? 1 : 0;
+  EXPECT_GE(may_change, 10U);
+  EXPECT_GE(marked, may_change);
 }
 
 TEST_F(ConfigTest, RefusesAFileByLineAndName) {

@@ -96,6 +96,17 @@ TEST_F(HeldCachesTest, LeasesHaveLimits) {
               HasSubstr("lease_millis is 501; 1 to 500"));
 }
 
+TEST_F(HeldCachesTest, LeasesThatBeginAfterAChangeAreOfTheNewLength) {
+  const std::string before = *Hold(100, "a", *caches_.Lease(std::nullopt, "lease"));
+  caches_.SetLeases(absl::Milliseconds(200), absl::Milliseconds(300));
+  EXPECT_EQ(*caches_.Lease(std::nullopt, "lease"), absl::Milliseconds(200));
+  EXPECT_TRUE(caches_.Lease(300, "lease").ok());
+  EXPECT_EQ(caches_.Lease(301, "lease").status().message(), "lease is 301; 1 to 300 are allowed");
+  EXPECT_EQ(caches_.budget().limit_bytes(), 1000);
+  clock_->Advance(milliseconds(50));
+  EXPECT_FALSE(Finds(before));
+}
+
 TEST_F(HeldCachesTest, UnknownReleasedExpiredAndAnothersAreTheSame) {
   const std::string handle = *Hold(10);
   const std::string released = *Hold(10);

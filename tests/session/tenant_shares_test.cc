@@ -62,6 +62,24 @@ TEST(TenantSharesTest, GoesWithTheReservation) {
   EXPECT_TRUE(shares.Take("a", {.sessions = 1}).ok());
 }
 
+TEST(TenantSharesTest, LimitsMayChangeUnderWhatIsTaken) {
+  TenantShares shares({.max_sessions = 2});
+  std::vector<TenantShares::Share> taken;
+  for (int i = 0; i < 2; ++i) taken.push_back(*shares.Take("a", {.sessions = 1}));
+  shares.SetLimits({.max_sessions = 1});
+  EXPECT_EQ(shares.limits().max_sessions, 1);
+  EXPECT_EQ(shares.Take("a", {.sessions = 1}).status().message(),
+            "the tenant has 2 prompts and asks for 1; at most 1 are allowed "
+            "(--tenant-max-sessions)");
+  EXPECT_TRUE(shares.Take("b", {.sessions = 1}).ok());
+  taken.pop_back();
+  EXPECT_FALSE(shares.Take("a", {.sessions = 1}).ok());
+  taken.clear();
+  EXPECT_TRUE(shares.Take("a", {.sessions = 1}).ok());
+  shares.SetLimits({});
+  EXPECT_TRUE(shares.Take("a", {.sessions = 1'000}).ok());
+}
+
 TEST(TenantSharesTest, SharesMayOutliveIt) {
   TenantShares::Share share;
   {

@@ -19,7 +19,7 @@ void ExpectEndsAsLost(Server* server, absl::FunctionRef<void()> lose, const std:
   sigemptyset(&none);
   const absl::Time begin = absl::Now();
   std::thread loser(lose);
-  const ServeEnd end = ServeUntilEnd(server, none, absl::InfiniteDuration(), &log);
+  const ServeEnd end = ServeUntilEnd(server, none, {}, &log);
   loser.join();
   EXPECT_LT(absl::Now() - begin, absl::Seconds(5));
   EXPECT_EQ(end.exit_code, 1);

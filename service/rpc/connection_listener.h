@@ -1,0 +1,58 @@
+// Takes connections to TCP addresses and hands them to gRPC, no more than a number at once:
+// gRPC 1.51 has no such limit, and takes memory for each connection before anything is known of it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "grpcpp/server_builder.h"
+#include "service/rpc/log.h"
+
+namespace structkv::rpc {
+
+// INVALID_ARGUMENT for what is neither "host:port" ("[::1]:80" is IPv6) nor "unix:/path" nor
+// "unix-abstract:name".
+absl::Status CheckListenAddress(const std::string& address);
+
+// Thread-safe. Runs one thread between Start() and Stop().
+class ConnectionListener {
+ public:
+  struct Place {
+    std::string address;  // "host:port"
+    std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> acceptor;
+  };
+
+  // UNAVAILABLE where an address cannot be listened on. A host's name stands for all its addresses.
+  // What a peer has not acknowledged for `ack_limit` breaks its connection. `warnings` may be null.
+  static absl::StatusOr<std::unique_ptr<ConnectionListener>> Bind(std::vector<Place> places,
+                                                                  int64_t max_connections,
+                                                                  absl::Duration ack_limit,
+                                                                  std::shared_ptr<Log> warnings);
+  ~ConnectionListener();
+  ConnectionListener(const ConnectionListener&) = delete;
+  ConnectionListener& operator=(const ConnectionListener&) = delete;
+
+  // Of the places, in their order.
+  const std::vector<int>& ports() const;
+  // Begins to take connections; gRPC's server runs.
+  void Start();
+  // Takes no more of them. Once, or by the destructor.
+  void Stop();
+
+  // Those that gRPC has now.
+  int64_t connections() const;
+  // Those that were closed because there were as many as there may be.
+  int64_t refused() const;
+
+ private:
+  class Impl;
+  explicit ConnectionListener(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace structkv::rpc
