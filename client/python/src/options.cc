@@ -57,6 +57,7 @@ std::shared_ptr<client::Arena> ArenaOf(nb::handle options, const char* name) {
 
 void ReadCall(nb::handle options, client::HeldCallOptions* call) {
   ReadSeconds(options, "timeout", &call->timeout);
+  Read(options, "replica", &call->replica);
   Read(options, "metadata", &call->metadata);
 }
 
@@ -164,6 +165,7 @@ client::StreamOptions StreamOptionsOf(nb::handle options) {
   Read(options, "max_buffered_result_bytes", &result.max_buffered_result_bytes);
   Read(options, "checksums", &result.checksums);
   result.retry = RetryOf(options);
+  Read(options, "replica", &result.replica);
   result.transport = TransportOf(options);
   for (nb::handle region : options.attr("regions")) {
     result.regions.push_back(nb::cast<const RegionHandle&>(region).get());
