@@ -47,7 +47,8 @@ absl::Status HeldFetcher::Run(const v1::HeldCache& cache, FetchFigures* figures)
   options_.replica = cache.replica();
   const double cpu = OwnCpuSeconds();
   const absl::Time start = absl::Now();
-  const absl::StatusOr<client::FetchedCache> fetched = client_->FetchCache(cache.handle(), options_);
+  const absl::StatusOr<client::FetchedCache> fetched =
+      client_->FetchCache(cache.handle(), options_);
   if (!fetched.ok()) return fetched.status();
   const absl::Time end = absl::Now();
   figures->cpu_seconds += OwnCpuSeconds() - cpu;

@@ -104,8 +104,9 @@ CLI::Option* AddServerFlags(CLI::App* app, ConnectionFlags* flags) {
       ->group(kGroup);
   AddSecurityFlags(app, &flags->security, kGroup);
   return app
-      ->add_option("--server", flags->server, "Address of the server: host:port or unix:/path; of several: ADDRESS,ADDRESS or "
-                  "dns:///name:port")
+      ->add_option("--server", flags->server,
+                   "Address of the server: host:port or unix:/path; of several: ADDRESS,ADDRESS or "
+                   "dns:///name:port")
       ->capture_default_str()
       ->group(kGroup);
 }

@@ -120,13 +120,13 @@ void PrintReplicas(const std::vector<client::ReplicaState>& replicas) {
   std::printf("\n");
   Table table({"replica", "health", "sessions", "reserved"});
   for (const client::ReplicaState& replica : replicas) {
-    table.Add({replica.address,
-               replica.failure.ok()
-                   ? HealthText(replica.health)
-                   : absl::StrCat(HealthText(replica.health), ": ", replica.failure.message()),
-               CountText(replica.active_sessions),
-               absl::StrCat(BytesText(replica.reserved_bytes), " of ",
-                            BytesText(replica.limit_bytes))});
+    table.Add(
+        {replica.address,
+         replica.failure.ok()
+             ? HealthText(replica.health)
+             : absl::StrCat(HealthText(replica.health), ": ", replica.failure.message()),
+         CountText(replica.active_sessions),
+         absl::StrCat(BytesText(replica.reserved_bytes), " of ", BytesText(replica.limit_bytes))});
   }
   std::printf("%s", table.Text("  ").c_str());
 }

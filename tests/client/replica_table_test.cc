@@ -13,7 +13,6 @@ namespace structkv::client::internal {
 namespace {
 
 using ::testing::ElementsAre;
-using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
 constexpr uint64_t kLimit = 1000;
@@ -284,7 +283,9 @@ TEST_F(ReplicaTableTest, OtherGroupsStayWhereTheyAre) {
     const std::string now = Choose({.group = group});
     EXPECT_NE(now, "b");
     EXPECT_NE(now, "wait");
-    if (address != "b") EXPECT_EQ(now, address);
+    if (address != "b") {
+      EXPECT_EQ(now, address);
+    }
   }
 }
 

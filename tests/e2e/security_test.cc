@@ -177,6 +177,12 @@ TEST_F(SecurityTest, EveryCallNeedsAToken) {
       },
       [&](const Metadata& metadata) { return Ask(channel(), nullptr, metadata).error_code(); },
       [&](const Metadata& metadata) {
+        return call(metadata, [](const auto& channel, auto* context) {
+          v1::GetLoadResponse response;
+          return v1::Compression::NewStub(channel)->GetLoad(context, {}, &response);
+        });
+      },
+      [&](const Metadata& metadata) {
         return Fetch(channel(), FetchRequest(std::string(16, 'h')), metadata).status.error_code();
       },
       [&](const Metadata& metadata) {

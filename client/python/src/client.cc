@@ -220,7 +220,8 @@ void BindClient(nb::module_& module) {
                 [](const std::string& address) { return nb::cast(address); });
           },
           nb::arg("open"), nb::arg("timeout"))
-      .def("replicas", &Replicas, nb::sig("def replicas(self) -> list[tuple[str, str, str, int, int, int]]"))
+      .def("replicas", &Replicas,
+           nb::sig("def replicas(self) -> list[tuple[str, str, str, int, int, int]]"))
       .def("open_batch", &OpenBatch, nb::arg("prompts"), nb::arg("stream"))
       .def("register", &Register, nb::arg("region"), nb::arg("tenant"))
       .def(
