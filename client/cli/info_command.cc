@@ -121,14 +121,15 @@ void PrintReplicas(const std::vector<client::ReplicaState>& replicas) {
   Table table({"replica", "health", "sessions", "reserved"});
   for (const client::ReplicaState& replica : replicas) {
     table.Add(
-        {replica.address,
-         replica.failure.ok()
-             ? HealthText(replica.health)
-             : absl::StrCat(HealthText(replica.health), ": ", replica.failure.message()),
-         CountText(replica.active_sessions),
+        {replica.address, HealthText(replica.health), CountText(replica.active_sessions),
          absl::StrCat(BytesText(replica.reserved_bytes), " of ", BytesText(replica.limit_bytes))});
   }
   std::printf("%s", table.Text("  ").c_str());
+  for (const client::ReplicaState& replica : replicas) {
+    if (replica.failure.ok()) continue;
+    std::printf("  %s: %s\n", replica.address.c_str(),
+                std::string(replica.failure.message()).c_str());
+  }
 }
 
 void PrintServer(const Compressor& compressor, const v1::GetCapabilitiesResponse& caps) {
