@@ -43,10 +43,12 @@ absl::StatusOr<HeldFetcher> HeldFetcher::Connect(const BenchFlags& flags,
   return HeldFetcher(*std::move(client), std::move(options));
 }
 
-absl::Status HeldFetcher::Run(const std::string& handle, FetchFigures* figures) {
+absl::Status HeldFetcher::Run(const v1::HeldCache& cache, FetchFigures* figures) {
+  options_.replica = cache.replica();
   const double cpu = OwnCpuSeconds();
   const absl::Time start = absl::Now();
-  const absl::StatusOr<client::FetchedCache> fetched = client_->FetchCache(handle, options_);
+  const absl::StatusOr<client::FetchedCache> fetched =
+      client_->FetchCache(cache.handle(), options_);
   if (!fetched.ok()) return fetched.status();
   const absl::Time end = absl::Now();
   figures->cpu_seconds += OwnCpuSeconds() - cpu;
@@ -56,7 +58,8 @@ absl::Status HeldFetcher::Run(const std::string& handle, FetchFigures* figures) 
   figures->transport_reason = fetched->info.transport_reason();
   client::HeldCallOptions call;
   call.metadata = options_.metadata;
-  absl::Status released = client_->ReleaseCache(handle, call);
+  call.replica = cache.replica();
+  absl::Status released = client_->ReleaseCache(cache.handle(), call);
   figures->release_seconds.push_back(absl::ToDoubleSeconds(absl::Now() - end));
   return released;
 }

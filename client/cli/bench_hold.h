@@ -10,6 +10,7 @@
 #include "client/cli/bench_flags.h"
 #include "client/cli/shared_memory.h"
 #include "structkv/client.h"
+#include "structkv/v1/compression.pb.h"
 
 namespace structkv::cli {
 
@@ -35,7 +36,7 @@ class HeldFetcher {
   static absl::StatusOr<HeldFetcher> Connect(const BenchFlags& flags, const SharedMemory& memory);
 
   // Fetches all of a cache and frees it.
-  absl::Status Run(const std::string& handle, FetchFigures* figures);
+  absl::Status Run(const v1::HeldCache& cache, FetchFigures* figures);
 
  private:
   HeldFetcher(std::unique_ptr<client::Client> client, client::FetchOptions options)

@@ -168,8 +168,8 @@ class Worker {
       fetcher_.emplace(*std::move(fetcher));
     }
     FetchFigures fetches;
-    for (const std::string& handle : handles_) {
-      if (absl::Status status = fetcher_->Run(handle, &fetches); !status.ok()) return status;
+    for (const v1::HeldCache& cache : held_) {
+      if (absl::Status status = fetcher_->Run(cache, &fetches); !status.ok()) return status;
     }
     absl::MutexLock lock(&figures_->mutex);
     figures_->fetches.Add(fetches);
@@ -188,14 +188,14 @@ class Worker {
         compressors_[rank]->Run(open, source, OptionsOf(rank, &timed));
     if (!summary.ok()) return summary.status();
     timed.AddTo(*summary, first, figures_);
-    handles_[rank] = summary->held().handle();
+    held_[rank] = summary->held();
     return absl::OkStatus();
   }
 
   // The ranks of one prompt together, each on a thread and a connection of its own.
   absl::Status RunRanks() {
     const std::string group = NewGroup(this);
-    handles_.assign(prompts_.size(), "");
+    held_.assign(prompts_.size(), {});
     std::vector<absl::Status> statuses(prompts_.size());
     std::vector<std::thread> threads;
     for (size_t i = 1; i < prompts_.size(); ++i) {
@@ -214,7 +214,7 @@ class Worker {
 
   // The first `count` prompts, in one stream.
   absl::Status RunBatch(uint32_t count) {
-    handles_.assign(count, "");
+    held_.assign(count, {});
     std::deque<Timed> timed;
     std::vector<client::BatchPrompt> batch;
     client::SessionOptions options;
@@ -228,7 +228,7 @@ class Worker {
     for (uint32_t i = 0; i < count; ++i) {
       if (!summaries[i].ok()) return summaries[i].status();
       timed[i].AddTo(*summaries[i], /*times=*/true, figures_);
-      handles_[i] = summaries[i]->held().handle();
+      held_[i] = summaries[i]->held();
     }
     return absl::OkStatus();
   }
@@ -238,8 +238,8 @@ class Worker {
   const std::vector<BenchPrompt>& prompts_;
   std::atomic<uint64_t>* const layers_done_;
   BenchFigures* const figures_;
-  std::vector<Scratch> scratch_;      // of each prompt
-  std::vector<std::string> handles_;  // of what the last prompts left in the server
+  std::vector<Scratch> scratch_;     // of each prompt
+  std::vector<v1::HeldCache> held_;  // what the last prompts left in the server
   std::optional<HeldFetcher> fetcher_;
 };
 

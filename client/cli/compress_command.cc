@@ -167,10 +167,13 @@ void PrintOutcome(const CompressFlags& flags, const Capture& capture, const Outc
               DurationText(absl::Microseconds(summary.timing().compute_micros())).c_str(),
               summary.transport().c_str());
   if (summary.has_held()) {
-    std::printf("held      %s, %s for %s, fingerprint %s\n",
+    // Of several servers, the one that has it.
+    const std::string& at = summary.held().replica();
+    std::printf("held      %s, %s for %s%s, fingerprint %s\n",
                 absl::BytesToHexString(summary.held().handle()).c_str(),
                 BytesText(summary.held().size_bytes()).c_str(),
                 absl::FormatDuration(absl::Milliseconds(summary.held().lease_millis())).c_str(),
+                at == flags.connection.server ? "" : absl::StrCat(" at ", at).c_str(),
                 summary.fingerprint().c_str());
   } else {
     std::printf("output    %s, fingerprint %s\n", flags.output.c_str(),
@@ -186,6 +189,7 @@ void PrintJson(const CompressFlags& flags, const Capture& capture, const Outcome
     json["handle"] = absl::BytesToHexString(summary.held().handle());
     json["held_bytes"] = summary.held().size_bytes();
     json["lease_millis"] = summary.held().lease_millis();
+    json["replica"] = summary.held().replica();
   } else {
     json["output"] = flags.output;
   }

@@ -39,13 +39,18 @@ class RemoteCompressor final : public Compressor {
     return Named(client_->GetCapabilities());
   }
 
+  std::vector<client::ReplicaState> Replicas() const override { return client_->Replicas(); }
+
   std::string description() const override { return absl::StrCat("server ", server_); }
 
  private:
-  // A server that cannot be reached is named.
+  // A server that cannot be reached is named; of several the client names it.
   template <typename T>
   absl::StatusOr<T> Named(absl::StatusOr<T> result) const {
-    if (result.ok() || result.status().code() != absl::StatusCode::kUnavailable) return result;
+    if (result.ok() || !absl::IsUnavailable(result.status()) || Replicas().size() != 1 ||
+        Replicas()[0].address != server_) {
+      return result;
+    }
     return absl::UnavailableError(absl::StrCat(server_, ": ", result.status().message()));
   }
 
@@ -99,7 +104,9 @@ CLI::Option* AddServerFlags(CLI::App* app, ConnectionFlags* flags) {
       ->group(kGroup);
   AddSecurityFlags(app, &flags->security, kGroup);
   return app
-      ->add_option("--server", flags->server, "Address of the server: host:port or unix:/path")
+      ->add_option("--server", flags->server,
+                   "Address of the server: host:port or unix:/path; of several: ADDRESS,ADDRESS or "
+                   "dns:///name:port")
       ->capture_default_str()
       ->group(kGroup);
 }

@@ -40,6 +40,9 @@ class Compressor {
 
   virtual absl::StatusOr<v1::GetCapabilitiesResponse> GetCapabilities() = 0;
 
+  // What is known of the servers, where it may be one of several.
+  virtual std::vector<client::ReplicaState> Replicas() const { return {}; }
+
   // Where it runs, for people.
   virtual std::string description() const = 0;
 

@@ -2,6 +2,7 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/ascii.h"
@@ -100,6 +101,37 @@ std::string EnumList(const Values& values, const char* prefix, Name name) {
   return absl::StrJoin(names, ", ");
 }
 
+const char* HealthText(client::ReplicaState::Health health) {
+  switch (health) {
+    case client::ReplicaState::Health::kReady:
+      return "ready";
+    case client::ReplicaState::Health::kDraining:
+      return "draining";
+    case client::ReplicaState::Health::kFailed:
+      return "failed";
+    case client::ReplicaState::Health::kUnknown:
+      break;
+  }
+  return "not asked yet";
+}
+
+void PrintReplicas(const std::vector<client::ReplicaState>& replicas) {
+  if (replicas.size() < 2) return;
+  std::printf("\n");
+  Table table({"replica", "health", "sessions", "reserved"});
+  for (const client::ReplicaState& replica : replicas) {
+    table.Add(
+        {replica.address, HealthText(replica.health), CountText(replica.active_sessions),
+         absl::StrCat(BytesText(replica.reserved_bytes), " of ", BytesText(replica.limit_bytes))});
+  }
+  std::printf("%s", table.Text("  ").c_str());
+  for (const client::ReplicaState& replica : replicas) {
+    if (replica.failure.ok()) continue;
+    std::printf("  %s: %s\n", replica.address.c_str(),
+                std::string(replica.failure.message()).c_str());
+  }
+}
+
 void PrintServer(const Compressor& compressor, const v1::GetCapabilitiesResponse& caps) {
   std::printf("%s: structkv %s\n\n", compressor.description().c_str(), caps.version().c_str());
   for (const v1::BackendInfo& backend : caps.backends()) {
@@ -169,6 +201,7 @@ absl::Status RunInfo(const InfoFlags& flags) {
   if (!capabilities.ok()) return capabilities.status();
   if (!flags.json) {
     PrintServer(**compressor, *capabilities);
+    PrintReplicas((*compressor)->Replicas());
     return absl::OkStatus();
   }
   std::string json;

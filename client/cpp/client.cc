@@ -9,14 +9,13 @@
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "client/cpp/bytes_pool.h"
-#include "client/cpp/credentials.h"
+#include "client/cpp/replica_set.h"
 #include "client/cpp/retry.h"
 #include "client/cpp/session_core.h"
 #include "client/cpp/stream.h"
 #include "client/cpp/transport_choice.h"
 #include "grpc/grpc.h"
-#include "grpcpp/create_channel.h"
-#include "grpcpp/support/channel_arguments.h"
+#include "structkv/sizes.h"
 #include "structkv/v1/compression.grpc.pb.h"
 
 namespace structkv::client {
@@ -41,12 +40,36 @@ std::string NewIdempotencyKey() {
 
 using Opening = absl::StatusOr<std::unique_ptr<internal::SessionCore>>;
 
-// Opens `prompts` in one stream, with what `offer` says; what came of each.
+// About what the service will reserve for a prompt, before it says so: its layers in flight.
+uint64_t EstimatedBytes(const v1::Open& open) {
+  const uint64_t layers = open.layers_in_flight() == 0 ? 2 : open.layers_in_flight();
+  return layers * (InputTensorBytes(open, {}, v1::TENSOR_KEYS) +
+                   InputTensorBytes(open, {}, v1::TENSOR_VALUES));
+}
+
+// Has the replicas know of the prompt from now to its end.
+void Follow(internal::ReplicaSet& replicas, const std::shared_ptr<internal::Replica>& replica,
+            BatchPrompt* prompt) {
+  auto placement = replicas.Place(replica, EstimatedBytes(prompt->open));
+  PromptOptions& options = prompt->options;
+  options.on_opened = [placement, next = std::move(options.on_opened)](const v1::Opened& opened) {
+    placement->OnOpened(opened.reserved_bytes());
+    if (next) next(opened);
+  };
+  options.on_end = [placement, next = std::move(options.on_end)](const absl::Status& status) {
+    placement->OnEnd(status);
+    if (next) next(status);
+  };
+}
+
+// Opens `prompts` in one stream to `replica`, with what `offer` says; what came of each.
 std::vector<Opening> TryOpen(std::vector<BatchPrompt> prompts,
                              const absl::StatusOr<internal::Offer>& offer,
                              const StreamOptions& options,
                              const std::shared_ptr<internal::BytesPool>& pool,
-                             const std::shared_ptr<grpc::Channel>& channel, absl::Time deadline) {
+                             internal::ReplicaSet& replicas,
+                             const std::shared_ptr<internal::Replica>& replica,
+                             absl::Time deadline) {
   std::vector<absl::StatusOr<internal::SharedPlace>> places;
   uint32_t count = 0;
   for (BatchPrompt& prompt : prompts) {
@@ -55,7 +78,9 @@ std::vector<Opening> TryOpen(std::vector<BatchPrompt> prompts,
                          : offer.status());
     if (places.back().ok()) ++count;
   }
-  auto stream = std::make_shared<internal::Stream>(options);
+  StreamOptions stream_options = options;
+  stream_options.replica = replica->address;
+  auto stream = std::make_shared<internal::Stream>(std::move(stream_options), replicas.several());
   std::vector<Opening> openings;
   std::vector<internal::SessionCore*> started;
   for (size_t i = 0; i < prompts.size(); ++i) {
@@ -65,6 +90,7 @@ std::vector<Opening> TryOpen(std::vector<BatchPrompt> prompts,
     }
     // One prompt alone is no batch.
     prompts[i].open.set_batch_prompt_count(count == 1 ? 0 : count);
+    if (replicas.several()) Follow(replicas, replica, &prompts[i]);
     auto core =
         std::make_unique<internal::SessionCore>(std::move(prompts[i]), *std::move(places[i]), pool,
                                                 stream, static_cast<uint32_t>(started.size()));
@@ -72,7 +98,7 @@ std::vector<Opening> TryOpen(std::vector<BatchPrompt> prompts,
     openings.emplace_back(std::move(core));
   }
   if (started.empty()) return openings;
-  stream->Start(channel, deadline, started);
+  stream->Start(replica->channel, deadline, started);
   for (Opening& opening : openings) {
     if (!opening.ok()) continue;
     const absl::Status status = (*opening)->WaitOpened();
@@ -81,55 +107,92 @@ std::vector<Opening> TryOpen(std::vector<BatchPrompt> prompts,
   return openings;
 }
 
+// Whether the prompts are ranks' of groups, which must meet.
+bool MustMeet(const v1::Open& open) { return open.shard_group().shard_count() > 1; }
+
+// Where a stream of `prompts` may go: for the ranks of a group the same, whichever of a batch's
+// prompts are still to be opened.
+internal::PlacementRequest RequestFor(absl::Span<const BatchPrompt> prompts) {
+  internal::PlacementRequest request;
+  if (prompts.empty()) return request;
+  const v1::Open& first = prompts.front().open;
+  if (MustMeet(first)) request.group = first.shard_group().group_id();
+  for (const BatchPrompt& prompt : prompts) {
+    if (prompt.open.output() == v1::OUTPUT_HOLD) request.holds = true;
+  }
+  return request;
+}
+
+// Memory of the host needs no other transport than the messages, unless that is asked for: which
+// replica is on this host is not known before one is chosen.
+StreamOptions OptionsAmong(const internal::ReplicaSet& replicas, const StreamOptions& options) {
+  StreamOptions result = options;
+  const auto is_gpu = [](const std::shared_ptr<Region>& region) {
+    return region != nullptr && region->on_gpu();
+  };
+  const bool on_gpu = std::any_of(options.regions.begin(), options.regions.end(), is_gpu);
+  const bool chooses = replicas.several() && options.replica.empty();
+  if (chooses && options.transport == TransportChoice::kAuto && options.nccl == nullptr &&
+      !on_gpu) {
+    result.transport = TransportChoice::kInline;
+  }
+  return result;
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const std::string& target,
                                                         const ClientOptions& options) {
-  if (target.empty()) return absl::InvalidArgumentError("Connect: the target is empty");
   KeepGrpcInitialised();
-  grpc::ChannelArguments args;
-  // Identity alone, in either direction.
-  args.SetInt(GRPC_COMPRESSION_CHANNEL_ENABLED_ALGORITHMS_BITSET, 1);
-  args.SetMaxReceiveMessageSize(-1);
-  args.SetMaxSendMessageSize(-1);
-  // gRPC's own retries would keep a copy of what is sent, and cannot know the protocol.
-  args.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);
-  // A connection of its own, not one shared with other clients of this process.
-  args.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  args.SetUserAgentPrefix(options.user_agent);
-  if (options.keepalive_interval != absl::InfiniteDuration()) {
-    args.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS,
-                static_cast<int>(absl::ToInt64Milliseconds(options.keepalive_interval)));
-  }
-  auto credentials = internal::CredentialsFor(target, options);
-  if (!credentials.ok()) return credentials.status();
-  return std::make_unique<Client>(grpc::CreateCustomChannel(target, *credentials, args), options);
+  auto replicas = internal::ReplicaSet::Connect(target, options);
+  if (!replicas.ok()) return replicas.status();
+  return std::unique_ptr<Client>(new Client(*std::move(replicas), options));
 }
 
 Client::Client(std::shared_ptr<grpc::Channel> channel, const ClientOptions& options)
-    : channel_(std::move(channel)),
-      pool_(std::make_shared<internal::BytesPool>(options.idle_buffer_bytes)),
-      transports_(std::make_unique<internal::TransportChooser>(channel_, options.own_process)) {
+    : Client(std::make_unique<internal::ReplicaSet>(std::move(channel), options), options) {
   KeepGrpcInitialised();
 }
+
+Client::Client(std::unique_ptr<internal::ReplicaSet> replicas, const ClientOptions& options)
+    : replicas_(std::move(replicas)),
+      pool_(std::make_shared<internal::BytesPool>(options.idle_buffer_bytes)) {}
 
 Client::~Client() = default;
 
 absl::StatusOr<v1::GetCapabilitiesResponse> Client::GetCapabilities(absl::Duration timeout) {
+  const absl::Time deadline = absl::Now() + timeout;
+  const auto replica = replicas_->Choose({}, deadline);
+  if (!replica.ok()) return replica.status();
   grpc::ClientContext context;
-  if (timeout != absl::InfiniteDuration()) {
-    context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
-  }
+  if (timeout != absl::InfiniteDuration()) context.set_deadline(absl::ToChronoTime(deadline));
   v1::GetCapabilitiesResponse response;
   const grpc::Status status =
-      v1::Compression::NewStub(channel_)->GetCapabilities(&context, {}, &response);
+      v1::Compression::NewStub((*replica)->channel)->GetCapabilities(&context, {}, &response);
   if (status.ok()) return response;
-  return absl::Status(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
+  return internal::AtReplica(
+      replicas_->several() ? (*replica)->address : "",
+      absl::Status(static_cast<absl::StatusCode>(status.error_code()), status.error_message()));
 }
 
 absl::Status Client::Register(Region& region, const std::string& tenant) {
-  return transports_->Register(region, tenant, absl::InfiniteFuture());
+  if (replicas_->several()) {
+    return absl::FailedPreconditionError(
+        "Register: the client has several replicas; a region is registered with the one that its "
+        "prompt goes to, when that is opened");
+  }
+  return replicas_->only()->transports->Register(region, tenant, absl::InfiniteFuture());
 }
+
+absl::StatusOr<std::string> Client::ChooseReplica(const v1::Open& open, absl::Duration timeout) {
+  internal::PlacementRequest request;
+  request.holds = open.output() == v1::OUTPUT_HOLD;
+  const auto replica = replicas_->Choose(request, absl::Now() + timeout);
+  if (!replica.ok()) return replica.status();
+  return (*replica)->address;
+}
+
+std::vector<ReplicaState> Client::Replicas() const { return replicas_->Report(); }
 
 absl::StatusOr<std::unique_ptr<CompressSession>> Client::OpenPrompt(const v1::Open& open,
                                                                     const SessionOptions& options) {
@@ -146,17 +209,47 @@ std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>> Client::OpenBatch(
       request.open.set_idempotency_key(NewIdempotencyKey());
     }
   }
+  const StreamOptions stream = OptionsAmong(*replicas_, options);
+  internal::PlacementRequest placement = RequestFor(prompts);
   std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>> results(requests.size());
   std::vector<size_t> due(requests.size());  // of requests
   std::iota(due.begin(), due.end(), size_t{0});
   int unknown = 0;  // attempts whose regions the server did not know
-  for (int attempt = 1; !due.empty(); ++attempt) {
+  // Before those that were tried are tried again.
+  absl::Duration round_delay = absl::InfiniteDuration();
+  for (int attempt = 1; !due.empty();) {
+    const auto replica = options.replica.empty() ? replicas_->Choose(placement, deadline)
+                                                 : replicas_->At(options.replica);
+    if (!replica.ok()) {
+      // What those said that were tried says more than that there is no other one.
+      if (placement.tried.empty()) {
+        const auto wait = internal::RetryDelay(options.retry, attempt, replica.status());
+        for (const size_t i : due) results[i] = replica.status();
+        if (!wait.has_value()) break;
+        round_delay = *wait;
+      } else if (attempt >= options.retry.max_attempts) {
+        break;
+      }
+      if (absl::Now() + round_delay >= deadline) break;
+      absl::SleepFor(round_delay);
+      round_delay = absl::InfiniteDuration();
+      placement.tried.clear();
+      ++attempt;
+      continue;
+    }
     std::vector<BatchPrompt> tried;
     for (const size_t i : due) tried.push_back(requests[i]);
+    internal::TransportChooser& transports = *(*replica)->transports;
     const absl::StatusOr<internal::Offer> offer =
-        transports_->MakeOffer(tried, options, /*unknown=*/unknown >= 2, deadline);
-    auto openings = TryOpen(std::move(tried), offer, options, pool_, channel_, deadline);
+        transports.MakeOffer(tried, stream, /*unknown=*/unknown >= 2, deadline);
+    auto openings = TryOpen(std::move(tried), offer, stream, pool_, *replicas_, *replica, deadline);
+    // A prompt that need not meet others may go elsewhere, at once.
+    const bool elsewhere =
+        replicas_->several() && options.replica.empty() && placement.group.empty();
+    const int last = std::max(1, options.retry.max_attempts - 1);
+    const int counted = elsewhere ? std::min(attempt, last) : attempt;
     bool admitted = false;
+    bool lost = false;
     std::vector<size_t> again;
     absl::Duration delay;
     for (size_t i = 0; i < due.size(); ++i) {
@@ -168,22 +261,29 @@ std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>> Client::OpenBatch(
       }
       const absl::Status& status = openings[i].status();
       results[due[i]] = status;
-      const bool lost = absl::IsNotFound(status) && offer.ok() && !offer->nothing();
-      if (lost && unknown < (options.transport == TransportChoice::kAuto ? 2 : 1)) {
+      const bool unknown_region = absl::IsNotFound(status) && offer.ok() && !offer->nothing();
+      if (unknown_region && unknown < (stream.transport == TransportChoice::kAuto ? 2 : 1)) {
+        lost = true;
         again.push_back(due[i]);  // at once: registered anew or, had that been done, inline
-      } else if (const auto wait = internal::RetryDelay(options.retry, attempt, status)) {
+      } else if (const auto wait = internal::RetryDelay(options.retry, counted, status)) {
         again.push_back(due[i]);
         delay = std::max(delay, *wait);
       }
     }
-    if (admitted || again.empty() || absl::Now() + delay >= deadline) break;
-    if (offer.ok() && absl::IsNotFound(results[again.front()].status())) {
-      ++unknown;
-      transports_->Forget(*offer);
-    }
+    if (admitted || again.empty()) break;
     due = std::move(again);
     openings.clear();
+    if (lost) {
+      ++unknown;
+      transports.Forget(*offer);
+    } else if (elsewhere) {
+      round_delay = std::min(round_delay, delay);
+      placement.tried.insert((*replica)->address);
+      continue;
+    }
+    if (absl::Now() + delay >= deadline) break;
     absl::SleepFor(delay);
+    ++attempt;
   }
   return results;
 }

@@ -4,6 +4,7 @@
 
 #include "absl/time/clock.h"
 #include "client/cpp/fetch_call.h"
+#include "client/cpp/replica_set.h"
 #include "client/cpp/result_places.h"
 #include "client/cpp/retry.h"
 #include "grpcpp/client_context.h"
@@ -11,21 +12,60 @@
 #include "structkv/v1/held_cache.grpc.pb.h"
 
 namespace structkv::client {
+
+absl::Status Client::CallHolder(const HeldCallOptions& options,
+                                absl::FunctionRef<absl::Status(internal::Replica&)> call) {
+  if (!options.replica.empty()) {
+    const auto replica = replicas_->At(options.replica);
+    if (!replica.ok()) return replica.status();
+    const bool is_only = *replica == replicas_->only();
+    return internal::AtReplica(is_only ? "" : options.replica, call(**replica));
+  }
+  if (!replicas_->several()) return call(*replicas_->only());
+  const auto all = replicas_->All(absl::Now() + options.timeout);
+  if (!all.ok()) return all.status();
+  absl::Status unknown;
+  absl::Status failed;
+  for (const auto& replica : *all) {
+    const absl::Status status = internal::AtReplica(replica->address, call(*replica));
+    if (status.ok()) return status;
+    // One that cannot be asked may be the one.
+    (absl::IsNotFound(status) ? unknown : failed).Update(status);
+    const bool may_be_elsewhere = absl::IsNotFound(status) || absl::IsUnavailable(status);
+    if (!may_be_elsewhere) return status;
+  }
+  return failed.ok() ? unknown : failed;
+}
+
 absl::StatusOr<FetchedCache> Client::FetchCache(const std::string& handle,
                                                 const FetchOptions& options) {
-  return internal::FetchCall(channel_, transports_.get(), pool_.get(), handle, options).Fetch();
+  absl::StatusOr<FetchedCache> fetched;
+  const absl::Status status = CallHolder(options, [&](internal::Replica& replica) {
+    fetched =
+        internal::FetchCall(replica.channel, replica.transports.get(), pool_.get(), handle, options)
+            .Fetch();
+    return fetched.status();
+  });
+  if (!status.ok()) return status;
+  return fetched;
 }
 
 absl::StatusOr<v1::CacheInfo> Client::DescribeCache(const std::string& handle,
                                                     const FetchOptions& options) {
-  return internal::FetchCall(channel_, transports_.get(), pool_.get(), handle, options).Describe();
+  absl::StatusOr<v1::CacheInfo> info;
+  const absl::Status status = CallHolder(options, [&](internal::Replica& replica) {
+    info =
+        internal::FetchCall(replica.channel, replica.transports.get(), pool_.get(), handle, options)
+            .Describe();
+    return info.status();
+  });
+  if (!status.ok()) return status;
+  return info;
 }
 
 absl::StatusOr<absl::Duration> Client::RenewCache(const std::string& handle,
                                                   std::optional<absl::Duration> lease,
                                                   const HeldCallOptions& options) {
-  grpc::ClientContext context;
-  internal::Prepare(options, absl::Now() + options.timeout, &context);
   v1::RenewCacheRequest request;
   request.set_handle(handle);
   if (lease.has_value()) {
@@ -33,20 +73,28 @@ absl::StatusOr<absl::Duration> Client::RenewCache(const std::string& handle,
         static_cast<uint64_t>(std::max<int64_t>(0, absl::ToInt64Milliseconds(*lease))));
   }
   v1::RenewCacheResponse response;
-  const grpc::Status status =
-      v1::HeldCaches::NewStub(channel_)->RenewCache(&context, request, &response);
-  if (!status.ok()) return internal::StatusOfCall(status, context);
+  const absl::Status status = CallHolder(options, [&](internal::Replica& replica) {
+    grpc::ClientContext context;
+    internal::Prepare(options, absl::Now() + options.timeout, &context);
+    return internal::StatusOfCall(
+        v1::HeldCaches::NewStub(replica.channel)->RenewCache(&context, request, &response),
+        context);
+  });
+  if (!status.ok()) return status;
   return absl::Milliseconds(static_cast<int64_t>(response.lease_millis()));
 }
 
 absl::Status Client::ReleaseCache(const std::string& handle, const HeldCallOptions& options) {
-  grpc::ClientContext context;
-  internal::Prepare(options, absl::Now() + options.timeout, &context);
   v1::ReleaseCacheRequest request;
   request.set_handle(handle);
-  v1::ReleaseCacheResponse response;
-  return internal::StatusOfCall(
-      v1::HeldCaches::NewStub(channel_)->ReleaseCache(&context, request, &response), context);
+  return CallHolder(options, [&](internal::Replica& replica) {
+    grpc::ClientContext context;
+    internal::Prepare(options, absl::Now() + options.timeout, &context);
+    v1::ReleaseCacheResponse response;
+    return internal::StatusOfCall(
+        v1::HeldCaches::NewStub(replica.channel)->ReleaseCache(&context, request, &response),
+        context);
+  });
 }
 
 v1::Open OpenOf(const v1::CacheInfo& info) {

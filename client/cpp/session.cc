@@ -32,6 +32,8 @@ const v1::Open& CompressSession::open() const { return core_->open(); }
 
 const v1::Opened& CompressSession::opened() const { return core_->opened(); }
 
+const std::string& CompressSession::replica() const { return core_->stream_options().replica; }
+
 absl::Status CompressSession::Send(uint32_t layer, v1::Tensor tensor,
                                    absl::Span<const std::byte> data, uint64_t offset_bytes,
                                    const std::shared_ptr<const void>& owner) {

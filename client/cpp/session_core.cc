@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "client/cpp/replica_set.h"
 #include "client/cpp/staged_blocks.h"
 #include "structkv/arena.h"
 #include "structkv/sizes.h"
@@ -344,6 +345,10 @@ void SessionCore::End(absl::Status status) {
       absl::StatusOr<v1::Summary> finished = assembler_.Finish(sent_.bytes());
       status = finished.status();
       if (finished.ok()) summary = *std::move(finished);
+    }
+    status = AtReplica(stream_->origin(), status);
+    if (summary.has_value() && summary->has_held()) {
+      summary->mutable_held()->set_replica(stream_options().replica);
     }
     if (!Settle(std::move(status))) return;
     summary_ = summary;

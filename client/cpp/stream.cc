@@ -337,6 +337,10 @@ void Stream::OnDone(const grpc::Status& status) {
     closed_ = true;
     unsent.swap(queue_);
     end = fault_.ok() ? StatusOfCall(status, context_) : fault_;
+    // gRPC's answer to what comes at the very moment that a server shuts down.
+    if (absl::IsCancelled(end) && !cancelled_) {
+      end = absl::UnavailableError("the server cancelled the stream, as one that shuts down does");
+    }
     prompts = static_cast<uint32_t>(prompts_.size());
     changed_.SignalAll();
   }

@@ -34,7 +34,9 @@ class SessionCore;
 // gRPC's threads at a time.
 class Stream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer> {
  public:
-  explicit Stream(StreamOptions options) : options_(std::move(options)) {}
+  // `options.replica`: the server's address. `names_replica`: whether errors give it.
+  Stream(StreamOptions options, bool names_replica)
+      : options_(std::move(options)), names_replica_(names_replica) {}
 
   // Starts the call, and sends each session's `open`. Called once.
   void Start(std::shared_ptr<grpc::Channel> channel, absl::Time deadline,
@@ -60,6 +62,8 @@ class Stream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::Byte
   void Detach(uint32_t prompt);
 
   const StreamOptions& options() const { return options_; }
+  // Whose errors they are, for their texts; empty: of the only server.
+  std::string origin() const { return names_replica_ ? options_.replica : ""; }
 
  private:
   struct Outgoing {
@@ -101,6 +105,7 @@ class Stream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::Byte
   bool HoldIsOver() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const StreamOptions options_;
+  const bool names_replica_;
   std::shared_ptr<grpc::Channel> channel_;
   grpc::ClientContext context_;
   grpc::ByteBuffer incoming_;

@@ -101,4 +101,19 @@ v1::GetCapabilitiesResponse MakeCapabilities(const session::SessionManager& sess
   return response;
 }
 
+v1::GetLoadResponse MakeLoad(const session::SessionManager& sessions) {
+  v1::GetLoadResponse load;
+  load.set_reserved_bytes(static_cast<uint64_t>(sessions.budget().reserved_bytes()));
+  load.set_limit_bytes(static_cast<uint64_t>(sessions.budget().limit_bytes()));
+  const session::HeldCaches& held = sessions.held_caches();
+  if (held.CheckEnabled().ok()) {
+    load.set_hold_reserved_bytes(static_cast<uint64_t>(held.budget().reserved_bytes()));
+    load.set_hold_limit_bytes(static_cast<uint64_t>(held.budget().limit_bytes()));
+  }
+  load.set_active_sessions(static_cast<uint32_t>(sessions.active_sessions()));
+  load.set_max_sessions(static_cast<uint32_t>(sessions.options().max_sessions));
+  load.set_draining(sessions.draining());
+  return load;
+}
+
 }  // namespace structkv::rpc

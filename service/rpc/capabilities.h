@@ -1,4 +1,4 @@
-// What this server can do, for `GetCapabilities`.
+// What this server can do, for `GetCapabilities`, and how much it has to do, for `GetLoad`.
 #pragma once
 
 #include <cstdint>
@@ -13,5 +13,7 @@ namespace structkv::rpc {
 v1::GetCapabilitiesResponse MakeCapabilities(const session::SessionManager& sessions,
                                              int64_t max_message_bytes,
                                              const std::string& region_socket = "");
+
+v1::GetLoadResponse MakeLoad(const session::SessionManager& sessions);
 
 }  // namespace structkv::rpc

@@ -27,4 +27,14 @@ grpc::ServerUnaryReactor* CompressionService::GetCapabilities(
   return reactor;
 }
 
+grpc::ServerUnaryReactor* CompressionService::GetLoad(grpc::CallbackServerContext* context,
+                                                      const v1::GetLoadRequest* /*request*/,
+                                                      v1::GetLoadResponse* response) {
+  const absl::Status status = shared_.identity->TenantOf(*context).status();
+  if (status.ok()) *response = MakeLoad(*shared_.sessions);
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  reactor->Finish(ToGrpc(status));
+  return reactor;
+}
+
 }  // namespace structkv::rpc

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "grpcpp/security/credentials.h"
 #include "gtest/gtest.h"
@@ -109,6 +110,44 @@ TEST_F(ClientSecurityTest, ACertificateInMessagesAndSharedMemory) {
     EXPECT_TRUE(equal(shared->layers[i].keys, inline_result->layers[i].keys));
     EXPECT_TRUE(equal(shared->layers[i].values, inline_result->layers[i].values));
   }
+}
+
+// The addresses of a name show the name's certificate, those of a list their own.
+TEST_F(ClientSecurityTest, ReplicasShowTheNamesCertificate) {
+  UseMutualTls();
+  const Authority::Pair own = authority_.Sign({"DNS:localhost"});
+  Write("server.crt", own.certificate);
+  Write("server.key", own.key);
+  StartAlone(options_);
+  const client::ClientOptions with = WithCertificate("spiffe://cluster/prefill");
+  const std::string port = absl::StrCat(":", server().port());
+  const auto by_name = client::Client::Connect("dns:///localhost" + port, with);
+  ASSERT_TRUE(by_name.ok()) << by_name.status();
+  const auto compressed = Compress(**by_name, data_);
+  ASSERT_TRUE(compressed.ok()) << compressed.status();
+  const auto by_address = client::Client::Connect("127.0.0.1" + port + ",127.0.0.2" + port, with);
+  ASSERT_TRUE(by_address.ok()) << by_address.status();
+  EXPECT_TRUE(absl::IsUnavailable(Compress(**by_address, data_).status()));
+}
+
+TEST_F(ClientSecurityTest, ATokenGoesToEveryReplica) {
+  UseTokens();
+  options_.listen.push_back("unix:" + directory_.Path("socket"));
+  StartAlone(options_);
+  client::ClientOptions with;
+  with.token = kToken;
+  const std::string list = absl::StrCat(target(), ",", options_.listen[1]);
+  const auto client = client::Client::Connect(list, with);
+  ASSERT_TRUE(client.ok()) << client.status();
+  const auto compressed = Compress(**client, data_);
+  ASSERT_TRUE(compressed.ok()) << compressed.status();
+  for (const client::ReplicaState& state : (*client)->Replicas()) {
+    EXPECT_EQ(state.health, client::ReplicaState::Health::kReady) << state.failure;
+  }
+  // One that none knows is told what it lacks, and does not try for ever.
+  const auto stranger = client::Client::Connect(list);
+  ASSERT_TRUE(stranger.ok()) << stranger.status();
+  EXPECT_TRUE(absl::IsUnauthenticated(Compress(**stranger, data_).status()));
 }
 
 TEST_F(ClientSecurityTest, ATokenGoesWithEveryCall) {

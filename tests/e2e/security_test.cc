@@ -203,6 +203,13 @@ class EveryCallTest : public SecurityTest {
          }},
         {"GetCapabilities",
          [this](const Metadata& metadata) { return Ask(channel(), nullptr, metadata); }},
+        {"GetLoad",
+         [this](const Metadata& metadata) {
+           grpc::ClientContext context;
+           Prepare(metadata, &context);
+           v1::GetLoadResponse response;
+           return v1::Compression::NewStub(channel())->GetLoad(&context, {}, &response);
+         }},
         {"FetchCache",
          [=, this](const Metadata& metadata) {
            return Fetch(channel(), FetchRequest(handle), metadata).status;

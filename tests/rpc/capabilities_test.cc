@@ -88,5 +88,25 @@ TEST_F(CapabilitiesTest, AvailableMemoryFollowsTheSessions) {
   EXPECT_EQ(MakeCapabilities(sessions_, 1 << 20).limits().memory_available_bytes(), 64 << 20);
 }
 
+TEST_F(CapabilitiesTest, LoadFollowsTheSessions) {
+  EXPECT_EQ(MakeLoad(sessions_).reserved_bytes(), 0);
+  EXPECT_EQ(MakeLoad(sessions_).limit_bytes(), 64 << 20);
+  EXPECT_EQ(MakeLoad(sessions_).max_sessions(), 7);
+  absl::StatusOr<OpenRequest> open = DecodeOpen(ValidOpen(), 1 << 20);
+  ASSERT_TRUE(open.ok()) << open.status();
+  absl::StatusOr<std::shared_ptr<session::Session>> session = sessions_.Open(
+      {.spec = open->spec, .layers_in_flight = open->layers_in_flight, .max_message_bytes = 1000});
+  ASSERT_TRUE(session.ok()) << session.status();
+  EXPECT_EQ(MakeLoad(sessions_).reserved_bytes(),
+            static_cast<uint64_t>((*session)->reserved_bytes()));
+  EXPECT_EQ(MakeLoad(sessions_).active_sessions(), 1);
+  EXPECT_FALSE(MakeLoad(sessions_).draining());
+  sessions_.StartDraining();
+  EXPECT_TRUE(MakeLoad(sessions_).draining());
+  session->reset();
+  EXPECT_EQ(MakeLoad(sessions_).reserved_bytes(), 0);
+  EXPECT_EQ(MakeLoad(sessions_).active_sessions(), 0);
+}
+
 }  // namespace
 }  // namespace structkv::rpc

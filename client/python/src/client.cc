@@ -102,6 +102,32 @@ PendingHandle OpenBatch(const ConnectionHandle& self, nb::handle prompts, nb::ha
       }));
 }
 
+const char* HealthText(client::ReplicaState::Health health) {
+  switch (health) {
+    case client::ReplicaState::Health::kReady:
+      return "ready";
+    case client::ReplicaState::Health::kDraining:
+      return "draining";
+    case client::ReplicaState::Health::kFailed:
+      return "failed";
+    case client::ReplicaState::Health::kUnknown:
+      break;
+  }
+  return "unknown";
+}
+
+// The fields of structkv.ReplicaState, in order.
+nb::list Replicas(const ConnectionHandle& self) {
+  RefuseEnded();
+  nb::list list;
+  for (const client::ReplicaState& state : self->client->Replicas()) {
+    list.append(nb::make_tuple(state.address, HealthText(state.health),
+                               std::string(state.failure.message()), state.reserved_bytes,
+                               state.limit_bytes, state.active_sessions));
+  }
+  return list;
+}
+
 PendingHandle Register(const ConnectionHandle& self, const RegionHandle& region,
                        const std::string& tenant) {
   return Async(
@@ -183,6 +209,19 @@ void BindClient(nb::module_& module) {
                 [](const v1::GetCapabilitiesResponse& response) { return FromMessage(response); });
           },
           nb::arg("timeout"))
+      .def(
+          "choose_replica",
+          [](const ConnectionHandle& self, nb::handle open, double timeout) {
+            return Async(
+                self,
+                [open = MessageOf<v1::Open>(open), timeout](client::Client& client) {
+                  return client.ChooseReplica(open, absl::Seconds(timeout));
+                },
+                [](const std::string& address) { return nb::cast(address); });
+          },
+          nb::arg("open"), nb::arg("timeout"))
+      .def("replicas", &Replicas,
+           nb::sig("def replicas(self) -> list[tuple[str, str, str, int, int, int]]"))
       .def("open_batch", &OpenBatch, nb::arg("prompts"), nb::arg("stream"))
       .def("register", &Register, nb::arg("region"), nb::arg("tenant"))
       .def(

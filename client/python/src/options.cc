@@ -63,6 +63,7 @@ void ReadLabels(nb::handle options, client::CallLabels* labels) {
 
 void ReadCall(nb::handle options, client::HeldCallOptions* call) {
   ReadSeconds(options, "timeout", &call->timeout);
+  Read(options, "replica", &call->replica);
   Read(options, "metadata", &call->metadata);
   ReadLabels(options, &call->labels);
 }
@@ -171,6 +172,7 @@ client::StreamOptions StreamOptionsOf(nb::handle options) {
   Read(options, "max_buffered_result_bytes", &result.max_buffered_result_bytes);
   Read(options, "checksums", &result.checksums);
   result.retry = RetryOf(options);
+  Read(options, "replica", &result.replica);
   result.transport = TransportOf(options);
   for (nb::handle region : options.attr("regions")) {
     result.regions.push_back(nb::cast<const RegionHandle&>(region).get());

@@ -146,6 +146,9 @@ void BindSession(nb::module_& module) {
       .def_prop_ro(
           "opened", [](const SessionHandle& self) { return FromMessage(self->prompt().opened); },
           nb::sig("def opened(self) -> typing.Any"))
+      .def_prop_ro(
+          "replica", [](const SessionHandle& self) { return self->session().replica(); },
+          nb::sig("def replica(self) -> str"))
       .def("send_layer", &SendLayer, nb::arg("layer"), nb::arg("tensors"))
       .def("send_chunk", &SendChunk, nb::arg("layer"), nb::arg("first_token"), nb::arg("tokens"),
            nb::arg("keys").none(), nb::arg("values").none())

@@ -8,7 +8,7 @@ from . import errors, messages
 from ._core import Arena, Lease, Region, Tensor
 from ._core import version as __version__
 from .aio import AsyncClient, AsyncEngine
-from .client import Client, Engine
+from .client import Client, Engine, ReplicaState
 from .errors import (
     Aborted,
     AlreadyExists,
@@ -109,6 +109,7 @@ __all__ = [
     "PromptOptions",
     "PyramidKvMethod",
     "Region",
+    "ReplicaState",
     "ResourceExhausted",
     "RetryPolicy",
     "RotaryParameters",

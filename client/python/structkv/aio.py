@@ -36,6 +36,11 @@ class AsyncClient(_Connection):
         response: GetCapabilitiesResponse = await wait_async(self._core.get_capabilities(timeout))
         return response
 
+    async def choose_replica(self, open: Open, timeout: float = 10) -> str:
+        """As Client.choose_replica()."""
+        address: str = await wait_async(self._core.choose_replica(open, timeout))
+        return address
+
     async def register(self, region: Region, tenant: str = "") -> None:
         """As Client.register()."""
         await wait_async(self._core.register(region, tenant))

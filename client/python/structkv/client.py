@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeAlias
 
@@ -34,6 +35,22 @@ SteppedSource: TypeAlias = Callable[[int, PivotResult | None], LayerTensors]
 it. From its skeleton_from_layer on, a layer may hold skeleton rows (LayerTensors.positions)."""
 
 
+@dataclass(frozen=True)
+class ReplicaState:
+    """What a client knows of one of several servers: as it said itself when it was last asked.
+
+    health: "unknown" before it was asked, "ready", "draining", or "failed".
+    failure: why it has failed.
+    """
+
+    address: str
+    health: str
+    failure: str
+    reserved_bytes: int
+    limit_bytes: int
+    active_sessions: int
+
+
 class _Connection:
     """What Client and AsyncClient have in common. Thread-safe; sessions may outlive it."""
 
@@ -45,6 +62,11 @@ class _Connection:
         """Of an engine: ends it; what runs in it, and what comes, is Unavailable. Of a client:
         nothing; the connection closes with its last session."""
         self._core.close()
+
+    def replicas(self) -> list[ReplicaState]:
+        """What is known of the servers that the target stands for, by address; of those of a name
+        nothing before the first call."""
+        return [ReplicaState(*state) for state in self._core.replicas()]
 
     def keep(
         self, handle: bytes, lease: float, options: HeldCallOptions = HeldCallOptions()
@@ -63,7 +85,8 @@ def flags(options: dict[str, Flag]) -> list[str]:
 
 
 class Client(_Connection):
-    """A connection to a server at `target`, a gRPC name: "host:port", "unix:/path". Connects with
+    """A connection to a server at `target`, "host:port" or "unix:/path", or to several that do the
+    same: "host:port,host:port", or "dns:///name:port" for all addresses of a name. Connects with
     the first call."""
 
     def __init__(self, target: str, options: ClientOptions = ClientOptions()) -> None:
@@ -73,6 +96,12 @@ class Client(_Connection):
         """What the server can do."""
         response: GetCapabilitiesResponse = wait(self._core.get_capabilities(timeout))
         return response
+
+    def choose_replica(self, open: Open, timeout: float = 10) -> str:
+        """Where `open` would go now, of several servers: for ranks of a shard group that are told
+        where to meet (StreamOptions.replica)."""
+        address: str = wait(self._core.choose_replica(open, timeout))
+        return address
 
     def register(self, region: Region, tenant: str = "") -> None:
         """Registers `region` with the server. Opening a prompt does so by itself; this says early

@@ -71,7 +71,9 @@ class StreamOptions:
     max_buffered_result_bytes: result bytes that may wait to be read before the library stops
         reading; 0: no bound. With a bound, read results while others are sent.
     checksums: send an XXH3 checksum with every piece in a message.
-    transport: "auto" takes shared memory where regions are given and the server can have it.
+    replica: of several, the address of the one to use; None: the client chooses.
+    transport: "auto" takes shared memory where regions are given and the server can have it; of
+        several replicas that the client chooses from, "auto" is "inline".
     regions: that keys and values lie in.
     staging: that keys and values outside of the regions are copied to, for shared memory.
     metadata: sent with every attempt, for instance ("structkv-tenant", "me").
@@ -86,6 +88,7 @@ class StreamOptions:
     max_buffered_result_bytes: int | None = None
     checksums: bool | None = None
     retry: RetryPolicy | None = None
+    replica: str | None = None
     transport: Transport | None = None
     regions: Sequence[Region] = ()
     staging: Arena | None = None
@@ -130,9 +133,14 @@ class BatchPrompt:
 @dataclass(frozen=True, kw_only=True)
 class HeldCallOptions:
     """Of a call about a held cache; timeout from the first attempt to the end. session_id,
-    traceparent and tracestate as in StreamOptions, of a fetch."""
+    traceparent and tracestate as in StreamOptions, of a fetch.
+
+    replica: of several, the address of the one that holds it (Summary.held.replica); None: each is
+        asked in turn.
+    """
 
     timeout: float | None = None
+    replica: str | None = None
     metadata: Sequence[tuple[str, str]] | None = None
     session_id: str | None = None
     traceparent: str | None = None

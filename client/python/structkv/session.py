@@ -69,6 +69,11 @@ class _Session:
         opened: Opened = self._core.opened
         return opened
 
+    @property
+    def replica(self) -> str:
+        """The address of the server that has the prompt; empty for an engine."""
+        return self._core.replica
+
     def cancel(self) -> None:
         """Ends the session as Cancelled, without waiting; events that were not read are dropped. Of
         one that is over: nothing."""

@@ -17,6 +17,8 @@
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
@@ -24,6 +26,7 @@
 #include "structkv/held_cache.h"
 #include "structkv/options.h"
 #include "structkv/region.h"
+#include "structkv/replica.h"
 #include "structkv/session.h"
 #include "structkv/v1/compression.pb.h"
 
@@ -31,16 +34,19 @@ namespace structkv::client {
 
 namespace internal {
 class BytesPool;
-class TransportChooser;
+class ReplicaSet;
+struct Replica;
 }  // namespace internal
 
-// Thread-safe. Sessions may outlive the client. One client is one connection; for more throughput
-// from several threads, give each its own.
+// Thread-safe. Sessions may outlive the client. One client is one connection to each server; for
+// more throughput from several threads, give each its own.
 class Client {
  public:
-  // `target` is a gRPC name: "host:port", "unix:/path", "dns:///name:port". Connects with the first
-  // call. INVALID_ARGUMENT where `target` is empty, and for a token that ClientOptions does not
-  // allow.
+  // `target` is one server, "host:port" or "unix:/path" or another of gRPC's names, or stands for
+  // several that do the same (docs/protocol.md, "Several replicas"): addresses with commas between
+  // them, or "dns:///name:port", which is all addresses of the name. Each prompt goes to one of
+  // them. Connects with the first call. INVALID_ARGUMENT where an address is empty or a name has no
+  // port, and for a token that ClientOptions does not allow.
   static absl::StatusOr<std::unique_ptr<Client>> Connect(const std::string& target,
                                                          const ClientOptions& options = {});
   // Uses a channel that exists. It must not compress messages, and must accept messages of
@@ -50,7 +56,7 @@ class Client {
   Client(const Client&) = delete;
   Client& operator=(const Client&) = delete;
 
-  // What the server can do.
+  // What the server can do; of several replicas one that is ready.
   absl::StatusOr<v1::GetCapabilitiesResponse> GetCapabilities(
       absl::Duration timeout = absl::Seconds(10));
 
@@ -62,11 +68,21 @@ class Client {
   //                        stopped, or runs on another host
   //   FAILED_PRECONDITION  a region of kind kNamed, whose one registration is over
   //   or what the server says (region.proto)
+  // Of a client with several replicas: FAILED_PRECONDITION, since a region is registered with the
+  // one that its prompt goes to.
   absl::Status Register(Region& region, const std::string& tenant = "");
+
+  // Where `open` would go now, of several replicas: for ranks of a shard group that are told where
+  // to meet (StreamOptions.replica). Errors as OpenPrompt() has them where none can take it.
+  absl::StatusOr<std::string> ChooseReplica(const v1::Open& open,
+                                            absl::Duration timeout = absl::Seconds(10));
+  // What is known of the replicas, in the order of their addresses; of those of a name nothing
+  // before the first call.
+  std::vector<ReplicaState> Replicas() const;
 
   // Opens a stream, sends `open` and waits until the server has admitted it, trying again as
   // `options.retry` says. An empty idempotency key is filled in, so that an attempt takes the place
-  // of the one before.
+  // of the one before at the same server.
   absl::StatusOr<std::unique_ptr<CompressSession>> OpenPrompt(const v1::Open& open,
                                                               const SessionOptions& options = {});
 
@@ -78,7 +94,8 @@ class Client {
   // all together, unless one was admitted: it may hold the room that they wait for, so they are
   // returned with their status, and RetryAfter() of it says when to open them on another stream.
   // What the stream itself fails with is the status of every prompt. `batch_prompt_count` is filled
-  // in, and so are empty idempotency keys.
+  // in, and so are empty idempotency keys. Of several replicas a batch goes to one, that of its
+  // first prompt.
   std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>> OpenBatch(
       absl::Span<const BatchPrompt> prompts, const StreamOptions& options = {});
 
@@ -98,9 +115,14 @@ class Client {
   absl::Status ReleaseCache(const std::string& handle, const HeldCallOptions& options = {});
 
  private:
-  std::shared_ptr<grpc::Channel> channel_;
+  explicit Client(std::unique_ptr<internal::ReplicaSet> replicas, const ClientOptions& options);
+  // Calls the replica that holds the cache: `options.replica`, the only one, or each in turn until
+  // one knows it.
+  absl::Status CallHolder(const HeldCallOptions& options,
+                          absl::FunctionRef<absl::Status(internal::Replica&)> call);
+
+  std::unique_ptr<internal::ReplicaSet> replicas_;
   std::shared_ptr<internal::BytesPool> pool_;
-  std::unique_ptr<internal::TransportChooser> transports_;
 };
 
 }  // namespace structkv::client

@@ -34,6 +34,9 @@ class NcclGpu;  // nccl.h
 struct HeldCallOptions {
   // From the first attempt to the end.
   absl::Duration timeout = absl::Seconds(10);
+  // Of several replicas: the address of the one that holds the cache (`HeldCache.replica`). Empty:
+  // each is asked in turn.
+  std::string replica;
   // Sent as gRPC metadata with every attempt.
   std::vector<std::pair<std::string, std::string>> metadata;
   // Of a fetch.

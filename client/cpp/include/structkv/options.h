@@ -16,6 +16,7 @@
 #include "absl/types/span.h"
 #include "grpcpp/security/credentials.h"
 #include "structkv/bytes.h"
+#include "structkv/replica.h"
 #include "structkv/result.h"
 
 namespace structkv::client {
@@ -27,7 +28,8 @@ class Region;   // region.h
 // When a prompt is tried again. Tried again are UNAVAILABLE, and RESOURCE_EXHAUSTED where the
 // server says when (`grpc-retry-pushback-ms`); nothing once the first result has arrived.
 struct RetryPolicy {
-  // Attempts in all; 1: never again.
+  // Attempts in all; 1: never again. Of several replicas an attempt is one at each that may take
+  // the prompt, without a wait in between.
   int max_attempts = 4;
   // Wait before the second attempt; each further one waits `multiplier` times longer, at most
   // `max_backoff`, with up to a fifth of jitter. A server's pushback takes its place.
@@ -60,6 +62,8 @@ struct ClientOptions {
   // opens nothing in the process that made it, and by ProcessId(). Who knows that can have this
   // process's GPU memory read and written, so never of another server.
   bool own_process = false;
+  // Of a client whose target stands for several servers.
+  ReplicaOptions replicas;
 };
 
 // Gives the memory for one tensor of a layer's result: `size` bytes that stay valid as long as the
@@ -82,8 +86,8 @@ using RowSource = std::function<absl::StatusOr<PulledRows>(const RowPull&)>;
 enum class TransportChoice : uint8_t {
   // The best that there is. With regions of the host: shared memory, else inline. With regions of a
   // GPU: CUDA IPC, else NCCL where StreamOptions.nccl is set, else what copy_from_gpu lets, else an
-  // error with the reasons. Without regions inline. `Opened.transport_reason` says why not a better
-  // one.
+  // error with the reasons. Without regions inline, and likewise with regions of the host where the
+  // client chooses between several replicas. `Opened.transport_reason` says why not a better one.
   kAuto,
   // In messages.
   kInline,
@@ -123,6 +127,9 @@ struct StreamOptions {
   // Send an XXH3 checksum with every piece whose data are in a message.
   bool checksums = false;
   RetryPolicy retry;
+  // Of several replicas: the address of the one to use, whatever the target stands for. Empty: the
+  // client chooses.
+  std::string replica;
   TransportChoice transport = TransportChoice::kAuto;
   // The regions that keys and values lie in, all of the host's memory or all of one GPU's. They are
   // registered with the server where they are not, also after it was restarted. At most 64,

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -94,6 +95,8 @@ class CompressSession {
   const v1::Open& open() const;
   // What the server answered.
   const v1::Opened& opened() const;
+  // The address of the server that has the prompt; empty where the client was given a channel.
+  const std::string& replica() const;
 
   // Sends bytes of a tensor, cut into messages. Blocks while too many bytes wait to be sent. The
   // data are copied; with an `owner`, which keeps them alive until the transport has let go of
