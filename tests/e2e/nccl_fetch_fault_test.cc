@@ -114,10 +114,9 @@ class BusyThreads {
 TEST_F(NcclFetchFaultTest, ItFailsWhileTheComputeThreadsAreBusy) {
   setenv("FAKE_NCCL_ABORT_MILLIS", "3000", 1);
   // Positions of a layer are more than a stream's window.
-  v1::Open open = SmallOpen(40'000);
+  v1::Open open = SmallOpen(26'000);
   open.mutable_geometry()->set_query_head_count(1);
   open.mutable_geometry()->set_kv_head_count(1);
-  open.mutable_geometry()->set_key_dim(16);
   open.mutable_method()->mutable_full();
   const std::string handle = Hold(PromptData(open, 3)).summary->held().handle();
   engine::Scheduler& scheduler = server().sessions().scheduler();
