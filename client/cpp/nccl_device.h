@@ -64,6 +64,8 @@ class NcclPair {
   void Withdraw(const std::string& key) { stream_->Withdraw(key); }
   // What the pair's thread is to call.
   const std::shared_ptr<nccl::Inbox>& calls() const { return calls_; }
+  // Before the end: how long the service may take for its part of that.
+  void LimitLeaving(absl::Duration limit) { stream_->LimitLeaving(limit); }
   // A transfer was told that it has; another pair is to be attached.
   void MarkEnded() { ended_.store(true); }
   bool ended() const { return ended_.load(); }

@@ -7,9 +7,6 @@
 namespace structkv::client::internal {
 namespace {
 
-// How long the service may take to end a stream that the client has ended.
-constexpr absl::Duration kLeaveLimit = absl::Seconds(1);
-
 // The service's word on a stream, which comes once.
 struct Word {
   absl::Mutex mutex;
@@ -22,8 +19,8 @@ struct Word {
 
 absl::StatusOr<std::unique_ptr<NcclStream>> NcclStream::Attach(
     std::shared_ptr<grpc::Channel> channel, nccl::Worker* worker, const nccl::Identity& identity,
-    absl::Duration limit, const std::string& tenant) {
-  std::unique_ptr<NcclStream> stream(new NcclStream());
+    absl::Duration limit, const std::string& tenant, absl::Duration leave_limit) {
+  std::unique_ptr<NcclStream> stream(new NcclStream(leave_limit));
   stream->channel_ = std::move(channel);
   const std::weak_ptr<NcclCall> weak = stream->call_;
   const auto word = std::make_shared<Word>();
@@ -43,7 +40,8 @@ absl::StatusOr<std::unique_ptr<NcclStream>> NcclStream::Attach(
   absl::StatusOr<uint64_t> name = 0;
   {
     absl::MutexLock lock(&word->mutex);
-    word->mutex.AwaitWithTimeout(absl::Condition(&word->came), limit);
+    const bool came = word->mutex.AwaitWithTimeout(absl::Condition(&word->came), limit);
+    if (!came) stream->LimitLeaving(absl::ZeroDuration());  // the time is up
     name = word->name;
   }
   if (!name.ok()) return name.status();
@@ -53,7 +51,7 @@ absl::StatusOr<std::unique_ptr<NcclStream>> NcclStream::Attach(
 
 NcclStream::~NcclStream() {
   pair_->End();
-  call_->WaitUntilDone(kLeaveLimit);
+  call_->WaitUntilDone(leave_limit_);
 }
 
 void NcclCall::Start(grpc::Channel* channel, std::shared_ptr<nccl::ClientPair> pair,

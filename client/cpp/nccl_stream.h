@@ -1,6 +1,7 @@
 // The NCCL control stream of a client: gRPC's callback API between a ClientPair and the service.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -57,15 +58,20 @@ class NcclCall final : public grpc::ClientBidiReactor<v1::AttachRequest, v1::Att
 // Thread-safe. Must not be destroyed on one of gRPC's threads or on the worker's.
 class NcclStream {
  public:
+  // How long the service may take to end a stream that the client has ended.
+  static constexpr absl::Duration kLeaveLimit = absl::Seconds(1);
+
   // Attaches a GPU to the service's. Waits up to `limit` for the service's word: DEADLINE_EXCEEDED,
   // or why it refused. `worker` lives longer. The pair is `tenant`'s.
-  static absl::StatusOr<std::unique_ptr<NcclStream>> Attach(std::shared_ptr<grpc::Channel> channel,
-                                                            nccl::Worker* worker,
-                                                            const nccl::Identity& identity,
-                                                            absl::Duration limit,
-                                                            const std::string& tenant = "");
-  // Ends the pair, and waits for the end of the call.
+  static absl::StatusOr<std::unique_ptr<NcclStream>> Attach(
+      std::shared_ptr<grpc::Channel> channel, nccl::Worker* worker, const nccl::Identity& identity,
+      absl::Duration limit, const std::string& tenant = "",
+      absl::Duration leave_limit = kLeaveLimit);
+  // Ends the pair, and waits for the end of the call, `leave_limit` for the service's part of it.
   ~NcclStream();
+
+  // Before the end: no longer than that.
+  void LimitLeaving(absl::Duration limit) { leave_limit_ = std::min(leave_limit_, limit); }
 
   // The pair's name at the service.
   uint64_t pair() const { return name_; }
@@ -77,11 +83,12 @@ class NcclStream {
   void Withdraw(const std::string& key) { pair_->Withdraw(key); }
 
  private:
-  NcclStream() = default;
+  explicit NcclStream(absl::Duration leave_limit) : leave_limit_(leave_limit) {}
 
   std::shared_ptr<grpc::Channel> channel_;
   std::shared_ptr<NcclCall> call_ = std::make_shared<NcclCall>();
   std::shared_ptr<nccl::ClientPair> pair_;
+  absl::Duration leave_limit_;
   uint64_t name_ = 0;
 };
 

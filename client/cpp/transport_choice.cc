@@ -292,6 +292,7 @@ absl::StatusOr<std::shared_ptr<NcclPair>> TransportChooser::Attach(const OfferRe
     ended.swap(attached->pair);
     attached->is_busy = true;
   }
+  if (ended != nullptr) ended->LimitLeaving(deadline - absl::Now());
   ended.reset();
   auto pair = NcclPair::Attach(channel_, request.nccl, request.tenant, deadline);
   if (!pair.ok()) ForgetServer();

@@ -28,7 +28,7 @@ struct MemoryLayout {
         input_bytes(RoundUp(sizes.input_key_bytes) + RoundUp(sizes.input_value_bytes)) {
     if (sizes.held || sizes.key_bytes == 0) return;
     // Of each layer that is there, and of those that are on their way back.
-    result_slots = sizes.layers_in_flight + Transfers::kMostSending;
+    result_slots = std::min(sizes.layers_in_flight + Transfers::kMostSending, sizes.layers);
     result_bytes = RoundUp(sizes.key_bytes) + RoundUp(sizes.value_bytes);
   }
 

@@ -10,6 +10,10 @@
 #include <string_view>
 #include <vector>
 
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "grpcpp/generic/async_generic_service.h"
 #include "grpcpp/security/server_credentials.h"
 #include "grpcpp/server.h"
@@ -112,11 +116,10 @@ void KeepFreedMemory() {
 int ServeBare(const std::string& addresses) {
   BareService service;
   grpc::ServerBuilder builder;
-  for (size_t begin = 0; begin <= addresses.size();) {
-    const size_t end = std::min(addresses.find(',', begin), addresses.size());
-    builder.AddListeningPort(addresses.substr(begin, end - begin),
-                             grpc::InsecureServerCredentials());
-    begin = end + 1;
+  const std::vector<std::string> names = absl::StrSplit(addresses, ',');
+  std::vector<int> ports(names.size());
+  for (size_t i = 0; i < names.size(); ++i) {
+    builder.AddListeningPort(names[i], grpc::InsecureServerCredentials(), &ports[i]);
   }
   builder.SetMaxReceiveMessageSize(-1);
   builder.SetMaxSendMessageSize(-1);
@@ -124,7 +127,14 @@ int ServeBare(const std::string& addresses) {
   builder.RegisterCallbackGenericService(&service);
   const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
   if (server == nullptr) return 1;
-  std::puts("ready");
+  std::string listens = "ready";
+  for (size_t i = 0; i < names.size(); ++i) {
+    const bool any_port = absl::EndsWith(names[i], ":0");
+    absl::StrAppend(&listens, i == 0 ? " " : ",",
+                    any_port ? absl::StripSuffix(names[i], "0") : absl::string_view(names[i]),
+                    any_port ? std::to_string(ports[i]) : "");
+  }
+  std::puts(listens.c_str());
   std::fflush(stdout);
   server->Wait();
   return 0;

@@ -20,7 +20,8 @@ inline constexpr char kArithmeticTokensKey[] = "arithmetic-tokens";
 void KeepFreedMemory();
 
 // Serves the two methods on `addresses` (gRPC names, separated by commas) until the process is
-// killed; prints "ready" when it listens. Returns an exit code only where that fails.
+// killed; prints "ready" and the addresses, with the ports that it got for those of 0, when it
+// listens. Returns an exit code only where that fails.
 int ServeBare(const std::string& addresses);
 
 }  // namespace structkv::bench

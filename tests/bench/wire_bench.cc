@@ -13,16 +13,23 @@
 #include "nlohmann/json.hpp"
 #include "tests/bench/wire_arithmetic.h"
 #include "tests/bench/wire_bare.h"
+#include "tests/bench/wire_copies.h"
 #include "tests/bench/wire_hold.h"
 #include "tests/bench/wire_peer.h"
 #include "tests/bench/wire_plan.h"
 #include "tests/bench/wire_round_trip.h"
+#include "tests/bench/wire_servers.h"
 #include "tests/bench/wire_stream.h"
 #include "tests/bench/wire_transports.h"
-#include "tests/testing/process.h"
 
 namespace structkv::bench {
 namespace {
+
+// Programs that count copies, where they are built.
+#ifndef STRUCTKV_WIRE_COUNT
+#define STRUCTKV_WIRE_COUNT ""
+#define STRUCTKV_COUNTING_SERVER ""
+#endif
 
 constexpr double kThroughputBar = 0.85;   // of the bare stream's rate
 constexpr double kLatencyBarMicros = 50;  // above the bare round trip and the arithmetic
@@ -39,38 +46,16 @@ struct Flags {
   int prompts = 6;
   uint32_t tokens = 16384;  // 64 KiB of saliency
   int plan_prompts = 0;
-  int transport_prompts = 0;
-  uint32_t transport_tokens = 16384;
+  TransportOptions transports;
   uint32_t plan_piece_kib = 2048;  // as the client library sends
   std::string server = STRUCTKV_SERVER;
+  std::string backend = "auto";
+  std::string count_program = STRUCTKV_WIRE_COUNT;  // empty: copies are not counted
+  std::string count_server = STRUCTKV_COUNTING_SERVER;
   std::string channel;
   std::string serve_bare;
   bool json = false;
   bool check = false;
-};
-
-// Two servers on a TCP port and a unix socket each.
-class Servers {
- public:
-  Servers(const char* self, const Flags& flags)
-      : bare_({self, "--serve-bare", bare_tcp() + "," + bare_unix()}),
-        server_({flags.server, "--listen", tcp(), "--listen", unix_socket(), "--max-message",
-                 "64MiB", "--memory-budget", "8GiB", "--hold-budget", "8GiB", "--region-socket",
-                 directory_.Path("regions"), "--log-sessions", "false"}) {
-    if (!bare_.WaitForLine("ready")) Die("the bare server does not start: " + bare_.error());
-    if (!server_.WaitForLine("ready")) Die("structkv-server does not start: " + server_.error());
-  }
-
-  std::string bare_tcp() const { return "127.0.0.1:17412"; }
-  std::string tcp() const { return "127.0.0.1:17411"; }
-  std::string bare_unix() const { return "unix:" + directory_.Path("bare"); }
-  pid_t pid() const { return server_.pid(); }
-  std::string unix_socket() const { return "unix:" + directory_.Path("structkv"); }
-
- private:
-  testkit::TemporaryDirectory directory_;
-  testkit::Process bare_;
-  testkit::Process server_;
 };
 
 nlohmann::json MeasureStreams(const Flags& flags, const std::string& name, const std::string& bare,
@@ -237,8 +222,47 @@ void PrintPlan(const nlohmann::json& result) {
               result["beyond_arithmetic_p99_micros"].get<double>(), kPlanBarMicros);
 }
 
+// The rows whose copies count, once each, by programs that count.
+void CountCopies(const Flags& flags, nlohmann::json* report) {
+  const TransportOptions& transports = flags.transports;
+  const auto once = [](int number) { return std::to_string(std::min(number, 1)); };
+  AddCountedCopies({flags.count_program,
+                    "--json",
+                    "--repeats",
+                    "0",
+                    "--prompts",
+                    "0",
+                    "--count-program",
+                    "",
+                    "--server",
+                    flags.count_server,
+                    "--backend",
+                    flags.backend,
+                    "--gib",
+                    std::to_string(flags.gib),
+                    "--chunk-mib",
+                    std::to_string(flags.chunk_mib),
+                    "--holds",
+                    once(flags.holds),
+                    "--transports",
+                    once(transports.prompts),
+                    "--transport-tokens",
+                    std::to_string(transports.tokens),
+                    "--transport-geometry",
+                    transports.geometry,
+                    "--gpu",
+                    std::to_string(transports.gpu.gpu),
+                    "--nccl-gpu",
+                    std::to_string(transports.gpu.nccl_gpu),
+                    "--cuda-library",
+                    transports.gpu.cuda_library,
+                    "--nccl-library",
+                    transports.gpu.nccl_library},
+                   report);
+}
+
 int Measure(const char* self, const Flags& flags) {
-  const Servers servers(self, flags);
+  const Servers servers(self, flags.server, flags.backend);
   nlohmann::json report;
   bool passed = true;
   if (flags.repeats > 0) {
@@ -257,7 +281,6 @@ int Measure(const char* self, const Flags& flags) {
           std::tuple("unix", servers.bare_unix(), servers.unix_socket())}) {
       nlohmann::json result = MeasureHold({bare, held, servers.pid()}, flags.stream, flags.holds);
       passed = passed && HoldPasses(result, kThroughputBar);
-      if (!flags.json) PrintHold(name, result);
       result["socket"] = name;
       report["holds"].push_back(result);
     }
@@ -293,16 +316,43 @@ int Measure(const char* self, const Flags& flags) {
       }
     }
   }
-  if (flags.transport_prompts > 0) {
+  if (flags.transports.prompts > 0) {
     report["transports"] = MeasureTransports({servers.bare_tcp(), servers.bare_unix(),
                                               servers.tcp(), servers.unix_socket(), servers.pid()},
-                                             flags.transport_tokens, flags.transport_prompts);
+                                             flags.transports);
     passed = passed && TransportsPass(report["transports"]);
-    if (!flags.json) PrintTransports(report["transports"]);
   }
+  if (!flags.count_program.empty() && (flags.holds > 0 || flags.transports.prompts > 0)) {
+    CountCopies(flags, &report);
+  }
+  if (!flags.json && report.contains("holds")) {
+    for (const nlohmann::json& result : report["holds"]) PrintHold(result["socket"], result);
+  }
+  if (!flags.json && report.contains("transports")) PrintTransports(report["transports"]);
   report["passed"] = passed;
   if (flags.json) std::printf("%s\n", report.dump(2).c_str());
   return flags.check && !passed ? 1 : 0;
+}
+
+void AddTransportFlags(CLI::App* app, TransportOptions* options) {
+  app->add_option("--transports", options->prompts,
+                  "Prompts of keys and values over each transport; 0: none")
+      ->capture_default_str();
+  app->add_option("--transport-tokens", options->tokens, "Tokens of those")->capture_default_str();
+  app->add_option("--transport-geometry", options->geometry, "The model of those")
+      ->capture_default_str();
+  GpuOptions& gpu = options->gpu;
+  app->add_option("--gpu", gpu.gpu, "The GPU of CUDA IPC, and the server's of NCCL")
+      ->capture_default_str();
+  app->add_option("--nccl-gpu", gpu.nccl_gpu, "This program's GPU of NCCL")->capture_default_str();
+  app->add_option("--gpu-server", gpu.server,
+                  "The server program of those two, and flags of it, separated by spaces; empty: "
+                  "--server with --backend cuda");
+  app->add_option("--cuda-library", gpu.cuda_library,
+                  "Name or path of CUDA's driver; empty: this program")
+      ->capture_default_str();
+  app->add_option("--nccl-library", gpu.nccl_library, "Name or path of NCCL")
+      ->capture_default_str();
 }
 
 int Main(int argc, char** argv) {
@@ -329,21 +379,28 @@ int Main(int argc, char** argv) {
   app.add_option("--plan-piece-kib", flags.plan_piece_kib, "KiB of statistics per message there")
       ->check(CLI::Range(1, 65536))
       ->capture_default_str();
-  app.add_option("--transports", flags.transport_prompts,
-                 "Prompts of 32 layers of keys and values over each transport; 0: none")
-      ->capture_default_str();
-  app.add_option("--transport-tokens", flags.transport_tokens, "Tokens of those")
-      ->capture_default_str();
+  AddTransportFlags(&app, &flags.transports);
   app.add_option("--channel", flags.channel,
                  "gRPC channel arguments of the bare stream's both ends and of Compress' client, "
                  "NAME=INTEGER,... (grpc.http2.max_frame_size=1048576)");
   app.add_option("--server", flags.server, "The server program")->capture_default_str();
+  app.add_option("--backend", flags.backend, "Its backend, and that of prompts in this process")
+      ->capture_default_str();
+  app.add_option("--count-program", flags.count_program,
+                 "This program as one that counts its copies; empty: they are not counted")
+      ->capture_default_str();
+  app.add_option("--count-server", flags.count_server, "The server as such a one")
+      ->capture_default_str();
   app.add_flag("--json", flags.json, "Print JSON");
   app.add_flag("--check", flags.check, "Fail where a bar is missed");
   app.add_option("--serve-bare", flags.serve_bare, "")->group("");
   CLI11_PARSE(app, argc, argv);
   if (!flags.channel.empty()) setenv(kChannelSettings, flags.channel.c_str(), /*overwrite=*/1);
   if (!flags.serve_bare.empty()) return ServeBare(flags.serve_bare);
+  flags.transports.backend = flags.backend;
+  if (flags.transports.gpu.server.empty()) {
+    flags.transports.gpu.server = flags.server + " --backend cuda";
+  }
   flags.stream.total_bytes = static_cast<uint64_t>(flags.gib * (1 << 30));
   flags.stream.chunk_bytes = static_cast<uint64_t>(flags.chunk_mib * (1 << 20));
   return Measure(argv[0], flags);

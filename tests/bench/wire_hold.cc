@@ -5,13 +5,18 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "client/cli/bench_hold.h"
 #include "structkv/arena.h"
 #include "structkv/client.h"
+#include "tests/bench/copy_count.h"
 #include "tests/bench/server_process.h"
+#include "tests/bench/wire_copies.h"
 #include "tests/bench/wire_peer.h"
+#include "tests/bench/wire_round_trip.h"
 
 namespace structkv::bench {
 namespace {
@@ -28,9 +33,10 @@ class Way {
  public:
   explicit Way(int64_t server_pid) : server_pid_(static_cast<pid_t>(server_pid)) {}
 
-  // Seconds that `own` takes, with the CPU time of both processes.
+  // Seconds that `own` takes, with the CPU time and the copies of both processes.
   template <class Own>
   void Run(double floor_seconds, Own own) {
+    const CopyMeter meter(&copies_);
     const double cpu = Cpu();
     const double seconds = own();
     cpu_seconds_.push_back(Cpu() - cpu);
@@ -42,16 +48,25 @@ class Way {
     seconds_.clear();
     floors_.clear();
     cpu_seconds_.clear();
+    copies_.reset();
   }
   nlohmann::json Report(double bytes) const {
     std::vector<double> ratios;
     for (size_t i = 0; i < seconds_.size(); ++i) ratios.push_back(floors_[i] / seconds_[i]);
-    return {{"floor_gb_per_s", bytes / *std::min_element(floors_.begin(), floors_.end()) / 1e9},
-            {"gb_per_s", bytes / *std::min_element(seconds_.begin(), seconds_.end()) / 1e9},
-            {"median_ratio_of_pairs", Median(ratios)},
-            {"p50_seconds", Median(seconds_)},
-            {"max_seconds", *std::max_element(seconds_.begin(), seconds_.end())},
-            {"cpu_seconds_per_gb", Median(cpu_seconds_) * 1e9 / bytes}};
+    std::vector<double> micros;
+    for (const double seconds : seconds_) micros.push_back(seconds * 1e6);
+    const RoundTrip times = Summarise(std::move(micros));
+    nlohmann::json row = {
+        {"floor_gb_per_s", bytes / *std::min_element(floors_.begin(), floors_.end()) / 1e9},
+        {"gb_per_s", bytes / *std::min_element(seconds_.begin(), seconds_.end()) / 1e9},
+        {"median_ratio_of_pairs", Median(ratios)},
+        {"p50_seconds", times.p50_micros * 1e-6},
+        {"p99_seconds", times.p99_micros * 1e-6},
+        {"cpu_seconds_per_gb", Median(cpu_seconds_) * 1e9 / bytes}};
+    if (copies_.has_value()) {
+      AddCopies(*copies_, bytes * static_cast<double>(seconds_.size()), &row);
+    }
+    return row;
   }
 
  private:
@@ -61,6 +76,7 @@ class Way {
   std::vector<double> seconds_;
   std::vector<double> floors_;
   std::vector<double> cpu_seconds_;
+  std::optional<Copies> copies_;
 };
 
 // Fetches into a region by the client library.
@@ -135,11 +151,12 @@ void PrintHold(const std::string& socket, const nlohmann::json& result) {
   for (const char* way : kWays) {
     const nlohmann::json& row = result[way];
     std::printf(
-        "%-5s %-12s %6.2f GB/s, floor %6.2f GB/s, median ratio of pairs %.3f; p50 %.0f ms, max "
-        "%.0f ms; CPU %.3f s/GB\n",
+        "%-5s %-12s %6.2f GB/s, floor %6.2f GB/s, median ratio of pairs %.3f; p50 %.1f ms, p99 "
+        "%.1f ms; CPU %.3f s/GB; copies %s B/B\n",
         socket.c_str(), way, row["gb_per_s"].get<double>(), row["floor_gb_per_s"].get<double>(),
         row["median_ratio_of_pairs"].get<double>(), 1e3 * row["p50_seconds"].get<double>(),
-        1e3 * row["max_seconds"].get<double>(), row["cpu_seconds_per_gb"].get<double>());
+        1e3 * row["p99_seconds"].get<double>(), row["cpu_seconds_per_gb"].get<double>(),
+        CopiesText(row, kCopiesKey).c_str());
   }
 }
 

@@ -45,7 +45,7 @@ void BareRoundTrips(const std::shared_ptr<grpc::Channel>& channel, const char* m
 RoundTrip Summarise(std::vector<double> micros) {
   std::sort(micros.begin(), micros.end());
   auto at = [&](double share) {
-    return micros[static_cast<size_t>(std::floor(share * static_cast<double>(micros.size() - 1)))];
+    return micros[static_cast<size_t>(std::ceil(share * static_cast<double>(micros.size()))) - 1];
   };
   return {at(0.5), at(0.99)};
 }

@@ -15,6 +15,7 @@ struct RoundTrip {
   double p99_micros = 0;
 };
 
+// By nearest rank: of less than 100 the p99 is the longest. Not of none.
 RoundTrip Summarise(std::vector<double> micros);
 
 struct RoundTrips {

@@ -2,6 +2,9 @@
 // opens it or does not. What is held comes back.
 #pragma once
 
+#include <unistd.h>
+
+#include <cstdint>
 #include <utility>
 
 #include "gtest/gtest.h"
@@ -17,6 +20,8 @@ class ClientCudaIpcTest : public ClientGpuTest<RegionTest> {
  protected:
   void SetUp() override { structkv::testing::FakeCuda::Reset({.count = 2}); }
   void TearDown() override {
+    EXPECT_TRUE(Eventually([&] { return files_ == 0 || OpenFiles(getpid()) <= files_; }))
+        << OpenFiles(getpid()) << " descriptors, there were " << files_;
     client_ = nullptr;
     if (running()) {
       EXPECT_TRUE(Eventually([&] { return structkv::testing::FakeCuda::held() == held_; }));
@@ -27,6 +32,9 @@ class ClientCudaIpcTest : public ClientGpuTest<RegionTest> {
     EXPECT_EQ(structkv::testing::FakeCuda::held(), structkv::testing::FakeHeld());
   }
 
+  // From here on descriptors count: at the end of the test there are no more of them.
+  void CountFiles() { files_ = OpenFiles(getpid()); }
+
   void StartOnGpus(ServerOptions options) {
     StartAlone(std::move(options), structkv::testing::MakeFakeBackend());
     Connect();
@@ -35,6 +43,9 @@ class ClientCudaIpcTest : public ClientGpuTest<RegionTest> {
     StartAlone(std::move(options), *cpu::CreateCpuBackend());
     Connect();
   }
+
+ private:
+  int64_t files_ = 0;  // 0: they do not count
 };
 
 }  // namespace structkv::testkit

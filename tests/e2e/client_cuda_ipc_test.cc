@@ -34,6 +34,7 @@ class ClientCudaIpcPeerTest : public ClientCudaIpcTest {
   void ExpectPeer(const std::string& mode, const std::string& says) {
     const PromptData other(SmallOpen(150), 8);
     const std::string undisturbed = ResultBytes(Assemble(Run(AllMessages(other))));
+    CountFiles();
     Neighbour neighbour(NewChannel(target()), &other);
     const auto peer = Peer(mode);
     EXPECT_EQ(peer->Wait(std::chrono::seconds(60)), 0) << peer->output() << peer->error();
@@ -131,6 +132,7 @@ TEST_F(ClientCudaIpcPeerTest, AProcessThatIsKilled) {
   StartOnGpus(Options());
   const PromptData other(SmallOpen(150), 8);
   const std::string undisturbed = ResultBytes(Assemble(Run(AllMessages(other))));
+  CountFiles();
   Neighbour neighbour(NewChannel(target()), &other);
   const auto peer = Peer("hang");
   ASSERT_TRUE(peer->WaitForLine("sent").has_value()) << peer->output() << peer->error();
@@ -219,8 +221,16 @@ TEST_F(ClientCudaIpcTest, ARegionThatTheServerHasLost) {
 }
 
 // Nobody says that the memory is closed: it is kept until the lease has ended, and a while more.
+// A prompt at another server does not notice.
 TEST_F(ClientCudaIpcTest, MemoryOfAServerThatIsGoneIsInQuarantine) {
   StartOnGpus(Options());
+  const auto elsewhere = Server::Start(TestOptions(), *cpu::CreateCpuBackend());
+  ASSERT_TRUE(elsewhere.ok()) << elsewhere.status();
+  const auto to_elsewhere = NewChannel("127.0.0.1:" + std::to_string((*elsewhere)->port()));
+  const PromptData other(SmallOpen(150), 8);
+  const std::string undisturbed =
+      ResultBytes(Assemble(testkit::Run(to_elsewhere, AllMessages(other))));
+  Neighbour neighbour(to_elsewhere, &other);
   client::RegionOptions region = GpuOptions();
   region.lease = absl::Milliseconds(300);
   region.quarantine = absl::Milliseconds(900);
@@ -236,6 +246,7 @@ TEST_F(ClientCudaIpcTest, MemoryOfAServerThatIsGoneIsInQuarantine) {
   EXPECT_EQ(FakeCuda::held().device_bytes, without_server.device_bytes);
   EXPECT_TRUE(Eventually([] { return FakeCuda::held() == FakeHeld(); }));
   EXPECT_GT(absl::Now() - dropped, absl::Milliseconds(600));
+  EXPECT_TRUE(ResultBytes(Assemble(neighbour.Finish())) == undisturbed);
 }
 
 TEST_F(ClientCudaIpcTest, WhatCannotBeHadIsSaid) {

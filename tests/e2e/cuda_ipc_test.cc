@@ -1,5 +1,7 @@
 // Prompts whose keys and values lie in a GPU's memory, that of the fake CUDA runtime: answered as
 // those that travel in messages, to the byte. The client is this process, or one of its own.
+#include <unistd.h>
+
 #include <csignal>
 #include <memory>
 #include <string>
@@ -53,6 +55,8 @@ class CudaIpcTest : public RegionTest {
     }
     prompts_.clear();
     EXPECT_TRUE(Eventually([&] { return mapped_bytes() == 0; }));
+    EXPECT_TRUE(Eventually([&] { return files_ == 0 || OpenFiles(getpid()) <= files_; }))
+        << OpenFiles(getpid()) << " descriptors, there were " << files_;
     EXPECT_EQ(FakeCuda::held(), held_);
     EXPECT_EQ(FakeCuda::freed_while_open(), 0);
   }
@@ -94,12 +98,15 @@ class CudaIpcTest : public RegionTest {
     EXPECT_EQ(status.error_code(), code) << status.error_message();
     EXPECT_THAT(status.error_message(), HasSubstr(text));
   }
+  // From here on descriptors count: at the end there are no more of them.
+  void CountFiles() { files_ = OpenFiles(getpid()); }
   // A client process that does what `mode` says.
   std::unique_ptr<Process> Client(const std::string& mode) {
     return std::make_unique<Process>(std::vector<std::string>{STRUCTKV_IPC_CLIENT, target(), mode});
   }
 
   FakeHeld held_;
+  int64_t files_ = 0;  // 0: they do not count
   std::vector<std::unique_ptr<GpuPrompt>> prompts_;
 };
 
@@ -196,6 +203,7 @@ TEST_F(CudaIpcTest, AnotherProcessExports) {
 TEST_F(CudaIpcTest, AnotherProcessDoesNotWriteWhatItNamed) {
   const PromptData other(SmallOpen(150), 8);
   const std::string undisturbed = Inline(other);
+  CountFiles();
   Neighbour neighbour(NewChannel(target()), &other);
   const auto client = Client("stuck");
   EXPECT_EQ(client->Wait(), 0) << client->output() << client->error();
@@ -209,6 +217,7 @@ TEST_F(CudaIpcTest, AnotherProcessDoesNotWriteWhatItNamed) {
 TEST_F(CudaIpcTest, AnotherProcessIsKilled) {
   const PromptData other(SmallOpen(150), 8);
   const std::string undisturbed = Inline(other);
+  CountFiles();
   Neighbour neighbour(NewChannel(target()), &other);
   const auto client = Client("hang");
   ASSERT_TRUE(client->WaitForLine("sent").has_value()) << client->error();

@@ -5,11 +5,15 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/escaping.h"
+#include "absl/synchronization/blocking_counter.h"
+#include "absl/synchronization/notification.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "service/engine/scheduler.h"
 #include "tests/e2e/held_test.h"
 #include "tests/testing/nccl_fault_test.h"
 #include "tests/testing/nccl_fetch.h"
@@ -82,6 +86,67 @@ TEST_F(NcclFetchFaultTest, AnAbortTakesItsTime) {
   ExpectFault("slow_abort@0", {"a group of transfers took longer than 2s"});
   EXPECT_LT(free(), before);
   EXPECT_TRUE(Eventually([&] { return free() == before; }));
+}
+
+// Holds up all threads that compute, until the end of the object.
+class BusyThreads {
+ public:
+  explicit BusyThreads(engine::Scheduler* scheduler) {
+    absl::BlockingCounter busy(scheduler->threads());
+    for (int i = 0; i < scheduler->threads(); ++i) {
+      scheduler->Post(scheduler->NewLane(), /*small=*/false, [&busy, over = over_](ParallelFor) {
+        busy.DecrementCount();
+        over->WaitForNotification();
+      });
+    }
+    busy.Wait();
+  }
+  ~BusyThreads() { over_->Notify(); }
+  BusyThreads(const BusyThreads&) = delete;
+  BusyThreads& operator=(const BusyThreads&) = delete;
+
+ private:
+  const std::shared_ptr<absl::Notification> over_ = std::make_shared<absl::Notification>();
+};
+
+// Two layers' transfers fail while a message is being written, and the stream cannot be told, since
+// nothing computes. The rows of the next layer must not be put where NCCL may still touch them.
+TEST_F(NcclFetchFaultTest, ItFailsWhileTheComputeThreadsAreBusy) {
+  setenv("FAKE_NCCL_ABORT_MILLIS", "3000", 1);
+  // Positions of a layer are more than a stream's window.
+  v1::Open open = SmallOpen(26'000);
+  open.mutable_geometry()->set_query_head_count(1);
+  open.mutable_geometry()->set_kv_head_count(1);
+  open.mutable_method()->mutable_full();
+  const std::string handle = Hold(PromptData(open, 3)).summary->held().handle();
+  engine::Scheduler& scheduler = server().sessions().scheduler();
+  NcclClient client(NewChannel(target()), "faulty");
+  FaultNext("slow_abort@0");
+  NcclFetch fetch(NewChannel(target()), &client, FetchRequest(handle));
+  ASSERT_NE(fetch.ReadOne(), nullptr);  // info
+  const v1::FetchCacheResponse* const first = fetch.ReadOne();
+  ASSERT_NE(first, nullptr);
+  std::string key;
+  std::vector<std::string> rows;
+  for (const v1::TensorPiece& piece : first->layer().pieces()) {
+    if (!piece.has_transfer()) continue;
+    key = piece.transfer().key();
+    rows.emplace_back(piece.transfer().size_bytes(), '\0');
+  }
+  ASSERT_EQ(rows.size(), 2);
+  ASSERT_EQ(key.back(), '0');
+  key.back() = '1';  // the next layer's, whose message is not read yet
+  NcclMoves moves(&client);
+  {
+    const BusyThreads busy(&scheduler);
+    fetch.TakeRows();
+    moves.Offer(key, nccl::Direction::kReceive, std::move(rows));
+    EXPECT_TRUE(Eventually([&] { return scheduler.queue_depth() > 0; }, std::chrono::seconds(60)));
+    ASSERT_NE(fetch.ReadOne(), nullptr);
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));  // the server could go on
+  }
+  ExpectFetchFailure(fetch.Finish(), kUnavailable, {"a group of transfers took longer than 2s"});
+  EXPECT_TRUE(Release(channel(), handle).ok());
 }
 
 TEST_F(NcclFetchFaultTest, ThePairEndsInMidFetch) {

@@ -260,6 +260,24 @@ TEST_F(NcclFetchTest, MemoryOfTheGpuThatIsTaken) {
   ReleaseIt(large);
 }
 
+// One layer needs the room of one, more need that of two.
+TEST_F(NcclFetchTest, ReservesForNoMoreLayersThanThereAre) {
+  v1::Open open = WideOpen(1000);
+  open.mutable_method()->mutable_full();
+  const int64_t layer_bytes = int64_t{2} * 4 * 1000 * 32 * 2;
+  StartNccl(Options(), layer_bytes + layer_bytes / 2);
+  const std::string handle = HandleOf(PromptData(open, 3));
+  NcclClient client(channel(), "client");
+  v1::FetchCacheRequest request = FetchRequest(handle);
+  request.set_first_layer(2);
+  request.set_layer_count(1);
+  ExpectByNccl(FetchByPair(channel(), &client, request), Fetch(channel(), request).bytes);
+  request.set_layer_count(2);
+  ExpectFetchFailure(FetchByPair(channel(), &client, request),
+                     grpc::StatusCode::FAILED_PRECONDITION, {"are set apart"});
+  ReleaseIt(handle);
+}
+
 // One that has begun goes on to its end.
 TEST_F(NcclFetchTest, TheLeaseEndsUnderIt) {
   StartNccl();

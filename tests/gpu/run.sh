@@ -5,13 +5,15 @@
 #   tests/gpu/run.sh --bundle DIR here: puts the programs and their libraries into DIR, to be brought along to a machine
 #                                 that has none of the packages; there: STRUCTKV_GPU_BUNDLE=DIR tests/gpu/run.sh
 #
-# The server and the client are among them: they compress a captured prompt and synthetic ones on the GPU (serve.py).
+# The server and the client are among them: they compress a captured prompt and synthetic ones on the GPU (serve.py), and
+# prompts over each transport, CUDA IPC and NCCL among them, beside their floors (structkv_wire_bench).
 # Without a bundle the programs are built from this tree (CMake, nvcc, the packages of scripts/setup); where only CMake
 # and nvcc are, the benchmark alone is. What could not run is in the report as "not run", with the reason.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 tests=(gpu_saliency_test gpu_select_test gpu_gather_test gpu_rotation_test gpu_conformance_test gpu_ipc_test)
-programs=("${tests[@]}" gpu_nccl_test structkv_gpu_bench structkv-server structkv)
+programs=("${tests[@]}" gpu_nccl_test structkv_gpu_bench structkv-server structkv structkv_wire_bench structkv_wire_count
+  structkv_counting_server)
 # A few cases of each: a kernel runs some hundred times longer under compute-sanitizer.
 declare -A sanitized=(
   [gpu_saliency_test]='*bf16_bf16*:*f32_f8_e4m3*:CudaSaliencyInputTest.Depends*'
@@ -139,6 +141,33 @@ else
   note "server and client" "not run: not built"
 fi
 
+# Rows that cannot be run (NCCL takes two GPUs) say why.
+wire=null
+if [[ -x $bin/structkv_wire_bench && -x $bin/structkv-server ]]; then
+  flags=(--server "$bin/structkv-server" --holds 3 --gib 0.25 --transports 3)
+  if [[ -x $bin/structkv_wire_count && -x $bin/structkv_counting_server ]]; then
+    flags+=(--count-program "$bin/structkv_wire_count" --count-server "$bin/structkv_counting_server")
+  else
+    flags+=(--count-program "")
+  fi
+  nccl=${STRUCTKV_GPU_BUNDLE:+libnccl.so.2}
+  nccl=${nccl:-$(find_nccl)}
+  [[ -z $nccl ]] || flags+=(--nccl-library "$nccl")
+  if "$bin/structkv_wire_bench" --json --repeats 0 --prompts 0 "${flags[@]}" >"$out/wire.json" 2>"$out/wire.log"; then
+    note transports passed
+    wire=$(<"$out/wire.json")
+    while IFS= read -r line; do
+      note "${line%%: *}" "not run: ${line#*: }"
+    done < <(python3 -c 'import json, sys
+for row in json.load(sys.stdin)["transports"]:
+    if "skipped" in row: print("transports, " + row["way"] + ": " + row["skipped"].replace("\"", "\x27"))' <"$out/wire.json")
+  else
+    note transports FAILED
+  fi
+else
+  note transports "not run: not built"
+fi
+
 bench=null
 if "$bin/structkv_gpu_bench" --table "$out/table.md" >"$out/bench.json"; then
   note benchmark passed
@@ -155,6 +184,7 @@ case $torch in
   *'"skipped"'*) note PyTorch "not run: $(sed -n 's/.*"skipped": "\([^"]*\)".*/\1/p' "$out/torch.json")" ;;
   *) note PyTorch passed ;;
 esac
-printf '{"checks": {%s},\n"serve": %s,\n"bench": %s,\n"torch": %s}\n' "$checks" "$serve" "$bench" "$torch" >"$out/report.json"
+printf '{"checks": {%s},\n"serve": %s,\n"transports": %s,\n"bench": %s,\n"torch": %s}\n' "$checks" "$serve" "$wire" "$bench" \
+  "$torch" >"$out/report.json"
 cat "$out/table.md"
 exit $failed

@@ -1,6 +1,7 @@
 // The whole path over gRPC: the service's control streams, the library's, and data over the fake
 // NCCL.
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <string>
 #include <thread>
@@ -149,6 +150,38 @@ TEST_F(NcclStreamTest, AHostWithoutNcclServesAndSaysSo) {
   EXPECT_EQ(refused.code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(std::string(refused.message()),
               HasSubstr("no NCCL transport here: no NCCL: libnosuchnccl.so.2"));
+}
+
+// Takes all and says nothing, and ends no stream by itself.
+class SilentService final : public v1::NcclTransport::Service {
+ public:
+  grpc::Status Attach(
+      grpc::ServerContext* context,
+      grpc::ServerReaderWriter<v1::AttachResponse, v1::AttachRequest>* stream) override {
+    v1::AttachRequest request;
+    while (stream->Read(&request)) {
+    }
+    EXPECT_TRUE(Eventually([context] { return context->IsCancelled(); }, std::chrono::minutes(2)));
+    return grpc::Status::CANCELLED;
+  }
+};
+
+// However long it may be waited for when a pair ends: not once the caller's time is up.
+TEST_F(NcclStreamTest, AServerThatDoesNotAnswerIsLeftAtTheLimit) {
+  SilentService service;
+  grpc::ServerBuilder builder;
+  int port = 0;
+  builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+  builder.RegisterService(&service);
+  const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
+  const auto channel =
+      grpc::CreateChannel("127.0.0.1:" + std::to_string(port), grpc::InsecureChannelCredentials());
+  const absl::Status status =
+      NcclStream::Attach(channel, worker_.get(), ClientIdentity(1), absl::Milliseconds(100), "",
+                         /*leave_limit=*/absl::InfiniteDuration())
+          .status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
+  server->Shutdown();
 }
 
 TEST_F(NcclStreamTest, MessagesThatAreNone) {
