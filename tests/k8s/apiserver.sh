@@ -34,8 +34,8 @@ build() {
   cd "$tree"
   # Not in the source: what describes every type, of the packages that ask for it.
   local inputs
-  inputs=$(grep -rl --include=doc.go '+k8s:openapi-gen=true' pkg staging/src/k8s.io cmd |
-    sed 's|^staging/src/||; s|^\(pkg\|cmd\)/|k8s.io/kubernetes/\1/|; s|/doc.go$||' |
+  inputs=$(grep -rl --include='*.go' '^// +k8s:openapi-gen=true' pkg staging/src/k8s.io cmd | sed 's|/[^/]*$||' |
+    sed 's|^staging/src/||; s|^\(pkg\|cmd\)/|k8s.io/kubernetes/\1/|' |
     grep -vE '/(sample-|code-generator|apiextensions-apiserver/examples)' |
     sed 's|^k8s.io/kubernetes/||; t own; s|^|k8s.io/kubernetes/vendor/|; b; :own; s|^|k8s.io/kubernetes/|' | sort -u | paste -sd,)
   go run ./vendor/k8s.io/kube-openapi/cmd/openapi-gen --logtostderr -i "$inputs" -p "$openapi" -O zz_generated.openapi \
