@@ -145,7 +145,6 @@ TEST_F(AdmissionTest, EmptyKeysAreNotTheSame) {
   ExpectSuccess(data, first.Finish());
 }
 
-// The neighbour is the stream that runs: it may finish, nobody else comes in, and health says so.
 TEST_F(AdmissionTest, LimitsMayChangeUnderStreams) {
   ServerOptions options = TestOptions();
   options.sessions.max_sessions = 1;
@@ -165,6 +164,7 @@ TEST_F(AdmissionTest, LimitsMayChangeUnderStreams) {
   wrong.sessions.max_sessions = 1;
   wrong.streams.stall = absl::ZeroDuration();
   EXPECT_EQ(server().Reload(wrong).message(), "the stall limit is 0; it must be above 0");
+  EXPECT_TRUE(Eventually([&] { return server().sessions().active_sessions() == 1; }));
   ExpectSuccess(data, Run(AllMessages(data)));
 
   options.streams.silence = absl::Milliseconds(200);
@@ -173,6 +173,7 @@ TEST_F(AdmissionTest, LimitsMayChangeUnderStreams) {
   ExpectNothingHeld();
 }
 
+// The neighbour is the stream that runs: it may finish, nobody else comes in, and health says so.
 TEST_F(AdmissionTest, DrainLetsTheRunningFinish) {
   Start();
   EXPECT_EQ(Health(channel()), "SERVING");

@@ -23,8 +23,11 @@ class GpuMetricsTest : public NcclTest {
     ASSERT_TRUE(admin.ok()) << admin.status();
     admin_ = *std::move(admin);
   }
-  // Before what it tells of is gone.
-  void TearDown() override { admin_.reset(); }
+  // Before what it tells of is gone, and after the last stream has told the telemetry of its end.
+  void TearDown() override {
+    admin_.reset();
+    ExpectNothingHeld();
+  }
 
   std::map<std::string, double> Series(const std::string& name) {
     return SeriesOf(HttpGet(admin_->address(), "/metrics").body, "structkv_" + name);
@@ -59,7 +62,8 @@ TEST_F(GpuMetricsTest, BytesOfNcclAndItsAborts) {
     ExpectResult(prompt.Run(channel()), Inline(data));
   }
   EXPECT_TRUE(Eventually([&] {
-    return Series("sessions_total")["result=\"ok\""] == 2 && Series("nccl_pairs")[""] == 0;
+    return Series("sessions_total")["result=\"ok\""] == 2 && Series("nccl_pairs")[""] == 0 &&
+           Series("streams_active")[""] == 0;
   }));
   const double input = Series("input_bytes_total")["transport=\"nccl\""];
   EXPECT_EQ(input, static_cast<double>(data.total_bytes()));

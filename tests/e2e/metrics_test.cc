@@ -113,7 +113,7 @@ TEST_F(MetricsProcessTest, CountsAreThoseOfTheTraffic) {
     Call call(channel_);
     call.Send(OpenMessage(data.open()));
     ASSERT_TRUE(call.WaitForOpened());
-    EXPECT_EQ(Series("sessions_active")[""], 1);
+    EXPECT_TRUE(Eventually([&] { return Series("sessions_active")[""] == 1; }));
     EXPECT_GT(Series("memory_reserved_bytes")["pool=\"prompts\""], 0);
     call.Cancel();
     call.Finish();
@@ -189,6 +189,7 @@ TEST_F(MetricsProcessTest, SpansLeaveBeforeTheProcessDoes) {
   RunWell(AllMessages(data));
   server_->Signal(SIGTERM);
   EXPECT_EQ(server_->Wait(), 0) << server_->error();
+  EXPECT_TRUE(collector_.WaitForSpans(6));
   EXPECT_EQ(collector_.spans().size(), 6U);
 }
 
