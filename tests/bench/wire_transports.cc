@@ -154,7 +154,7 @@ nlohmann::json MeasureTransports(const TransportAddresses& addresses,
 
 void PrintTransports(const nlohmann::json& rows) {
   std::printf("%-20s %10s %10s %10s %10s %10s %7s %9s %10s %10s\n", "a layer, us", "p50", "p99",
-              "floor p50", "added", "computing", "GB/s", "CPU s/GB", "copies B/B", "socket B/B");
+              "floor p50", "added", "computing", "GB/s", "CPU s/GB", "CPU copies", "socket B/B");
   for (const nlohmann::json& row : rows) {
     const std::string name = row["way"];
     if (row.contains("skipped")) {

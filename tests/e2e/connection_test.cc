@@ -106,9 +106,8 @@ TEST_F(ConnectionTest, ThereAreNoMoreThanAllowed) {
   EXPECT_TRUE(Eventually([&] { return server().connections_refused() >= 32; }));
   EXPECT_LE(server().connections(), 8);
   EXPECT_TRUE(Eventually([&] {
-    return std::count_if(peers.begin(), peers.end(), [](const auto& peer) {
-             return peer->IsClosed(milliseconds(1));
-           }) >= 32;
+    return std::count_if(peers.begin(), peers.end(),
+                         [](const auto& peer) { return peer->IsClosed(milliseconds(1)); }) >= 32;
   }));
   ExpectUndisturbed();  // who is in is served on
   peers.clear();
