@@ -197,7 +197,6 @@ TEST_F(ReplicasTest, PromptsFillAllReplicas) {
 TEST_F(ReplicasTest, LargePromptsGoWhereLeastIsReserved) {
   StartAll(2);
   const auto client = Connect();
-  ASSERT_TRUE(Eventually([&] { return AllReady(*client); }));
   // Straight to the one, by another client.
   client::SessionOptions pinned;
   pinned.replica = server(0).address();
@@ -205,6 +204,14 @@ TEST_F(ReplicasTest, LargePromptsGoWhereLeastIsReserved) {
   const auto large = elsewhere->OpenPrompt(SmallOpen(20000), pinned);
   ASSERT_TRUE(large.ok()) << large.status();
   EXPECT_EQ((*large)->replica(), server(0).address());
+  // Both have said what they have by now.
+  ASSERT_TRUE(Eventually([&] {
+    if (!AllReady(*client)) return false;
+    for (const client::ReplicaState& state : client->Replicas()) {
+      if (state.reserved_bytes > 0) return state.address == server(0).address();
+    }
+    return false;
+  }));
   for (int i = 0; i < 5; ++i) {
     const auto session = client->OpenPrompt(SmallOpen());
     ASSERT_TRUE(session.ok()) << session.status();
