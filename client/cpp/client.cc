@@ -15,7 +15,6 @@
 #include "client/cpp/stream.h"
 #include "client/cpp/transport_choice.h"
 #include "grpc/grpc.h"
-#include "structkv/sizes.h"
 #include "structkv/v1/compression.grpc.pb.h"
 
 namespace structkv::client {
@@ -40,17 +39,10 @@ std::string NewIdempotencyKey() {
 
 using Opening = absl::StatusOr<std::unique_ptr<internal::SessionCore>>;
 
-// About what the service will reserve for a prompt, before it says so: its layers in flight.
-uint64_t EstimatedBytes(const v1::Open& open) {
-  const uint64_t layers = open.layers_in_flight() == 0 ? 2 : open.layers_in_flight();
-  return layers * (InputTensorBytes(open, {}, v1::TENSOR_KEYS) +
-                   InputTensorBytes(open, {}, v1::TENSOR_VALUES));
-}
-
-// Has the replicas know of the prompt from now to its end.
+// Has the replicas know of the prompt, and keeps this one, from now to its end.
 void Follow(internal::ReplicaSet& replicas, const std::shared_ptr<internal::Replica>& replica,
             BatchPrompt* prompt) {
-  auto placement = replicas.Place(replica, EstimatedBytes(prompt->open));
+  auto placement = replicas.Place(replica, internal::EstimatedBytes(prompt->open));
   PromptOptions& options = prompt->options;
   options.on_opened = [placement, next = std::move(options.on_opened)](const v1::Opened& opened) {
     placement->OnOpened(opened.reserved_bytes());
@@ -90,7 +82,7 @@ std::vector<Opening> TryOpen(std::vector<BatchPrompt> prompts,
     }
     // One prompt alone is no batch.
     prompts[i].open.set_batch_prompt_count(count == 1 ? 0 : count);
-    if (replicas.several()) Follow(replicas, replica, &prompts[i]);
+    if (replica != replicas.only()) Follow(replicas, replica, &prompts[i]);
     auto core =
         std::make_unique<internal::SessionCore>(std::move(prompts[i]), *std::move(places[i]), pool,
                                                 stream, static_cast<uint32_t>(started.size()));
@@ -219,7 +211,7 @@ std::vector<absl::StatusOr<std::unique_ptr<CompressSession>>> Client::OpenBatch(
   absl::Duration round_delay = absl::InfiniteDuration();
   for (int attempt = 1; !due.empty();) {
     const auto replica = options.replica.empty() ? replicas_->Choose(placement, deadline)
-                                                 : replicas_->At(options.replica);
+                                                 : replicas_->At(options.replica, deadline);
     if (!replica.ok()) {
       // What those said that were tried says more than that there is no other one.
       if (placement.tried.empty()) {

@@ -12,26 +12,40 @@
 #include "structkv/v1/held_cache.grpc.pb.h"
 
 namespace structkv::client {
+namespace {
 
-absl::Status Client::CallHolder(const HeldCallOptions& options,
-                                absl::FunctionRef<absl::Status(internal::Replica&)> call) {
+// What a replica has at least of the time, where others follow.
+constexpr absl::Duration kLeastPart = absl::Seconds(1);
+
+}  // namespace
+
+absl::Status Client::CallHolder(
+    const HeldCallOptions& options,
+    absl::FunctionRef<absl::Status(internal::Replica&, absl::Time until)> call) {
+  const absl::Time deadline = absl::Now() + options.timeout;
   if (!options.replica.empty()) {
-    const auto replica = replicas_->At(options.replica);
+    const auto replica = replicas_->At(options.replica, deadline);
     if (!replica.ok()) return replica.status();
     const bool is_only = *replica == replicas_->only();
-    return internal::AtReplica(is_only ? "" : options.replica, call(**replica));
+    return internal::AtReplica(is_only ? "" : options.replica, call(**replica, deadline));
   }
-  if (!replicas_->several()) return call(*replicas_->only());
-  const auto all = replicas_->All(absl::Now() + options.timeout);
+  if (!replicas_->several()) return call(*replicas_->only(), deadline);
+  const auto all = replicas_->All(deadline);
   if (!all.ok()) return all.status();
   absl::Status unknown;
   absl::Status failed;
-  for (const auto& replica : *all) {
-    const absl::Status status = internal::AtReplica(replica->address, call(*replica));
+  for (size_t i = 0; i < all->size(); ++i) {
+    internal::Replica& replica = *(*all)[i];
+    const absl::Duration left = deadline - absl::Now();
+    if (left <= absl::ZeroDuration() && i > 0) break;
+    const absl::Duration part = std::max(kLeastPart, left / static_cast<int64_t>(all->size() - i));
+    const absl::Status status = internal::AtReplica(
+        replica.address, call(replica, part < left ? absl::Now() + part : deadline));
     if (status.ok()) return status;
     // One that cannot be asked may be the one.
     (absl::IsNotFound(status) ? unknown : failed).Update(status);
-    const bool may_be_elsewhere = absl::IsNotFound(status) || absl::IsUnavailable(status);
+    const bool may_be_elsewhere =
+        absl::IsNotFound(status) || absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
     if (!may_be_elsewhere) return status;
   }
   return failed.ok() ? unknown : failed;
@@ -39,13 +53,24 @@ absl::Status Client::CallHolder(const HeldCallOptions& options,
 
 absl::StatusOr<FetchedCache> Client::FetchCache(const std::string& handle,
                                                 const FetchOptions& options) {
+  const absl::Time deadline = absl::Now() + options.timeout;
   absl::StatusOr<FetchedCache> fetched;
-  const absl::Status status = CallHolder(options, [&](internal::Replica& replica) {
-    fetched =
-        internal::FetchCall(replica.channel, replica.transports.get(), pool_.get(), handle, options)
-            .Fetch();
-    return fetched.status();
-  });
+  const absl::Status status =
+      CallHolder(options, [&](internal::Replica& replica, absl::Time until) {
+        FetchOptions own = options;
+        const auto call = [&](absl::Time end) {
+          own.timeout = end - absl::Now();
+          return internal::FetchCall(replica.channel, replica.transports.get(), pool_.get(), handle,
+                                     own);
+        };
+        // What has a part of the time is to find the holder; that one's fetch has all.
+        if (until < deadline) {
+          const absl::Status held = call(until).Describe().status();
+          if (!held.ok()) return held;
+        }
+        fetched = call(deadline).Fetch();
+        return fetched.status();
+      });
   if (!status.ok()) return status;
   return fetched;
 }
@@ -53,12 +78,15 @@ absl::StatusOr<FetchedCache> Client::FetchCache(const std::string& handle,
 absl::StatusOr<v1::CacheInfo> Client::DescribeCache(const std::string& handle,
                                                     const FetchOptions& options) {
   absl::StatusOr<v1::CacheInfo> info;
-  const absl::Status status = CallHolder(options, [&](internal::Replica& replica) {
-    info =
-        internal::FetchCall(replica.channel, replica.transports.get(), pool_.get(), handle, options)
-            .Describe();
-    return info.status();
-  });
+  const absl::Status status =
+      CallHolder(options, [&](internal::Replica& replica, absl::Time until) {
+        FetchOptions own = options;
+        own.timeout = until - absl::Now();
+        info =
+            internal::FetchCall(replica.channel, replica.transports.get(), pool_.get(), handle, own)
+                .Describe();
+        return info.status();
+      });
   if (!status.ok()) return status;
   return info;
 }
@@ -73,13 +101,14 @@ absl::StatusOr<absl::Duration> Client::RenewCache(const std::string& handle,
         static_cast<uint64_t>(std::max<int64_t>(0, absl::ToInt64Milliseconds(*lease))));
   }
   v1::RenewCacheResponse response;
-  const absl::Status status = CallHolder(options, [&](internal::Replica& replica) {
-    grpc::ClientContext context;
-    internal::Prepare(options, absl::Now() + options.timeout, &context);
-    return internal::StatusOfCall(
-        v1::HeldCaches::NewStub(replica.channel)->RenewCache(&context, request, &response),
-        context);
-  });
+  const absl::Status status =
+      CallHolder(options, [&](internal::Replica& replica, absl::Time until) {
+        grpc::ClientContext context;
+        internal::Prepare(options, until, &context);
+        return internal::StatusOfCall(
+            v1::HeldCaches::NewStub(replica.channel)->RenewCache(&context, request, &response),
+            context);
+      });
   if (!status.ok()) return status;
   return absl::Milliseconds(static_cast<int64_t>(response.lease_millis()));
 }
@@ -87,9 +116,9 @@ absl::StatusOr<absl::Duration> Client::RenewCache(const std::string& handle,
 absl::Status Client::ReleaseCache(const std::string& handle, const HeldCallOptions& options) {
   v1::ReleaseCacheRequest request;
   request.set_handle(handle);
-  return CallHolder(options, [&](internal::Replica& replica) {
+  return CallHolder(options, [&](internal::Replica& replica, absl::Time until) {
     grpc::ClientContext context;
-    internal::Prepare(options, absl::Now() + options.timeout, &context);
+    internal::Prepare(options, until, &context);
     v1::ReleaseCacheResponse response;
     return internal::StatusOfCall(
         v1::HeldCaches::NewStub(replica.channel)->ReleaseCache(&context, request, &response),

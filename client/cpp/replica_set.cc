@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "client/cpp/credentials.h"
 #include "client/cpp/replica_set_core.h"
+#include "structkv/sizes.h"
 
 namespace structkv::client::internal {
 
@@ -16,6 +17,15 @@ absl::Status AtReplica(const std::string& address, const absl::Status& status) {
     named.SetPayload(type, payload);
   });
   return named;
+}
+
+uint64_t EstimatedBytes(const v1::Open& open) {
+  v1::Opened opened;
+  opened.add_required_tensors(v1::TENSOR_KEYS);
+  opened.add_required_tensors(v1::TENSOR_VALUES);
+  const uint64_t layers = open.layers_in_flight() == 0 ? 2 : open.layers_in_flight();
+  return layers * (InputTensorBytes(open, opened, v1::TENSOR_KEYS) +
+                   InputTensorBytes(open, opened, v1::TENSOR_VALUES));
 }
 
 Placement::Placement(std::shared_ptr<ReplicaSetCore> core, std::shared_ptr<Replica> replica,
@@ -79,13 +89,14 @@ std::shared_ptr<Placement> ReplicaSet::Place(std::shared_ptr<Replica> replica, u
   return std::make_shared<Placement>(several() ? core_ : nullptr, std::move(replica), bytes);
 }
 
-absl::StatusOr<std::shared_ptr<Replica>> ReplicaSet::At(const std::string& address) {
+absl::StatusOr<std::shared_ptr<Replica>> ReplicaSet::At(const std::string& address,
+                                                        absl::Time deadline) {
   if (only_ != nullptr && only_->address == address) return only_;
   if (core_ == nullptr) {
     return absl::InvalidArgumentError(absl::StrCat(
         "replica is ", address, ", and the client was made for one channel; Connect() allows it"));
   }
-  return core_->At(address);
+  return core_->At(address, deadline);
 }
 
 absl::StatusOr<std::vector<std::shared_ptr<Replica>>> ReplicaSet::All(absl::Time deadline) {

@@ -16,12 +16,14 @@
 #include "grpcpp/channel.h"
 #include "structkv/options.h"
 #include "structkv/replica.h"
+#include "structkv/v1/compression.pb.h"
 
 namespace structkv::client::internal {
 
 // One server.
 struct Replica {
   std::string address;  // empty: of a channel that was given
+  std::string name;     // that its certificate must have; empty: the address's own
   std::shared_ptr<grpc::Channel> channel;
   std::unique_ptr<TransportChooser> transports;
 };
@@ -31,6 +33,9 @@ struct Replica {
 absl::Status AtReplica(const std::string& address, const absl::Status& status);
 
 class ReplicaSetCore;
+
+// About what the service will reserve for a prompt, before it says so: its layers in flight.
+uint64_t EstimatedBytes(const v1::Open& open);
 
 // A prompt at a replica, from the choice of it to the prompt's end, which is also that of the
 // object. Thread-safe.
@@ -76,7 +81,7 @@ class ReplicaSet {
 
   // The server at this address, which need not be one of the replicas. INVALID_ARGUMENT as
   // CredentialsFor() says, and where the client has a given channel.
-  absl::StatusOr<std::shared_ptr<Replica>> At(const std::string& address);
+  absl::StatusOr<std::shared_ptr<Replica>> At(const std::string& address, absl::Time deadline);
   // All replicas, those first that are well.
   absl::StatusOr<std::vector<std::shared_ptr<Replica>>> All(absl::Time deadline);
   // The only one.

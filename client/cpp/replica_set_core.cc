@@ -26,6 +26,8 @@ constexpr absl::Duration kResolveAgain = absl::Seconds(1);
 // To a replica of several: how soon silence is noticed, and a connection tried again.
 constexpr absl::Duration kKeepalive = absl::Seconds(10);
 constexpr int kKeepaliveTimeoutMillis = 5000;
+// Channels that are kept of addresses that a call has named, and that are none of the target's.
+constexpr size_t kIdleReplicas = 64;
 constexpr int kFirstReconnectMillis = 100;
 constexpr int kReconnectMillis = 2000;
 
@@ -38,7 +40,9 @@ uint64_t Seed() {
   return (uint64_t{random()} << 32) | random();
 }
 
-absl::StatusOr<std::vector<ReplicaAddress>> LookUpAll(const Target& target) {
+// `any`: what was found will do; otherwise a name that cannot be looked up now must not take its
+// replicas away.
+absl::StatusOr<std::vector<ReplicaAddress>> LookUpAll(const Target& target, bool any) {
   std::vector<ReplicaAddress> all;
   for (const std::string& address : target.fixed) all.push_back({address, ""});
   absl::Status failed;
@@ -47,9 +51,20 @@ absl::StatusOr<std::vector<ReplicaAddress>> LookUpAll(const Target& target) {
     failed.Update(found.status());
     if (found.ok()) all.insert(all.end(), found->begin(), found->end());
   }
-  // A name that cannot be looked up now must not take its replicas away.
-  if (!failed.ok()) return failed;
+  if (!failed.ok() && !(any && !all.empty())) return failed;
   return all;
+}
+
+// What a replica that did not say its load has failed with. Silence is no prompt's own deadline.
+absl::Status LoadFailure(const absl::Status& status, absl::Duration limit) {
+  if (absl::IsDeadlineExceeded(status)) {
+    return absl::UnavailableError(
+        absl::StrCat("it did not say its load within ", absl::FormatDuration(limit)));
+  }
+  if (absl::IsCancelled(status)) {
+    return absl::UnavailableError(absl::StrCat("it did not say its load: ", status.message()));
+  }
+  return status;
 }
 
 struct LoadCall {
@@ -88,9 +103,14 @@ absl::StatusOr<std::shared_ptr<Replica>> MakeReplica(const std::string& address,
   if (keepalive != absl::InfiniteDuration()) {
     args.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, static_cast<int>(absl::ToInt64Milliseconds(keepalive)));
   }
-  if (!name.empty()) args.SetSslTargetNameOverride(name);
+  if (!name.empty()) {
+    args.SetSslTargetNameOverride(name);
+    // A proxy, and exceptions from it, are of names; what is left of this one is its address.
+    args.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
+  }
   auto replica = std::make_shared<Replica>();
   replica->address = address;
+  replica->name = name;
   replica->channel = grpc::CreateCustomChannel(address, *credentials, args);
   replica->transports = std::make_unique<TransportChooser>(replica->channel, options.own_process);
   return replica;
@@ -104,6 +124,7 @@ ReplicaSetCore::ReplicaSetCore(std::string text, Target target, const ClientOpti
 
 void ReplicaSetCore::Resolve() {
   const auto& hook = options_.replicas.resolve;
+  bool any = false;
   {
     absl::MutexLock lock(&mutex_);
     const absl::Duration age = SteadyNow() - resolved_;
@@ -115,6 +136,7 @@ void ReplicaSetCore::Resolve() {
     if (resolving_ || age < due) return;
     resolving_ = true;
     resolve_soon_ = false;
+    any = table_.empty();
   }
   if (hook != nullptr) {
     absl::StatusOr<std::vector<std::string>> given = hook();
@@ -123,14 +145,15 @@ void ReplicaSetCore::Resolve() {
     for (std::string& address : *given) addresses.push_back({std::move(address), ""});
     return OnAddresses(addresses);
   }
-  if (target_.names.empty()) return OnAddresses(LookUpAll(target_));
+  if (target_.names.empty()) return OnAddresses(LookUpAll(target_, any));
   // It may take the resolver's many seconds, and must not keep a prompt that has a replica.
-  std::thread([self = shared_from_this()] {
-    self->OnAddresses(LookUpAll(self->target_));
+  std::thread([self = shared_from_this(), any] {
+    self->OnAddresses(LookUpAll(self->target_, any));
   }).detach();
 }
 
 void ReplicaSetCore::OnAddresses(const absl::StatusOr<std::vector<ReplicaAddress>>& found) {
+  std::vector<std::shared_ptr<Replica>> dropped;
   absl::MutexLock lock(&mutex_);
   resolving_ = false;
   resolved_ = SteadyNow();
@@ -140,16 +163,20 @@ void ReplicaSetCore::OnAddresses(const absl::StatusOr<std::vector<ReplicaAddress
   }
   if (resolve_status_.ok()) {
     std::vector<std::string> addresses;
+    names_.clear();
+    // One that is listed is taken at its own name, though another one has it as well.
     for (const ReplicaAddress& each : *found) {
       addresses.push_back(each.address);
-      names_[each.address] = each.name;
+      names_.emplace(each.address, each.name);
     }
     table_.SetAddresses(addresses);
     // Channels go with the last of their streams.
-    for (auto it = replicas_.begin(); it != replicas_.end();) {
-      const bool is_left =
-          std::find(addresses.begin(), addresses.end(), it->first) == addresses.end();
-      it = is_left && it->second.use_count() == 1 ? replicas_.erase(it) : std::next(it);
+    dropped = TakeIdle(0);
+    for (const auto& [address, name] : names_) {
+      const auto made = replicas_.find(address);
+      if (made == replicas_.end() || made->second->name == name) continue;
+      dropped.push_back(std::move(made->second));
+      replicas_.erase(made);
     }
   }
   changed_.SignalAll();
@@ -158,15 +185,35 @@ void ReplicaSetCore::OnAddresses(const absl::StatusOr<std::vector<ReplicaAddress
 absl::StatusOr<std::shared_ptr<Replica>> ReplicaSetCore::ReplicaAt(const std::string& address) {
   std::shared_ptr<Replica>& known = replicas_[address];
   if (known != nullptr) return known;
-  const auto name = names_.find(address);
-  auto made =
-      MakeReplica(address, name == names_.end() ? "" : name->second, /*several=*/true, options_);
+  auto made = MakeReplica(address, NameOf(address).value_or(""), /*several=*/true, options_);
   if (!made.ok()) {
     replicas_.erase(address);
     return made.status();
   }
   known = *std::move(made);
   return known;
+}
+
+std::optional<std::string> ReplicaSetCore::NameOf(const std::string& address) const {
+  if (const auto known = names_.find(address); known != names_.end()) return known->second;
+  const std::vector<std::string>& fixed = target_.fixed;
+  const bool is_fixed = std::find(fixed.begin(), fixed.end(), address) != fixed.end();
+  if (is_fixed || target_.names.empty() || !IsIpAddress(address)) return "";
+  if (target_.names.size() == 1) return HostOf(target_.names.front());
+  return std::nullopt;
+}
+
+std::vector<std::shared_ptr<Replica>> ReplicaSetCore::TakeIdle(size_t kept) {
+  std::vector<std::string> idle;
+  for (const auto& [address, replica] : replicas_) {
+    if (!names_.contains(address) && replica.use_count() == 1) idle.push_back(address);
+  }
+  std::vector<std::shared_ptr<Replica>> taken;
+  for (; idle.size() > kept; idle.pop_back()) {
+    taken.push_back(std::move(replicas_[idle.back()]));
+    replicas_.erase(idle.back());
+  }
+  return taken;
 }
 
 void ReplicaSetCore::Ask() {
@@ -180,19 +227,15 @@ void ReplicaSetCore::Ask() {
 
 void ReplicaSetCore::AskOne(const std::string& address) {
   const absl::Duration asked = SteadyNow();
-  const auto answer = [self = shared_from_this(), address, asked](const absl::Status& status,
-                                                                  const v1::GetLoadResponse& load) {
-    absl::MutexLock lock(&self->mutex_);
-    // An older server cannot say.
-    if (status.ok() || absl::IsUnimplemented(status)) {
-      self->table_.OnLoad(address, load, asked);
-    } else {
-      self->table_.OnFailure(address, status, asked, SteadyNow());
-      self->resolve_soon_ = true;
-    }
-    self->changed_.SignalAll();
+  // The last one to let go of replicas waits for their transports, which no thread of gRPC's must.
+  const auto answer = [weak = weak_from_this(), address, asked](const absl::Status& status,
+                                                                const v1::GetLoadResponse& load) {
+    if (const auto self = weak.lock()) self->OnAnswer(address, asked, status, load);
   };
-  absl::StatusOr<std::shared_ptr<Replica>> replica = At(address);
+  const absl::StatusOr<std::shared_ptr<Replica>> replica = [&] {
+    absl::MutexLock lock(&mutex_);
+    return ReplicaAt(address);
+  }();
   if (!replica.ok()) return answer(replica.status(), {});
   auto call = std::make_shared<LoadCall>();
   call->stub = v1::Compression::NewStub((*replica)->channel);
@@ -201,6 +244,23 @@ void ReplicaSetCore::AskOne(const std::string& address) {
                                [call, answer](const grpc::Status& status) {
                                  answer(StatusOfCall(status, call->context), call->response);
                                });
+}
+
+void ReplicaSetCore::OnAnswer(const std::string& address, absl::Duration asked,
+                              const absl::Status& status, const v1::GetLoadResponse& load) {
+  // An older server cannot say. One that does not know this client's channel, which GetLoad comes
+  // by alone, may know what comes with a prompt, or refuses that.
+  const bool untold = absl::IsUnimplemented(status) || absl::IsUnauthenticated(status) ||
+                      absl::IsPermissionDenied(status);
+  absl::MutexLock lock(&mutex_);
+  if (status.ok() || untold) {
+    table_.OnLoad(address, load, asked);
+  } else {
+    table_.OnFailure(address, LoadFailure(status, options_.replicas.load_timeout), asked,
+                     SteadyNow());
+    resolve_soon_ = true;
+  }
+  changed_.SignalAll();
 }
 
 absl::Status ReplicaSetCore::WaitForAddresses(absl::Time deadline) {
@@ -237,9 +297,19 @@ absl::StatusOr<std::shared_ptr<Replica>> ReplicaSetCore::Choose(const PlacementR
   }
 }
 
-absl::StatusOr<std::shared_ptr<Replica>> ReplicaSetCore::At(const std::string& address) {
+absl::StatusOr<std::shared_ptr<Replica>> ReplicaSetCore::At(const std::string& address,
+                                                            absl::Time deadline) {
+  const bool named = [&] {
+    absl::MutexLock lock(&mutex_);
+    return NameOf(address).has_value();
+  }();
+  // Whose address it is decides which certificate it must have. Without an answer it is its own.
+  if (!named) WaitForAddresses(deadline).IgnoreError();
+  std::vector<std::shared_ptr<Replica>> dropped;
   absl::MutexLock lock(&mutex_);
-  return ReplicaAt(address);
+  absl::StatusOr<std::shared_ptr<Replica>> replica = ReplicaAt(address);
+  dropped = TakeIdle(kIdleReplicas);
+  return replica;
 }
 
 absl::StatusOr<std::vector<std::shared_ptr<Replica>>> ReplicaSetCore::All(absl::Time deadline) {

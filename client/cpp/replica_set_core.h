@@ -3,6 +3,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -25,7 +26,7 @@ class ReplicaSetCore : public std::enable_shared_from_this<ReplicaSetCore> {
   // As in ReplicaSet.
   absl::StatusOr<std::shared_ptr<Replica>> Choose(const PlacementRequest& request,
                                                   absl::Time deadline);
-  absl::StatusOr<std::shared_ptr<Replica>> At(const std::string& address);
+  absl::StatusOr<std::shared_ptr<Replica>> At(const std::string& address, absl::Time deadline);
   absl::StatusOr<std::vector<std::shared_ptr<Replica>>> All(absl::Time deadline);
   std::vector<ReplicaState> Report() const;
 
@@ -40,10 +41,18 @@ class ReplicaSetCore : public std::enable_shared_from_this<ReplicaSetCore> {
   // Asks those that are due.
   void Ask();
   void AskOne(const std::string& address);
+  void OnAnswer(const std::string& address, absl::Duration asked, const absl::Status& status,
+                const v1::GetLoadResponse& load);
   // Waits until there are addresses.
   absl::Status WaitForAddresses(absl::Time deadline);
   absl::StatusOr<std::shared_ptr<Replica>> ReplicaAt(const std::string& address)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // That a certificate at `address` must have; nullopt: a look-up may yet say.
+  std::optional<std::string> NameOf(const std::string& address) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Takes out those that no stream has and that are not among the addresses, all but `kept`. Their
+  // end waits for transports', so it must come after that of the lock.
+  std::vector<std::shared_ptr<Replica>> TakeIdle(size_t kept) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const std::string text_;  // the target, for errors
   const Target target_;
@@ -52,7 +61,7 @@ class ReplicaSetCore : public std::enable_shared_from_this<ReplicaSetCore> {
   mutable absl::Mutex mutex_;
   absl::CondVar changed_;
   ReplicaTable table_ ABSL_GUARDED_BY(mutex_);
-  std::map<std::string, std::string> names_ ABSL_GUARDED_BY(mutex_);  // by address
+  std::map<std::string, std::string> names_ ABSL_GUARDED_BY(mutex_);  // of the table's
   std::map<std::string, std::shared_ptr<Replica>> replicas_ ABSL_GUARDED_BY(mutex_);
   bool resolving_ ABSL_GUARDED_BY(mutex_) = false;
   bool resolve_soon_ ABSL_GUARDED_BY(mutex_) = false;  // something failed

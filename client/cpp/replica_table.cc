@@ -27,6 +27,7 @@ double ShareOf(double reserved, uint64_t limit) {
 void ReplicaTable::SetAddresses(const std::vector<std::string>& addresses) {
   std::map<std::string, Replica> kept;
   for (const std::string& address : addresses) {
+    if (kept.contains(address)) continue;
     const auto it = replicas_.find(address);
     kept[address] = it == replicas_.end() ? Replica() : std::move(it->second);
   }
@@ -208,7 +209,7 @@ absl::StatusOr<std::optional<std::string>> ReplicaTable::None(
     reasons.push_back(absl::StrCat(
         address, ": ", failed ? replica.failure.message() : absl::string_view("it is draining")));
   }
-  // All of one mind: for instance none knows the token.
+  // All of one mind: for instance none may be sent the token in plain text.
   const absl::StatusCode code = codes.size() == 1 ? *codes.begin() : absl::StatusCode::kUnavailable;
   return absl::Status(
       code, absl::StrCat("no replica can take the prompt: ",

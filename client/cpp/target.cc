@@ -43,6 +43,22 @@ std::string AddressText(const addrinfo& info, absl::string_view port) {
 
 }  // namespace
 
+bool IsIpAddress(absl::string_view address) {
+  std::string host;
+  std::string port;
+  if (!Split(address, &host, &port)) return false;
+  in6_addr parsed;
+  return inet_pton(AF_INET, host.c_str(), &parsed) == 1 ||
+         inet_pton(AF_INET6, host.c_str(), &parsed) == 1;
+}
+
+std::string HostOf(const std::string& name) {
+  std::string host;
+  std::string port;
+  Split(name, &host, &port);
+  return host;
+}
+
 absl::StatusOr<Target> ParseTarget(absl::string_view target) {
   Target parsed;
   for (const absl::string_view part : absl::StrSplit(target, ',')) {

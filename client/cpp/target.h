@@ -24,6 +24,12 @@ struct Target {
   bool several() const { return !names.empty() || fixed.size() > 1; }
 };
 
+// Whether `address` is "1.2.3.4:port" or "[1::2]:port".
+bool IsIpAddress(absl::string_view address);
+
+// The host of "name:port".
+std::string HostOf(const std::string& name);
+
 // INVALID_ARGUMENT for an empty address, and for a name without a port.
 absl::StatusOr<Target> ParseTarget(absl::string_view target);
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "client/cpp/replica_set.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -81,6 +82,29 @@ TEST_F(ReplicaTableTest, AmongEqualsChanceDecides) {
   EXPECT_EQ(counts.size(), 2U);
   EXPECT_GT(counts.at("a"), 50);
   EXPECT_GT(counts.at("b"), 50);
+}
+
+TEST_F(ReplicaTableTest, AnAddressThatIsGivenTwiceIsOne) {
+  Answer({{"a", 700}, {"b", 300}, {"c", 500}});
+  table_.SetAddresses({"b", "c", "b"});
+  EXPECT_EQ(table_.Report().size(), 2U);
+  EXPECT_THAT(table_.TakeDue(now_), IsEmpty());  // what it said is still known
+  EXPECT_EQ(Choose(), "b");
+}
+
+// Keys and values of the layers in flight, two unless the prompt says otherwise.
+TEST(EstimatedBytesTest, IsWhatLayersInFlightTake) {
+  v1::Open open;
+  open.set_prompt_tokens(100);
+  open.set_dtype(v1::DTYPE_F16);
+  open.mutable_geometry()->set_layer_count(8);
+  open.mutable_geometry()->set_kv_head_count(2);
+  open.mutable_geometry()->set_query_head_count(4);
+  open.mutable_geometry()->set_key_dim(16);
+  open.mutable_geometry()->set_value_dim(8);
+  EXPECT_EQ(EstimatedBytes(open), 2U * 100 * 2 * (16 + 8) * 2);
+  open.set_layers_in_flight(5);
+  EXPECT_EQ(EstimatedBytes(open), 5U * 100 * 2 * (16 + 8) * 2);
 }
 
 // Between two answers a burst does not all go to one.

@@ -33,6 +33,14 @@ TEST(TargetTest, ListsAndNamesStandForSeveral) {
   EXPECT_TRUE(name->several());
 }
 
+TEST(TargetTest, AddressesAreToldFromNames) {
+  for (const char* address : {"10.0.0.1:1", "[::1]:2"}) EXPECT_TRUE(IsIpAddress(address));
+  for (const char* other : {"localhost:1", "10.0.0.1", "10.0.0:1", "unix:/run/structkv", ""}) {
+    EXPECT_FALSE(IsIpAddress(other)) << other;
+  }
+  EXPECT_EQ(HostOf("structkv.prefill:7411"), "structkv.prefill");
+}
+
 TEST(TargetTest, WhatIsNoAddressIsRefused) {
   for (const char* target : {"", "a:1,", ",a:1", "a:1,,b:1"}) {
     EXPECT_THAT(ParseTarget(target).status().message(), HasSubstr("empty")) << target;

@@ -125,6 +125,22 @@ TEST_F(ClientSecurityTest, ReplicasShowTheNamesCertificate) {
   ASSERT_TRUE(by_name.ok()) << by_name.status();
   const auto compressed = Compress(**by_name, data_);
   ASSERT_TRUE(compressed.ok()) << compressed.status();
+  v1::Open hold = SmallOpen();
+  hold.set_output(v1::OUTPUT_HOLD);
+  const auto held = Compress(**by_name, PromptData(hold, 1));
+  ASSERT_TRUE(held.ok()) << held.status();
+  // Whose address a replica's is, a decode worker knows before it has looked anything up.
+  const std::string name = "dns:///localhost" + port;
+  for (const std::string& target : {name, name + ",dns:///localhost:1"}) {
+    const auto decode = client::Client::Connect(target, with);
+    ASSERT_TRUE(decode.ok()) << decode.status();
+    client::FetchOptions there;
+    there.timeout = absl::Seconds(30);
+    there.replica = "127.0.0.1" + port;
+    const auto fetched = (*decode)->FetchCache(held->summary.held().handle(), there);
+    EXPECT_TRUE(fetched.ok()) << target << ": " << fetched.status();
+  }
+  EXPECT_TRUE((*by_name)->ReleaseCache(held->summary.held().handle()).ok());
   const auto by_address = client::Client::Connect("127.0.0.1" + port + ",127.0.0.2" + port, with);
   ASSERT_TRUE(by_address.ok()) << by_address.status();
   EXPECT_TRUE(absl::IsUnavailable(Compress(**by_address, data_).status()));
@@ -136,18 +152,40 @@ TEST_F(ClientSecurityTest, ATokenGoesToEveryReplica) {
   StartAlone(options_);
   client::ClientOptions with;
   with.token = kToken;
+  with.replicas.load_timeout = absl::Seconds(30);
   const std::string list = absl::StrCat(target(), ",", options_.listen[1]);
   const auto client = client::Client::Connect(list, with);
   ASSERT_TRUE(client.ok()) << client.status();
   const auto compressed = Compress(**client, data_);
   ASSERT_TRUE(compressed.ok()) << compressed.status();
-  for (const client::ReplicaState& state : (*client)->Replicas()) {
-    EXPECT_EQ(state.health, client::ReplicaState::Health::kReady) << state.failure;
-  }
+  EXPECT_TRUE(Eventually([&] {
+    if (!(*client)->GetCapabilities().ok()) return false;
+    const std::vector<client::ReplicaState> states = (*client)->Replicas();
+    return std::all_of(states.begin(), states.end(), [](const client::ReplicaState& state) {
+      return state.health == client::ReplicaState::Health::kReady;
+    });
+  }));
+  // A token of the prompt's own is as good.
+  const auto plain = client::Client::Connect(list);
+  ASSERT_TRUE(plain.ok()) << plain.status();
+  client::SessionOptions own;
+  own.metadata = {{"authorization", std::string("Bearer ") + kToken}};
+  const auto session = (*plain)->OpenPrompt(data_.open(), own);
+  EXPECT_TRUE(session.ok()) << session.status();
   // One that none knows is told what it lacks, and does not try for ever.
   const auto stranger = client::Client::Connect(list);
   ASSERT_TRUE(stranger.ok()) << stranger.status();
   EXPECT_TRUE(absl::IsUnauthenticated(Compress(**stranger, data_).status()));
+}
+
+// A proxy is for names; the addresses of one are none.
+TEST_F(ClientSecurityTest, AddressesOfANameNeedNoProxy) {
+  StartAlone(options_);
+  Process process({"/usr/bin/env", "http_proxy=http://127.0.0.1:1", "no_proxy=localhost",
+                   STRUCTKV_COMMAND, "info", "--server",
+                   absl::StrCat("dns:///localhost:", server().port())});
+  const int code = process.Wait().value_or(-1);
+  EXPECT_EQ(code, 0) << process.output() << process.error();
 }
 
 TEST_F(ClientSecurityTest, ATokenGoesWithEveryCall) {

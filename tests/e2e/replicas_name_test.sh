@@ -4,8 +4,8 @@
 set -euo pipefail
 
 if [[ $1 != --inside ]]; then
-  if ! unshare --user --map-root-user --mount true 2>/dev/null; then
-    echo "SKIPPED: no user and mount namespaces (unshare --user --mount)"
+  if ! unshare --user --map-root-user --mount mount --bind /etc/hosts /etc/hosts 2>/dev/null; then
+    echo "SKIPPED: no user and mount namespaces (unshare --user --mount), or no mounts in them"
     exit 77
   fi
   exec unshare --user --map-root-user --mount "$0" --inside "$@"
@@ -60,6 +60,12 @@ name_is() {
 }
 sessions() { grep -c 'status=OK' "$folder/server$1" || true; }
 has_more_than() { [[ $(sessions "$1") -gt $2 ]]; }
+# A client that starts now finds both.
+both_ready() {
+  local states
+  states=$("$command" info --server "dns:///replicas.test:$port" 2>/dev/null) || return 1
+  [[ $(grep -c -w ready <<<"$states") -eq 2 ]]
+}
 bench() {
   "$command" bench --server "dns:///replicas.test:$port" --layers 4 --query-heads 8 --kv-heads 2 --dim 64 --tokens 512 "$@"
 }
@@ -102,6 +108,7 @@ kill -STOP "${pids[4]}"
 timeout 60 "$command" bench --server "dns:///replicas.test:$port" --layers 4 --query-heads 8 --kv-heads 2 --dim 64 --tokens 512 \
   --prompts 20 --concurrency 2 >"$folder/load" 2>&1 || fail "bench ended with $?"
 kill -CONT "${pids[4]}"
+eventually both_ready
 
 echo "shards meet at one of them"
 bench --prompts 20 --shards 2 >"$folder/load" 2>&1 || fail "bench ended with $?"

@@ -161,11 +161,9 @@ TEST_F(ReplicasTest, PromptsGoOnWhileServersComeAndGo) {
     EXPECT_GT(workers.replicas_[address], 0) << address;
   }
   for (const std::string& address : {server(2).address(), fresh}) ExpectNothingHeld(address);
+  EXPECT_TRUE(Eventually([&] { return AllReady(*client); }));
   std::vector<std::string> known;
-  for (const client::ReplicaState& state : client->Replicas()) {
-    known.push_back(state.address);
-    EXPECT_EQ(state.health, client::ReplicaState::Health::kReady) << state.address;
-  }
+  for (const client::ReplicaState& state : client->Replicas()) known.push_back(state.address);
   EXPECT_THAT(known, ::testing::UnorderedElementsAre(server(2).address(), fresh));
 }
 
@@ -206,6 +204,14 @@ TEST_F(ReplicasTest, LargePromptsGoWhereLeastIsReserved) {
   const auto large = elsewhere->OpenPrompt(SmallOpen(20000), pinned);
   ASSERT_TRUE(large.ok()) << large.status();
   EXPECT_EQ((*large)->replica(), server(0).address());
+  // Both have said what they have by now.
+  ASSERT_TRUE(Eventually([&] {
+    if (!AllReady(*client)) return false;
+    for (const client::ReplicaState& state : client->Replicas()) {
+      if (state.reserved_bytes > 0) return state.address == server(0).address();
+    }
+    return false;
+  }));
   for (int i = 0; i < 5; ++i) {
     const auto session = client->OpenPrompt(SmallOpen());
     ASSERT_TRUE(session.ok()) << session.status();
@@ -229,6 +235,59 @@ TEST_F(ReplicasTest, WithoutAReplicaTheErrorNamesEach) {
   EXPECT_THAT(client->OpenPrompt(SmallOpen()).status().message(), HasSubstr(server(0).address()));
   list_.Set({Start().address()});
   EXPECT_TRUE(Eventually([&] { return client->OpenPrompt(SmallOpen()).ok(); }));
+}
+
+// Silence is told from a prompt's own deadline: a prompt is tried again until one answers.
+TEST_F(ReplicasTest, ASilentReplicaIsAskedAgain) {
+  StartAll(2);
+  client::ClientOptions options;
+  options.replicas.load_timeout = absl::Milliseconds(100);
+  const auto client = *client::Client::Connect(absl::StrJoin(*list_.Get(), ","), options);
+  for (const size_t i : {0, 1}) server(i).process().Signal(SIGSTOP);
+  client::SessionOptions once;
+  once.retry.max_attempts = 1;
+  const absl::Status status = client->OpenPrompt(SmallOpen(), once).status();
+  EXPECT_TRUE(absl::IsUnavailable(status)) << status;
+  EXPECT_THAT(status.message(), HasSubstr("it did not say its load within 100ms"));
+  for (const size_t i : {0, 1}) server(i).process().Signal(SIGCONT);
+  EXPECT_TRUE(Eventually([&] { return client->OpenPrompt(SmallOpen()).ok(); }));
+}
+
+// The one that is asked first says nothing, and leaves time for the one that has the cache.
+TEST_F(ReplicasTest, ASilentReplicaHidesNoHeldCache) {
+  StartAll(2);
+  v1::Open open = SmallOpen();
+  open.set_output(v1::OUTPUT_HOLD);
+  const auto client = ConnectTo(absl::StrJoin(*list_.Get(), ","));
+  std::vector<std::string> addresses = *list_.Get();
+  std::sort(addresses.begin(), addresses.end());
+  client::SessionOptions last;
+  last.replica = addresses[1];
+  std::string ran;
+  const auto held = CompressOnce(*client, PromptData(open, 3), &ran, absl::ZeroDuration(), last);
+  ASSERT_TRUE(held.ok()) << held.status();
+  const std::string& handle = held->summary.held().handle();
+  ASSERT_TRUE(client->RenewCache(handle).ok());
+  ServerAt(addresses[0]).process().Signal(SIGSTOP);
+  client::FetchOptions options;
+  options.timeout = absl::Seconds(10);
+  const auto fetched = client->FetchCache(handle, options);
+  EXPECT_TRUE(fetched.ok()) << fetched.status();
+  const auto renewed = client->RenewCache(handle, std::nullopt, options);
+  EXPECT_TRUE(renewed.ok()) << renewed.status();
+  options.timeout = absl::Seconds(3);
+  const absl::Status status = client->ReleaseCache(std::string(16, 'x'), options);
+  EXPECT_TRUE(absl::IsDeadlineExceeded(status) || absl::IsUnavailable(status)) << status;
+  EXPECT_THAT(status.message(), HasSubstr(addresses[0]));
+}
+
+// An address that cannot be looked up hides none that is there.
+TEST_F(ReplicasTest, OneBadNameHidesNoOther) {
+  const std::string address = Start().address();
+  const auto client = ConnectTo(address + ",dns:///no-such-name.invalid:1");
+  const auto session = client->OpenPrompt(SmallOpen());
+  ASSERT_TRUE(session.ok()) << session.status();
+  EXPECT_EQ((*session)->replica(), address);
 }
 
 TEST_F(ReplicasTest, NamesAreLookedUp) {

@@ -1,6 +1,7 @@
 // Several servers as processes of their own, and clients that find them.
 #pragma once
 
+#include <algorithm>
 #include <csignal>
 #include <memory>
 #include <string>
@@ -14,6 +15,9 @@
 #include "tests/testing/replicas.h"
 
 namespace structkv::testkit {
+
+// A server that has to wait for its processor has not failed.
+constexpr absl::Duration kLoadTimeout = absl::Seconds(30);
 
 class ReplicasTest : public ::testing::Test {
  protected:
@@ -45,16 +49,28 @@ class ReplicasTest : public ::testing::Test {
     EXPECT_EQ(server.process().Wait(), 128 + SIGKILL);
   }
 
+  // Whether the client knows all of its replicas as ready, having asked them.
+  static bool AllReady(client::Client& client) {
+    if (!client.GetCapabilities().ok()) return false;
+    const std::vector<client::ReplicaState> states = client.Replicas();
+    return std::all_of(states.begin(), states.end(), [](const client::ReplicaState& state) {
+      return state.health == client::ReplicaState::Health::kReady;
+    });
+  }
+
   // A client of all that are found at the time.
   std::unique_ptr<client::Client> Connect() {
     client::ClientOptions options;
     options.replicas.resolve = [this] { return list_.Get(); };
     options.replicas.resolve_interval = absl::Milliseconds(50);
     options.replicas.load_interval = absl::Milliseconds(50);
+    options.replicas.load_timeout = kLoadTimeout;
     return *client::Client::Connect("replicas of the test", options);
   }
   static std::unique_ptr<client::Client> ConnectTo(const std::string& target) {
-    return *client::Client::Connect(target);
+    client::ClientOptions options;
+    options.replicas.load_timeout = kLoadTimeout;
+    return *client::Client::Connect(target, options);
   }
 
   // A server that has no prompt has all of its memory.

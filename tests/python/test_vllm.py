@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,36 @@ def test_from_prefill_to_decode(
     assert decode.cached["plain"] == 0
 
 
+def test_the_holder_of_several_is_named(
+    make: Any, start_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = [start_server("--hold-budget", "16MiB").target for _ in range(2)]
+    prefill = make("kv_producer", target=",".join(targets))
+    prefill.add("a", prompt(), 2, kv_transfer_params={vllm_requests.COMPRESS: True})
+    params = prefill.run()["a"].kv_transfer_params
+    assert params[vllm_requests.HELD]["replica"] in targets
+    asked: list[str | None] = []
+    fetch = structkv.Client.fetch
+
+    def note(self: Any, handle: bytes, options: structkv.FetchOptions) -> structkv.FetchedCache:
+        asked.append(options.replica)
+        return fetch(self, handle, options)
+
+    monkeypatch.setattr(structkv.Client, "fetch", note)
+    # Named, it need not be one of the decode worker's own.
+    decode = make("kv_consumer")
+    body = vllm_requests.decode_request({}, prompt(), 1, params)
+    decode.add(
+        "a",
+        body["prompt"],
+        5,
+        kv_transfer_params=body["kv_transfer_params"],
+        cache_salt=body["cache_salt"],
+    )
+    assert str(decode.run()["a"].finish_reason) == "length"
+    assert asked == [params[vllm_requests.HELD]["replica"]]
+
+
 def test_what_is_not_compressed(make: Any, server: Server) -> None:
     prefill = make("kv_producer")
     prefill.add("warm", prompt(), 1)
@@ -210,6 +241,7 @@ def test_what_cannot_be_loaded_fails_the_request(make: Any) -> None:
         "other": {"held": {**held, "fingerprint": "00" * 16}},
         "broken": {"held": {"handle": held["handle"]}},
         "no object": {"held": 3},
+        "no address": {"held": {**held, "replica": 3}},
         "no length": {"held": {**held, "kv_length": -1}},
         # The ordinary prefix cache has all of it but its last token.
         "cached": {"prompt": prompt(5, 2 * BLOCK + 1), "cache_salt": None},

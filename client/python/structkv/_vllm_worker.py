@@ -139,8 +139,14 @@ class Sender:
                 session.commit()
                 summary = session.collect().summary
             assert summary.held is not None
+            # The address of an only one need not be the one that others reach it at.
+            several = len(self._client.replicas()) > 1
             return HeldPrompt(
-                summary.held.handle.hex(), summary.kv_length, prefill.tokens, summary.fingerprint
+                summary.held.handle.hex(),
+                summary.kv_length,
+                prefill.tokens,
+                summary.fingerprint,
+                (summary.held.replica or "") if several else "",
             )
         except Exception as error:
             return str(error)
@@ -162,6 +168,7 @@ def load(
     if load.refused is not None or load.held is None:
         raise ValueError(load.refused)
     held = load.held
+    options = replace(options, replica=held.replica or None)
     fetched = client.fetch(bytes.fromhex(held.handle), options)
     if fetched.info.fingerprint != held.fingerprint:
         raise ValueError(

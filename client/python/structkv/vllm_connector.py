@@ -130,11 +130,13 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         """What the request names, or why it cannot be loaded."""
         given = request.kv_transfer_params[HELD]
         names = {each.name for each in fields(HeldPrompt)}
-        if not isinstance(given, dict) or set(given) != names:
+        if not isinstance(given, dict) or {"replica", *given} != names:
             return None, f"{HELD}: {given!r}; {', '.join(sorted(names))} are expected"
         held = HeldPrompt(**given)
         if not isinstance(held.kv_length, int) or held.kv_length < 1:
             return None, f"kv_length: {held.kv_length!r}; at least 1 is expected"
+        if not isinstance(held.replica, str):
+            return None, f"replica: {held.replica!r}; an address is expected"
         if request.num_prompt_tokens <= held.kv_length:
             return None, (
                 f"prompt: {request.num_prompt_tokens} tokens; more than the {held.kv_length} of the"

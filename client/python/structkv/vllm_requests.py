@@ -33,12 +33,14 @@ class HeldPrompt:
     kv_length: tokens of every layer; keys are turned to the positions 0 .. kv_length - 1.
     prompt_tokens: of the prompt that it stands for.
     fingerprint: what method, parameters and model made it.
+    replica: of several, the address of the one that holds it; empty: that is not known.
     """
 
     handle: str
     kv_length: int
     prompt_tokens: int
     fingerprint: str
+    replica: str = ""
 
     @property
     def cache_salt(self) -> str:

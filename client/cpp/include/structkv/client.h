@@ -117,9 +117,10 @@ class Client {
  private:
   explicit Client(std::unique_ptr<internal::ReplicaSet> replicas, const ClientOptions& options);
   // Calls the replica that holds the cache: `options.replica`, the only one, or each in turn until
-  // one knows it.
-  absl::Status CallHolder(const HeldCallOptions& options,
-                          absl::FunctionRef<absl::Status(internal::Replica&)> call);
+  // one knows it. A call has until `until`: those that follow have a part of the time.
+  absl::Status CallHolder(
+      const HeldCallOptions& options,
+      absl::FunctionRef<absl::Status(internal::Replica&, absl::Time until)> call);
 
   std::unique_ptr<internal::ReplicaSet> replicas_;
   std::shared_ptr<internal::BytesPool> pool_;

@@ -38,13 +38,14 @@ struct ReplicaState {
     kUnknown,   // not asked yet
     kReady,     // takes prompts
     kDraining,  // takes none any more
-    kFailed,    // could not be reached, or refused to tell
+    kFailed,    // could not be reached, or did not answer
   };
 
   std::string address;
   Health health = Health::kUnknown;
   absl::Status failure;  // of one that has failed
-  // What it said last: memory that sessions have reserved, and all that there is.
+  // What it said last: memory that sessions have reserved, and all that there is. 0, all of them,
+  // of one that does not say it to this client.
   uint64_t reserved_bytes = 0;
   uint64_t limit_bytes = 0;
   uint32_t active_sessions = 0;
