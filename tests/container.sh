@@ -120,7 +120,9 @@ serve() {
   inspect_root "$kind" "$root"
   rm -rf "$bundle"
   mkdir -p "$bundle"
-  buildah inspect --type image --format '{{json .OCIv1.Config}}' "$image" >"$bundle/image.json"
+  # Debian's buildah has no json in --format.
+  buildah inspect --type image "$image" |
+    python3 -c 'import json, sys; json.dump(json.load(sys.stdin)["OCIv1"]["config"], sys.stdout)' >"$bundle/image.json"
   python3 tests/container/bundle.py "$bundle" "$root" "$bundle/image.json" $((1 << 30)) \
     --listen 127.0.0.1:0 --admin-listen 127.0.0.1:0 --memory-budget 512MiB --log-format json
   started+=("$name")
