@@ -16,5 +16,7 @@ apt=(apt-get -qq -o "Dir::Etc::sourcelist=$work/sources.list" -o Dir::Etc::sourc
 cd "$work"
 "${apt[@]}" download kubectl
 dpkg-deb -x kubectl_*.deb unpacked
-cp unpacked/usr/bin/kubectl "$target/"
+# Whole or not at all.
+cp unpacked/usr/bin/kubectl "$target/kubectl.part"
+mv "$target/kubectl.part" "$target/kubectl"
 "$target/kubectl" version --client

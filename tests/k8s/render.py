@@ -23,7 +23,7 @@ OF_THE_SET = {"certificate", "first-prompt", "haproxy", "hpa", "keda", "tokens"}
 SCALERS = {"hpa", "keda"}
 # Those that do not go together: also a proxy, which is known by its certificate, with callers that show none.
 NEVER_BOTH = (SCALERS, {"haproxy", "tokens"})
-# What an overlay has already, or cannot have: the example has one server, whose clients show certificates.
+# What an overlay has already, or cannot have: the example's clients show certificates, and scaling in would take their caches.
 NOT_WITH = {"disaggregated": {"certificate", "tokens", *SCALERS}, "sidecar": OF_THE_SET}
 
 Objects = tuple[dict[str, Any], ...]

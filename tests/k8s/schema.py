@@ -1,7 +1,7 @@
 """Strict validation of objects: a field that no schema knows is an error.
 
 Kubernetes' own kinds against the JSON schemas of its OpenAPI document (kubernetes-validate, strict); those of others
-against schemas/, written from their documentation for the fields that are used here.
+against schemas/, a subset written by hand for the fields that are used here, not checked against their CRDs.
 """
 
 from __future__ import annotations
