@@ -269,6 +269,6 @@ def draw(path):
 
 if __name__ == '__main__':
     if 'STRUCTKV_SCREENSHOT' in os.environ:
-        draw(os.environ['STRUCTKV_SCREENSHOT'])
+        draw(os.environ.pop('STRUCTKV_SCREENSHOT'))  # no option of the server's
     else:
         unittest.main()
