@@ -8,10 +8,12 @@
 #include <set>
 #include <sstream>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "CLI/CLI.hpp"
+#include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "kernels/backend_registry.h"
 #include "service/build_info.h"
@@ -32,7 +34,12 @@ constexpr int64_t kDayMillis = int64_t{24} * 3600 * 1000;
 
 std::string Text(const std::string& value) { return value; }
 std::string Text(const std::vector<std::string>& value) { return absl::StrJoin(value, ","); }
-std::string Text(int64_t value) { return std::to_string(value); }
+// So many digits that no two numbers have the same.
+std::string Text(double value) { return absl::StrFormat("%.17g", value); }
+template <typename T>
+std::enable_if_t<std::is_integral_v<T>, std::string> Text(T value) {
+  return std::to_string(value);
+}
 
 using Parser = std::optional<int64_t> (*)(std::string_view);
 using Formatter = std::string (*)(int64_t);
@@ -372,9 +379,16 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
   // CLI11 reads the file before it looks at the environment, so the variable is looked up here.
   const char* path = std::getenv("STRUCTKV_CONFIG");  // NOLINT(concurrency-mt-unsafe)
   const std::string file = path == nullptr ? "" : path;
+  // Of the files as they were before they were read.
+  std::map<std::string, std::string> versions;
+  if (!file.empty()) versions.emplace(file, FileVersion(file));
   app.set_config("--config", file, "YAML file with options by name, for instance `threads: 8`",
                  /*config_required=*/!file.empty())
       ->envname("STRUCTKV_CONFIG")
+      ->check([&versions](const std::string& name) {  // also after the reading
+        versions.emplace(name, FileVersion(name));
+        return std::string();
+      })
       ->option_text("FILE");
   app.add_flag("--check-config", config.check_only, "Validate the options and exit");
   Schema schema(&app);
@@ -391,14 +405,14 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
   const auto yaml = std::make_shared<YamlConfig>(schema.names(), FromEnvironment(schema.names()));
   app.config_formatter(yaml);
   std::vector<std::string> others = schema.names();
-  others.insert(others.end(), {"config", "check-config"});
+  others.emplace_back("config");
   if (const std::string unknown = UnknownInEnvironment(others); !unknown.empty()) {
     return EarlyExit{2, "structkv-server: " + unknown + "\n"};
   }
   try {
     app.parse(argc, argv);
   } catch (const CLI::ExtrasError& error) {
-    others.insert(others.end(), {"help", "version"});
+    others.insert(others.end(), {"check-config", "help", "version"});
     return EarlyExit{2, "structkv-server: " + UnknownFlag(argc, argv, error.what(), others) + "\n"};
   } catch (const CLI::ParseError& error) {
     std::ostringstream out;
@@ -413,7 +427,7 @@ std::variant<Config, EarlyExit> ParseConfig(int argc, const char* const* argv) {
   schema.Finish();
   config.values = schema.Values();
   config.file = app["--config"]->empty() ? "" : app["--config"]->as<std::string>();
-  config.file_version = FileVersion(config.file);
+  config.file_version = versions[config.file];
   if (config.admin.address == kOff) config.admin.address.clear();
   if (!config.otlp_endpoint.empty()) config.server.trace_ratio = config.otlp_sample_ratio;
   return config;

@@ -86,6 +86,8 @@ Metrics::Metrics()
       expired_(NewCounters("structkv_leases_expired_total",
                            "Leases that ran out, of held caches and of regions.")),
       log_dropped_(NewCounters("structkv_log_dropped_total", "Log lines that were not written.")),
+      connections_refused_(NewCounters("structkv_connections_refused_total",
+                                       "Connections beyond those allowed, which were closed.")),
       layer_seconds_(NewHistograms("structkv_layer_compress_duration_seconds",
                                    "Time that a layer was computed.")),
       stage_seconds_(
@@ -100,6 +102,7 @@ Metrics::Metrics()
                                  "Pivot layer over layers, of prompts that had a pivot.")),
       active_(NewGauges("structkv_sessions_active", "Prompts that hold memory.")),
       streams_(NewGauges("structkv_streams_active", "Streams that run, fetches among them.")),
+      connections_(NewGauges("structkv_connections", "Connections to all TCP addresses.")),
       queued_(NewGauges("structkv_queue_depth", "Complete layers that wait for a thread.")),
       reserved_bytes_(NewGauges("structkv_memory_reserved_bytes", "Memory that is taken.")),
       limit_bytes_(NewGauges("structkv_memory_limit_bytes", "Memory that can be taken.")),
@@ -178,8 +181,9 @@ std::string Metrics::Render(const Readings& readings) {
   }
   for (const auto& [gauges, value] :
        {std::pair(&active_, readings.active_prompts), std::pair(&streams_, readings.active_streams),
-        std::pair(&queued_, readings.queued_layers), std::pair(&held_, readings.held_caches),
-        std::pair(&regions_, readings.regions), std::pair(&mapped_bytes_, readings.mapped_bytes),
+        std::pair(&connections_, readings.connections), std::pair(&queued_, readings.queued_layers),
+        std::pair(&held_, readings.held_caches), std::pair(&regions_, readings.regions),
+        std::pair(&mapped_bytes_, readings.mapped_bytes),
         std::pair(&ipc_handles_, readings.ipc_handles),
         std::pair(&nccl_pairs_, readings.nccl_pairs),
         std::pair(&nccl_communicators_, readings.nccl_communicators),
@@ -189,6 +193,7 @@ std::string Metrics::Render(const Readings& readings) {
   if (readings.certificate_end != absl::InfiniteFuture()) {
     certificate_.Add({}).Set(static_cast<double>(absl::ToUnixSeconds(readings.certificate_end)));
   }
+  RaiseTo(connections_refused_.Add({}), readings.connections_refused);
   RaiseTo(log_dropped_.Add({}), readings.log_lines_dropped);
   RaiseTo(nccl_aborts_.Add({}), readings.nccl_aborts);
   for (const auto& [name, count] : readings.cuda_errors) {

@@ -35,6 +35,7 @@ struct Readings {
   std::map<std::string, Pool> pools;  // by name
   int64_t active_prompts = 0;
   int64_t active_streams = 0;
+  int64_t connections = 0;
   int64_t queued_layers = 0;
   int64_t held_caches = 0;
   int64_t regions = 0;
@@ -45,6 +46,7 @@ struct Readings {
   absl::Time certificate_end = absl::InfiniteFuture();  // infinite: there is none
   int64_t ipc_handles = 0;
   // Since the start; never fall.
+  int64_t connections_refused = 0;
   int64_t log_lines_dropped = 0;
   int64_t held_caches_expired = 0;
   int64_t regions_expired = 0;
@@ -91,6 +93,7 @@ class Metrics {
   Counters& spans_;
   Counters& expired_;
   Counters& log_dropped_;
+  Counters& connections_refused_;
   Histograms& layer_seconds_;
   Histograms& stage_seconds_;
   Histograms& queue_seconds_;
@@ -99,6 +102,7 @@ class Metrics {
   Histograms& pivot_ratio_;
   Gauges& active_;
   Gauges& streams_;
+  Gauges& connections_;
   Gauges& queued_;
   Gauges& reserved_bytes_;
   Gauges& limit_bytes_;

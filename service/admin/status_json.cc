@@ -87,14 +87,14 @@ std::string StatusJson(const Status& status) {
                {"draining", readings.draining},
                {"active_prompts", readings.active_prompts},
                {"active_streams", readings.active_streams},
+               {"connections", readings.connections},
+               {"connections_refused", readings.connections_refused},
                {"queued_layers", readings.queued_layers},
                {"held_caches", readings.held_caches},
                {"regions", readings.regions},
                {"nccl_pairs", readings.nccl_pairs},
                {"log_lines_dropped", readings.log_lines_dropped},
                {"pools", PoolsOf(readings)}};
-  json["connections"] = status.connections;
-  json["connections_refused"] = status.connections_refused;
   if (status.drain.has_value()) {
     json["drain"] = {{"streams", status.drain->streams},
                      {"prompts", status.drain->prompts},

@@ -19,8 +19,6 @@ struct Status {
   std::vector<std::string> addresses;
   absl::Duration uptime;
   std::optional<DrainProgress> drain;  // none: it does not drain
-  int64_t connections = 0;
-  int64_t connections_refused = 0;
   std::vector<rpc::PromptReport> running;
   std::vector<Recent::Prompt> prompts;
   std::vector<Recent::Error> errors;

@@ -13,6 +13,8 @@ namespace structkv::rpc {
 namespace {
 
 constexpr absl::string_view kMarks = "._:/+@-";
+// What W3C asks those to keep who pass a tracestate on; each span has a copy.
+constexpr size_t kMaxTraceStateBytes = 512;
 
 // In the order in which they came.
 std::vector<absl::string_view> ValuesOf(const grpc::ServerContextBase& context, const char* key) {
@@ -66,6 +68,7 @@ absl::StatusOr<CallLabels> ReadCallLabels(const grpc::ServerContextBase& context
   if (parent.has_value()) {
     span.parent = parent->span;
     span.trace_state = trace::JoinTraceState(ValuesOf(context, trace::kTraceStateKey));
+    if (span.trace_state.size() > kMaxTraceStateBytes) span.trace_state.clear();
   } else if (!trace::SamplesRoot(span.trace, *trace_ratio)) {
     return labels;
   }

@@ -111,7 +111,7 @@ v1::GetLoadResponse MakeLoad(const session::SessionManager& sessions) {
     load.set_hold_limit_bytes(static_cast<uint64_t>(held.budget().limit_bytes()));
   }
   load.set_active_sessions(static_cast<uint32_t>(sessions.active_sessions()));
-  load.set_max_sessions(static_cast<uint32_t>(sessions.options().max_sessions));
+  load.set_max_sessions(static_cast<uint32_t>(sessions.limits().max_sessions));
   load.set_draining(sessions.draining());
   return load;
 }

@@ -14,6 +14,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <set>
 #include <thread>
 #include <utility>
 
@@ -105,19 +106,25 @@ int PortOf(int fd) {
   return ntohs(reinterpret_cast<const sockaddr_in*>(&address)->sin_port);
 }
 
-absl::StatusOr<Descriptor> ListenOn(const addrinfo& at, bool both_families) {
+absl::StatusOr<Descriptor> ListenOn(const addrinfo& at, bool both_families, int* error) {
+  const auto failed = [error](const char* what) {
+    *error = errno;
+    return absl::ErrnoToStatus(*error, what);
+  };
   Descriptor fd(socket(at.ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (fd.get() < 0) return absl::ErrnoToStatus(errno, "socket");
+  if (fd.get() < 0) return failed("socket");
   SetOption(fd.get(), SOL_SOCKET, SO_REUSEADDR, 1);
   if (at.ai_family == AF_INET6) {
     SetOption(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, both_families ? 0 : 1);
   }
-  if (bind(fd.get(), at.ai_addr, at.ai_addrlen) != 0) return absl::ErrnoToStatus(errno, "bind");
-  if (listen(fd.get(), kBacklog) != 0) return absl::ErrnoToStatus(errno, "listen");
+  if (bind(fd.get(), at.ai_addr, at.ai_addrlen) != 0) return failed("bind");
+  if (listen(fd.get(), kBacklog) != 0) return failed("listen");
   return fd;
 }
 
-// All addresses of a host; of a wildcard, that of both families where there are both.
+// All addresses that the host of this process has of a host; of a wildcard, that of both families
+// where there are both. One that cannot be had is an error, except where port 0 is asked for and
+// the port that the first one got is taken at another.
 absl::StatusOr<std::vector<Descriptor>> Listen(const HostPort& where) {
   const bool any = where.host == "0.0.0.0" || where.host == "::";
   addrinfo hints = {};
@@ -127,6 +134,7 @@ absl::StatusOr<std::vector<Descriptor>> Listen(const HostPort& where) {
   if (any) hosts = {"::", "0.0.0.0"};
   absl::Status last = absl::OkStatus();
   std::vector<Descriptor> sockets;
+  std::set<std::string> seen;  // hosts files may name an address twice
   std::string port = where.port;
   for (const std::string& host : hosts) {
     addrinfo* found = nullptr;
@@ -140,8 +148,13 @@ absl::StatusOr<std::vector<Descriptor>> Listen(const HostPort& where) {
         auto* const v4 = reinterpret_cast<sockaddr_in*>(at->ai_addr);
         v4->sin_port = htons(static_cast<uint16_t>(std::stoi(port)));  // where IPv6 has it too
       }
-      absl::StatusOr<Descriptor> socket = ListenOn(*at, any);
+      const auto* const bytes = reinterpret_cast<const char*>(at->ai_addr);
+      if (!seen.emplace(bytes, at->ai_addrlen).second) continue;
+      int error = 0;
+      absl::StatusOr<Descriptor> socket = ListenOn(*at, any, &error);
       if (!socket.ok()) {
+        const bool not_here = error == EAFNOSUPPORT || error == EADDRNOTAVAIL;
+        if (!not_here && port == where.port) return socket.status();
         last = socket.status();
         continue;
       }

@@ -155,6 +155,12 @@ absl::StatusOr<std::string> Identity::TenantOf(const grpc::ServerContextBase& co
         absl::StrCat("the proxy does not say whose call it is (metadata ", kTenantKey, ")"));
   }
   if (found == context.client_metadata().end()) return std::string(kind);
+  // Which of them the proxy wrote, and which came through it, nobody can tell.
+  if (const size_t count = context.client_metadata().count(kTenantKey); certified && count > 1) {
+    return absl::UnauthenticatedError(absl::StrCat("the proxy says ", count,
+                                                   " times whose call it is (metadata ", kTenantKey,
+                                                   "); once is allowed"));
+  }
   if (found->second.size() > kMaxTenantBytes) {
     return absl::InvalidArgumentError(absl::StrCat("metadata ", kTenantKey, " is ",
                                                    found->second.size(), " bytes long; at most ",

@@ -44,6 +44,9 @@ class HttpPoster::Impl {
                                  absl::Duration limit) {
     result_ = absl::InternalError("the request was not made");
     late_ = false;
+    io_.restart();
+    io_.poll();  // whether there is a hurry
+    busy_ = true;
     request_ = {http::verb::post, url_.path, 11};
     request_.set(http::field::host, url_.authority());
     request_.set(http::field::user_agent, kUserAgent);
@@ -57,11 +60,12 @@ class HttpPoster::Impl {
     buffer_.clear();
     end_ = Clock::now() + absl::ToChronoNanoseconds(limit);
     WaitForEnd();
-    resolver_.async_resolve(url_.host, url_.port,
-                            [this](beast::error_code error, tcp::resolver::results_type found) {
-                              if (error) return Fail("looking up", error);
-                              OnResolved(std::move(found));
-                            });
+    const bool hurried = latest_ != Clock::time_point::max();
+    if (hurried && !found_.empty()) {
+      Connect();
+    } else {
+      LookUp();
+    }
     io_.restart();
     io_.run();
     stream_.reset();
@@ -72,14 +76,23 @@ class HttpPoster::Impl {
     const Clock::time_point latest = Clock::now() + absl::ToChronoNanoseconds(limit);
     asio::post(io_, [this, latest] {
       latest_ = latest;
-      if (stream_.has_value() && timer_.expires_at() > latest) WaitForEnd();
+      if (busy_ && timer_.expires_at() > latest) WaitForEnd();
     });
   }
 
  private:
-  void OnResolved(tcp::resolver::results_type found) {
-    if (late_) return Fail("looking up", asio::error::operation_aborted);
-    stream_->async_connect(found, [this](beast::error_code error, const tcp::endpoint&) {
+  void LookUp() {
+    resolver_.async_resolve(url_.host, url_.port,
+                            [this](beast::error_code error, tcp::resolver::results_type found) {
+                              if (error) return Fail("looking up", error);
+                              found_ = std::move(found);
+                              if (late_) return Fail("looking up", asio::error::operation_aborted);
+                              Connect();
+                            });
+  }
+
+  void Connect() {
+    stream_->async_connect(found_, [this](beast::error_code error, const tcp::endpoint&) {
       if (error) return Fail("connecting", error);
       http::async_write(*stream_, request_, [this](beast::error_code failed, size_t) {
         if (failed) return Fail("sending", failed);
@@ -96,16 +109,21 @@ class HttpPoster::Impl {
       reply.retry_after = RetryAfter(parser_->get()[http::field::retry_after]);
       reply.body = std::move(parser_->get().body());
       result_ = std::move(reply);
-      timer_.cancel();
+      Finish();
     });
   }
 
   void Fail(const char* what, beast::error_code error) {
-    timer_.cancel();
+    Finish();
     result_ = late_ ? absl::DeadlineExceededError(
                           absl::StrCat(url_.authority(), ": ", what, " took too long"))
                     : absl::UnavailableError(
                           absl::StrCat(url_.authority(), ": ", what, ": ", error.message()));
+  }
+
+  void Finish() {
+    busy_ = false;
+    timer_.cancel();
   }
 
   void WaitForEnd() {
@@ -124,7 +142,9 @@ class HttpPoster::Impl {
   asio::steady_timer timer_{io_};
   Clock::time_point end_;                                // of the request
   Clock::time_point latest_ = Clock::time_point::max();  // of any
+  bool busy_ = false;                                    // a request is not over
   bool late_ = false;
+  tcp::resolver::results_type found_;  // by the last look-up
   std::optional<beast::tcp_stream> stream_;
   http::request<http::string_body> request_;
   beast::flat_buffer buffer_;

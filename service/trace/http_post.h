@@ -29,7 +29,8 @@ class HttpPoster {
   // not done within `limit`. A look-up of a name may take longer.
   absl::StatusOr<HttpReply> Post(const std::string& content_type, std::string body,
                                  absl::Duration limit);
-  // A call that runs, and those to come, end within `limit` from now on.
+  // A call that runs, and those to come, end within `limit` from now on. Those to come look no name
+  // up that was found before.
   void Hurry(absl::Duration limit);
 
  private:

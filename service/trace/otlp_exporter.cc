@@ -1,6 +1,7 @@
 #include "service/trace/otlp_exporter.h"
 
 #include <algorithm>
+#include <chrono>
 #include <iterator>
 #include <utility>
 
@@ -31,6 +32,7 @@ OtlpExporter::~OtlpExporter() {
   {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
+    end_ = std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(options_.flush_limit);
   }
   changed_.notify_all();
   poster_.Hurry(options_.flush_limit);
@@ -61,8 +63,25 @@ void OtlpExporter::Run() {
   while (true) {
     const std::vector<Span> batch = NextBatch();
     if (batch.empty()) return;
+    if (IsPastEnd()) return GiveUp(batch.size());
     Send(batch);
   }
+}
+
+bool OtlpExporter::IsPastEnd() const {
+  const std::lock_guard lock(mutex_);
+  return stopping_ && std::chrono::steady_clock::now() >= end_;
+}
+
+void OtlpExporter::GiveUp(size_t batch) {
+  size_t lost = batch;
+  {
+    const std::lock_guard lock(mutex_);
+    lost += queue_.size();
+    queue_.clear();
+    counts_.failed += static_cast<int64_t>(lost);
+  }
+  Lost(absl::DeadlineExceededError(absl::StrCat("the end came before ", lost, " spans were sent")));
 }
 
 std::vector<Span> OtlpExporter::NextBatch() {

@@ -1,6 +1,7 @@
 // Sends spans to a collector, as OTLP over HTTP in its JSON encoding.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -70,6 +71,9 @@ class OtlpExporter {
   void Run();
   // What is to be sent next; empty: it is over.
   std::vector<Span> NextBatch();
+  bool IsPastEnd() const;
+  // Counts a batch, and all that waits, as failed.
+  void GiveUp(size_t batch);
   void Send(const std::vector<Span>& batch);
   // OK with the number of spans that were not taken; UNAVAILABLE where it may be tried again, after
   // `*wait` at the least.
@@ -86,6 +90,7 @@ class OtlpExporter {
   std::condition_variable changed_;
   std::deque<Span> queue_;
   bool stopping_ = false;
+  std::chrono::steady_clock::time_point end_;  // where it is stopping
   ExportCounts counts_;
 
   std::thread thread_;

@@ -115,6 +115,8 @@ TEST(MetricsTest, Readings) {
   readings.pools["prompts"] = {.reserved_bytes = 10, .limit_bytes = 20};
   readings.held_caches_expired = 3;
   readings.ipc_handles = 2;
+  readings.connections = 6;
+  readings.connections_refused = 9;
   readings.nccl_aborts = 1;
   readings.cuda_errors["cudaErrorLaunchFailure"] = 1;
   EXPECT_THAT(
@@ -124,22 +126,28 @@ TEST(MetricsTest, Readings) {
             HasSubstr("structkv_memory_reserved_bytes{pool=\"prompts\"} 10\n"),
             HasSubstr("structkv_memory_limit_bytes{pool=\"prompts\"} 20\n"),
             HasSubstr("structkv_leases_expired_total{kind=\"held_cache\"} 3\n"),
+            HasSubstr("structkv_connections 6\n"),
+            HasSubstr("structkv_connections_refused_total 9\n"),
             HasSubstr("structkv_ipc_handles_open 2\n"), HasSubstr("structkv_nccl_aborts_total 1\n"),
             HasSubstr("structkv_cuda_errors_total{kind=\"cudaErrorLaunchFailure\"} 1\n"),
             Not(HasSubstr("structkv_trace_spans_total{")), HasSubstr("structkv_draining 0\n")));
   readings.active_prompts = 1;
+  readings.connections = 2;
+  readings.connections_refused = 10;
   readings.held_caches_expired = 4;
   readings.draining = true;
   readings.nccl_aborts = 5;
   readings.spans = {.exported = 7, .dropped = 1};
-  EXPECT_THAT(metrics.Render(readings),
-              AllOf(HasSubstr("structkv_sessions_active 1\n"),
-                    HasSubstr("structkv_leases_expired_total{kind=\"held_cache\"} 4\n"),
-                    HasSubstr("structkv_nccl_aborts_total 5\n"),
-                    HasSubstr("structkv_trace_spans_total{result=\"exported\"} 7\n"),
-                    HasSubstr("structkv_trace_spans_total{result=\"dropped\"} 1\n"),
-                    HasSubstr("structkv_trace_spans_total{result=\"failed\"} 0\n"),
-                    HasSubstr("structkv_draining 1\n")));
+  EXPECT_THAT(
+      metrics.Render(readings),
+      AllOf(HasSubstr("structkv_sessions_active 1\n"), HasSubstr("structkv_connections 2\n"),
+            HasSubstr("structkv_connections_refused_total 10\n"),
+            HasSubstr("structkv_leases_expired_total{kind=\"held_cache\"} 4\n"),
+            HasSubstr("structkv_nccl_aborts_total 5\n"),
+            HasSubstr("structkv_trace_spans_total{result=\"exported\"} 7\n"),
+            HasSubstr("structkv_trace_spans_total{result=\"dropped\"} 1\n"),
+            HasSubstr("structkv_trace_spans_total{result=\"failed\"} 0\n"),
+            HasSubstr("structkv_draining 1\n")));
 }
 
 }  // namespace

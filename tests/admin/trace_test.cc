@@ -211,6 +211,22 @@ TEST_F(TraceTest, AnInvalidTracestateIsLeftOut) {
   }
 }
 
+TEST_F(TraceTest, ALongTracestateIsLeftOut) {
+  StartTracing();
+  const std::string first = absl::StrCat("a=", std::string(254, 'x'));
+  const std::string most = absl::StrCat(first, ",b=", std::string(253, 'y'));
+  ASSERT_EQ(most.size(), 512U);
+  ExpectSuccess(data_, RunWith({{"traceparent", Traceparent("01")}, {"tracestate", most}}));
+  ASSERT_TRUE(collector_.WaitForSpans(6));
+  for (const Json& span : collector_.spans()) EXPECT_EQ(span["traceState"], most);
+  ExpectSuccess(data_, RunWith({{"traceparent", Traceparent("01")},
+                                {"tracestate", most.substr(0, 256)},
+                                {"tracestate", most.substr(257) + "y"}}));
+  ASSERT_TRUE(collector_.WaitForSpans(12));
+  const auto without = collector_.spans();
+  for (size_t i = 6; i < 12; ++i) EXPECT_FALSE(without[i].contains("traceState"));
+}
+
 TEST_F(TraceTest, ARatioOfNothingStillFollowsSampledCallers) {
   StartTracing(/*ratio=*/0);
   ExpectSuccess(data_, RunWith({}));

@@ -350,7 +350,8 @@ TEST_F(SecurityTest, AProxySpeaksForOthers) {
   EXPECT_EQ(tenant, "peer:prefill");
   EXPECT_TRUE(Ask(other, &tenant, {{"structkv-tenant", "decode"}}).ok());
   EXPECT_EQ(tenant, "peer:prefill");
-  for (const Metadata& nobody : {Metadata{}, Metadata{{"structkv-tenant", ""}}}) {
+  const Metadata twice = {{"structkv-tenant", "prefill"}, {"structkv-tenant", "decode"}};
+  for (const Metadata& nobody : {Metadata{}, Metadata{{"structkv-tenant", ""}}, twice}) {
     EXPECT_EQ(Ask(proxy, nullptr, nobody).error_code(), grpc::StatusCode::UNAUTHENTICATED);
   }
   // What is held by way of the proxy is the tenant's own, whichever way it comes next.

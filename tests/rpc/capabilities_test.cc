@@ -92,6 +92,10 @@ TEST_F(CapabilitiesTest, LoadFollowsTheSessions) {
   EXPECT_EQ(MakeLoad(sessions_).reserved_bytes(), 0);
   EXPECT_EQ(MakeLoad(sessions_).limit_bytes(), 64 << 20);
   EXPECT_EQ(MakeLoad(sessions_).max_sessions(), 7);
+  session::SessionLimits limits = sessions_.limits();
+  limits.max_sessions = 3;
+  sessions_.SetLimits(limits);  // as a reload does
+  EXPECT_EQ(MakeLoad(sessions_).max_sessions(), 3);
   absl::StatusOr<OpenRequest> open = DecodeOpen(ValidOpen(), 1 << 20);
   ASSERT_TRUE(open.ok()) << open.status();
   absl::StatusOr<std::shared_ptr<session::Session>> session = sessions_.Open(

@@ -1,6 +1,7 @@
 // The server's options: flags, environment and file mean the same, in this order of precedence.
 #include "service/config.h"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cctype>
@@ -9,12 +10,14 @@
 #include <fstream>
 #include <ostream>
 #include <string>
+#include <thread>
 #include <variant>
 #include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "service/config_names.h"
+#include "service/file_version.h"
 
 namespace structkv {
 namespace {
@@ -241,6 +244,35 @@ TEST_F(ConfigTest, RefusesVariablesThatAreNoOptions) {
   EXPECT_EQ(std::get<EarlyExit>(Parse({})).exit_code, 2);
 }
 
+// A flag alone: a server that is to run is not asked whether it would.
+TEST_F(ConfigTest, RefusesAVariableForCheckConfig) {
+  SetEnvironment("STRUCTKV_CHECK_CONFIG", "true");
+  EXPECT_THAT(Refusal({}), HasSubstr("unknown variable 'STRUCTKV_CHECK_CONFIG'"));
+}
+
+// Another file in its place while it is read is not taken for the one that was.
+TEST_F(ConfigTest, TheVersionIsOfBeforeTheReading) {
+  for (const bool by_flag : {true, false}) {
+    const std::string path = File("");
+    std::remove(path.c_str());
+    ASSERT_EQ(mkfifo(path.c_str(), 0600), 0);
+    std::thread writer([&path] {
+      std::ofstream pipe(path);  // waits for the reader
+      std::ofstream(path + ".next") << "threads: 4\n";
+      std::rename((path + ".next").c_str(), path.c_str());
+      pipe << "threads: 3\n";
+    });
+    if (!by_flag) SetEnvironment("STRUCTKV_CONFIG", path);
+    const Config config = by_flag ? Good({"--config", path}) : Good({});
+    writer.join();
+    EXPECT_EQ(config.server.sessions.threads, 3);
+    EXPECT_NE(config.file_version, "");
+    EXPECT_NE(config.file_version, FileVersion(path));
+  }
+  const std::string path = File("threads: 3\n");
+  EXPECT_EQ(Good({"--config", path}).file_version, FileVersion(path));
+}
+
 TEST_F(ConfigTest, LeavesVariablesOfOthersAlone) {
   // Kubernetes' for Services "structkv" and "structkv-gpu".
   SetEnvironment("STRUCTKV_SERVICE_HOST", "10.0.0.1");
@@ -262,6 +294,8 @@ TEST_F(ConfigTest, ValuesAreTheSameHoweverTheyAreWritten) {
   EXPECT_EQ(one.values.at("listen"), "a:1,b:2");
   EXPECT_EQ(Good({}).values, Good({"--threads", "0", "--insecure=false"}).values);
   EXPECT_NE(Good({}).values, Good({"--insecure"}).values);
+  EXPECT_NE(Good({"--otlp-sample-ratio", "0.1"}).values,
+            Good({"--otlp-sample-ratio", "0.9"}).values);
   const std::string help = std::get<EarlyExit>(Parse({"--help"})).text;
   size_t marked = 0;
   for (size_t at = help.find("(reload)"); at != std::string::npos;

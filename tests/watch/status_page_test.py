@@ -147,6 +147,17 @@ class StatusPageTest(unittest.TestCase):
         self.assertIn('trace 0af7651916cd43dd8448eb211c80319c', texts[0])
         self.assertEqual(texts[3:], [0, 'StructKV'])
 
+    def test_connections_and_a_drain(self):
+        status = self.server.status()
+        self.assertNotIn('drain', status)
+        status.update(connections=1234, connections_refused=5)
+        show = 'show(arguments[0]); return document.getElementById("cards").innerText;'
+        cards = self.browser.ask(show, status)
+        self.assertIn('1,234\n5 refused', cards)
+        self.assertNotIn('Drain', cards)
+        status.update(draining=True, drain={'streams': 3, 'prompts': 2, 'nccl_pairs': 0, 'held_caches': 1, 'left_seconds': 28.5})
+        self.assertIn('Drain\n28.5 s left\nstreams: 3, prompts: 2, NCCL pairs: 0, held caches: 1', self.browser.ask(show, status))
+
     def test_prompts_that_are_forgotten_go(self):
         status = self.server.status()
         first, second, third = status['prompts']
@@ -258,6 +269,6 @@ def draw(path):
 
 if __name__ == '__main__':
     if 'STRUCTKV_SCREENSHOT' in os.environ:
-        draw(os.environ['STRUCTKV_SCREENSHOT'])
+        draw(os.environ.pop('STRUCTKV_SCREENSHOT'))  # no option of the server's
     else:
         unittest.main()
