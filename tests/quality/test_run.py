@@ -39,6 +39,7 @@ def loads(name: str) -> bool:
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "data" / "tiny-llama"
+TRAINED = HERE / "model"
 SERVICE = loads("structkv.hf")
 KVPRESS = loads("kvpress")
 RUN = [
@@ -120,6 +121,25 @@ def test_the_full_cache_answers(tiny: Loaded, samples: list[Any]) -> None:
     assert (
         sum(record["score"] for record in records) / len(records) >= 0.6
     )  # a guess is right once in 36
+
+
+@pytest.mark.skipif(not SERVICE, reason="structkv is not installed")
+def test_the_trained_model_answers_on_a_tenth_of_its_cache() -> None:
+    import structkv
+
+    torch.set_num_threads(1)
+    trained = load(TRAINED)
+    prompts = [make("multi_key", 1024, 900 + seed, trained.count) for seed in range(6)]
+    with structkv.Engine(log_sessions=False, threads=1) as engine:
+        methods = [full()] + [make_method(n, 0.1, engine) for n in ("structkv", "streaming_llm")]
+        records = list(measure_accuracy(trained, prompts, methods, [True]))
+    right = {
+        method.name: sum(r["score"] for r in records if r["method"] == method.name)
+        for method in methods
+    }
+    # A guess among the values of a prompt is right once in eight.
+    assert right["full"] >= 5 and right["structkv"] >= right["full"] - 1, right
+    assert right["streaming_llm"] < right["structkv"], right
 
 
 @pytest.mark.parametrize("name", SAME)
