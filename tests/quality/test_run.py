@@ -24,10 +24,9 @@ from harness.fidelity import measure as measure_fidelity  # noqa: E402
 from harness.generate import answer  # noqa: E402
 from harness.methods import full, make_method  # noqa: E402
 from harness.models import Loaded, load  # noqa: E402
-from harness.report import SAME, write_report  # noqa: E402
+from harness.report import FORMAT, SAME, write_report  # noqa: E402
 from harness.tasks import make  # noqa: E402
 from harness.texts import held_out_text, sentences  # noqa: E402
-
 
 
 def loads(name: str) -> bool:
@@ -40,6 +39,7 @@ def loads(name: str) -> bool:
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "data" / "tiny-llama"
+TRAINED = HERE / "model"
 SERVICE = loads("structkv.hf")
 KVPRESS = loads("kvpress")
 RUN = [
@@ -123,13 +123,46 @@ def test_the_full_cache_answers(tiny: Loaded, samples: list[Any]) -> None:
     )  # a guess is right once in 36
 
 
+@pytest.mark.skipif(not SERVICE, reason="structkv is not installed")
+def test_the_trained_model_answers_on_a_tenth_of_its_cache() -> None:
+    import structkv
+
+    torch.set_num_threads(1)
+    trained = load(TRAINED)
+    prompts = [make("multi_key", 1024, 900 + seed, trained.count) for seed in range(6)]
+    with structkv.Engine(log_sessions=False, threads=1) as engine:
+        methods = [full()] + [make_method(n, 0.1, engine) for n in ("structkv", "streaming_llm")]
+        records = list(measure_accuracy(trained, prompts, methods, [True]))
+    right = {
+        method.name: sum(r["score"] for r in records if r["method"] == method.name)
+        for method in methods
+    }
+    # A guess among the values of a prompt is right once in eight.
+    assert right["full"] >= 5 and right["structkv"] >= right["full"] - 1, right
+    assert right["streaming_llm"] < right["structkv"], right
+
+
 @pytest.mark.parametrize("name", SAME)
 def test_results_of_other_models_and_prompts_are_not_mixed(tmp_path: Path, name: str) -> None:
     for label, value in (("a", "one"), ("b", "two")):
-        results = {"environment": {**dict.fromkeys(SAME, "same"), name: value}}
+        results = {
+            "format": FORMAT,
+            "environment": {**dict.fromkeys(SAME, "same"), name: value},
+        }
         (tmp_path / f"{label}.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match=f"results of {name} one, two; one is expected"):
         write_report(tmp_path)
+
+
+def test_results_of_other_versions_are_left_out_in_sight(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(json.dumps({"environment": {}, "accuracy": [{"task": "a"}]}))
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"old.json: format None; 1 is expected.*other.json"):
+        write_report(tmp_path)
+    results = run(tmp_path, "--methods", "full", "--parts", "accuracy")
+    assert results["format"] == FORMAT
+    page = (tmp_path / "report.html").read_text()
+    assert "Left out: old.json (format None; 1 is expected: of another version); other.json" in page
 
 
 def test_results_stay_where_a_later_part_fails(tmp_path: Path) -> None:

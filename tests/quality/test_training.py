@@ -16,16 +16,23 @@ if not hasattr(torch.optim, "Muon"):
 
 from harness.models import load  # noqa: E402
 from harness.texts import held_out_text, sentences  # noqa: E402
-from harness.training.batches import LANGUAGE_WEIGHT, Batch, Sequences, make_batch, positions  # noqa: E402
-from harness.training.loop import Trainer  # noqa: E402
+from harness.training.batches import (  # noqa: E402
+    LANGUAGE_SHARE,
+    LANGUAGE_WEIGHT,
+    Batch,
+    Sequences,
+    make_batch,
+    positions,
+)
+from harness.training.loop import Trainer, check_torch  # noqa: E402
 from harness.training.recipe import CPU, FIRST_MIXTURE, GPU, MIXTURE, Stage  # noqa: E402
 from harness.training.scores import full_cache_scores  # noqa: E402
 from harness.training.tokenizer import WORDS, make_tokenizer, tokenizer_of  # noqa: E402
 
 TEXT = held_out_text()
 SMALL = replace(
-    CPU, layers=2, hidden=32, feed_forward=32, query_heads=2, kv_heads=1, head_dim=16,
-    step_tokens=256, tokens=256 * 6,
+    CPU, layers=2, hidden=32, feed_forward=32, query_heads=2, kv_heads=1, head_dim=16, vocabulary=2048,
+    step_tokens=256, tokens=256 * 6, horizon=None,
     stages=(Stage(64, 2.0, 0.5, FIRST_MIXTURE), Stage(128, 2.0, 1.0)),
 )  # fmt: skip
 
@@ -60,7 +67,10 @@ def test_a_training_keeps_its_tokenizer(tokenizer: Any, tmp_path: Path) -> None:
 def test_sequences(tokenizer: Any, sequences: Sequences, task: str) -> None:
     batch = make_batch(sequences, 7, 8, 256, 2048, {task: 1.0})
     assert batch.tokens.shape == batch.weights.shape == batch.positions.shape == (8, 256)
-    assert torch.equal(batch.weights, torch.where(batch.answers, 1.0, LANGUAGE_WEIGHT))
+    assert torch.equal(batch.answers, batch.answers & (batch.weights == 1))
+    rest = batch.weights[~batch.answers]
+    assert torch.equal(rest, (rest > 0) * LANGUAGE_WEIGHT)
+    assert (rest > 0).float().mean().item() == pytest.approx(LANGUAGE_SHARE, abs=0.06)
     assert batch.answers.any() == (task != "text")
     again = make_batch(sequences, 7, 8, 256, 2048, {task: 1.0})
     assert torch.equal(batch.tokens, again.tokens) and torch.equal(batch.positions, again.positions)
@@ -85,6 +95,8 @@ def test_tokens_see_what_is_before_a_jump(
     tokenizer: Any, sequences: Sequences, tmp_path: Path
 ) -> None:
     trainer = Trainer(SMALL, tokenizer, sequences, tmp_path, torch.device("cpu"))
+    for layer in trainer.model.model.layers:  # At the start of a training layers change nothing.
+        torch.nn.init.normal_(layer.self_attn.o_proj.weight)
     tokens = torch.arange(40)[None] + 300
     jumping = torch.cat([torch.arange(20), torch.arange(500, 520)])[None]
     ones = torch.ones_like(tokens)
@@ -123,6 +135,30 @@ def test_resume_and_export(tokenizer: Any, sequences: Sequences, tmp_path: Path)
     assert loaded.tokenizer.encode(" apple") == tokenizer.encode(" apple")
     scores = full_cache_scores(loaded, [160], 1, sentences(TEXT))
     assert 0 <= scores["single"][160] <= 1 and "records" not in scores
+
+
+def test_a_torch_without_muon_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ImportError, match=r"needs 2.9 or later.*is installed"):
+        check_torch()
+
+
+def test_layers_join_without_a_change(tokenizer: Any, sequences: Sequences, tmp_path: Path) -> None:
+    """A stage of fewer layers leaves the others as they began: they change nothing."""
+    few = replace(SMALL, stages=(replace(SMALL.stages[0], layers=1), SMALL.stages[1]))
+    (tmp_path / "few").mkdir()
+    trainer = Trainer(few, tokenizer, sequences, tmp_path / "few", torch.device("cpu"))
+    trainer.train_until(3 * few.step_tokens)
+    assert trainer.progress.stage == 1 and trainer.progress.stage_step == 3
+    first, last = trainer.model.model.layers
+    assert not first.self_attn.o_proj.weight.any() and last.self_attn.o_proj.weight.any()
+    batch = make_batch(sequences, 9, 2, 64, 64, FIRST_MIXTURE)
+    whole = trainer._loss(batch)[0].item()
+    trainer.progress.stage = 0
+    assert trainer._loss(batch)[0].item() == whole
+    trainer.progress.stage = 1
+    trainer.run()
+    assert first.self_attn.o_proj.weight.any()
 
 
 def test_recipes_are_of_the_size_that_is_claimed() -> None:

@@ -17,7 +17,7 @@ import torch
 from . import accuracy, datasets, fidelity, perplexity
 from .methods import PRESSES, Method, full, make_method
 from .models import Loaded, load
-from .report import write_report
+from .report import FORMAT, read_results, write_report
 from .tasks import DEPTHS, HAYSTACKS, TASKS, Sample, make
 from .texts import held_out_text, sentences
 
@@ -88,17 +88,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--server", help="target of a structkv-server (an engine in this process)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=int, help="of PyTorch and of the engine")
     return parser.parse_args()
 
 
-def connect(target: str | None) -> Any:
-    """A client of the service; None without the package, whose methods are then left out."""
+def connect(target: str | None, threads: int | None) -> Any:
+    """A client of the service; None without the package, whose methods are then left out. An engine
+    of this process has as many threads as PyTorch is given.
+    """
     try:
         import structkv
     except ImportError:
         return None
-    return structkv.Client(target) if target else structkv.Engine(log_sessions=False)
+    if target:
+        return structkv.Client(target)
+    return structkv.Engine(log_sessions=False, **({"threads": threads} if threads else {}))
 
 
 def choose(
@@ -246,18 +250,23 @@ def main() -> None:
         torch.set_num_threads(flags.threads)
     loaded = load(flags.model, flags.device, flags.dtype)
     text = flags.text.read_text() if flags.text else held_out_text()
-    client = connect(flags.server)
+    client = connect(flags.server, flags.threads)
     methods, skipped = choose(flags, loaded.model.config.num_hidden_layers, client)
     samples = make_samples(flags, loaded, text)
     skipped |= too_short(methods, {sample.tokens for sample in samples} | set(flags.lengths))
     for name, why in skipped.items():
         print(f"run: skipped: {name}: {why}", flush=True)
-    results: dict[str, Any] = {"environment": environment(flags, loaded, text, skipped)}
+    results: dict[str, Any] = {
+        "format": FORMAT,
+        "environment": environment(flags, loaded, text, skipped),
+    }
     flags.out.mkdir(parents=True, exist_ok=True)
     for part in flags.parts:
         results[part] = shown(measure(part, flags, loaded, text, samples, methods), part)
         # What was measured stays where a later part fails.
         (flags.out / f"{flags.label}.new").write_text(json.dumps(results))
         (flags.out / f"{flags.label}.new").replace(flags.out / f"{flags.label}.json")
+    for name, why in read_results(flags.out)[1].items():
+        print(f"run: left out of the report: {name}: {why}", flush=True)
     page = write_report(flags.out)
     print(f"run: {page}", flush=True)

@@ -174,6 +174,8 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 )
 
 
+# Of a file of results; another when the fields of its records change.
+FORMAT = 1
 # Of the environment; a seed is a part of the samples' numbers.
 SAME = ("model", "weights", "dtype", "hay", "text", "continuation")
 IDENTITY = ("task", "tokens", "depth", "number", "aware", "method", "budget")
@@ -191,11 +193,28 @@ def merged(results: Iterable[dict[str, Any]], part: str) -> Records:
     return sorted(records, key=lambda record: (record["method"] != "full", record["budget"]))
 
 
+def read_results(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The results of `folder`/*.json by their file, and why others are left out."""
+    results, left_out = dict[str, dict[str, Any]](), dict[str, str]()
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        form = content.get("format") if isinstance(content, dict) else None
+        if form == FORMAT:
+            results[path.name] = content
+        else:
+            left_out[path.name] = f"format {form}; {FORMAT} is expected: of another version"
+    return results, left_out
+
+
 def write_report(folder: Path) -> Path:
     """Writes `folder`/report.html of its *.json. ValueError where they are not of the same model or
-    not of the same prompts.
+    not of the same prompts, or none is of this version.
     """
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    by_file, left_out = read_results(folder)
+    results = list(by_file.values())
+    if not results:
+        names = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        raise ValueError(f"{folder}: no results that this version reads; {names or 'no *.json'}")
     for name in SAME:
         values = sorted({str(result["environment"][name]) for result in results})
         if len(values) > 1:
@@ -209,6 +228,11 @@ def write_report(folder: Path) -> Path:
     page = folder / "report.html"
     environments = [result["environment"] for result in results]
     page.write_text(
-        PAGE.render(model=environments[0]["model"], environments=environments, sections=sections)
+        PAGE.render(
+            model=environments[0]["model"],
+            environments=environments,
+            sections=sections,
+            left_out=left_out,
+        )
     )
     return page

@@ -53,12 +53,12 @@ class Sample:
 
 
 def fact(key: str, value: str) -> str:
-    return f"The code of {key} is {value}."
+    return f"The code is {key} {value}."
 
 
 def ask(key: str, value: str) -> Question:
     return Question(
-        f" What is the code of {key}?", f" The code of {key} is", f" {value}.", (value,)
+        f" Which code begins with {key}?", f" The code is {key}", f" {value}.", (value,)
     )
 
 
@@ -76,9 +76,9 @@ def multi_key(rng: random.Random, count: int = 8) -> Facts:
 def multi_value(rng: random.Random, count: int = 3) -> Facts:
     """One key with `count` values, all of which are asked for, in their order."""
     key, values = rng.choice(KEYS), rng.sample(VALUES, count)
-    target = f". The code of {key} is ".join(values)
+    target = f". The code is {key} ".join(values)
     question = Question(
-        f" What are all the codes of {key}?", f" The code of {key} is", f" {target}.", tuple(values)
+        f" Which codes begin with {key}?", f" The code is {key}", f" {target}.", tuple(values)
     )
     return Facts(tuple(fact(key, v) for v in values), (question,))
 
@@ -87,7 +87,7 @@ def multi_query(rng: random.Random, count: int = 8, asked: int = 3) -> Facts:
     """`count` needles, `asked` of which one question asks for."""
     keys, values = rng.sample(KEYS, count), rng.sample(VALUES, count)
     names = ", ".join(keys[: asked - 1]) + f" and {keys[asked - 1]}"
-    text, prefix = f" What are the codes of {names}?", f" The code of {keys[0]} is"
+    text, prefix = f" Which codes begin with {names}?", f" The code is {keys[0]}"
     rest = "".join(f" {fact(k, v)}" for k, v in zip(keys[1:asked], values[1:asked]))
     needles = tuple(fact(k, v) for k, v in zip(keys, values))
     return Facts(needles, (Question(text, prefix, f" {values[0]}.{rest}", tuple(values[:asked])),))

@@ -17,13 +17,15 @@ from ..words import FILLERS, KEYS, VALUES
 from .recipe import Recipe, Stage
 
 COMMON_WORDS_ROOM = 32  # tokens of that task's question and answer, at most
-LANGUAGE_WEIGHT = 0.1  # of the loss of a token that is no answer
+# Of the loss of a token that is no answer: 0.1, spread over the share of them that are predicted.
+LANGUAGE_SHARE = 0.25
+LANGUAGE_WEIGHT = 0.1 / LANGUAGE_SHARE
 
 
 @dataclass(frozen=True)
 class Batch:
     """`tokens` [rows, length] i64; `weights` the same shape, of the loss of each token as a
-    prediction; `positions` i64 rotary positions; `answers` bool, the tokens that answer a question.
+    prediction, 0 where none is made; `positions` i64 rotary positions; `answers` bool, the tokens that answer a question.
     """
 
     tokens: torch.Tensor
@@ -62,7 +64,7 @@ class Sequences:
         text.
         """
         terse = rng.random() < 0.5
-        per_fact = 16 if terse else 32  # a needle, its question and its answer
+        per_fact = 12 if terse else 20  # a needle, its question and its answer
         if task in ("single", "multi_key"):
             most = max(1, min(len(KEYS), length // per_fact))
             count = rng.choice((most, rng.randint(1, most)))
@@ -149,13 +151,13 @@ class StageBatches(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         recipe, stage = self._recipe, self._stage
-        rows = max(1, recipe.step_tokens // stage.length)
+        rows = max(1, (stage.step_tokens or recipe.step_tokens) // stage.length)
         return make_batch(
             self._sequences,
             recipe.seed << 32 | step,
             rows,
             stage.length,
-            recipe.span,
+            stage.span or recipe.span,
             stage.mixture,
         )
 
@@ -167,9 +169,12 @@ def make_batch(
     rng = random.Random(seed)
     pairs = [sequences.sequence(rng, length, mixture) for _ in range(rows)]
     answers = torch.tensor([pair[1] for pair in pairs])
+    drawn = torch.tensor(
+        [[rng.random() < LANGUAGE_SHARE for _ in range(length)] for _ in range(rows)]
+    )
     return Batch(
         tokens=torch.tensor([pair[0] for pair in pairs]),
-        weights=torch.where(answers, 1.0, LANGUAGE_WEIGHT),
+        weights=torch.where(answers, 1.0, drawn * LANGUAGE_WEIGHT),
         positions=torch.tensor([positions(rng, length, span) for _ in range(rows)]),
         answers=answers,
     )

@@ -12,7 +12,7 @@ import torch
 from ..models import load
 from ..texts import held_out_text, sentences, training_text
 from .batches import Sequences
-from .loop import Trainer
+from .loop import Trainer, check_torch
 from .recipe import RECIPES
 from .scores import full_cache_scores
 from .tokenizer import tokenizer_of
@@ -41,6 +41,10 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, help="of PyTorch (its own choice)")
     flags = parser.parse_args()
+    try:
+        check_torch()
+    except ImportError as error:
+        parser.exit(1, f"train: {error}\n")
     if flags.threads:
         torch.set_num_threads(flags.threads)
     recipe = dataclasses.replace(RECIPES[flags.recipe], seed=flags.seed)

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,7 +32,16 @@ class Progress:
     seconds: float = 0.0
     tokens: int = 0
     stage: int = 0
+    stage_step: int = 0  # that the stage began at
     right: float = 0.0
+
+
+def check_torch() -> None:
+    """ImportError where torch has no Muon."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ImportError(
+            f"torch: training needs 2.9 or later, which has Muon; {torch.__version__} is installed"
+        )
 
 
 class Trainer:
@@ -45,11 +55,15 @@ class Trainer:
         folder: Path,
         device: torch.device,
     ) -> None:
+        check_torch()
         self.recipe, self.tokenizer, self.sequences = recipe, tokenizer, sequences
         self.folder, self.device = folder, device
         self.progress = Progress()
         torch.manual_seed(recipe.seed)
         self.model = LlamaForCausalLM(recipe.config()).to(device)
+        for layer in self.model.model.layers:  # Until it is trained a layer changes nothing.
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
         matrices = [p for n, p in self.model.model.layers.named_parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
         others = [p for p in self.model.parameters() if id(p) not in chosen]
@@ -116,34 +130,54 @@ class Trainer:
         return loss.item(), right
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, float]:
-        tokens = batch.tokens.to(self.device)
+        tokens, weights = batch.tokens.to(self.device), batch.weights[:, 1:].to(self.device)
+        predicted = weights > 0
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
-            logits = self.model(
-                input_ids=tokens,
-                position_ids=batch.positions.to(self.device),
-                # Without one, positions that jump are taken for several sequences in one row.
-                attention_mask=torch.ones_like(tokens),
-                use_cache=False,
-            ).logits[:, :-1]
-        wanted, weights = tokens[:, 1:], batch.weights[:, 1:].to(self.device)
-        losses = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), wanted.flatten(), reduction="none"
-        )
-        answers = batch.answers[:, 1:].to(self.device)
+            with self._stage_layers():
+                hidden = self.model.model(
+                    input_ids=tokens,
+                    position_ids=batch.positions.to(self.device),
+                    # Without one, positions that jump are taken for several sequences in one row.
+                    attention_mask=torch.ones_like(tokens),
+                    use_cache=False,
+                ).last_hidden_state[:, :-1]
+            logits = self.model.lm_head(hidden[predicted])
+        wanted, weights = tokens[:, 1:][predicted], weights[predicted]
+        losses = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+        answers = batch.answers[:, 1:].to(self.device)[predicted]
         with torch.no_grad():
             right = (
                 (logits.argmax(-1) == wanted)[answers].float().mean().item()
                 if answers.any()
                 else math.nan
             )
-        return (losses * weights.flatten()).sum() / weights.sum(), right
+        return (losses * weights).sum() / weights.sum(), right
+
+    @contextmanager
+    def _stage_layers(self) -> Iterator[None]:
+        """The model with those layers alone that the stage trains, spread over its depth."""
+        layers = self.model.model.layers
+        few = self.recipe.stages[self.progress.stage].layers or len(layers)
+        each = len(layers) // few
+        self.model.model.layers = layers[each - 1 :: each]
+        try:
+            yield
+        finally:
+            self.model.model.layers = layers
 
     def _set_rate(self) -> None:
-        """A short rise, then down to a twentieth along a cosine."""
-        done = min(1.0, self.progress.tokens / self.recipe.tokens)
-        scale = min(1.0, (self.progress.step + 1) / WARM_STEPS) * (
+        """A short rise in each stage, and down to a twentieth along a cosine. Where that is longer than
+        the training, the rest of the way is linear, over its last third.
+        """
+        tokens = self.recipe.tokens
+        done = min(1.0, self.progress.tokens / (self.recipe.horizon or tokens))
+        begun = self.progress.step - self.progress.stage_step
+        scale = min(1.0, (begun + 1) / WARM_STEPS) * (
             0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2
         )
+        if self.recipe.horizon:
+            left = 1 - min(1.0, self.progress.tokens / tokens)
+            scale *= min(1.0, max(0.05, 3 * left))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.rate * scale
@@ -156,6 +190,7 @@ class Trainer:
         over = progress.tokens >= stage.end * self.recipe.tokens
         if progress.stage + 1 < len(stages) and (over or progress.right >= stage.until):
             progress.stage += 1
+            progress.stage_step = progress.step
             progress.right = 0.0
 
     def _write_log(self, loss: float) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from transformers import LlamaConfig
 
 MIXTURE = {
-    "repetition": 0.10,
-    "text": 0.15,
+    "repetition": 0.02,
+    "text": 0.08,
     "single": 0.15,
-    "multi_key": 0.30,
+    "multi_key": 0.45,
     "multi_query": 0.10,
     "multi_value": 0.07,
     "variable_tracking": 0.08,
@@ -22,13 +22,17 @@ FIRST_MIXTURE = {"repetition": 0.5, "multi_key": 0.5}
 @dataclass(frozen=True)
 class Stage:
     """Sequences of `length` tokens until the share of right answers reaches `until`, or a share
-    `end` of all tokens was seen.
+    `end` of all tokens was seen. `layers` of the model are trained, all of them unless given, and
+    positions jump over up to `span` tokens, the recipe's unless given.
     """
 
     length: int
     until: float
     end: float
     mixture: dict[str, float] = field(default_factory=lambda: MIXTURE)
+    layers: int | None = None
+    step_tokens: int | None = None
+    span: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Recipe:
     rate: float
     tokens: int  # of the whole training
     stages: tuple[Stage, ...]
+    rope_theta: float = 100_000.0
+    horizon: int | None = None  # tokens that the rate's cosine is laid out for, if not `tokens`
     workers: int = 0  # processes that make sequences
     seed: int = 1
 
@@ -60,7 +66,7 @@ class Recipe:
             num_key_value_heads=self.kv_heads,
             head_dim=self.head_dim,
             max_position_embeddings=self.span,
-            rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
             tie_word_embeddings=True,
             bos_token_id=0,
             eos_token_id=1,
@@ -69,13 +75,13 @@ class Recipe:
 
 CPU = Recipe(
     layers=16, hidden=128, feed_forward=256, query_heads=4, kv_heads=2, head_dim=32,
-    vocabulary=2048, span=2048, step_tokens=4096, rate=3e-3, tokens=9_000_000,
+    vocabulary=1280, span=2048, step_tokens=4096, rate=3e-3, tokens=3_400_000, rope_theta=1e6, horizon=5_000_000,
     stages=(
-        Stage(64, 0.90, 0.40, FIRST_MIXTURE),
-        Stage(128, 0.90, 0.60),
-        Stage(256, 0.90, 0.75),
-        Stage(512, 0.95, 0.85),
-        Stage(1024, 2.0, 0.95),
+        Stage(64, 0.90, 0.50, FIRST_MIXTURE, layers=4, step_tokens=2048, span=64),
+        Stage(128, 0.90, 0.58, layers=4, step_tokens=2048),
+        Stage(256, 0.95, 0.75),
+        Stage(512, 0.97, 0.85),
+        Stage(1024, 2.0, 0.93),
         Stage(2048, 2.0, 1.0),
     ),
 )  # fmt: skip

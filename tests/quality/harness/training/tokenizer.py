@@ -7,9 +7,14 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ..words import FILLERS, KEYS, VALUES
+from ..words import FILLERS, KEYS, NOISE, VALUES
 
 WORDS = (*KEYS, *VALUES, *FILLERS)
+# What the tasks say around them.
+WORDING = (
+    " The code is. Which code begins with? Which codes begin with and? Let be. Which names are?"
+)
+WORDING += " They are. Which words are the most common? " + " ".join(NOISE)
 
 
 def tokenizer_of(folder: Path, text: str, vocabulary: int) -> PreTrainedTokenizerFast:
@@ -36,7 +41,7 @@ def make_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     # So often that their merges come first, whatever the text.
-    words = " " + " ".join(WORDS)
+    words = " " + " ".join(WORDS) + WORDING
     tokenizer.train_from_iterator([words] * 4000 + [text], trainer)
     split = [word for word in WORDS if len(tokenizer.encode(" " + word).ids) != 1]
     if split:
