@@ -9,7 +9,7 @@
 namespace structkv::bench {
 
 // The environment variable: a file of at least a CopyPage, zeros at first.
-inline constexpr char kCopyCountFile[] = "STRUCTKV_BENCH_COPY_COUNT";
+inline constexpr char kCopyCountFile[] = "STRUCTKV_TEST_COPY_COUNT";
 
 struct CopyPage {
   std::atomic<uint64_t> copied;    // from memory to memory of a process

@@ -301,9 +301,13 @@ TEST_F(HeldRegionFaultTest, TheLogHasALineOfEach) {
     return text;
   };
   EXPECT_TRUE(Eventually([&] { return lines().find("INVALID_ARGUMENT") != std::string::npos; }));
-  EXPECT_THAT(lines(), HasSubstr(" fetch transport=inline layers=3 kv_heads=2 output_bytes=" +
-                                 std::to_string(bytes) + " micros="));
-  EXPECT_THAT(lines(), HasSubstr(" fetch transport=- layers=0 kv_heads=0 output_bytes=0 micros="));
+  EXPECT_THAT(
+      lines(),
+      HasSubstr(
+          " fetch client_session=- trace=- transport=inline layers=3 kv_heads=2 output_bytes=" +
+          std::to_string(bytes) + " micros="));
+  EXPECT_THAT(lines(), HasSubstr(" fetch client_session=- trace=- transport=- layers=0 kv_heads=0 "
+                                 "output_bytes=0 micros="));
   EXPECT_THAT(lines(), HasSubstr("first_layer is 9"));
   EXPECT_THAT(lines(), ::testing::Not(HasSubstr(absl::BytesToHexString(handle_))));
   fclose(log);

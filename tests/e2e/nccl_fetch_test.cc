@@ -307,8 +307,10 @@ TEST_F(NcclFetchTest, TheLogNamesIt) {
     return text;
   };
   EXPECT_TRUE(Eventually([&] { return lines().find(" fetch ") != std::string::npos; }));
-  EXPECT_THAT(lines(), HasSubstr(" fetch transport=nccl layers=4 kv_heads=4 output_bytes=" +
-                                 std::to_string(bytes) + " micros="));
+  EXPECT_THAT(
+      lines(),
+      HasSubstr(" fetch client_session=- trace=- transport=nccl layers=4 kv_heads=4 output_bytes=" +
+                std::to_string(bytes) + " micros="));
   ReleaseIt(handle);
   ExpectNothingHeld();
   fclose(log);

@@ -248,7 +248,7 @@ void BindClient(nb::module_& module) {
           [](const ConnectionHandle& self) {
             if (!Forked()) self->Close();
           },
-          nb::call_guard<nb::gil_scoped_release>(),
+          nb::call_guard<WithoutGil>(),
           "Of an engine: what runs in it, and what comes, is Unavailable.");
   module.def(
       "connect",

@@ -52,7 +52,7 @@ void BindEngine(nb::module_& module) {
         const client::ClientOptions client = ClientOptionsOf(options);
         absl::StatusOr<std::shared_ptr<Connection>> connection;
         {
-          const nb::gil_scoped_release release;
+          const WithoutGil release;
           connection = Embed(flags, client);
         }
         return ConnectionHandle(Take(std::move(connection)));

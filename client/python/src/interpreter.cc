@@ -93,6 +93,7 @@ Courier& TheCourier() {
 struct Gate {
   std::shared_mutex mutex;
   std::atomic<bool> closed = false;  // set under the mutex
+  std::thread::id ending;            // the thread that closed it
 };
 
 Gate& TheGate() {
@@ -137,11 +138,23 @@ bool WithGil(absl::FunctionRef<void()> work) {
   return true;
 }
 
+WithoutGil::~WithoutGil() {
+  if (Forked() || in_with_gil) return PyEval_RestoreThread(state_);
+  {
+    const std::shared_lock<std::shared_mutex> lock(TheGate().mutex);
+    if (!TheGate().closed || TheGate().ending == std::this_thread::get_id()) {
+      return PyEval_RestoreThread(state_);
+    }
+  }
+  while (true) pause();
+}
+
 void StopInterpreting() {
   if (Forked()) return;
   const nb::gil_scoped_release release;
   {
     const std::unique_lock<std::shared_mutex> lock(TheGate().mutex);
+    TheGate().ending = std::this_thread::get_id();
     TheGate().closed = true;
   }
   TheCourier().Stop();

@@ -38,6 +38,20 @@ bool Forked();
 // With the GIL.
 void RefuseEnded();
 
+// Without the GIL while it lives. A thread that comes back after StopInterpreting(), but for the one
+// that called it, stays here for good: Python 3.13 and older would end it, through frames that
+// cannot be unwound.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+  ~WithoutGil();
+
+ private:
+  PyThreadState* const state_;
+};
+
 // Keeps `object` alive. The last copy may die on any thread.
 std::shared_ptr<const void> KeepAlive(nb::object object);
 
@@ -61,7 +75,7 @@ class Held {
     } else if (InWithGil()) {
       std::thread([value = std::move(value)]() mutable { value.reset(); }).detach();
     } else {
-      nb::gil_scoped_release release;
+      const WithoutGil release;
       value.reset();
     }
   }

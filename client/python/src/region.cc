@@ -31,7 +31,7 @@ RegionHandle CreateRegion(size_t size_bytes, bool named, std::optional<bool> wri
   if (lease.has_value()) options.lease = absl::Seconds(*lease);
   absl::StatusOr<std::shared_ptr<client::Region>> region;
   {
-    const nb::gil_scoped_release release;
+    const WithoutGil release;
     region = client::Region::Create(options);
   }
   return RegionHandle(Take(std::move(region)));

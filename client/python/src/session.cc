@@ -172,7 +172,7 @@ void BindSession(nb::module_& module) {
           [](const SessionHandle& self) {
             if (!Forked()) self->Cancel();
           },
-          nb::call_guard<nb::gil_scoped_release>(), "Ends the session as Cancelled.");
+          nb::call_guard<WithoutGil>(), "Ends the session as Cancelled.");
 }
 
 }  // namespace structkv::python
