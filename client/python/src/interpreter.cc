@@ -139,11 +139,15 @@ bool WithGil(absl::FunctionRef<void()> work) {
 }
 
 WithoutGil::~WithoutGil() {
-  if (Forked() || in_with_gil) return PyEval_RestoreThread(state_);
+  if (Forked() || in_with_gil) {
+    PyEval_RestoreThread(state_);
+    return;
+  }
   {
     const std::shared_lock<std::shared_mutex> lock(TheGate().mutex);
     if (!TheGate().closed || TheGate().ending == std::this_thread::get_id()) {
-      return PyEval_RestoreThread(state_);
+      PyEval_RestoreThread(state_);
+      return;
     }
   }
   while (true) pause();
