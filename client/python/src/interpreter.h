@@ -38,8 +38,8 @@ bool Forked();
 // With the GIL.
 void RefuseEnded();
 
-// Without the GIL while it lives. A thread that comes back after StopInterpreting(), but for the one
-// that called it, stays here for good: Python 3.13 and older would end it, through frames that
+// Without the GIL while it lives. A thread that comes back after StopInterpreting(), but for the
+// one that called it, stays here for good: Python 3.13 and older would end it, through frames that
 // cannot be unwound.
 class WithoutGil {
  public:

@@ -146,8 +146,7 @@ void BindPending(nb::module_& module) {
   nb::class_<Handle>(module, "Pending", "An operation that another thread finishes.")
       .def(
           "wait", [](const Handle& self, double seconds) { return self->Wait(seconds); },
-          nb::arg("seconds"), nb::call_guard<WithoutGil>(),
-          "Whether it finished within `seconds`.")
+          nb::arg("seconds"), nb::call_guard<WithoutGil>(), "Whether it finished within `seconds`.")
       .def(
           "result", [](const Handle& self) { return self->Result(); },
           nb::sig("def result(self) -> typing.Any"), "The outcome of a finished one; once.")

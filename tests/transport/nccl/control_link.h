@@ -1,13 +1,13 @@
 // A control stream within one process: messages go through the wire's form, on a thread of the
-// link.
+// link. It may go, as a gRPC stream may, while either end still has something to say to it.
 #pragma once
 
-#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 
 #include "service/transport/nccl/client_pair.h"
@@ -31,31 +31,37 @@ class ControlLink {
   // Drops everything in both directions, as where the network is cut.
   void Cut();
   // Drops what the client says of the ends of transfers.
-  void DropFinished() { drop_finished_ = true; }
+  void DropFinished();
   // Ends the stream under both, as where a proxy does.
   void Break();
   // Hands a message to the service as if the client had sent it.
-  void SendAsClient(ClientMessage message);
+  void SendAsClient(const ClientMessage& message);
 
  private:
-  void Post(std::function<void()> deliver);
+  // What the two ends hold, also after the link is gone.
+  struct State {
+    // Dropped once the link goes.
+    void Post(std::function<void()> deliver);
+    void SetEnded(const absl::Status& status);
+
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::deque<std::function<void()>> queue;
+    bool stopping = false;
+    bool cut = false;
+    bool drop_finished = false;
+    std::optional<absl::StatusOr<uint64_t>> attached;
+    std::optional<absl::Status> ended;
+  };
+
+  // What the link's thread does with a message of the client's.
+  static std::function<void()> Delivery(ControlLink* link, const ClientMessage& message);
   void Run();
 
   Hub* const hub_;
   Hub::PairId pair_ = 0;
   std::shared_ptr<ClientPair> client_;
-
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::deque<std::function<void()>> queue_;
-  bool stopping_ = false;
-  bool cut_ = false;
-  std::atomic<bool> drop_finished_ = false;
-  bool attached_set_ = false;
-  bool ended_set_ = false;
-  absl::StatusOr<uint64_t> attached_ = absl::UnknownError("");
-  absl::Status ended_;
-
+  const std::shared_ptr<State> state_ = std::make_shared<State>();
   std::thread thread_;
 };
 
