@@ -177,23 +177,25 @@ def test_asyncio(server: Server, client: structkv.Client, capture: Prompt) -> No
 
 
 def test_a_session_that_is_dropped_while_it_sends(server: Server) -> None:
+    tokens = 300_000  # a layer is larger than all that gRPC takes in before the server reads it
+
     def rank(layer: int) -> tuple[structkv.LayerTensors, Any]:
-        keys = numpy.zeros((1, 20_000, 32), numpy.float32).view(Owner)
+        keys = numpy.zeros((1, tokens, 32), numpy.float32).view(Owner)
         queries = small_layer(layer)["window_queries"][:2]
         return structkv.LayerTensors(keys=keys, values=keys, window_queries=queries), keys
 
     async def drop() -> list[weakref.ref[Any]]:
         options = structkv.SessionOptions(max_in_flight_bytes=1, chunk_bytes=100_000)
         session = await structkv.AsyncClient(server.target).open_prompt(
-            small_open(prompt_tokens=20_000, shard_group=LONELY, layers_in_flight=1), options
+            small_open(prompt_tokens=tokens, shard_group=LONELY, layers_in_flight=1), options
         )
         references = []
         for layer in range(2):  # the second one waits for the first, which waits for rank 1
             tensors, keys = rank(layer)
             references.append(weakref.ref(keys))
             sending = asyncio.create_task(session.send_layer(layer, tensors))
-            await asyncio.sleep(0.3)
-            assert sending.done() == (layer == 0)
+            done, _ = await asyncio.wait({sending}, timeout=60 if layer == 0 else 0.3)
+            assert bool(done) == (layer == 0)
             sending.cancel()
         return references
 
