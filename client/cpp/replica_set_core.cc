@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <iterator>
 #include <random>
 #include <thread>
 #include <utility>
@@ -67,14 +68,15 @@ absl::Status LoadFailure(const absl::Status& status, absl::Duration limit) {
   return status;
 }
 
-struct LoadCall {
+}  // namespace
+
+struct ReplicaSetCore::LoadCall {
   std::unique_ptr<v1::Compression::Stub> stub;
   grpc::ClientContext context;
   v1::GetLoadRequest request;
   v1::GetLoadResponse response;
+  bool answered = false;  // the core's lock guards it
 };
-
-}  // namespace
 
 absl::StatusOr<std::shared_ptr<Replica>> MakeReplica(const std::string& address,
                                                      const std::string& name, bool several,
@@ -121,6 +123,20 @@ ReplicaSetCore::ReplicaSetCore(std::string text, Target target, const ClientOpti
       target_(std::move(target)),
       options_(options),
       table_(options.replicas, Seed()) {}
+
+ReplicaSetCore::~ReplicaSetCore() {
+  std::vector<std::shared_ptr<LoadCall>> calls;
+  {
+    absl::MutexLock lock(&mutex_);
+    calls = calls_;
+  }
+  for (const std::shared_ptr<LoadCall>& call : calls) call->context.TryCancel();
+  absl::MutexLock lock(&mutex_);
+  while (
+      !std::all_of(calls.begin(), calls.end(), [](const auto& call) { return call->answered; })) {
+    changed_.Wait(&mutex_);
+  }
+}
 
 void ReplicaSetCore::Resolve() {
   const auto& hook = options_.replicas.resolve;
@@ -218,8 +234,13 @@ std::vector<std::shared_ptr<Replica>> ReplicaSetCore::TakeIdle(size_t kept) {
 
 void ReplicaSetCore::Ask() {
   std::vector<std::string> due;
+  std::vector<std::shared_ptr<LoadCall>> answered;  // which end without the lock
   {
     absl::MutexLock lock(&mutex_);
+    const auto first = std::partition(calls_.begin(), calls_.end(),
+                                      [](const auto& call) { return !call->answered; });
+    answered.assign(std::make_move_iterator(first), std::make_move_iterator(calls_.end()));
+    calls_.erase(first, calls_.end());
     due = table_.TakeDue(SteadyNow());
   }
   for (const std::string& address : due) AskOne(address);
@@ -227,27 +248,26 @@ void ReplicaSetCore::Ask() {
 
 void ReplicaSetCore::AskOne(const std::string& address) {
   const absl::Duration asked = SteadyNow();
-  // The last one to let go of replicas waits for their transports, which no thread of gRPC's must.
-  const auto answer = [weak = weak_from_this(), address, asked](const absl::Status& status,
-                                                                const v1::GetLoadResponse& load) {
-    if (const auto self = weak.lock()) self->OnAnswer(address, asked, status, load);
-  };
+  const auto call = std::make_shared<LoadCall>();
   const absl::StatusOr<std::shared_ptr<Replica>> replica = [&] {
     absl::MutexLock lock(&mutex_);
-    return ReplicaAt(address);
+    absl::StatusOr<std::shared_ptr<Replica>> found = ReplicaAt(address);
+    if (found.ok()) calls_.push_back(call);
+    return found;
   }();
-  if (!replica.ok()) return answer(replica.status(), {});
-  auto call = std::make_shared<LoadCall>();
+  if (!replica.ok()) return OnAnswer(address, asked, replica.status(), {}, nullptr);
   call->stub = v1::Compression::NewStub((*replica)->channel);
   call->context.set_deadline(absl::ToChronoTime(absl::Now() + options_.replicas.load_timeout));
-  call->stub->async()->GetLoad(&call->context, &call->request, &call->response,
-                               [call, answer](const grpc::Status& status) {
-                                 answer(StatusOfCall(status, call->context), call->response);
-                               });
+  call->stub->async()->GetLoad(
+      &call->context, &call->request, &call->response,
+      [this, address, asked, call = call.get()](const grpc::Status& status) {
+        OnAnswer(address, asked, StatusOfCall(status, call->context), call->response, call);
+      });
 }
 
 void ReplicaSetCore::OnAnswer(const std::string& address, absl::Duration asked,
-                              const absl::Status& status, const v1::GetLoadResponse& load) {
+                              const absl::Status& status, const v1::GetLoadResponse& load,
+                              LoadCall* call) {
   // An older server cannot say. One that does not know this client's channel, which GetLoad comes
   // by alone, may know what comes with a prompt, or refuses that.
   const bool untold = absl::IsUnimplemented(status) || absl::IsUnauthenticated(status) ||
@@ -260,6 +280,7 @@ void ReplicaSetCore::OnAnswer(const std::string& address, absl::Duration asked,
                      SteadyNow());
     resolve_soon_ = true;
   }
+  if (call != nullptr) call->answered = true;  // whoever waits for it may be about to end the core
   changed_.SignalAll();
 }
 

@@ -18,10 +18,13 @@
 
 namespace structkv::client::internal {
 
-// Thread-safe.
+// Thread-safe. The last one to let go of it waits for calls and transports, which no thread of
+// gRPC's must.
 class ReplicaSetCore : public std::enable_shared_from_this<ReplicaSetCore> {
  public:
   ReplicaSetCore(std::string text, Target target, const ClientOptions& options);
+  // Cancels what is being asked.
+  ~ReplicaSetCore();
 
   // As in ReplicaSet.
   absl::StatusOr<std::shared_ptr<Replica>> Choose(const PlacementRequest& request,
@@ -35,14 +38,19 @@ class ReplicaSetCore : public std::enable_shared_from_this<ReplicaSetCore> {
   void End(uint64_t prompt, const std::string& address, const absl::Status& status);
 
  private:
+  // One question for a replica's load. It holds the channel, whose end waits for gRPC's threads, so
+  // that none of these may be the last to have it.
+  struct LoadCall;
+
   // Looks addresses up where that is due: at once, or on a thread of its own.
   void Resolve();
   void OnAddresses(const absl::StatusOr<std::vector<ReplicaAddress>>& found);
   // Asks those that are due.
   void Ask();
   void AskOne(const std::string& address);
+  // `call`: null where there was none.
   void OnAnswer(const std::string& address, absl::Duration asked, const absl::Status& status,
-                const v1::GetLoadResponse& load);
+                const v1::GetLoadResponse& load, LoadCall* call);
   // Waits until there are addresses.
   absl::Status WaitForAddresses(absl::Time deadline);
   absl::StatusOr<std::shared_ptr<Replica>> ReplicaAt(const std::string& address)
@@ -63,6 +71,7 @@ class ReplicaSetCore : public std::enable_shared_from_this<ReplicaSetCore> {
   ReplicaTable table_ ABSL_GUARDED_BY(mutex_);
   std::map<std::string, std::string> names_ ABSL_GUARDED_BY(mutex_);  // of the table's
   std::map<std::string, std::shared_ptr<Replica>> replicas_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::shared_ptr<LoadCall>> calls_ ABSL_GUARDED_BY(mutex_);
   bool resolving_ ABSL_GUARDED_BY(mutex_) = false;
   bool resolve_soon_ ABSL_GUARDED_BY(mutex_) = false;  // something failed
   absl::Duration resolved_ ABSL_GUARDED_BY(mutex_) = -absl::InfiniteDuration();

@@ -253,6 +253,26 @@ TEST_F(ReplicasTest, ASilentReplicaIsAskedAgain) {
   EXPECT_TRUE(Eventually([&] { return client->OpenPrompt(SmallOpen()).ok(); }));
 }
 
+// What it asked for and never got must not outlive it: gRPC ends the process whose last channel
+// goes on one of gRPC's own threads.
+TEST_F(ReplicasTest, AClientGoesWhileReplicasAreAsked) {
+  StartAll(2);
+  for (const size_t i : {0, 1}) server(i).process().Signal(SIGSTOP);
+  {
+    client::ClientOptions options;
+    options.replicas.load_timeout = absl::Seconds(60);
+    const auto client = *client::Client::Connect(absl::StrJoin(*list_.Get(), ","), options);
+    client::SessionOptions once;
+    once.retry.max_attempts = 1;
+    once.timeout = absl::Milliseconds(300);
+    const absl::Status status = client->OpenPrompt(SmallOpen(), once).status();
+    EXPECT_TRUE(absl::IsDeadlineExceeded(status)) << status;
+  }
+  for (const size_t i : {0, 1}) server(i).process().Signal(SIGCONT);
+  absl::SleepFor(absl::Milliseconds(300));  // for an answer to nobody
+  EXPECT_TRUE(ConnectTo(absl::StrJoin(*list_.Get(), ","))->OpenPrompt(SmallOpen()).ok());
+}
+
 // The one that is asked first says nothing, and leaves time for the one that has the cache.
 TEST_F(ReplicasTest, ASilentReplicaHidesNoHeldCache) {
   StartAll(2);

@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -152,6 +153,22 @@ bool Eventually(const std::function<bool()>& condition, std::chrono::millisecond
     std::this_thread::sleep_for(std::chrono::milliseconds(2));
   }
   return true;
+}
+
+std::set<std::string> RegionNames() {
+  std::set<std::string> names;
+  for (const auto& file : std::filesystem::directory_iterator("/dev/shm")) {
+    const std::string name = file.path().filename().string();
+    if (name.rfind("structkv.", 0) == 0) names.insert(name);
+  }
+  return names;
+}
+
+bool NoOtherRegionNames(const std::set<std::string>& before) {
+  return Eventually([&before] {
+    const std::set<std::string> now = RegionNames();
+    return std::includes(before.begin(), before.end(), now.begin(), now.end());
+  });
 }
 
 TemporaryDirectory::TemporaryDirectory() {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -55,6 +56,12 @@ int64_t OpenFiles(pid_t pid);
 // Polls `condition` until it holds; false at the limit.
 bool Eventually(const std::function<bool()>& condition,
                 std::chrono::milliseconds limit = std::chrono::seconds(10));
+
+// Names of regions in /dev/shm, whoever's they are: other tests may run beside this one, whose
+// names are gone in no time.
+std::set<std::string> RegionNames();
+// Polls until there is none but those of `before`; false where one stays.
+bool NoOtherRegionNames(const std::set<std::string>& before);
 
 // A path in a fresh directory, for a socket or a file; the directory is removed with the object.
 class TemporaryDirectory {
