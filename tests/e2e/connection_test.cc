@@ -45,6 +45,12 @@ class Peer {
     return send(fd_, bytes.data(), bytes.size(), MSG_NOSIGNAL) ==
            static_cast<ssize_t>(bytes.size());
   }
+  // Whether anything comes within the limit.
+  bool Hears(milliseconds limit) const {
+    pollfd wait = {fd_, POLLIN, 0};
+    char byte = 0;
+    return poll(&wait, 1, static_cast<int>(limit.count())) > 0 && recv(fd_, &byte, 1, MSG_PEEK) > 0;
+  }
   // Whether the server says GOAWAY within the limit.
   bool IsSentAway(milliseconds limit) const {
     const auto end = std::chrono::steady_clock::now() + limit;
@@ -169,12 +175,15 @@ TEST_F(ConnectionTest, StreamsBeyondTheLimitWait) {
 }
 
 // The server holds no more of a flood than its limit of streams, and closes or refuses the rest.
+// gRPC 1.51 holds peers to the limit once they have acknowledged it.
 TEST_F(ConnectionTest, AFloodOfStreamsTakesNoSessions) {
   ServerOptions options = TestOptions();
   options.max_streams_per_connection = 4;
   Start(options);
   auto peer = std::make_unique<Peer>(server().port());
   ASSERT_TRUE(peer->Send(Greeting()));
+  ASSERT_TRUE(peer->Hears(seconds(10)));  // the server's SETTINGS, which come first
+  ASSERT_TRUE(peer->Send(Frame(4, 1, 0, "")));
   // ":method POST, :scheme http, :path /structkv.v1.Compression/Compress" and what gRPC asks for.
   std::string headers = "\x83\x86";
   const auto literal = [&headers](const std::string& name, const std::string& value) {
