@@ -213,7 +213,7 @@ void SessionCore::ReleaseHeld(uint32_t layer) {
   absl::MutexLock lock(&mutex_);
   owners_.erase(layer);
   answered_.insert(layer);
-  changed_.SignalAll();
+  answered_more_.SignalAll();
 }
 
 bool SessionCore::IsSent(uint32_t layer) const {
@@ -252,7 +252,7 @@ absl::StatusOr<Bytes> SessionCore::AllocateStaging(size_t size, bool wait) {
     {
       absl::MutexLock lock(&mutex_);
       if (answered != answered_.size() || RoomIsDue()) {
-        while (!status_.has_value() && answered == answered_.size()) changed_.Wait(&mutex_);
+        while (!status_.has_value() && answered == answered_.size()) answered_more_.Wait(&mutex_);
         if (status_.has_value()) return EndedStatus();
         continue;
       }
@@ -324,6 +324,7 @@ bool SessionCore::Settle(absl::Status status) {
   if (status_.has_value()) return false;
   status_ = std::move(status);
   changed_.SignalAll();
+  answered_more_.SignalAll();
   return true;
 }
 

@@ -172,6 +172,7 @@ class SessionCore final {
 
   mutable absl::Mutex mutex_;
   absl::CondVar changed_;
+  absl::CondVar answered_more_;  // `answered_` has grown, or the end: not for who waits for events
   bool opened_set_ ABSL_GUARDED_BY(mutex_) = false;
   bool committed_ ABSL_GUARDED_BY(mutex_) = false;
   SentRanges sent_ ABSL_GUARDED_BY(mutex_);

@@ -1,5 +1,6 @@
 #include "service/engine/scheduler.h"
 
+#include <algorithm>
 #include <condition_variable>
 #include <deque>
 #include <list>
@@ -21,7 +22,7 @@ struct TaskSet {
   absl::FunctionRef<void(int64_t)> task;
   int64_t next = 0;  // first task that nobody has taken
   int64_t done = 0;
-  std::condition_variable* finished = nullptr;  // set while the caller sleeps
+  std::shared_ptr<std::condition_variable> finished;  // set while the caller sleeps
 };
 
 // Tasks of any ParallelFor that this thread is in the middle of.
@@ -50,22 +51,23 @@ class Scheduler::Lane {
 //
 // A pool thread sleeps in Asio until work is posted for it, then runs units until there are none. A
 // thread that waits within a large job for its last tasks sleeps on a condition variable of its
-// own.
+// own. Threads are woken with the mutex free: a kernel likes to run the one that is woken in place
+// of the one that wakes, and it would only wait for the mutex.
 class Scheduler::Impl {
  public:
   explicit Impl(int threads) : threads_(threads), pool_(static_cast<size_t>(threads)) {}
   ~Impl() { pool_.join(); }
 
   void Post(const std::shared_ptr<Lane>& lane, bool small, Job job) {
-    const std::lock_guard lock(mutex_);
+    Lock lock(mutex_);
     lane->jobs.push_back({small, std::move(job)});
     ++queue_depth_;
-    if (Enqueue(lane)) Wake(1, lane->jobs.front().small);
+    if (Enqueue(lane)) Wake(lock, 1, lane->jobs.front().small);
   }
 
   bool TryRunHere(const std::shared_ptr<Lane>& lane, Job& job) {
     Lock lock(mutex_);
-    const bool idle = awake_ < threads_ && light_.empty() && large_.empty();
+    const bool idle = awake_ < threads_ && !OffersLight() && large_.empty();
     if (!idle || lane->job_runs || !lane->jobs.empty()) return false;
     ++awake_;
     lane->job_runs = true;
@@ -77,7 +79,8 @@ class Scheduler::Impl {
     Enqueue(lane);
     --awake_;
     // What came meanwhile may have found no idle thread.
-    if (!light_.empty() || !large_.empty()) Wake(1, !light_.empty());
+    const bool light = OffersLight();
+    if (light || !large_.empty()) Wake(lock, 1, light);
     return true;
   }
 
@@ -99,9 +102,9 @@ class Scheduler::Impl {
     Lane::Waiting job;  // where `set` is null
   };
 
-  // A thread that sleeps within a ParallelFor.
+  // A thread that sleeps within a ParallelFor. It may be gone when another one comes to wake it.
   struct Sleeper {
-    std::condition_variable wake;
+    std::shared_ptr<std::condition_variable> wake = std::make_shared<std::condition_variable>();
     bool listed = false;
   };
 
@@ -117,19 +120,37 @@ class Scheduler::Impl {
     return true;
   }
 
-  // Sees to it that up to `count` threads look for work soon: idle ones first, then those that
-  // sleep within a large job, where the work is light.
-  void Wake(int64_t count, bool light) {
-    for (; count > 0 && awake_ < threads_; --count) {
-      ++awake_;
-      boost::asio::post(pool_, [this] { RunUnits(); });
+  // Whether there is light work. Lanes whose callers took the last tasks themselves, out of turn,
+  // lose their turns.
+  bool OffersLight() {
+    while (!light_.empty()) {
+      const std::shared_ptr<Lane> lane = light_.front();
+      const bool has_job = !lane->job_runs && !lane->jobs.empty();
+      if (!lane->sets.empty() || (has_job && lane->jobs.front().small)) return true;
+      light_.pop_front();
+      lane->in_turn = false;
+      Enqueue(lane);
     }
-    for (; light && count > 0 && !sleepers_.empty(); --count) {
+    return false;
+  }
+
+  // Sees to it that up to `count` threads look for work soon: idle ones first, then those that
+  // sleep within a large job, where the work is light. Lets go of the mutex to wake them.
+  void Wake(Lock& lock, int64_t count, bool light) {
+    const auto idle = std::clamp<int64_t>(threads_ - awake_, 0, count);
+    awake_ += static_cast<int>(idle);
+    std::vector<std::shared_ptr<std::condition_variable>> woken;
+    for (count -= idle; light && count > 0 && !sleepers_.empty(); --count) {
       Sleeper* sleeper = sleepers_.front();
       sleepers_.pop_front();
       sleeper->listed = false;
-      sleeper->wake.notify_one();
+      woken.push_back(sleeper->wake);
     }
+    if (idle == 0 && woken.empty()) return;
+    lock.unlock();
+    for (int64_t i = 0; i < idle; ++i) boost::asio::post(pool_, [this] { RunUnits(); });
+    for (const auto& wake : woken) wake->notify_one();
+    lock.lock();
   }
 
   // Takes the unit whose turn it is.
@@ -180,7 +201,11 @@ class Scheduler::Impl {
     set.task(index);
     --tasks_on_this_thread;
     lock.lock();
-    if (++set.done == set.count && set.finished != nullptr) set.finished->notify_one();
+    if (++set.done < set.count || set.finished == nullptr) return;
+    const std::shared_ptr<std::condition_variable> finished = set.finished;
+    lock.unlock();
+    finished->notify_one();  // the set may be gone
+    lock.lock();
   }
 
   // `nested`: within a ParallelFor.
@@ -202,7 +227,7 @@ class Scheduler::Impl {
     unit.lane->job_runs = false;
     const bool offered = Enqueue(unit.lane);
     // This thread looks for work next, but where it is nested it cannot start a large job.
-    if (offered && nested && !unit.lane->jobs.front().small) Wake(1, /*light=*/false);
+    if (offered && nested && !unit.lane->jobs.front().small) Wake(lock, 1, /*light=*/false);
   }
 
   // Body of a pool thread that has work.
@@ -222,7 +247,7 @@ class Scheduler::Impl {
     Lock lock(mutex_);
     lane->sets.push_back(&set);
     Enqueue(lane);
-    Wake(count - 1, /*light=*/true);
+    Wake(lock, count - 1, /*light=*/true);
     // Within a task only the call's own tasks are taken, so that stacks stay shallow.
     if (tasks_on_this_thread > 0) {
       while (set.next < set.count) RunTask(lock, set, Claim(*lane, set));
@@ -238,8 +263,8 @@ class Scheduler::Impl {
         sleepers_.push_back(&sleeper);
         sleeper.listed = true;
       }
-      set.finished = &sleeper.wake;
-      sleeper.wake.wait(lock, [&] {
+      set.finished = sleeper.wake;
+      sleeper.wake->wait(lock, [&] {
         return set.done == set.count || (tasks_on_this_thread == 0 && !sleeper.listed);
       });
       set.finished = nullptr;
@@ -247,7 +272,7 @@ class Scheduler::Impl {
       sleeper.listed = false;
     }
     // This thread may have been woken for work that it now leaves behind.
-    if (!light_.empty()) Wake(1, /*light=*/true);
+    if (OffersLight()) Wake(lock, 1, /*light=*/true);
   }
 
   const int threads_;

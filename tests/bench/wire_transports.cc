@@ -85,6 +85,12 @@ std::vector<std::unique_ptr<Route>> HostRoutes(const TransportAddresses& address
   };
   add("in process", "");
   setup.server_pid = addresses.server_pid;
+  // Right after its floor, before the others have filled the caches with copies.
+  RouteSetup inline_setup = setup;
+  setup.transport = client::TransportChoice::kSharedMemory;
+  setup.arena = arena;
+  add(kSharedMemory, addresses.unix_socket);
+  setup = std::move(inline_setup);
   for (const auto& [name, server, bare] :
        {std::tuple("inline, TCP", addresses.tcp, addresses.bare_tcp),
         std::tuple("inline, unix socket", addresses.unix_socket, addresses.bare_unix)}) {
@@ -92,10 +98,6 @@ std::vector<std::unique_ptr<Route>> HostRoutes(const TransportAddresses& address
     setup.floor = [channel = Connect(bare), &load] { return BareLayers(channel, load); };
     add(name, server);
   }
-  setup.floor = nullptr;
-  setup.transport = client::TransportChoice::kSharedMemory;
-  setup.arena = arena;
-  add(kSharedMemory, addresses.unix_socket);
   return routes;
 }
 
