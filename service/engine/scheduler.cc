@@ -1,17 +1,16 @@
 #include "service/engine/scheduler.h"
 
+#include <sched.h>
+
 #include <algorithm>
 #include <condition_variable>
 #include <deque>
 #include <list>
 #include <mutex>
 #include <optional>
+#include <thread>
 #include <utility>
 #include <vector>
-
-// Asio 1.74 uses std::exchange without including <utility>, which is above.
-#include "boost/asio/post.hpp"
-#include "boost/asio/thread_pool.hpp"
 
 namespace structkv::engine {
 namespace {
@@ -27,6 +26,7 @@ struct TaskSet {
 
 // Tasks of any ParallelFor that this thread is in the middle of.
 thread_local int tasks_on_this_thread = 0;
+thread_local bool on_pool_thread = false;
 
 }  // namespace
 
@@ -49,14 +49,29 @@ class Scheduler::Lane {
 // is large; only a thread that is in the middle of nothing may start one, so jobs never pile up on
 // a stack. A lane that has had its turn goes to the end.
 //
-// A pool thread sleeps in Asio until work is posted for it, then runs units until there are none. A
-// thread that waits within a large job for its last tasks sleeps on a condition variable of its
-// own. Threads are woken with the mutex free: a kernel likes to run the one that is woken in place
-// of the one that wakes, and it would only wait for the mutex.
+// A pool thread sleeps until it is told of work, then runs units until there are none. A thread
+// that waits within a large job for its last tasks sleeps on a condition variable of its own.
+//
+// Of idle threads one is woken that ran last on another core than the caller's: kernels wake a
+// thread where it ran last, even where the caller goes on there and other cores have nothing to do.
+// And threads are woken with the mutex free: one that runs at once in its waker's place would only
+// wait for it.
 class Scheduler::Impl {
  public:
-  explicit Impl(int threads) : threads_(threads), pool_(static_cast<size_t>(threads)) {}
-  ~Impl() { pool_.join(); }
+  explicit Impl(int threads) : threads_(threads), workers_(static_cast<size_t>(threads)) {
+    for (Worker& worker : workers_) idle_.push_back(&worker);
+    for (Worker& worker : workers_) {
+      worker.thread = std::thread([this, &worker] { RunWorker(worker); });
+    }
+  }
+  ~Impl() {
+    {
+      const Lock lock(mutex_);
+      stopping_ = true;
+      if (awake_ == 0) EndWorkers();
+    }
+    for (Worker& worker : workers_) worker.thread.join();
+  }
 
   void Post(const std::shared_ptr<Lane>& lane, bool small, Job job) {
     Lock lock(mutex_);
@@ -65,16 +80,18 @@ class Scheduler::Impl {
     if (Enqueue(lane)) Wake(lock, 1, lane->jobs.front().small);
   }
 
-  bool TryRunHere(const std::shared_ptr<Lane>& lane, Job& job) {
+  bool TryRunHere(const std::shared_ptr<Lane>& lane, bool small, Job& job) {
     Lock lock(mutex_);
     const bool idle = awake_ < threads_ && !OffersLight() && large_.empty();
     if (!idle || lane->job_runs || !lane->jobs.empty()) return false;
+    if (!small && (large_here_ || on_pool_thread)) return false;
     ++awake_;
     lane->job_runs = true;
+    if (!small) large_here_ = true;
     lock.unlock();
-    job(SerialFor);
-    job = nullptr;
+    RunJob(lane, small, job, /*own_tasks_only=*/true);
     lock.lock();
+    if (!small) large_here_ = false;
     lane->job_runs = false;
     Enqueue(lane);
     --awake_;
@@ -100,6 +117,15 @@ class Scheduler::Impl {
     TaskSet* set = nullptr;
     int64_t index = 0;
     Lane::Waiting job;  // where `set` is null
+  };
+
+  // A thread of the pool.
+  struct Worker {
+    std::thread thread;
+    std::condition_variable wake;
+    bool told = false;  // to look for work
+    bool ends = false;
+    int core = -1;  // where it ran last; before that, anywhere
   };
 
   // A thread that sleeps within a ParallelFor. It may be gone when another one comes to wake it.
@@ -137,20 +163,35 @@ class Scheduler::Impl {
   // Sees to it that up to `count` threads look for work soon: idle ones first, then those that
   // sleep within a large job, where the work is light. Lets go of the mutex to wake them.
   void Wake(Lock& lock, int64_t count, bool light) {
-    const auto idle = std::clamp<int64_t>(threads_ - awake_, 0, count);
-    awake_ += static_cast<int>(idle);
-    std::vector<std::shared_ptr<std::condition_variable>> woken;
-    for (count -= idle; light && count > 0 && !sleepers_.empty(); --count) {
+    std::vector<Worker*> workers;
+    for (; count > 0 && awake_ < threads_; --count) {
+      ++awake_;
+      workers.push_back(TakeIdle());
+    }
+    std::vector<std::shared_ptr<std::condition_variable>> sleepers;
+    for (; light && count > 0 && !sleepers_.empty(); --count) {
       Sleeper* sleeper = sleepers_.front();
       sleepers_.pop_front();
       sleeper->listed = false;
-      woken.push_back(sleeper->wake);
+      sleepers.push_back(sleeper->wake);
     }
-    if (idle == 0 && woken.empty()) return;
+    if (workers.empty() && sleepers.empty()) return;
     lock.unlock();
-    for (int64_t i = 0; i < idle; ++i) boost::asio::post(pool_, [this] { RunUnits(); });
-    for (const auto& wake : woken) wake->notify_one();
+    for (Worker* worker : workers) worker->wake.notify_one();
+    for (const auto& sleeper : sleepers) sleeper->notify_one();
     lock.lock();
+  }
+
+  // There is one: of all threads and a caller in the place of one, fewer than `threads_` are awake.
+  Worker* TakeIdle() {
+    const int core = sched_getcpu();
+    auto taken = std::find_if(idle_.rbegin(), idle_.rend(),
+                              [core](const Worker* worker) { return worker->core != core; });
+    if (taken == idle_.rend()) taken = idle_.rbegin();
+    Worker* const worker = *taken;
+    idle_.erase(std::next(taken).base());
+    worker->told = true;
+    return worker;
   }
 
   // Takes the unit whose turn it is.
@@ -208,6 +249,18 @@ class Scheduler::Impl {
     lock.lock();
   }
 
+  // `own_tasks_only`: within its ParallelFor the thread takes no other light work while it waits.
+  void RunJob(const std::shared_ptr<Lane>& lane, bool small, Job& job, bool own_tasks_only) {
+    if (small) {
+      job(SerialFor);
+    } else {
+      job([&](int64_t count, absl::FunctionRef<void(int64_t)> task) {
+        Parallel(lane, count, task, own_tasks_only);
+      });
+    }
+    job = nullptr;  // what it holds may be large, or may post; not under the lock
+  }
+
   // `nested`: within a ParallelFor.
   void Run(Lock& lock, Unit unit, bool nested) {
     if (unit.set != nullptr) {
@@ -215,14 +268,7 @@ class Scheduler::Impl {
       return;
     }
     lock.unlock();
-    if (unit.job.small) {
-      unit.job.job(SerialFor);
-    } else {
-      unit.job.job([this, &unit](int64_t count, absl::FunctionRef<void(int64_t)> task) {
-        Parallel(unit.lane, count, task);
-      });
-    }
-    unit.job.job = nullptr;  // what it holds may be large, or may post; not under the lock
+    RunJob(unit.lane, unit.job.small, unit.job.job, /*own_tasks_only=*/false);
     lock.lock();
     unit.lane->job_runs = false;
     const bool offered = Enqueue(unit.lane);
@@ -230,17 +276,33 @@ class Scheduler::Impl {
     if (offered && nested && !unit.lane->jobs.front().small) Wake(lock, 1, /*light=*/false);
   }
 
-  // Body of a pool thread that has work.
-  void RunUnits() {
+  // Body of a pool thread.
+  void RunWorker(Worker& worker) {
+    on_pool_thread = true;
     Lock lock(mutex_);
-    while (std::optional<Unit> unit = Next(/*light_only=*/false)) {
-      Run(lock, *std::move(unit), /*nested=*/false);
+    while (true) {
+      worker.wake.wait(lock, [&] { return worker.told || worker.ends; });
+      if (!worker.told) return;
+      worker.told = false;
+      while (std::optional<Unit> unit = Next(/*light_only=*/false)) {
+        Run(lock, *std::move(unit), /*nested=*/false);
+      }
+      worker.core = sched_getcpu();
+      idle_.push_back(&worker);
+      if (--awake_ == 0 && stopping_) EndWorkers();
     }
-    --awake_;
+  }
+
+  // Nobody is left who could post more.
+  void EndWorkers() {
+    for (Worker& worker : workers_) {
+      worker.ends = true;
+      worker.wake.notify_one();
+    }
   }
 
   void Parallel(const std::shared_ptr<Lane>& lane, int64_t count,
-                absl::FunctionRef<void(int64_t)> task) {
+                absl::FunctionRef<void(int64_t)> task, bool own_tasks_only) {
     if (count <= 1) return SerialFor(count, task);
     Sleeper sleeper;
     TaskSet set{.count = count, .task = task};
@@ -249,24 +311,24 @@ class Scheduler::Impl {
     Enqueue(lane);
     Wake(lock, count - 1, /*light=*/true);
     // Within a task only the call's own tasks are taken, so that stacks stay shallow.
-    if (tasks_on_this_thread > 0) {
+    own_tasks_only |= tasks_on_this_thread > 0;
+    if (own_tasks_only) {
       while (set.next < set.count) RunTask(lock, set, Claim(*lane, set));
     }
     while (set.done < set.count) {
       std::optional<Unit> unit;
-      if (tasks_on_this_thread == 0) unit = Next(/*light_only=*/true);
+      if (!own_tasks_only) unit = Next(/*light_only=*/true);
       if (unit.has_value()) {
         Run(lock, *std::move(unit), /*nested=*/true);
         continue;
       }
-      if (tasks_on_this_thread == 0) {
+      if (!own_tasks_only) {
         sleepers_.push_back(&sleeper);
         sleeper.listed = true;
       }
       set.finished = sleeper.wake;
-      sleeper.wake->wait(lock, [&] {
-        return set.done == set.count || (tasks_on_this_thread == 0 && !sleeper.listed);
-      });
+      sleeper.wake->wait(
+          lock, [&] { return set.done == set.count || (!own_tasks_only && !sleeper.listed); });
       set.finished = nullptr;
       if (sleeper.listed) sleepers_.remove(&sleeper);
       sleeper.listed = false;
@@ -281,9 +343,12 @@ class Scheduler::Impl {
   std::deque<std::shared_ptr<Lane>> large_;
   std::list<Sleeper*> sleepers_;
   uint64_t next_ticket_ = 0;
-  int awake_ = 0;  // pool threads that run, or were told to
+  int awake_ = 0;  // pool threads that run, or were told to, and callers that run a job themselves
   int64_t queue_depth_ = 0;
-  boost::asio::thread_pool pool_;  // last: its threads use all of the above
+  bool large_here_ = false;  // a caller runs a large job
+  std::vector<Worker*> idle_;
+  bool stopping_ = false;
+  std::vector<Worker> workers_;  // last: its threads use all of the above
 };
 
 Scheduler::Scheduler(int threads) : impl_(std::make_unique<Impl>(threads)) {}
@@ -295,8 +360,8 @@ void Scheduler::Post(const std::shared_ptr<Lane>& lane, bool small, Job job) {
   impl_->Post(lane, small, std::move(job));
 }
 
-bool Scheduler::TryRunHere(const std::shared_ptr<Lane>& lane, Job& job) {
-  return impl_->TryRunHere(lane, job);
+bool Scheduler::TryRunHere(const std::shared_ptr<Lane>& lane, bool small, Job& job) {
+  return impl_->TryRunHere(lane, small, job);
 }
 
 int Scheduler::threads() const { return impl_->threads(); }

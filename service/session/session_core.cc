@@ -49,6 +49,7 @@ SessionCore::SessionCore(std::string id, const SessionRequest& request, const Se
       transport_kind_(granted.transport->kind()),
       transport_reason_(granted.reason),
       host_readable_(granted.transport->host_readable()),
+      in_place_(granted.transport->in_place()),
       result_place_(granted.transport->result_place()),
       host_(host),
       lane_(host.scheduler->NewLane()),
@@ -101,7 +102,7 @@ void SessionCore::Start(SessionCallbacks callbacks) {
     }
     state_ = State::kRunning;
     started_ = Clock::now();
-    StartLayer();
+    StartLayer(/*may_run_here=*/true);
     AskForMessage();
   });
 }
@@ -263,7 +264,7 @@ void SessionCore::TakeMessage(Parked parked) {
     if (*taken == LayerAssembler::Taken::kStopped) return;
     // A layer that this piece completed is computed while the next ones are copied.
     ReceiveLayers();
-    StartLayer();
+    StartLayer(/*may_run_here=*/true);
     AnswerPulled();
     if (ended()) return;
     if (*taken == LayerAssembler::Taken::kNoBuffer) {
@@ -339,7 +340,7 @@ void SessionCore::OnRowsSent(const absl::Status& status) {
 
 // Layers
 
-void SessionCore::StartLayer() {
+void SessionCore::StartLayer(bool may_run_here) {
   if (group_ != nullptr) {
     OfferLayers();
     return;
@@ -350,21 +351,43 @@ void SessionCore::StartLayer() {
     next_ = assembler_->PopComplete();
   }
   layer_runs_ = true;
-  engine::Scheduler::Job job = [self = shared_from_this(), posted = Clock::now()](
-                                   ParallelFor parallel) { self->ComputeLayer(posted, parallel); };
-  // Who waits for a GPU's event must not hold up the thread that reads streams.
-  const bool here = plan_.small && host_readable_;
-  if (here && host_.scheduler->TryRunHere(lane_, job)) return;
-  host_.scheduler->Post(lane_, plan_.small, std::move(job));
+  const Clock::time_point posted = Clock::now();
+  const bool small = plan_.layer_size == LayerSize::kSmall;
+  if (may_run_here && IsForReader()) {
+    std::optional<Answer> answer;
+    engine::Scheduler::Job job = [&](ParallelFor parallel) {
+      answer = ComputeLayer(posted, parallel);
+    };
+    if (host_.scheduler->TryRunHere(lane_, small, job)) {
+      if (answer.has_value()) OnAnswer(*std::move(answer));
+      return;
+    }
+  }
+  host_.scheduler->Post(lane_, small, [self = shared_from_this(), posted](ParallelFor parallel) {
+    std::optional<Answer> answer = self->ComputeLayer(posted, parallel);
+    if (!answer.has_value()) return;
+    self->Enqueue([core = self.get(), answer = *std::move(answer)]() mutable {
+      core->OnAnswer(std::move(answer));
+    });
+  });
 }
 
-void SessionCore::ComputeLayer(Clock::time_point posted, ParallelFor parallel) {
+bool SessionCore::IsForReader() const {
+  // It must not wait for a GPU's event.
+  if (!host_readable_) return false;
+  // Tensors that come in messages are better taken in meanwhile.
+  return plan_.layer_size == LayerSize::kSmall ||
+         (plan_.layer_size == LayerSize::kMedium && in_place_);
+}
+
+std::optional<SessionCore::Answer> SessionCore::ComputeLayer(Clock::time_point posted,
+                                                             ParallelFor parallel) {
   std::optional<engine::LayerInput> input;
   {
     const std::lock_guard lock(next_mutex_);
     input.swap(next_);
   }
-  if (!input.has_value()) return;  // the session ended
+  if (!input.has_value()) return std::nullopt;  // the session ended
   const absl::Status ready = transport_->Await();
   const Clock::time_point begin = Clock::now();
   const int64_t layer = input->layer;
@@ -382,7 +405,7 @@ void SessionCore::ComputeLayer(Clock::time_point posted, ParallelFor parallel) {
                    .queued = absl::FromChrono(begin - posted),
                    .computed = absl::FromChrono(Clock::now() - begin),
                    .stages = prompt_->stages()};
-  Enqueue([this, answer = std::move(answer)]() mutable { OnAnswer(std::move(answer)); });
+  return answer;
 }
 
 void SessionCore::OnAnswer(Answer answer) {
@@ -411,7 +434,8 @@ void SessionCore::OnAnswer(Answer answer) {
     TakeAnswer(&*answer.output);
     SendRows(*answer.output);
   }
-  StartLayer();  // the next layer is computed while this one is handed out
+  // The next layer is computed while this one is handed out.
+  StartLayer(/*may_run_here=*/false);
   TellComputed(answer.timing);
   if (answer.pivot.has_value() && callbacks_.pivot && !cancelled_.load()) {
     callbacks_.pivot(*std::move(answer.pivot));
@@ -468,7 +492,7 @@ void SessionCore::AnswerPulled() {
 void SessionCore::GoOn() {
   AnswerPulled();
   if (ended()) return;
-  StartLayer();
+  StartLayer(/*may_run_here=*/false);
   if (parked_.has_value()) {
     Parked parked = *std::move(parked_);
     parked_.reset();

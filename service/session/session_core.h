@@ -133,7 +133,10 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   // Sends the rows of an answer that go by a transfer.
   void SendRows(const engine::LayerOutput& output);
   void OnRowsSent(const absl::Status& status);
-  void StartLayer();
+  // Has the next layer computed, by this thread where it `may_run_here` and that is worth it.
+  void StartLayer(bool may_run_here);
+  // Whether the thread that reads the stream is the one to compute a layer, if another is idle.
+  bool IsForReader() const;
   void OfferLayers();
   void LeaveGroup(const absl::Status& reason);
   void OnAnswer(Answer answer);
@@ -151,8 +154,8 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   void Drop();
   void ReleaseIfFree();
 
-  // On a thread of the scheduler.
-  void ComputeLayer(Clock::time_point posted, ParallelFor parallel);
+  // On a thread of the scheduler, or in its place. None where the session has ended.
+  std::optional<Answer> ComputeLayer(Clock::time_point posted, ParallelFor parallel);
 
   const std::string id_;
   const engine::PromptSpec spec_;
@@ -164,6 +167,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   const transport::Kind transport_kind_;
   const std::string transport_reason_;
   const bool host_readable_;
+  const bool in_place_;  // Transport::in_place()
   const transport::ResultPlace result_place_;
   const SessionHost host_;
   const std::shared_ptr<engine::Scheduler::Lane> lane_;

@@ -26,9 +26,11 @@ int64_t PivotBytes(const engine::PromptSpec& spec) {
 }  // namespace
 
 // A rough estimate from low rates of one core: 20 multiply-adds a nanosecond, 5 bytes a nanosecond.
-bool IsSmall(const engine::PromptSpec& spec, const Backend& backend) {
+// Two cores take less than a tenth of it for layers of some milliseconds.
+LayerSize SizeOfLayers(const engine::PromptSpec& spec, const Backend& backend) {
   const engine::MemoryPlan memory = engine::PlanMemory(spec, backend);
   constexpr double kSmallNanos = 300e3;
+  constexpr double kMediumNanos = 15e6;
   const double dots = static_cast<double>(spec.geometry.query_heads) *
                       static_cast<double>(spec.window_rows()) *
                       static_cast<double>(spec.prompt_tokens);
@@ -36,7 +38,9 @@ bool IsSmall(const engine::PromptSpec& spec, const Backend& backend) {
                                 ? dots * static_cast<double>(spec.geometry.key_dim)
                                 : 0.0;
   const auto bytes = static_cast<double>(memory.layer_input_bytes + memory.layer_output_bytes);
-  return multiplies / 20 + bytes / 5 < kSmallNanos;
+  const double nanos = multiplies / 20 + bytes / 5;
+  if (nanos < kSmallNanos) return LayerSize::kSmall;
+  return nanos < kMediumNanos ? LayerSize::kMedium : LayerSize::kLarge;
 }
 
 engine::PromptSpec OwnSpec(const SessionRequest& request) {
@@ -79,7 +83,7 @@ absl::StatusOr<SessionPlan> PlanSession(const SessionRequest& request, const Bac
   plan.output_limit_bytes =
       (pulls ? kUnsentLayersWithPull : kUnsentLayers) * memory.layer_output_bytes +
       PivotBytes(spec);
-  plan.small = IsSmall(spec, backend);
+  plan.layer_size = SizeOfLayers(spec, backend);
   // A layer that waits for its rows holds them and the rest of its answer in place of its input.
   const int64_t layer_bytes = pulls ? std::max(memory.layer_input_bytes, memory.layer_output_bytes)
                                     : memory.layer_input_bytes;

@@ -10,17 +10,23 @@
 
 namespace structkv::session {
 
+// How long a prompt's layers compute.
+enum class LayerSize {
+  kSmall,   // well under a millisecond on one core
+  kMedium,  // about a millisecond on two
+  kLarge,
+};
+
 struct SessionPlan {
   int64_t reserved_bytes = 0;      // the session's memory at most, all of the following included
   int64_t layer_output_bytes = 0;  // one layer's result
   // Unsent results: two layers and the pivot; with PromptSpec::pull a third layer, whose positions
   // are being found while others are answered.
   int64_t output_limit_bytes = 0;
-  bool small = false;  // layers compute in well under a millisecond
+  LayerSize layer_size = LayerSize::kLarge;
 };
 
-// Whether a prompt's layers compute in well under a millisecond.
-bool IsSmall(const engine::PromptSpec& spec, const Backend& backend);
+LayerSize SizeOfLayers(const engine::PromptSpec& spec, const Backend& backend);
 
 // `request.spec` was validated, and so was its shard, of whose group every rank reserves an even
 // share of what is not one rank's alone. Keys and values that `transport` has in place, and rows

@@ -47,7 +47,7 @@ absl::Status CheckAgreement(const SessionRequest& first, const SessionRequest& o
 ShardGroup::ShardGroup(const SessionRequest& first, const SessionHost& host)
     : first_(first),
       host_(host),
-      small_(IsSmall(first.spec, *host.backend)),
+      small_(SizeOfLayers(first.spec, *host.backend) == LayerSize::kSmall),
       lane_(host.scheduler->NewLane()),
       members_(static_cast<size_t>(first.shard->shard_count)),
       room_(members_.size(), false),
@@ -289,7 +289,7 @@ void ShardGroup::Advance() {
   computing_ = true;
   engine::Scheduler::Job job = [self = shared_from_this(), posted = Clock::now()](
                                    ParallelFor parallel) { self->Compute(posted, parallel); };
-  if (here_ && host_.scheduler->TryRunHere(lane_, job)) return;
+  if (here_ && host_.scheduler->TryRunHere(lane_, small_, job)) return;
   host_.scheduler->Post(lane_, small_, std::move(job));
 }
 

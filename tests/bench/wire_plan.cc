@@ -44,7 +44,8 @@ class Engine {
         scheduler_(static_cast<int>(std::max(1U, std::thread::hardware_concurrency()))),
         lane_(scheduler_.NewLane()),
         spec_(rpc::DecodeOpen(open, rpc::kDefaultMessageBytes).value().spec),
-        small_(session::PlanSession({.spec = spec_}, *backend_).value().small) {}
+        small_(session::PlanSession({.spec = spec_}, *backend_).value().layer_size ==
+               session::LayerSize::kSmall) {}
 
   void RunPrompt(absl::Span<const std::byte> saliency, std::vector<double>* micros) {
     engine::Prompt prompt(spec_, backend_.get(), &pool_);

@@ -7,7 +7,9 @@
 #include <latch>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <random>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -389,7 +391,7 @@ TEST(SchedulerTest, ASmallJobRunsHereWhereAThreadIsIdle) {
     ran_on = std::this_thread::get_id();
     parallel(3, [&](int64_t i) { tasks.push_back(i); });
   };
-  EXPECT_TRUE(scheduler.TryRunHere(lane, job));
+  EXPECT_TRUE(scheduler.TryRunHere(lane, kSmall, job));
   EXPECT_EQ(ran_on, std::this_thread::get_id());
   EXPECT_THAT(tasks, ElementsAre(0, 1, 2));
 }
@@ -404,7 +406,7 @@ TEST(SchedulerTest, AJobThatRunsHereTakesTheIdleThreadsPlace) {
     // Its lane has a job that runs; the pool's only place is taken.
     for (const auto& each : {lane, other}) {
       Scheduler::Job again = [&](ParallelFor) { record.Add("never"); };
-      EXPECT_FALSE(scheduler.TryRunHere(each, again));
+      EXPECT_FALSE(scheduler.TryRunHere(each, kSmall, again));
       EXPECT_TRUE(again != nullptr);
     }
     scheduler.Post(lane, kSmall, [&](ParallelFor) { record.Add("same lane"); });
@@ -414,7 +416,7 @@ TEST(SchedulerTest, AJobThatRunsHereTakesTheIdleThreadsPlace) {
     });
     record.Add("here");
   };
-  EXPECT_TRUE(scheduler.TryRunHere(lane, job));
+  EXPECT_TRUE(scheduler.TryRunHere(lane, kSmall, job));
   posted_ran.WaitForNotification();
   const std::vector<std::string> events = record.events();
   ASSERT_FALSE(events.empty());
@@ -434,11 +436,84 @@ TEST(SchedulerTest, NothingRunsHereWhereTheThreadsAreBusyOrTheLaneHasJobs) {
   begun.WaitForNotification();
   bool ran = false;
   Scheduler::Job job = [&](ParallelFor) { ran = true; };
-  EXPECT_FALSE(scheduler.TryRunHere(lane, job));  // jobs of a lane never overlap
+  EXPECT_FALSE(scheduler.TryRunHere(lane, kSmall, job));  // jobs of a lane never overlap
   EXPECT_FALSE(ran);
-  EXPECT_TRUE(scheduler.TryRunHere(scheduler.NewLane(), job));  // the second thread is idle
+  EXPECT_TRUE(scheduler.TryRunHere(scheduler.NewLane(), kSmall, job));  // the second thread is idle
   EXPECT_TRUE(ran);
   go_on.Notify();
+}
+
+TEST(SchedulerTest, ALargeJobThatRunsHereSharesItsTasks) {
+  Scheduler scheduler(2);
+  std::thread::id ran_on;
+  std::latch both(2);
+  std::set<std::thread::id> took;
+  std::mutex mutex;
+  Scheduler::Job job = [&](ParallelFor parallel) {
+    ran_on = std::this_thread::get_id();
+    parallel(2, [&](int64_t) {
+      both.arrive_and_wait();  // neither thread takes both
+      const std::lock_guard lock(mutex);
+      took.insert(std::this_thread::get_id());
+    });
+  };
+  EXPECT_TRUE(scheduler.TryRunHere(scheduler.NewLane(), kLarge, job));
+  EXPECT_EQ(ran_on, std::this_thread::get_id());
+  EXPECT_EQ(took.size(), 2U);
+  EXPECT_THAT(took, Contains(ran_on));
+}
+
+TEST(SchedulerTest, ALargeJobThatRunsHereTakesNoOther) {
+  Scheduler scheduler(2);
+  Notification other_may_end;
+  std::thread::id other_ran_on;
+  bool other_ran = false;
+  std::latch both(2);
+  Scheduler::Job job = [&](ParallelFor parallel) {
+    parallel(2, [&](int64_t i) {
+      both.arrive_and_wait();
+      if (i > 0 || other_ran) return;
+      other_ran = true;
+      scheduler.Post(scheduler.NewLane(), kSmall, [&](ParallelFor) {
+        other_ran_on = std::this_thread::get_id();
+        other_may_end.Notify();
+      });
+    });
+  };
+  EXPECT_TRUE(scheduler.TryRunHere(scheduler.NewLane(), kLarge, job));
+  other_may_end.WaitForNotification();
+  EXPECT_NE(other_ran_on, std::this_thread::get_id());
+}
+
+TEST(SchedulerTest, OneCallerAtATimeRunsALargeJob) {
+  Scheduler scheduler(4);
+  bool second_ran = false;
+  std::optional<bool> taken;
+  Scheduler::Job first = [&](ParallelFor) {
+    std::thread other([&] {
+      Scheduler::Job second = [&](ParallelFor) { second_ran = true; };
+      taken = scheduler.TryRunHere(scheduler.NewLane(), kLarge, second);
+    });
+    other.join();
+  };
+  EXPECT_TRUE(scheduler.TryRunHere(scheduler.NewLane(), kLarge, first));
+  EXPECT_EQ(taken, false);
+  EXPECT_FALSE(second_ran);
+  Scheduler::Job third = [&](ParallelFor) { second_ran = true; };
+  EXPECT_TRUE(scheduler.TryRunHere(scheduler.NewLane(), kLarge, third));
+  EXPECT_TRUE(second_ran);
+}
+
+TEST(SchedulerTest, NoThreadOfThePoolRunsALargeJobWithinAnother) {
+  std::optional<bool> taken;
+  {
+    Scheduler scheduler(4);
+    scheduler.Post(scheduler.NewLane(), kSmall, [&](ParallelFor) {
+      Scheduler::Job large = [](ParallelFor) {};
+      taken = scheduler.TryRunHere(scheduler.NewLane(), kLarge, large);
+    });
+  }
+  EXPECT_EQ(taken, false);
 }
 
 }  // namespace

@@ -110,7 +110,7 @@ Scenario::Scenario(uint32_t tokens, testkit::Random* random, const Backend& back
   model.pivot_bytes = plan->output_limit_bytes - (pulls() ? 3 : 2) * plan->layer_output_bytes;
   const bool scores = spec.method.needs_statistics();
   const bool gathers = !spec.plan_only && spec.kept_tokens(0) < spec.prompt_tokens;
-  model.gate_holds = !plan->small && (scores || gathers);
+  model.gate_holds = plan->layer_size != LayerSize::kSmall && (scores || gathers);
   expected = Direct(sent, backend);
   CutLayers(random);
   expected = Direct(sent, backend);

@@ -74,9 +74,15 @@ TEST_F(SessionPlanTest, ResultsOfTwoLayersAndThePivotMayWait) {
 }
 
 TEST_F(SessionPlanTest, ShortPromptsAreSmall) {
-  EXPECT_TRUE(Plan({.spec = testkit::SpecOf(testkit::SmallOpen())}).small);
-  EXPECT_FALSE(Plan({.spec = engine::LlamaSpec()}).small);
-  EXPECT_FALSE(Plan({.spec = engine::LlamaSpec(method::Method::kStreamingLlm)}).small);
+  const auto size_of = [this](const engine::PromptSpec& spec) {
+    return Plan({.spec = spec}).layer_size;
+  };
+  EXPECT_EQ(size_of(testkit::SpecOf(testkit::SmallOpen())), LayerSize::kSmall);
+  EXPECT_EQ(size_of(engine::LlamaSpec()), LayerSize::kLarge);
+  EXPECT_EQ(size_of(engine::LlamaSpec(method::Method::kStreamingLlm)), LayerSize::kLarge);
+  engine::PromptSpec medium = engine::LlamaSpec();
+  medium.prompt_tokens = 4096;
+  EXPECT_EQ(size_of(medium), LayerSize::kMedium);
 }
 
 TEST_F(SessionPlanTest, RefusesWhatIsOutOfRange) {
