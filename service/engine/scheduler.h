@@ -33,11 +33,11 @@ class Scheduler {
   // does not wait for long ones. Lanes take turns.
   void Post(const std::shared_ptr<Lane>& lane, bool small, Job job);
 
-  // Runs a job here and now if a thread of the pool is idle, in its place, and the lane has no other
-  // job: waking that thread would take longer than many a small job. False, and nothing was done,
-  // otherwise. A small job's ParallelFor is serial. A large one shares its tasks with the pool; one
-  // caller at a time does so, so that no more than one of those who have other work to do, such as
-  // reading sockets, is kept from it, and none that is in the middle of a large job.
+  // Runs a job here and now if a thread of the pool is idle, in its place, and the lane has no
+  // other job: waking that thread would take longer than many a small job. False, and nothing was
+  // done, otherwise. A small job's ParallelFor is serial. A large one shares its tasks with the
+  // pool; one caller at a time does so, so that no more than one of those who have other work to
+  // do, such as reading sockets, is kept from it, and none that is in the middle of a large job.
   bool TryRunHere(const std::shared_ptr<Lane>& lane, bool small, Job& job);
 
   int threads() const;
