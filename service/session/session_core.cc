@@ -351,25 +351,11 @@ void SessionCore::StartLayer(bool may_run_here) {
     next_ = assembler_->PopComplete();
   }
   layer_runs_ = true;
-  const Clock::time_point posted = Clock::now();
+  engine::Scheduler::Job job = [self = shared_from_this(), posted = Clock::now()](
+                                   ParallelFor parallel) { self->ComputeLayer(posted, parallel); };
   const bool small = plan_.layer_size == LayerSize::kSmall;
-  if (may_run_here && IsForReader()) {
-    std::optional<Answer> answer;
-    engine::Scheduler::Job job = [&](ParallelFor parallel) {
-      answer = ComputeLayer(posted, parallel);
-    };
-    if (host_.scheduler->TryRunHere(lane_, small, job)) {
-      if (answer.has_value()) OnAnswer(*std::move(answer));
-      return;
-    }
-  }
-  host_.scheduler->Post(lane_, small, [self = shared_from_this(), posted](ParallelFor parallel) {
-    std::optional<Answer> answer = self->ComputeLayer(posted, parallel);
-    if (!answer.has_value()) return;
-    self->Enqueue([core = self.get(), answer = *std::move(answer)]() mutable {
-      core->OnAnswer(std::move(answer));
-    });
-  });
+  if (may_run_here && IsForReader() && host_.scheduler->TryRunHere(lane_, small, job)) return;
+  host_.scheduler->Post(lane_, small, std::move(job));
 }
 
 bool SessionCore::IsForReader() const {
@@ -380,14 +366,13 @@ bool SessionCore::IsForReader() const {
          (plan_.layer_size == LayerSize::kMedium && in_place_);
 }
 
-std::optional<SessionCore::Answer> SessionCore::ComputeLayer(Clock::time_point posted,
-                                                             ParallelFor parallel) {
+void SessionCore::ComputeLayer(Clock::time_point posted, ParallelFor parallel) {
   std::optional<engine::LayerInput> input;
   {
     const std::lock_guard lock(next_mutex_);
     input.swap(next_);
   }
-  if (!input.has_value()) return std::nullopt;  // the session ended
+  if (!input.has_value()) return;  // the session ended
   const absl::Status ready = transport_->Await();
   const Clock::time_point begin = Clock::now();
   const int64_t layer = input->layer;
@@ -405,7 +390,7 @@ std::optional<SessionCore::Answer> SessionCore::ComputeLayer(Clock::time_point p
                    .queued = absl::FromChrono(begin - posted),
                    .computed = absl::FromChrono(Clock::now() - begin),
                    .stages = prompt_->stages()};
-  return answer;
+  Enqueue([this, answer = std::move(answer)]() mutable { OnAnswer(std::move(answer)); });
 }
 
 void SessionCore::OnAnswer(Answer answer) {

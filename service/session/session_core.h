@@ -154,8 +154,8 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   void Drop();
   void ReleaseIfFree();
 
-  // On a thread of the scheduler, or in its place. None where the session has ended.
-  std::optional<Answer> ComputeLayer(Clock::time_point posted, ParallelFor parallel);
+  // On a thread of the scheduler, or in its place.
+  void ComputeLayer(Clock::time_point posted, ParallelFor parallel);
 
   const std::string id_;
   const engine::PromptSpec spec_;
