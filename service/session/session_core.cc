@@ -281,6 +281,12 @@ void SessionCore::AskForMessage() {
   if (output_full() || state_ != State::kRunning) return;
   owes_ready_ = false;
   asked_ = true;
+  ready_due_ = true;
+  Enqueue([this] { TellReady(); });  // the answer of a layer that was computed here goes first
+}
+
+void SessionCore::TellReady() {
+  if (!std::exchange(ready_due_, false)) return;
   if (callbacks_.ready && !cancelled_.load()) callbacks_.ready();
 }
 
@@ -529,6 +535,7 @@ void SessionCore::Finish() {
 }
 
 void SessionCore::DoFail(const absl::Status& status) {
+  TellReady();
   const bool started = state_ != State::kIdle;
   state_ = State::kFailed;
   stopped_.store(true);

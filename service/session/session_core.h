@@ -124,6 +124,7 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   }
   void TakeMessage(Parked parked);
   void AskForMessage();
+  void TellReady();
   // What a transfer is given to call: an event, on a thread of the scheduler, as it may take longer
   // than whoever tells of transfers has.
   transport::Transfers::Done OnTransfer(absl::AnyInvocable<void(const absl::Status&)> event);
@@ -187,7 +188,8 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   std::shared_ptr<transport::Transport> transport_;
   std::optional<LayerAssembler> assembler_;
   std::optional<Parked> parked_;
-  bool asked_ = false;        // `ready` was called, and no message came since
+  bool asked_ = false;        // `ready` was called, or is due, and no message came since
+  bool ready_due_ = false;    // `ready` is to be called
   bool owes_ready_ = false;   // a message was taken in, and `ready` not called yet
   bool layer_runs_ = false;   // a layer is with the scheduler
   bool in_group_ = false;     // the group may hold memory of this session
