@@ -77,10 +77,11 @@ std::shared_ptr<transport::RegionRegistry> MakeRegistry(const ServerOptions& opt
 }
 
 std::unique_ptr<rpc::NcclHost> MakeNccl(const ServerOptions& options, const Backend& backend,
-                                        std::shared_ptr<rpc::Identity> identity) {
+                                        std::shared_ptr<rpc::Identity> identity,
+                                        rpc::PeerStreams peers) {
   if (options.nccl.library.empty()) return nullptr;
   auto host = std::make_unique<rpc::NcclHost>(options.nccl, options.streams.stall, backend,
-                                              std::move(identity));
+                                              std::move(identity), std::move(peers));
   if (!host->status().ok() && options.warnings != nullptr) {
     const std::string text(host->status().message());
     options.warnings->Write("warning", {{"nccl", text}});
@@ -101,8 +102,9 @@ class Server::Impl {
  public:
   Impl(ServerOptions options, ChosenBackend backend, std::shared_ptr<rpc::Identity> identity)
       : identity_(std::move(identity)),
+        peers_(MaxStreamsPerPeer(options)),
         regions_(MakeRegistry(options)),
-        nccl_(MakeNccl(options, *backend.backend, identity_)),
+        nccl_(MakeNccl(options, *backend.backend, identity_, peers_)),
         options_(WithTransports(std::move(options), regions_, nccl_.get(), *backend.backend)),
         backend_reason_(std::move(backend.reason)),
         sessions_(options_.sessions, std::move(backend.backend)),
@@ -118,6 +120,7 @@ class Server::Impl {
     return {.limits = limits_,
             .sessions = &sessions_,
             .streams = &streams_,
+            .peers = peers_,
             .identity = identity_.get(),
             .log = options_.log.get(),
             .observer = options_.observer,
@@ -165,8 +168,11 @@ class Server::Impl {
     builder.RegisterService(&region_service_);
     if (nccl_ != nullptr) builder.RegisterService(&nccl_->service());
     if (!places.empty()) {
-      auto listener = rpc::ConnectionListener::Bind(std::move(places), options_.max_connections,
-                                                    options_.keepalive_timeout, options_.warnings);
+      auto listener = rpc::ConnectionListener::Bind(std::move(places),
+                                                    {.connections = options_.max_connections,
+                                                     .streams = MaxStreamsPerPeer(options_),
+                                                     .ack = options_.keepalive_timeout},
+                                                    options_.warnings);
       if (!listener.ok()) return listener.status();
       listener_ = *std::move(listener);
     }
@@ -258,6 +264,7 @@ class Server::Impl {
   }
 
   const std::shared_ptr<rpc::Identity> identity_;
+  const rpc::PeerStreams peers_;
   const std::shared_ptr<transport::RegionRegistry> regions_;  // null: none
   const std::unique_ptr<rpc::NcclHost> nccl_;                 // null: none; outlives sessions_
   const ServerOptions options_;
@@ -378,6 +385,10 @@ int64_t Server::connections() const {
 int64_t Server::connections_refused() const {
   return impl_->listener_ == nullptr ? 0 : impl_->listener_->refused();
 }
+int64_t Server::connections_broken() const {
+  return impl_->listener_ == nullptr ? 0 : impl_->listener_->broken();
+}
+rpc::RefusedStreams Server::streams_refused() const { return impl_->peers_.refused(); }
 bool Server::Drain(absl::Duration limit, const std::function<void(const DrainProgress&)>& tell) {
   return impl_->Drain(limit, tell);
 }
