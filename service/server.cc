@@ -39,6 +39,8 @@ namespace {
 constexpr char kServiceName[] = "structkv.v1.Compression";
 // How long streams may take to notice a shutdown before gRPC cuts them off.
 constexpr absl::Duration kShutdownLimit = absl::Seconds(1);
+// How soon a drain notices that nothing is held any more, or has its progress told.
+constexpr absl::Duration kDrainLook = absl::Milliseconds(50);
 
 // Often enough to be exact to about an eighth of the shortest limit.
 absl::Duration TickFor(const rpc::StreamLimits& limits) {
@@ -226,15 +228,34 @@ class Server::Impl {
     drain_end_ = rpc::SteadyNanos() + absl::ToInt64Nanoseconds(std::min(limit, absl::Hours(10000)));
     server_->GetHealthCheckService()->SetServingStatus(false);
     sessions_.StartDraining();
-    if (nccl_ != nullptr) nccl_->StopAttaching(absl::UnavailableError("the server is draining"));
-    bool finished = false;
-    do {
-      if (tell) tell(*Progress());
-      finished = streams_.WaitUntilEmpty(std::min(absl::Seconds(1), DrainLeft()));
-    } while (!finished && DrainLeft() > absl::ZeroDuration());
-    if (finished && nccl_ != nullptr) nccl_->WaitUntilSettled(absl::Now() + DrainLeft());
+    bool attaching = nccl_ != nullptr;
+    int64_t tell_at = 0;
+    bool idle = false;
+    bool held = false;
+    while (true) {
+      if (const int64_t now = rpc::SteadyNanos(); tell && now >= tell_at) {
+        tell(*Progress());
+        tell_at = now + absl::ToInt64Nanoseconds(absl::Seconds(1));
+      }
+      // In this order: a prompt's cache is held before its stream is over.
+      idle = streams_.size() == 0;
+      held = sessions_.held_caches().count() > 0;
+      // Whoever comes for a cache may have a GPU attached for it.
+      if (attaching && !held) {
+        attaching = false;
+        nccl_->StopAttaching(absl::UnavailableError("the server is draining"));
+      }
+      if ((idle && !held) || DrainLeft() == absl::ZeroDuration()) break;
+      const absl::Duration wait = std::min(kDrainLook, DrainLeft());
+      if (idle) {
+        absl::SleepFor(wait);
+      } else {
+        streams_.WaitUntilEmpty(wait);
+      }
+    }
+    if (idle && nccl_ != nullptr) nccl_->WaitUntilSettled(absl::Now() + DrainLeft());
     Shutdown();
-    return finished;
+    return idle;
   }
 
   void FailAll(const absl::Status& status, absl::Duration limit) {

@@ -92,8 +92,8 @@ struct DrainProgress {
   int64_t streams = 0;
   int64_t prompts = 0;
   int64_t nccl_pairs = 0;
-  int64_t held_caches = 0;  // these end with the process
-  absl::Duration left;      // until the drain limit
+  int64_t held_caches = 0;
+  absl::Duration left;  // until the drain limit
 };
 
 // What the backend registry is asked for. Of a GPU's memory a part is set apart for transfers where
@@ -153,9 +153,11 @@ class Server {
   int64_t connections_broken() const;
   rpc::RefusedStreams streams_refused() const;
 
-  // Health says NOT_SERVING first, new streams are UNAVAILABLE, and those that run may finish
-  // within `limit`; what is left then fails as UNAVAILABLE. Ends with a shutdown. True where
-  // everything finished in time. `tell`, where it is set, is called at once and every second. Once.
+  // Health says NOT_SERVING first and new prompts are UNAVAILABLE. Within `limit` streams that run
+  // may finish, and held caches are fetched, renewed and released as before, until their leases
+  // end; what runs then fails as UNAVAILABLE, and caches that are still held are lost. Ends with a
+  // shutdown. True where no stream was left. `tell`, where it is set, is called at once and every
+  // second. Once.
   bool Drain(absl::Duration limit, const std::function<void(const DrainProgress&)>& tell = nullptr);
   // None while it does not drain.
   std::optional<DrainProgress> drain_progress() const;

@@ -52,7 +52,8 @@ absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
   absl::StatusOr<CallLabels> labels = ReadCallLabels(*context(), shared_->trace_ratio);
   if (!labels.ok()) return labels.status();
   labels_ = *std::move(labels);
-  if (shared_->sessions->draining()) return absl::UnavailableError("the server is draining");
+  // A server that drains gives away what it holds; one that ends does not begin.
+  if (absl::Status ended = shared_->streams->ended(); !ended.ok()) return ended;
   grpc::ByteBuffer copy = bytes;  // shares the slices
   v1::FetchCacheRequest request;
   grpc::ProtoBufferReader reader(&copy);
