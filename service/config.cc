@@ -321,12 +321,17 @@ void AddTraces(Schema* schema, Config* config) {
   schema
       ->Add(kGroup, "otlp-endpoint", &config->otlp_endpoint,
             "Collector that calls are sent to as spans (OTLP over HTTP), for instance "
-            "http://127.0.0.1:4318/v1/traces; none: they are not recorded")
+            "http://127.0.0.1:4318/v1/traces, or https://; none: they are not recorded")
       ->option_text("URL")
       ->check([](const std::string& url) {
         return url.empty() ? std::string()
                            : std::string(trace::ParseHttpUrl(url).status().message());
       });
+  schema
+      ->Add(kGroup, "otlp-authorities", &config->otlp_authorities,
+            "Authorities (PEM) of one of which an https:// collector must show a certificate; "
+            "none: the system's")
+      ->option_text("FILE");
   schema
       ->Add(kGroup, "otlp-sample-ratio", &config->otlp_sample_ratio,
             "Share of the calls without a traceparent that are recorded; with one its sampled flag "

@@ -93,7 +93,8 @@ TEST_F(LifecycleTest, CheckConfigReadsWhatTheOptionsName) {
   const std::string tokens = Write("tokens", std::string("a ") + kToken + "\n");
   const std::string file =
       Write("config.yaml",
-            "listen: 0.0.0.0:7411\ntls-certificate: " + certificate + "\ntls-key: " + key + "\n");
+            "listen: 0.0.0.0:7411\ntls-certificate: " + certificate + "\ntls-key: " + key +
+                "\notlp-endpoint: https://127.0.0.1/\notlp-authorities: " + authorities + "\n");
   const std::vector<std::string> good = {
       "--check-config", "--config",     file,  "--client-authorities",
       authorities,      "--token-file", tokens};
@@ -105,6 +106,7 @@ TEST_F(LifecycleTest, CheckConfigReadsWhatTheOptionsName) {
   EXPECT_THAT(text, HasSubstr("  tls-key " + key + ": is the certificate's\n"));
   EXPECT_THAT(text, HasSubstr("  client-authorities " + authorities));
   EXPECT_THAT(text, HasSubstr("  token-file " + tokens + ": 1 tokens\n"));
+  EXPECT_THAT(text, HasSubstr("  otlp-authorities " + authorities + ": certificates\n"));
   EXPECT_THAT(text, HasSubstr("  not tried: "));
 
   // A fault is one line, and the same for a server that starts.
@@ -121,6 +123,9 @@ TEST_F(LifecycleTest, CheckConfigReadsWhatTheOptionsName) {
   fault({"--listen", "127.0.0.1"}, "listen is 127.0.0.1: there is no port; write host:port");
   fault({"--listen", "127.0.0.1:70000"}, "'70000' is no port from 0 to 65535");
   fault({"--listen", "::1:7411"}, "an IPv6 address stands in brackets");
+  fault({"--otlp-authorities", key}, "otlp-authorities " + key + ": no certificates");
+  fault({"--otlp-endpoint", "http://127.0.0.1/"},
+        "otlp-authorities needs an otlp-endpoint of https");
   Write("tokens", "a short\n");
   fault({}, "token-file " + tokens + ", line 1: the token has 5 bytes");
   std::filesystem::remove(tokens);

@@ -168,8 +168,12 @@ TEST_F(ConfigTest, CallsAreRecordedWhereTheyGoSomewhere) {
   EXPECT_EQ(config.server.trace_ratio, 1.0);
   config = Good({"--config", File("otlp-endpoint: http://c\notlp-sample-ratio: 0.25\n")});
   EXPECT_EQ(config.server.trace_ratio, 0.25);
-  EXPECT_THAT(Refusal({"--otlp-endpoint=https://collector/"}),
-              HasSubstr("'https://collector/' is no http:// URL"));
+  EXPECT_EQ(config.otlp_authorities, "");
+  config = Good({"--otlp-endpoint=https://collector/", "--otlp-authorities=/etc/ca.crt"});
+  EXPECT_EQ(config.otlp_endpoint, "https://collector/");
+  EXPECT_EQ(config.otlp_authorities, "/etc/ca.crt");
+  EXPECT_THAT(Refusal({"--otlp-endpoint=ftp://collector/"}),
+              HasSubstr("'ftp://collector/' is no http:// or https:// URL"));
   EXPECT_THAT(Refusal({"--otlp-sample-ratio=1.5"}), HasSubstr("otlp-sample-ratio"));
 }
 
