@@ -1,5 +1,7 @@
 #include "service/rpc/connection_handover.h"
 
+#include "service/rpc/stream_set.h"
+
 namespace structkv::rpc {
 
 ConnectionHandover::~ConnectionHandover() {
@@ -14,8 +16,24 @@ ConnectionHandover::~ConnectionHandover() {
 
 void ConnectionHandover::Give(Acceptor* acceptor, int fd) {
   absl::MutexLock lock(&mutex_);
-  waiting_.push_back({acceptor, fd});
+  waiting_.push_back({acceptor, fd, SteadyNanos()});
+  AddThreadIfDue();
+}
+
+void ConnectionHandover::Look() {
+  absl::MutexLock lock(&mutex_);
+  AddThreadIfDue();
+}
+
+void ConnectionHandover::AddThreadIfDue() {
   if (idle_ >= waiting_.size()) return;
+  const int64_t now = SteadyNanos();
+  const int64_t patience = absl::ToInt64Nanoseconds(kPatience);
+  if (threads_.size() >= kThreads &&
+      (now - waiting_.front().since < patience || now - added_ < patience)) {
+    return;
+  }
+  added_ = now;
   ++idle_;
   threads_.emplace_back([this] { Run(); });
 }

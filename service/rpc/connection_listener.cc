@@ -231,7 +231,7 @@ class ConnectionListener::Impl {
 
   void Start() {
     thread_ = std::thread([this] { Run(); });
-    if (max_streams_ > 0) watch_ = std::thread([this] { Watch(); });
+    watch_ = std::thread([this] { Watch(); });
   }
 
   void Stop() {
@@ -240,7 +240,7 @@ class ConnectionListener::Impl {
     // It cannot be full.
     [[maybe_unused]] const ssize_t written = write(wake_.get(), &one, sizeof(one));
     thread_.join();
-    if (watch_.joinable()) watch_.join();
+    watch_.join();
     sockets_.clear();
   }
 
@@ -272,8 +272,9 @@ class ConnectionListener::Impl {
     int64_t wait = kLookNanos;
     pollfd wake = {wake_.get(), POLLIN, 0};
     while (poll(&wake, 1, static_cast<int>(wait / 1'000'000)) <= 0) {
+      handover_.Look();
       const int64_t begin = SteadyNanos();
-      BreakFloods();
+      if (max_streams_ > 0) BreakFloods();
       wait = std::max(kLookNanos, (SteadyNanos() - begin) * kLookShare);
     }
   }

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -26,6 +27,10 @@ class FakeAcceptor final : public ConnectionHandover::Acceptor {
 
   static constexpr int kLoud = 100;
 
+  size_t count() {
+    absl::MutexLock lock(&mutex_);
+    return seen_.size();
+  }
   // Waits until so many connections came.
   std::vector<int> WaitFor(size_t count) {
     absl::MutexLock lock(&mutex_);
@@ -52,6 +57,22 @@ TEST(ConnectionHandoverTest, ALoudConnectionKeepsNobodyElseWaiting) {
     handover.Give(&acceptor, fd);
   }
   EXPECT_THAT(acceptor.WaitFor(6), UnorderedElementsAre(1, 2, 3, 101, 102, 103));
+  acceptor.Silence();
+}
+
+// More of them than threads that there are from the start: one that comes then waits for a moment.
+TEST(ConnectionHandoverTest, ManyLoudConnectionsKeepNobodyWaitingForLong) {
+  constexpr int kLoudOnes = 12;
+  static_assert(kLoudOnes > ConnectionHandover::kThreads);
+  FakeAcceptor acceptor;
+  ConnectionHandover handover;
+  for (int i = 0; i < kLoudOnes; ++i) handover.Give(&acceptor, FakeAcceptor::kLoud + i);
+  handover.Give(&acceptor, 1);
+  while (acceptor.count() < kLoudOnes + 1) {
+    handover.Look();
+    absl::SleepFor(absl::Milliseconds(1));
+  }
+  EXPECT_THAT(acceptor.WaitFor(kLoudOnes + 1), IsSupersetOf({1, 100, 111}));
   acceptor.Silence();
 }
 
