@@ -44,7 +44,8 @@ def check_identities(cluster, _):
     for claim in ([], ["--tenant", "prefill"]):
         foreign = cluster.run("fetch", handle, "--to", out, *claim, client="decode")
         assert foreign.returncode != 0 and "no such cache is held" in foreign.stderr, foreign.stderr
-    own = cluster.run("fetch", handle, "--to", out)
+    # A drain would wait for a cache that stays.
+    own = cluster.run("fetch", handle, "--to", out, "--release")
     assert own.returncode == 0, own.stderr
     for client in ("stranger",):
         refused = compress(cluster, out, client=client)
