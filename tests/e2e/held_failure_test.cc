@@ -493,6 +493,8 @@ TEST_F(HeldFailureTest, ADrainLosesWhatNobodyFetches) {
 TEST_F(HeldFailureTest, ALostBackendHandsOutNoMore) {
   StartAlone(HoldOptions());
   const std::string handle = Hold(PromptData(WideOpen(), 1)).summary->held().handle();
+  // A prompt whose stream is cut, though its last message has left, leaves no cache.
+  ASSERT_TRUE(Eventually([&] { return server().active_streams() == 0; }));
   server().FailAll(absl::UnavailableError("the backend is lost"), absl::Seconds(1));
   ExpectFetchFailure(Fetch(channel(), FetchRequest(handle)), grpc::StatusCode::UNAVAILABLE,
                      {"the backend is lost"});
