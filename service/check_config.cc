@@ -8,6 +8,7 @@
 #include "absl/time/clock.h"
 #include "service/rpc/identity.h"
 #include "service/rpc/tls.h"
+#include "service/trace/http_post.h"
 
 namespace structkv {
 namespace {
@@ -46,6 +47,19 @@ absl::Status CheckFolder(const char* option, const std::string& path, std::strin
   return absl::OkStatus();
 }
 
+absl::Status CheckCollector(const Config& config, std::string* report) {
+  if (config.otlp_endpoint.empty()) return absl::OkStatus();
+  absl::StatusOr<trace::HttpUrl> url = trace::ParseHttpUrl(config.otlp_endpoint);
+  if (!url.ok()) return url.status();
+  auto made = trace::HttpPoster::Make(*std::move(url), config.otlp_authorities);
+  if (!made.ok()) return made.status();
+  absl::StrAppend(report, "  otlp-endpoint ", config.otlp_endpoint, ": well formed\n");
+  if (!config.otlp_authorities.empty()) {
+    absl::StrAppend(report, "  otlp-authorities ", config.otlp_authorities, ": certificates\n");
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<std::string> CheckConfig(const Config& config) {
@@ -64,6 +78,7 @@ absl::StatusOr<std::string> CheckConfig(const Config& config) {
     if (!tokens.ok()) return tokens.status();
     absl::StrAppend(&report, "  token-file ", path, ": ", *tokens, " tokens\n");
   }
+  if (absl::Status status = CheckCollector(config, &report); !status.ok()) return status;
   for (const auto& [option, path] : {std::pair("pivot-profile", server.pivot_profile),
                                      std::pair("region-socket", server.regions.socket.path)}) {
     if (absl::Status status = CheckFolder(option, path, &report); !status.ok()) return status;

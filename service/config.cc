@@ -155,6 +155,10 @@ void AddNetwork(Schema* schema, Config* config) {
                 kGiB, "Longest message in either direction");
   schema->Number(kGroup, "max-streams-per-connection", &server.max_streams_per_connection, 1,
                  1 << 20, "Streams at once on one connection");
+  schema->Number(kGroup, "max-streams-per-peer", &server.max_streams_per_peer, 0, 1 << 21,
+                 "Streams at once on one connection whose client does not heed that, beyond which "
+                 "they are refused (RESOURCE_EXHAUSTED) and the connection is broken; of all unix "
+                 "sockets together 16 times as many; 0: twice max-streams-per-connection");
   schema->Number(kGroup, "max-connections", &server.max_connections, 0, 1 << 20,
                  "Connections at once to all addresses together, beyond which new ones are closed "
                  "unread; 0: as many as there are descriptors");
@@ -317,12 +321,17 @@ void AddTraces(Schema* schema, Config* config) {
   schema
       ->Add(kGroup, "otlp-endpoint", &config->otlp_endpoint,
             "Collector that calls are sent to as spans (OTLP over HTTP), for instance "
-            "http://127.0.0.1:4318/v1/traces; none: they are not recorded")
+            "http://127.0.0.1:4318/v1/traces, or https://; none: they are not recorded")
       ->option_text("URL")
       ->check([](const std::string& url) {
         return url.empty() ? std::string()
                            : std::string(trace::ParseHttpUrl(url).status().message());
       });
+  schema
+      ->Add(kGroup, "otlp-authorities", &config->otlp_authorities,
+            "Authorities (PEM) of one of which an https:// collector must show a certificate; "
+            "none: the system's")
+      ->option_text("FILE");
   schema
       ->Add(kGroup, "otlp-sample-ratio", &config->otlp_sample_ratio,
             "Share of the calls without a traceparent that are recorded; with one its sampled flag "

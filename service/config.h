@@ -20,6 +20,8 @@ struct Config {
   admin::HttpOptions admin = {.address = "127.0.0.1:7412"};
   // Where spans go (trace/otlp_exporter.h); nowhere where it is empty.
   std::string otlp_endpoint;
+  // trace::OtlpOptions::authorities.
+  std::string otlp_authorities;
   // ServerOptions::trace_ratio, where there is an endpoint.
   double otlp_sample_ratio = 1;
   // How long running streams may take after SIGTERM.

@@ -72,7 +72,8 @@ int Refuse(const absl::Status& status) {
 
 absl::StatusOr<std::unique_ptr<trace::OtlpExporter>> StartExporter(
     const Config& config, const std::shared_ptr<rpc::Log>& log) {
-  trace::OtlpOptions options = {.endpoint = config.otlp_endpoint};
+  trace::OtlpOptions options = {.endpoint = config.otlp_endpoint,
+                                .authorities = config.otlp_authorities};
   options.resource = {{"service.name", "structkv-server"}, {"service.version", rpc::kVersion}};
   char host[HOST_NAME_MAX + 1] = {};
   if (gethostname(host, sizeof(host) - 1) == 0) options.resource.emplace_back("host.name", host);

@@ -19,6 +19,7 @@ constexpr absl::Duration kTellLimit = absl::Seconds(2);
 ServeEnd Drain(Server* server, int signal, absl::Duration limit, rpc::Log* log) {
   log->Write("draining", {{"signal", signal == SIGTERM ? "SIGTERM" : "SIGINT"},
                           {"streams", server->active_streams()},
+                          {"held_caches", server->sessions().held_caches().count()},
                           {"limit_ms", absl::ToInt64Milliseconds(limit)}});
   bool first = true;
   const bool finished = server->Drain(limit, [&](const DrainProgress& left) {
@@ -29,8 +30,9 @@ ServeEnd Drain(Server* server, int signal, absl::Duration limit, rpc::Log* log) 
                                   {"held_caches", left.held_caches},
                                   {"left_ms", absl::ToInt64Milliseconds(left.left)}});
   });
-  log->Write("stopped",
-             {{"streams_cut", finished ? "none" : "some"}, {"log_lines_dropped", log->dropped()}});
+  log->Write("stopped", {{"streams_cut", finished ? "none" : "some"},
+                         {"held_caches_lost", server->sessions().held_caches().count()},
+                         {"log_lines_dropped", log->dropped()}});
   return {};
 }
 

@@ -39,6 +39,8 @@ namespace {
 constexpr char kServiceName[] = "structkv.v1.Compression";
 // How long streams may take to notice a shutdown before gRPC cuts them off.
 constexpr absl::Duration kShutdownLimit = absl::Seconds(1);
+// How soon a drain notices that nothing is held any more, or has its progress told.
+constexpr absl::Duration kDrainLook = absl::Milliseconds(50);
 
 // Often enough to be exact to about an eighth of the shortest limit.
 absl::Duration TickFor(const rpc::StreamLimits& limits) {
@@ -77,10 +79,11 @@ std::shared_ptr<transport::RegionRegistry> MakeRegistry(const ServerOptions& opt
 }
 
 std::unique_ptr<rpc::NcclHost> MakeNccl(const ServerOptions& options, const Backend& backend,
-                                        std::shared_ptr<rpc::Identity> identity) {
+                                        std::shared_ptr<rpc::Identity> identity,
+                                        rpc::PeerStreams peers) {
   if (options.nccl.library.empty()) return nullptr;
   auto host = std::make_unique<rpc::NcclHost>(options.nccl, options.streams.stall, backend,
-                                              std::move(identity));
+                                              std::move(identity), std::move(peers));
   if (!host->status().ok() && options.warnings != nullptr) {
     const std::string text(host->status().message());
     options.warnings->Write("warning", {{"nccl", text}});
@@ -101,8 +104,9 @@ class Server::Impl {
  public:
   Impl(ServerOptions options, ChosenBackend backend, std::shared_ptr<rpc::Identity> identity)
       : identity_(std::move(identity)),
+        peers_(MaxStreamsPerPeer(options)),
         regions_(MakeRegistry(options)),
-        nccl_(MakeNccl(options, *backend.backend, identity_)),
+        nccl_(MakeNccl(options, *backend.backend, identity_, peers_)),
         options_(WithTransports(std::move(options), regions_, nccl_.get(), *backend.backend)),
         backend_reason_(std::move(backend.reason)),
         sessions_(options_.sessions, std::move(backend.backend)),
@@ -118,6 +122,7 @@ class Server::Impl {
     return {.limits = limits_,
             .sessions = &sessions_,
             .streams = &streams_,
+            .peers = peers_,
             .identity = identity_.get(),
             .log = options_.log.get(),
             .observer = options_.observer,
@@ -165,8 +170,11 @@ class Server::Impl {
     builder.RegisterService(&region_service_);
     if (nccl_ != nullptr) builder.RegisterService(&nccl_->service());
     if (!places.empty()) {
-      auto listener = rpc::ConnectionListener::Bind(std::move(places), options_.max_connections,
-                                                    options_.keepalive_timeout, options_.warnings);
+      auto listener = rpc::ConnectionListener::Bind(std::move(places),
+                                                    {.connections = options_.max_connections,
+                                                     .streams = MaxStreamsPerPeer(options_),
+                                                     .ack = options_.keepalive_timeout},
+                                                    options_.warnings);
       if (!listener.ok()) return listener.status();
       listener_ = *std::move(listener);
     }
@@ -220,15 +228,34 @@ class Server::Impl {
     drain_end_ = rpc::SteadyNanos() + absl::ToInt64Nanoseconds(std::min(limit, absl::Hours(10000)));
     server_->GetHealthCheckService()->SetServingStatus(false);
     sessions_.StartDraining();
-    if (nccl_ != nullptr) nccl_->StopAttaching(absl::UnavailableError("the server is draining"));
-    bool finished = false;
-    do {
-      if (tell) tell(*Progress());
-      finished = streams_.WaitUntilEmpty(std::min(absl::Seconds(1), DrainLeft()));
-    } while (!finished && DrainLeft() > absl::ZeroDuration());
-    if (finished && nccl_ != nullptr) nccl_->WaitUntilSettled(absl::Now() + DrainLeft());
+    bool attaching = nccl_ != nullptr;
+    int64_t tell_at = 0;
+    bool idle = false;
+    bool held = false;
+    while (true) {
+      if (const int64_t now = rpc::SteadyNanos(); tell && now >= tell_at) {
+        tell(*Progress());
+        tell_at = now + absl::ToInt64Nanoseconds(absl::Seconds(1));
+      }
+      // In this order: a prompt's cache is held before its stream is over.
+      idle = streams_.size() == 0;
+      held = sessions_.held_caches().count() > 0;
+      // Whoever comes for a cache may have a GPU attached for it.
+      if (attaching && !held) {
+        attaching = false;
+        nccl_->StopAttaching(absl::UnavailableError("the server is draining"));
+      }
+      if ((idle && !held) || DrainLeft() == absl::ZeroDuration()) break;
+      const absl::Duration wait = std::min(kDrainLook, DrainLeft());
+      if (idle) {
+        absl::SleepFor(wait);
+      } else {
+        streams_.WaitUntilEmpty(wait);
+      }
+    }
+    if (idle && nccl_ != nullptr) nccl_->WaitUntilSettled(absl::Now() + DrainLeft());
     Shutdown();
-    return finished;
+    return idle;
   }
 
   void FailAll(const absl::Status& status, absl::Duration limit) {
@@ -258,6 +285,7 @@ class Server::Impl {
   }
 
   const std::shared_ptr<rpc::Identity> identity_;
+  const rpc::PeerStreams peers_;
   const std::shared_ptr<transport::RegionRegistry> regions_;  // null: none
   const std::unique_ptr<rpc::NcclHost> nccl_;                 // null: none; outlives sessions_
   const ServerOptions options_;
@@ -378,6 +406,10 @@ int64_t Server::connections() const {
 int64_t Server::connections_refused() const {
   return impl_->listener_ == nullptr ? 0 : impl_->listener_->refused();
 }
+int64_t Server::connections_broken() const {
+  return impl_->listener_ == nullptr ? 0 : impl_->listener_->broken();
+}
+rpc::RefusedStreams Server::streams_refused() const { return impl_->peers_.refused(); }
 bool Server::Drain(absl::Duration limit, const std::function<void(const DrainProgress&)>& tell) {
   return impl_->Drain(limit, tell);
 }

@@ -19,6 +19,7 @@
 #include "service/rpc/identity.h"
 #include "service/rpc/log.h"
 #include "service/rpc/nccl_host.h"
+#include "service/rpc/peer_streams.h"
 #include "service/rpc/region_host.h"
 #include "service/rpc/tls.h"
 #include "service/session/session.h"
@@ -48,6 +49,11 @@ struct ServerOptions {
   rpc::NcclOptions nccl;
   // Streams at once on one connection; more wait at the client.
   int max_streams_per_connection = 256;
+  // Streams at once on one connection whose peer does not heed that, and so many times
+  // kUnixConnections of all connections to unix sockets together; one more is RESOURCE_EXHAUSTED.
+  // 0: twice max_streams_per_connection, since streams that end are counted for a moment longer
+  // than their peer takes them to last.
+  int64_t max_streams_per_peer = 0;
   // Connections at once to all TCP addresses; one more is closed unread. 0: no limit of its own.
   int64_t max_connections = 4096;
   // A connection is told to end after about this, and its streams have `streams.session` left; 0:
@@ -75,6 +81,9 @@ struct ServerOptions {
   rpc::StreamObserver* observer = nullptr;
 };
 
+// ServerOptions::max_streams_per_peer, or what stands for 0.
+int64_t MaxStreamsPerPeer(const ServerOptions& options);
+
 // INVALID_ARGUMENT for options out of range, which Server::Start() returns as well.
 absl::Status CheckOptions(const ServerOptions& options);
 
@@ -83,8 +92,8 @@ struct DrainProgress {
   int64_t streams = 0;
   int64_t prompts = 0;
   int64_t nccl_pairs = 0;
-  int64_t held_caches = 0;  // these end with the process
-  absl::Duration left;      // until the drain limit
+  int64_t held_caches = 0;
+  absl::Duration left;  // until the drain limit
 };
 
 // What the backend registry is asked for. Of a GPU's memory a part is set apart for transfers where
@@ -139,10 +148,16 @@ class Server {
   // no limit.
   int64_t connections() const;
   int64_t connections_refused() const;
+  // Connections to TCP addresses that were broken for more streams than max_streams_per_peer, those
+  // counted that no service was told of; 0 where there is no limit of connections.
+  int64_t connections_broken() const;
+  rpc::RefusedStreams streams_refused() const;
 
-  // Health says NOT_SERVING first, new streams are UNAVAILABLE, and those that run may finish
-  // within `limit`; what is left then fails as UNAVAILABLE. Ends with a shutdown. True where
-  // everything finished in time. `tell`, where it is set, is called at once and every second. Once.
+  // Health says NOT_SERVING first and new prompts are UNAVAILABLE. Within `limit` streams that run
+  // may finish, and held caches are fetched, renewed and released as before, until their leases
+  // end; what runs then fails as UNAVAILABLE, and caches that are still held are lost. Ends with a
+  // shutdown. True where no stream was left. `tell`, where it is set, is called at once and every
+  // second. Once.
   bool Drain(absl::Duration limit, const std::function<void(const DrainProgress&)>& tell = nullptr);
   // None while it does not drain.
   std::optional<DrainProgress> drain_progress() const;

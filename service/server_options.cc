@@ -22,11 +22,21 @@ int Millis(absl::Duration duration) {
 
 }  // namespace
 
+int64_t MaxStreamsPerPeer(const ServerOptions& options) {
+  if (options.max_streams_per_peer > 0) return options.max_streams_per_peer;
+  return int64_t{2} * options.max_streams_per_connection;
+}
+
 absl::Status CheckOptions(const ServerOptions& options) {
   if (options.streams.max_message_bytes < rpc::kMinMessageBytes) {
     return absl::InvalidArgumentError(absl::StrCat("max_message_bytes is ",
                                                    options.streams.max_message_bytes, "; at least ",
                                                    rpc::kMinMessageBytes));
+  }
+  if (MaxStreamsPerPeer(options) < options.max_streams_per_connection) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "max-streams-per-peer is ", options.max_streams_per_peer,
+        "; at least max-streams-per-connection (", options.max_streams_per_connection, "), or 0"));
   }
   for (const auto& [name, limit] : {std::pair("stall limit", options.streams.stall),
                                     std::pair("silence limit", options.streams.silence),
@@ -82,6 +92,7 @@ void SetLimits(const ServerOptions& options, grpc::ServerBuilder* builder) {
   builder->AddChannelArgument(GRPC_COMPRESSION_CHANNEL_ENABLED_ALGORITHMS_BITSET, 1);
   builder->AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, options.max_streams_per_connection);
+  builder->AddChannelArgument(GRPC_ARG_ENABLE_CHANNELZ, 1);  // rpc/open_streams.h asks it
   builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kMaxMetadataBytes);
   builder->AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS,
                               Millis(options.handshake_limit));

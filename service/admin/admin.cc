@@ -94,6 +94,8 @@ Readings Admin::Read() const {
                        .nccl_communicators = nccl.communicators.live,
                        .draining = sessions.draining(),
                        .connections_refused = server_->connections_refused(),
+                       .connections_broken = server_->connections_broken(),
+                       .streams_refused = server_->streams_refused(),
                        .log_lines_dropped = log_->dropped(),
                        .held_caches_expired = held.expired(),
                        .nccl_aborts = nccl.aborts,

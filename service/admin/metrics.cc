@@ -88,6 +88,11 @@ Metrics::Metrics()
       log_dropped_(NewCounters("structkv_log_dropped_total", "Log lines that were not written.")),
       connections_refused_(NewCounters("structkv_connections_refused_total",
                                        "Connections beyond those allowed, which were closed.")),
+      connections_broken_(
+          NewCounters("structkv_connections_broken_total",
+                      "Connections that were broken for more streams than one may have.")),
+      streams_refused_(NewCounters("structkv_streams_refused_total",
+                                   "Streams beyond those that a peer may have, by its kind.")),
       layer_seconds_(NewHistograms("structkv_layer_compress_duration_seconds",
                                    "Time that a layer was computed.")),
       stage_seconds_(
@@ -194,6 +199,10 @@ std::string Metrics::Render(const Readings& readings) {
     certificate_.Add({}).Set(static_cast<double>(absl::ToUnixSeconds(readings.certificate_end)));
   }
   RaiseTo(connections_refused_.Add({}), readings.connections_refused);
+  RaiseTo(connections_broken_.Add({}), readings.connections_broken);
+  RaiseTo(streams_refused_.Add({{"reason", "connection"}}), readings.streams_refused.connection);
+  RaiseTo(streams_refused_.Add({{"reason", "unix_sockets"}}),
+          readings.streams_refused.unix_sockets);
   RaiseTo(log_dropped_.Add({}), readings.log_lines_dropped);
   RaiseTo(nccl_aborts_.Add({}), readings.nccl_aborts);
   for (const auto& [name, count] : readings.cuda_errors) {

@@ -19,6 +19,7 @@
 #include "prometheus/histogram.h"
 #include "prometheus/registry.h"
 #include "service/engine/stage_times.h"
+#include "service/rpc/peer_streams.h"
 #include "service/rpc/stream_observer.h"
 #include "service/trace/otlp_exporter.h"
 
@@ -47,6 +48,8 @@ struct Readings {
   int64_t ipc_handles = 0;
   // Since the start; never fall.
   int64_t connections_refused = 0;
+  int64_t connections_broken = 0;
+  rpc::RefusedStreams streams_refused;
   int64_t log_lines_dropped = 0;
   int64_t held_caches_expired = 0;
   int64_t regions_expired = 0;
@@ -94,6 +97,8 @@ class Metrics {
   Counters& expired_;
   Counters& log_dropped_;
   Counters& connections_refused_;
+  Counters& connections_broken_;
+  Counters& streams_refused_;
   Histograms& layer_seconds_;
   Histograms& stage_seconds_;
   Histograms& queue_seconds_;

@@ -84,9 +84,9 @@ std::string Seconds(absl::Duration duration) { return absl::FormatDuration(durat
 
 }  // namespace
 
-CompressReactor* CompressReactor::Start(const StreamShared* shared,
+CompressReactor* CompressReactor::Start(const StreamShared* shared, PeerStreams::Place place,
                                         grpc::CallbackServerContext* context) {
-  auto reactor = std::make_shared<CompressReactor>(shared, context);
+  auto reactor = std::make_shared<CompressReactor>(shared, std::move(place), context);
   reactor->HoldSelf();
   shared->streams->Add(reactor);
   if (const absl::Status known = reactor->Know(); known.ok()) {
@@ -107,8 +107,9 @@ absl::Status CompressReactor::Know() {
   return absl::OkStatus();
 }
 
-CompressReactor::CompressReactor(const StreamShared* shared, grpc::CallbackServerContext* context)
-    : StreamIo(context), shared_(shared), begun_(SteadyNanos()) {}
+CompressReactor::CompressReactor(const StreamShared* shared, PeerStreams::Place place,
+                                 grpc::CallbackServerContext* context)
+    : StreamIo(context), shared_(shared), place_(std::move(place)), begun_(SteadyNanos()) {}
 
 std::shared_ptr<session::Session> CompressReactor::session(const Slot& slot) const {
   absl::MutexLock lock(&session_mutex_);
@@ -653,6 +654,7 @@ void CompressReactor::OnGone() {
     if (each != nullptr) each->Cancel();
   }
   done.clear();
+  place_.reset();
   shared_->streams->Remove(this);
 }
 

@@ -17,6 +17,7 @@
 #include "service/rpc/identity.h"
 #include "service/rpc/log.h"
 #include "service/rpc/open_decoder.h"
+#include "service/rpc/peer_streams.h"
 #include "service/rpc/stream_io.h"
 #include "service/rpc/stream_observer.h"
 #include "service/rpc/stream_set.h"
@@ -50,6 +51,7 @@ struct StreamShared {
   Live<StreamLimits> limits;
   session::SessionManager* sessions = nullptr;
   StreamSet* streams = nullptr;
+  PeerStreams peers{0};
   Identity* identity = nullptr;
   Log* log = nullptr;                  // may be null: no log
   StreamObserver* observer = nullptr;  // may be null
@@ -59,10 +61,13 @@ struct StreamShared {
 
 class CompressReactor final : public StreamIo, public Stream {
  public:
-  // Owned by gRPC's call: frees itself after the last reaction.
-  static CompressReactor* Start(const StreamShared* shared, grpc::CallbackServerContext* context);
+  // Owned by gRPC's call: frees itself after the last reaction. `place` is the stream's among those
+  // of its peer.
+  static CompressReactor* Start(const StreamShared* shared, PeerStreams::Place place,
+                                grpc::CallbackServerContext* context);
 
-  CompressReactor(const StreamShared* shared, grpc::CallbackServerContext* context);
+  CompressReactor(const StreamShared* shared, PeerStreams::Place place,
+                  grpc::CallbackServerContext* context);
 
   void CheckLimits(int64_t now) override;
   // Ends the stream: frees the sessions' memory, then tells the caller.
@@ -145,6 +150,7 @@ class CompressReactor final : public StreamIo, public Stream {
   static bool OwesAnswer(const std::vector<std::shared_ptr<session::Session>>& sessions);
 
   const StreamShared* const shared_;
+  PeerStreams::Place place_;  // until gRPC's last reaction
   const int64_t begun_;
   // Written before the first message is read.
   std::string tenant_;

@@ -4,13 +4,16 @@
 #include <utility>
 
 #include "service/rpc/capabilities.h"
+#include "service/rpc/refusal.h"
 #include "service/rpc/status_mapping.h"
 
 namespace structkv::rpc {
 
 grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* CompressionService::Compress(
     grpc::CallbackServerContext* context) {
-  return CompressReactor::Start(&shared_, context);
+  absl::StatusOr<PeerStreams::Place> place = shared_.peers.Take(context->peer());
+  if (!place.ok()) return RefusedBidi::Start(place.status());
+  return CompressReactor::Start(&shared_, *std::move(place), context);
 }
 
 grpc::ServerUnaryReactor* CompressionService::GetCapabilities(

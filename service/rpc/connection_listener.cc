@@ -11,6 +11,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstring>
@@ -23,6 +24,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "absl/synchronization/mutex.h"
+#include "service/rpc/connection_handover.h"
+#include "service/rpc/open_streams.h"
 #include "service/rpc/stream_set.h"
 #include "structkv/v1/address.h"
 
@@ -32,6 +35,10 @@ namespace {
 constexpr int kBacklog = 1024;
 // How often it is said that connections are refused, at most.
 constexpr int64_t kWarnNanos = 10'000'000'000;
+// How often gRPC is asked for its streams: seldom enough that it takes a twentieth of a core at
+// most.
+constexpr int64_t kLookNanos = 100'000'000;
+constexpr int64_t kLookShare = 20;
 // How long to wait where the system has no descriptor left.
 constexpr int kPauseMillis = 100;
 
@@ -58,6 +65,14 @@ uint64_t SocketNumber(int fd) {
   struct stat file = {};
   return fstat(fd, &file) == 0 && S_ISSOCK(file.st_mode) ? file.st_ino : 0;
 }
+
+// A connection that gRPC was given.
+struct Connection {
+  uint64_t socket = 0;
+  std::string peer;
+};
+
+bool IsThere(int fd, const Connection& connection) { return SocketNumber(fd) == connection.socket; }
 
 void SetOption(int fd, int level, int name, int value) {
   setsockopt(fd, level, name, &value, sizeof(value));  // the connection works without
@@ -190,9 +205,10 @@ class ConnectionListener::Impl {
     size_t place;
   };
 
-  Impl(int64_t max_connections, absl::Duration ack_limit, std::shared_ptr<Log> warnings)
-      : max_(max_connections),
-        ack_millis_(static_cast<int>(absl::ToInt64Milliseconds(ack_limit))),
+  Impl(const Limits& limits, std::shared_ptr<Log> warnings)
+      : max_(limits.connections),
+        max_streams_(limits.streams),
+        ack_millis_(static_cast<int>(absl::ToInt64Milliseconds(limits.ack))),
         warnings_(std::move(warnings)),
         wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
   ~Impl() { Stop(); }
@@ -215,6 +231,7 @@ class ConnectionListener::Impl {
 
   void Start() {
     thread_ = std::thread([this] { Run(); });
+    watch_ = std::thread([this] { Watch(); });
   }
 
   void Stop() {
@@ -223,6 +240,7 @@ class ConnectionListener::Impl {
     // It cannot be full.
     [[maybe_unused]] const ssize_t written = write(wake_.get(), &one, sizeof(one));
     thread_.join();
+    watch_.join();
     sockets_.clear();
   }
 
@@ -232,6 +250,7 @@ class ConnectionListener::Impl {
     return static_cast<int64_t>(open_.size());
   }
   int64_t refused() const { return refused_; }
+  int64_t broken() const { return broken_; }
   const std::vector<int>& ports() const { return ports_; }
 
  private:
@@ -248,10 +267,25 @@ class ConnectionListener::Impl {
     }
   }
 
+  // On a thread of its own: one that takes connections is busy when they come in crowds.
+  void Watch() {
+    int64_t wait = kLookNanos;
+    pollfd wake = {wake_.get(), POLLIN, 0};
+    while (poll(&wake, 1, static_cast<int>(wait / 1'000'000)) <= 0) {
+      handover_.Look();
+      const int64_t begin = SteadyNanos();
+      if (max_streams_ > 0) BreakFloods();
+      wait = std::max(kLookNanos, (SteadyNanos() - begin) * kLookShare);
+    }
+  }
+
   // What waits at one socket, but not for ever: others have their turn.
   void Accept(const Socket& socket) {
     for (int i = 0; i < kBacklog; ++i) {
-      Descriptor fd(accept4(socket.fd.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+      sockaddr_storage peer = {};
+      socklen_t size = sizeof(peer);
+      Descriptor fd(accept4(socket.fd.get(), reinterpret_cast<sockaddr*>(&peer), &size,
+                            SOCK_CLOEXEC | SOCK_NONBLOCK));
       if (fd.get() < 0) {
         if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
           Warn(absl::StrCat("no connection can be taken: ", std::strerror(errno)));
@@ -260,23 +294,21 @@ class ConnectionListener::Impl {
         if (errno == EINTR || errno == ECONNABORTED) continue;
         return;
       }
-      if (!Admit(fd.get())) continue;
+      if (!Admit(fd.get(), peer)) continue;
       SetOption(fd.get(), IPPROTO_TCP, TCP_NODELAY, 1);
       SetOption(fd.get(), IPPROTO_TCP, TCP_USER_TIMEOUT, ack_millis_);
-      grpc::experimental::ExternalConnectionAcceptor::NewConnectionParameters connection;
-      connection.fd = fd.release();
-      places_[socket.place].acceptor->HandleNewConnection(&connection);
+      handover_.Give(places_[socket.place].acceptor.get(), fd.release());
     }
   }
 
   // Counts the connection, where there is room for it.
-  bool Admit(int fd) {
+  bool Admit(int fd, const sockaddr_storage& peer) {
     bool full = false;
     {
       absl::MutexLock lock(&mutex_);
       if (static_cast<int64_t>(open_.size()) >= max_) DropClosed();
       full = static_cast<int64_t>(open_.size()) >= max_;
-      if (!full) open_[fd] = SocketNumber(fd);
+      if (!full) open_[fd] = {SocketNumber(fd), PeerName(peer)};
     }
     if (!full) return true;
     ++refused_;
@@ -287,37 +319,58 @@ class ConnectionListener::Impl {
 
   // gRPC closes connections as it likes: those whose descriptors are others' by now are gone.
   void DropClosed() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    absl::erase_if(open_, [](const auto& one) { return SocketNumber(one.first) != one.second; });
+    absl::erase_if(open_, [](const auto& one) { return !IsThere(one.first, one.second); });
+  }
+
+  // gRPC notices that the connection is gone, and ends its streams.
+  void BreakFloods() {
+    for (const OpenStreams& streams : ReadOpenStreams()) {
+      if (streams.count <= max_streams_) continue;
+      absl::MutexLock lock(&mutex_);
+      for (const auto& [fd, connection] : open_) {
+        if (connection.peer != streams.peer || !IsThere(fd, connection)) continue;
+        ++broken_;  // its peer may look as soon as it is broken
+        // The descriptor may be another's between the look and this; that one then connects anew.
+        shutdown(fd, SHUT_RDWR);
+        Warn(absl::StrCat(streams.peer, " had ", streams.count, " streams on one connection; ",
+                          max_streams_, " are allowed (max-streams-per-peer): it is broken, as ",
+                          broken_.load(), " were since the start"));
+      }
+    }
   }
 
   void Warn(const std::string& text) {
     const int64_t now = SteadyNanos();
-    if (warnings_ == nullptr || (warned_ != 0 && now - warned_ < kWarnNanos)) return;
-    warned_ = now;
+    int64_t warned = warned_;
+    if (warnings_ == nullptr || (warned != 0 && now - warned < kWarnNanos)) return;
+    if (!warned_.compare_exchange_strong(warned, now)) return;  // the other thread did
     warnings_->Write("warning", {{"connections", text}});
   }
 
   const int64_t max_;
+  const int64_t max_streams_;
   const int ack_millis_;
   const std::shared_ptr<Log> warnings_;
   const Descriptor wake_;
   std::vector<Place> places_;
+  ConnectionHandover handover_;  // ends before the places
   std::vector<Socket> sockets_;
   std::vector<int> ports_;
   std::thread thread_;
-  int64_t warned_ = 0;  // the thread's own
+  std::thread watch_;
+  std::atomic<int64_t> warned_{0};
   std::atomic<int64_t> refused_{0};
+  std::atomic<int64_t> broken_{0};
   mutable absl::Mutex mutex_;
-  mutable absl::flat_hash_map<int, uint64_t> open_ ABSL_GUARDED_BY(mutex_);
+  mutable absl::flat_hash_map<int, Connection> open_ ABSL_GUARDED_BY(mutex_);  // by descriptor
 };
 
 ConnectionListener::ConnectionListener(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 ConnectionListener::~ConnectionListener() = default;
 
 absl::StatusOr<std::unique_ptr<ConnectionListener>> ConnectionListener::Bind(
-    std::vector<Place> places, int64_t max_connections, absl::Duration ack_limit,
-    std::shared_ptr<Log> warnings) {
-  auto impl = std::make_unique<Impl>(max_connections, ack_limit, std::move(warnings));
+    std::vector<Place> places, const Limits& limits, std::shared_ptr<Log> warnings) {
+  auto impl = std::make_unique<Impl>(limits, std::move(warnings));
   if (absl::Status status = impl->Bind(std::move(places)); !status.ok()) return status;
   return std::unique_ptr<ConnectionListener>(new ConnectionListener(std::move(impl)));
 }
@@ -327,5 +380,6 @@ void ConnectionListener::Start() { impl_->Start(); }
 void ConnectionListener::Stop() { impl_->Stop(); }
 int64_t ConnectionListener::connections() const { return impl_->connections(); }
 int64_t ConnectionListener::refused() const { return impl_->refused(); }
+int64_t ConnectionListener::broken() const { return impl_->broken(); }
 
 }  // namespace structkv::rpc

@@ -1,5 +1,7 @@
 // Takes connections to TCP addresses and hands them to gRPC, no more than a number at once:
 // gRPC 1.51 has no such limit, and takes memory for each connection before anything is known of it.
+// Those whose peers open far more streams than they may are broken: gRPC 1.51 takes memory for each
+// of these too, and no service learns of one whose request does not come.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +21,8 @@ namespace structkv::rpc {
 // "unix-abstract:name".
 absl::Status CheckListenAddress(const std::string& address);
 
-// Thread-safe. Runs one thread between Start() and Stop().
+// Thread-safe. Runs two threads between Start() and Stop(), and some that wait until its end. Its
+// end comes after that of gRPC's server.
 class ConnectionListener {
  public:
   struct Place {
@@ -27,11 +30,19 @@ class ConnectionListener {
     std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> acceptor;
   };
 
+  struct Limits {
+    int64_t connections = 0;
+    // Streams at once of one connection, beyond which it is broken within a tenth of a second, or
+    // somewhat later where there are thousands of connections; 0: no limit.
+    int64_t streams = 0;
+    // What a peer has not acknowledged for this breaks its connection.
+    absl::Duration ack;
+  };
+
   // UNAVAILABLE where an address cannot be listened on. A host's name stands for all its addresses.
-  // What a peer has not acknowledged for `ack_limit` breaks its connection. `warnings` may be null.
+  // `warnings` may be null.
   static absl::StatusOr<std::unique_ptr<ConnectionListener>> Bind(std::vector<Place> places,
-                                                                  int64_t max_connections,
-                                                                  absl::Duration ack_limit,
+                                                                  const Limits& limits,
                                                                   std::shared_ptr<Log> warnings);
   ~ConnectionListener();
   ConnectionListener(const ConnectionListener&) = delete;
@@ -48,6 +59,8 @@ class ConnectionListener {
   int64_t connections() const;
   // Those that were closed because there were as many as there may be.
   int64_t refused() const;
+  // Those that were broken for their streams.
+  int64_t broken() const;
 
  private:
   class Impl;

@@ -28,9 +28,10 @@ absl::StatusOr<int64_t> MaxMessageBytes(const v1::FetchCacheRequest& request, in
 
 }  // namespace
 
-FetchReactor* FetchReactor::Start(const StreamShared* shared, grpc::CallbackServerContext* context,
+FetchReactor* FetchReactor::Start(const StreamShared* shared, PeerStreams::Place place,
+                                  grpc::CallbackServerContext* context,
                                   const grpc::ByteBuffer& request) {
-  auto reactor = std::make_shared<FetchReactor>(shared, context);
+  auto reactor = std::make_shared<FetchReactor>(shared, std::move(place), context);
   reactor->HoldSelf();
   shared->streams->Add(reactor);
   if (absl::Status opened = reactor->Open(request); !opened.ok()) {
@@ -41,8 +42,9 @@ FetchReactor* FetchReactor::Start(const StreamShared* shared, grpc::CallbackServ
   return reactor.get();
 }
 
-FetchReactor::FetchReactor(const StreamShared* shared, grpc::CallbackServerContext* context)
-    : WriteStream(context), shared_(shared), begun_(SteadyNanos()) {}
+FetchReactor::FetchReactor(const StreamShared* shared, PeerStreams::Place place,
+                           grpc::CallbackServerContext* context)
+    : WriteStream(context), shared_(shared), place_(std::move(place)), begun_(SteadyNanos()) {}
 
 absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
   const absl::StatusOr<std::string> tenant = shared_->identity->TenantOf(*context());
@@ -50,7 +52,8 @@ absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
   absl::StatusOr<CallLabels> labels = ReadCallLabels(*context(), shared_->trace_ratio);
   if (!labels.ok()) return labels.status();
   labels_ = *std::move(labels);
-  if (shared_->sessions->draining()) return absl::UnavailableError("the server is draining");
+  // A server that drains gives away what it holds; one that ends does not begin.
+  if (absl::Status ended = shared_->streams->ended(); !ended.ok()) return ended;
   grpc::ByteBuffer copy = bytes;  // shares the slices
   v1::FetchCacheRequest request;
   grpc::ProtoBufferReader reader(&copy);
@@ -196,6 +199,7 @@ void FetchReactor::OnGone() {
   builder_.reset();
   allowance_.Release();
   reservation_.Release();
+  place_.reset();
   shared_->streams->Remove(this);
 }
 

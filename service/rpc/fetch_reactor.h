@@ -20,11 +20,13 @@ namespace structkv::rpc {
 
 class FetchReactor final : public WriteStream, public Stream {
  public:
-  // Owned by gRPC's call: frees itself after the last reaction.
-  static FetchReactor* Start(const StreamShared* shared, grpc::CallbackServerContext* context,
-                             const grpc::ByteBuffer& request);
+  // Owned by gRPC's call: frees itself after the last reaction. `place` is the stream's among those
+  // of its peer.
+  static FetchReactor* Start(const StreamShared* shared, PeerStreams::Place place,
+                             grpc::CallbackServerContext* context, const grpc::ByteBuffer& request);
 
-  FetchReactor(const StreamShared* shared, grpc::CallbackServerContext* context);
+  FetchReactor(const StreamShared* shared, PeerStreams::Place place,
+               grpc::CallbackServerContext* context);
 
   void CheckLimits(int64_t now) override;
   void End(const absl::Status& status) override { EndWith(ToGrpc(status)); }
@@ -47,6 +49,7 @@ class FetchReactor final : public WriteStream, public Stream {
   void TellEnd() const;
 
   const StreamShared* const shared_;
+  PeerStreams::Place place_;  // until gRPC's last reaction
   const int64_t begun_;
   session::Reservation reservation_;
   engine::BufferAllowance allowance_;

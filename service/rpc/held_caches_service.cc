@@ -2,8 +2,10 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "service/rpc/fetch_reactor.h"
+#include "service/rpc/refusal.h"
 #include "service/rpc/status_mapping.h"
 
 namespace structkv::rpc {
@@ -19,7 +21,9 @@ grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, const abs
 
 grpc::ServerWriteReactor<grpc::ByteBuffer>* HeldCachesService::FetchCache(
     grpc::CallbackServerContext* context, const grpc::ByteBuffer* request) {
-  return FetchReactor::Start(&shared_, context, *request);
+  absl::StatusOr<PeerStreams::Place> place = shared_.peers.Take(context->peer());
+  if (!place.ok()) return RefusedWrite::Start(place.status());
+  return FetchReactor::Start(&shared_, *std::move(place), context, *request);
 }
 
 grpc::ServerUnaryReactor* HeldCachesService::RenewCache(grpc::CallbackServerContext* context,

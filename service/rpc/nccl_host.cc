@@ -54,14 +54,14 @@ absl::StatusOr<std::vector<std::unique_ptr<nccl::Hub>>> Start(const NcclOptions&
 }  // namespace
 
 NcclHost::NcclHost(const NcclOptions& options, absl::Duration offer_limit, const Backend& backend,
-                   std::shared_ptr<Identity> identity)
+                   std::shared_ptr<Identity> identity, PeerStreams peers)
     : backend_(backend),
       status_([&] {
         auto hubs = Start(options, offer_limit, backend);
         if (hubs.ok()) hubs_ = *std::move(hubs);
         return hubs.status();
       }()),
-      service_(Hubs(), std::move(identity)) {}
+      service_(Hubs(), std::move(identity), std::move(peers)) {}
 
 absl::StatusOr<std::vector<nccl::Hub*>> NcclHost::Hubs() const {
   if (!status_.ok()) return status_;

@@ -35,7 +35,7 @@ class NcclHost {
   // Loads NCCL and starts a hub for each of the backend's GPUs. Where that fails there are none,
   // and status() says why. `offer_limit`: of transfers that a client does not begin.
   NcclHost(const NcclOptions& options, absl::Duration offer_limit, const Backend& backend,
-           std::shared_ptr<Identity> identity);
+           std::shared_ptr<Identity> identity, PeerStreams peers);
 
   const absl::Status& status() const { return status_; }
   NcclService& service() { return service_; }

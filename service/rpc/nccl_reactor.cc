@@ -11,9 +11,9 @@
 
 namespace structkv::rpc {
 
-NcclReactor* NcclReactor::Start(nccl::Hub* hub, std::string tenant,
+NcclReactor* NcclReactor::Start(nccl::Hub* hub, std::string tenant, PeerStreams::Place place,
                                 grpc::CallbackServerContext* context) {
-  auto reactor = std::make_shared<NcclReactor>(hub, context);
+  auto reactor = std::make_shared<NcclReactor>(hub, std::move(place), context);
   reactor->HoldSelf();
   // The hub may keep the channel for longer than gRPC has the stream.
   const std::weak_ptr<NcclReactor> weak = reactor;
@@ -55,7 +55,10 @@ void NcclReactor::OnSent(uint32_t /*prompt*/, int64_t bytes, bool /*ends_prompt*
 
 void NcclReactor::OnBroken() { Fail(absl::CancelledError("the stream broke")); }
 
-void NcclReactor::OnGone() { hub_->OnEnd(pair_, absl::CancelledError("the stream is over")); }
+void NcclReactor::OnGone() {
+  hub_->OnEnd(pair_, absl::CancelledError("the stream is over"));
+  place_.reset();
+}
 
 void NcclReactor::SendToClient(const nccl::ServiceMessage& message) {
   OutgoingMessage outgoing;

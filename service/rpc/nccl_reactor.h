@@ -4,7 +4,9 @@
 #include <atomic>
 #include <cstdint>
 #include <string>
+#include <utility>
 
+#include "service/rpc/peer_streams.h"
 #include "service/rpc/stream_io.h"
 #include "service/transport/nccl/hub.h"
 
@@ -19,11 +21,12 @@ inline constexpr int64_t kMaxNcclUnreadBytes = int64_t{4} << 20;
 class NcclReactor final : public StreamIo {
  public:
   // Attaches the stream for `tenant`. `hub` must be there until gRPC's last reaction.
-  static NcclReactor* Start(nccl::Hub* hub, std::string tenant,
+  // `place` is the stream's among those of its peer.
+  static NcclReactor* Start(nccl::Hub* hub, std::string tenant, PeerStreams::Place place,
                             grpc::CallbackServerContext* context);
 
-  NcclReactor(nccl::Hub* hub, grpc::CallbackServerContext* context)
-      : StreamIo(context), hub_(hub) {}
+  NcclReactor(nccl::Hub* hub, PeerStreams::Place place, grpc::CallbackServerContext* context)
+      : StreamIo(context), hub_(hub), place_(std::move(place)) {}
 
  private:
   void OnMessage(const grpc::ByteBuffer& message) override;
@@ -36,6 +39,7 @@ class NcclReactor final : public StreamIo {
   void Fail(const absl::Status& status);
 
   nccl::Hub* const hub_;
+  PeerStreams::Place place_;  // until gRPC's last reaction
   nccl::Hub::PairId pair_ = 0;
   std::atomic<int64_t> unread_bytes_ = 0;
 };

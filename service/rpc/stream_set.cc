@@ -85,7 +85,16 @@ void StreamSet::Tick() {
 }
 
 void StreamSet::EndAll(const absl::Status& status) {
+  {
+    absl::MutexLock lock(&mutex_);
+    ended_ = status;
+  }
   for (const auto& stream : All()) stream->End(status);
+}
+
+absl::Status StreamSet::ended() const {
+  absl::MutexLock lock(&mutex_);
+  return ended_;
 }
 
 std::vector<PromptReport> StreamSet::Report() const {

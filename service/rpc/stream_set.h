@@ -51,6 +51,9 @@ class StreamSet {
   std::vector<PromptReport> Report() const;
   // Ends every stream that runs now.
   void EndAll(const absl::Status& status);
+  // What EndAll ended them with last, for a stream that was added since: nobody else ends that one.
+  // OK before.
+  absl::Status ended() const;
   // Waits until no stream is left; false at the limit.
   bool WaitUntilEmpty(absl::Duration limit);
 
@@ -63,6 +66,7 @@ class StreamSet {
   const std::function<void()> also_;
   mutable absl::Mutex mutex_;
   std::unordered_map<const Stream*, std::weak_ptr<Stream>> streams_ ABSL_GUARDED_BY(mutex_);
+  absl::Status ended_ ABSL_GUARDED_BY(mutex_);
   std::unique_ptr<Ticker> ticker_;
   std::thread thread_;
 };

@@ -11,6 +11,7 @@
 #include "boost/asio/io_context.hpp"
 #include "boost/asio/ip/tcp.hpp"
 #include "boost/asio/post.hpp"
+#include "boost/asio/ssl.hpp"
 #include "boost/asio/steady_timer.hpp"
 #include "boost/beast/core.hpp"
 #include "boost/beast/http.hpp"
@@ -21,10 +22,31 @@ namespace {
 namespace asio = boost::asio;
 namespace beast = boost::beast;
 namespace http = beast::http;
+namespace ssl = asio::ssl;
 using tcp = asio::ip::tcp;
 using Clock = std::chrono::steady_clock;
 
 constexpr char kUserAgent[] = "structkv-server";
+// Debian's authorities, which an image may have without OpenSSL's own folder of them.
+constexpr char kSystemAuthorities[] = "/etc/ssl/certs/ca-certificates.crt";
+
+absl::StatusOr<std::unique_ptr<ssl::context>> MakeTls(const std::string& authorities) {
+  auto context = std::make_unique<ssl::context>(ssl::context::tls_client);
+  context->set_options(ssl::context::default_workarounds | ssl::context::no_sslv2 |
+                       ssl::context::no_sslv3 | ssl::context::no_tlsv1 | ssl::context::no_tlsv1_1);
+  context->set_verify_mode(ssl::verify_peer);
+  beast::error_code error;
+  if (authorities.empty()) {
+    // Whatever there is of them: without any no certificate is good.
+    context->set_default_verify_paths(error);
+    context->load_verify_file(kSystemAuthorities, error);
+    return context;
+  }
+  context->load_verify_file(authorities, error);
+  if (!error) return context;
+  return absl::InvalidArgumentError(
+      absl::StrCat("otlp-authorities ", authorities, ": no certificates (", error.message(), ")"));
+}
 
 std::optional<absl::Duration> RetryAfter(beast::string_view text) {
   int64_t seconds = 0;
@@ -38,7 +60,9 @@ std::optional<absl::Duration> RetryAfter(beast::string_view text) {
 
 class HttpPoster::Impl {
  public:
-  explicit Impl(HttpUrl url) : url_(std::move(url)) {}
+  // `tls` null: the URL is one of http.
+  Impl(HttpUrl url, std::unique_ptr<ssl::context> tls)
+      : url_(std::move(url)), tls_(std::move(tls)) {}
 
   absl::StatusOr<HttpReply> Post(const std::string& content_type, std::string body,
                                  absl::Duration limit) {
@@ -55,6 +79,8 @@ class HttpPoster::Impl {
     request_.body() = std::move(body);
     request_.prepare_payload();
     stream_.emplace(io_);
+    secure_.reset();
+    if (tls_ != nullptr) secure_.emplace(*stream_, *tls_);
     parser_.emplace();
     parser_->body_limit(kMaxReplyBytes);
     buffer_.clear();
@@ -68,6 +94,7 @@ class HttpPoster::Impl {
     }
     io_.restart();
     io_.run();
+    secure_.reset();
     stream_.reset();
     return std::move(result_);
   }
@@ -94,15 +121,30 @@ class HttpPoster::Impl {
   void Connect() {
     stream_->async_connect(found_, [this](beast::error_code error, const tcp::endpoint&) {
       if (error) return Fail("connecting", error);
-      http::async_write(*stream_, request_, [this](beast::error_code failed, size_t) {
-        if (failed) return Fail("sending", failed);
-        Read();
+      if (!secure_.has_value()) return Write(&*stream_);
+      // Of an address there is no name to send, and its certificate names the address.
+      beast::error_code is_name;
+      asio::ip::make_address(url_.host, is_name);
+      if (is_name) SSL_set_tlsext_host_name(secure_->native_handle(), url_.host.c_str());
+      secure_->set_verify_callback(ssl::host_name_verification(url_.host));
+      secure_->async_handshake(ssl::stream_base::client, [this](beast::error_code failed) {
+        if (failed) return Fail("the TLS handshake", failed);
+        Write(&*secure_);
       });
     });
   }
 
-  void Read() {
-    http::async_read(*stream_, buffer_, *parser_, [this](beast::error_code error, size_t) {
+  template <typename Stream>
+  void Write(Stream* stream) {
+    http::async_write(*stream, request_, [this, stream](beast::error_code error, size_t) {
+      if (error) return Fail("sending", error);
+      Read(stream);
+    });
+  }
+
+  template <typename Stream>
+  void Read(Stream* stream) {
+    http::async_read(*stream, buffer_, *parser_, [this](beast::error_code error, size_t) {
       if (error) return Fail("the answer", error);
       HttpReply reply;
       reply.status = static_cast<int>(parser_->get().result_int());
@@ -137,6 +179,7 @@ class HttpPoster::Impl {
   }
 
   const HttpUrl url_;
+  const std::unique_ptr<ssl::context> tls_;
   asio::io_context io_{1};
   tcp::resolver resolver_{io_};
   asio::steady_timer timer_{io_};
@@ -146,13 +189,30 @@ class HttpPoster::Impl {
   bool late_ = false;
   tcp::resolver::results_type found_;  // by the last look-up
   std::optional<beast::tcp_stream> stream_;
+  std::optional<ssl::stream<beast::tcp_stream&>> secure_;  // over stream_
   http::request<http::string_body> request_;
   beast::flat_buffer buffer_;
   std::optional<http::response_parser<http::string_body>> parser_;
   absl::StatusOr<HttpReply> result_;
 };
 
-HttpPoster::HttpPoster(HttpUrl url) : impl_(std::make_unique<Impl>(std::move(url))) {}
+absl::StatusOr<std::unique_ptr<HttpPoster>> HttpPoster::Make(HttpUrl url,
+                                                             const std::string& authorities) {
+  std::unique_ptr<ssl::context> tls;
+  if (url.tls) {
+    auto made = MakeTls(authorities);
+    if (!made.ok()) return made.status();
+    tls = *std::move(made);
+  } else if (!authorities.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("otlp-authorities needs an otlp-endpoint of https://; it is http://",
+                     url.authority(), url.path));
+  }
+  auto impl = std::make_unique<Impl>(std::move(url), std::move(tls));
+  return std::unique_ptr<HttpPoster>(new HttpPoster(std::move(impl)));
+}
+
+HttpPoster::HttpPoster(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 HttpPoster::~HttpPoster() = default;
 
 absl::StatusOr<HttpReply> HttpPoster::Post(const std::string& content_type, std::string body,

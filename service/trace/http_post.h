@@ -17,12 +17,16 @@ struct HttpReply {
   std::optional<absl::Duration> retry_after;  // where it names seconds
 };
 
-// Posts on the calling thread. One call of Post at a time; Hurry from any thread.
+// Posts on the calling thread, over TLS where the URL says so: the server must show a certificate
+// of its name. One call of Post at a time; Hurry from any thread.
 class HttpPoster {
  public:
   static constexpr size_t kMaxReplyBytes = 64 << 10;
 
-  explicit HttpPoster(HttpUrl url);
+  // `authorities`: PEM file of those of one of which a server must show a certificate; empty: the
+  // system's. INVALID_ARGUMENT where that cannot be taken, or the URL is not one of https.
+  static absl::StatusOr<std::unique_ptr<HttpPoster>> Make(HttpUrl url,
+                                                          const std::string& authorities);
   ~HttpPoster();
 
   // On a connection of its own. UNAVAILABLE where nobody answers, DEADLINE_EXCEEDED where that is
@@ -35,6 +39,7 @@ class HttpPoster {
 
  private:
   class Impl;
+  explicit HttpPoster(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
 

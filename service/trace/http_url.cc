@@ -26,11 +26,17 @@ std::string HttpUrl::authority() const {
 }
 
 absl::StatusOr<HttpUrl> ParseHttpUrl(absl::string_view text) {
-  const absl::Status bad = absl::InvalidArgumentError(absl::StrCat(
-      "'", text, "' is no http:// URL; write for instance ", "http://127.0.0.1:4318/v1/traces"));
+  const absl::Status bad = absl::InvalidArgumentError(
+      absl::StrCat("'", text, "' is no http:// or https:// URL; write for instance ",
+                   "http://127.0.0.1:4318/v1/traces"));
   absl::string_view rest = text;
-  if (!absl::ConsumePrefix(&rest, "http://")) return bad;
   HttpUrl url;
+  url.tls = absl::ConsumePrefix(&rest, "https://");
+  if (url.tls) {
+    url.port = "443";
+  } else if (!absl::ConsumePrefix(&rest, "http://")) {
+    return bad;
+  }
   const size_t slash = rest.find('/');
   absl::string_view authority = rest.substr(0, slash);
   if (slash != absl::string_view::npos) url.path = std::string(rest.substr(slash));

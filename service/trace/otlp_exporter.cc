@@ -23,7 +23,9 @@ bool MayBeTriedAgain(int status) {
 absl::StatusOr<std::unique_ptr<OtlpExporter>> OtlpExporter::Start(OtlpOptions options) {
   absl::StatusOr<HttpUrl> url = ParseHttpUrl(options.endpoint);
   if (!url.ok()) return url.status();
-  std::unique_ptr<OtlpExporter> exporter(new OtlpExporter(std::move(options), *std::move(url)));
+  auto poster = HttpPoster::Make(*std::move(url), options.authorities);
+  if (!poster.ok()) return poster.status();
+  std::unique_ptr<OtlpExporter> exporter(new OtlpExporter(std::move(options), *std::move(poster)));
   exporter->thread_ = std::thread([exporter = exporter.get()] { exporter->Run(); });
   return exporter;
 }
@@ -35,7 +37,7 @@ OtlpExporter::~OtlpExporter() {
     end_ = std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(options_.flush_limit);
   }
   changed_.notify_all();
-  poster_.Hurry(options_.flush_limit);
+  poster_->Hurry(options_.flush_limit);
   thread_.join();
 }
 
@@ -124,7 +126,7 @@ void OtlpExporter::Send(const std::vector<Span>& batch) {
 }
 
 absl::StatusOr<int64_t> OtlpExporter::TryOnce(const std::string& body, absl::Duration* wait) {
-  absl::StatusOr<HttpReply> reply = poster_.Post(kContentType, body, options_.request_limit);
+  absl::StatusOr<HttpReply> reply = poster_->Post(kContentType, body, options_.request_limit);
   if (!reply.ok()) return absl::UnavailableError(reply.status().message());
   if (reply->status >= 200 && reply->status < 300) return RejectedSpans(reply->body);
   const std::string text = absl::StrCat("the collector answered with ", reply->status);

@@ -22,8 +22,10 @@
 namespace structkv::trace {
 
 struct OtlpOptions {
-  // http://HOST[:PORT][/PATH], of the collector's traces.
+  // http[s]://HOST[:PORT][/PATH], of the collector's traces.
   std::string endpoint;
+  // As HttpPoster::Make.
+  std::string authorities;
   // Who sends: `service.name` and what else is known.
   std::vector<Attribute> resource;
   // Spans that may wait; more are dropped. Some 1 KiB each.
@@ -54,7 +56,7 @@ struct ExportCounts {
 // Thread-safe. Runs one thread.
 class OtlpExporter {
  public:
-  // INVALID_ARGUMENT for an endpoint that is no such URL.
+  // INVALID_ARGUMENT for an endpoint that is no such URL, and as HttpPoster::Make.
   static absl::StatusOr<std::unique_ptr<OtlpExporter>> Start(OtlpOptions options);
   // Sends what waits, within the flush limit.
   ~OtlpExporter();
@@ -65,8 +67,8 @@ class OtlpExporter {
   ExportCounts counts() const;
 
  private:
-  OtlpExporter(OtlpOptions options, HttpUrl url)
-      : options_(std::move(options)), poster_(std::move(url)) {}
+  OtlpExporter(OtlpOptions options, std::unique_ptr<HttpPoster> poster)
+      : options_(std::move(options)), poster_(std::move(poster)) {}
 
   void Run();
   // What is to be sent next; empty: it is over.
@@ -83,7 +85,7 @@ class OtlpExporter {
   void Lost(const absl::Status& why);
 
   const OtlpOptions options_;
-  HttpPoster poster_;
+  const std::unique_ptr<HttpPoster> poster_;
   bool losing_ = false;  // the thread's
 
   mutable std::mutex mutex_;

@@ -117,6 +117,8 @@ TEST(MetricsTest, Readings) {
   readings.ipc_handles = 2;
   readings.connections = 6;
   readings.connections_refused = 9;
+  readings.connections_broken = 4;
+  readings.streams_refused = {.connection = 7, .unix_sockets = 8};
   readings.nccl_aborts = 1;
   readings.cuda_errors["cudaErrorLaunchFailure"] = 1;
   EXPECT_THAT(
@@ -128,6 +130,9 @@ TEST(MetricsTest, Readings) {
             HasSubstr("structkv_leases_expired_total{kind=\"held_cache\"} 3\n"),
             HasSubstr("structkv_connections 6\n"),
             HasSubstr("structkv_connections_refused_total 9\n"),
+            HasSubstr("structkv_connections_broken_total 4\n"),
+            HasSubstr("structkv_streams_refused_total{reason=\"connection\"} 7\n"),
+            HasSubstr("structkv_streams_refused_total{reason=\"unix_sockets\"} 8\n"),
             HasSubstr("structkv_ipc_handles_open 2\n"), HasSubstr("structkv_nccl_aborts_total 1\n"),
             HasSubstr("structkv_cuda_errors_total{kind=\"cudaErrorLaunchFailure\"} 1\n"),
             Not(HasSubstr("structkv_trace_spans_total{")), HasSubstr("structkv_draining 0\n")));

@@ -73,6 +73,22 @@ class Peer {
       received.append(buffer, static_cast<size_t>(count));
     }
   }
+  // Whether the server says `text` somewhere within the limit.
+  bool IsTold(const std::string& text, milliseconds limit) const {
+    const auto end = std::chrono::steady_clock::now() + limit;
+    std::string received;
+    char buffer[4096];
+    while (received.find(text) == std::string::npos) {
+      const auto left =
+          std::chrono::duration_cast<milliseconds>(end - std::chrono::steady_clock::now());
+      pollfd wait = {fd_, POLLIN, 0};
+      if (left.count() < 0 || poll(&wait, 1, static_cast<int>(left.count())) <= 0) return false;
+      const ssize_t count = recv(fd_, buffer, sizeof(buffer), 0);
+      if (count <= 0) return false;
+      received.append(buffer, static_cast<size_t>(count));
+    }
+    return true;
+  }
   // Whether the server closes within the limit; what it says before is dropped.
   bool IsClosed(milliseconds limit) const {
     const auto end = std::chrono::steady_clock::now() + limit;
@@ -97,6 +113,25 @@ std::string Frame(char type, char flags, uint32_t stream, const std::string& pay
   for (int shift = 24; shift >= 0; shift -= 8) frame += static_cast<char>(stream >> shift);
   return frame + payload;
 }
+
+// HEADERS of a call, without its request: ":method POST, :scheme http, :path" and what gRPC asks
+// for.
+std::string CallHeaders(const std::string& path) {
+  std::string headers = "\x83\x86";
+  const auto literal = [&headers](const std::string& name, const std::string& value) {
+    headers += '\0';
+    headers += static_cast<char>(name.size()) + name + static_cast<char>(value.size()) + value;
+  };
+  literal(":path", path);
+  literal(":authority", "localhost");
+  literal("content-type", "application/grpc");
+  literal("te", "trailers");
+  return headers;
+}
+
+constexpr char kCompress[] = "/structkv.v1.Compression/Compress";
+constexpr char kFetchCache[] = "/structkv.v1.HeldCaches/FetchCache";
+constexpr char kGetLoad[] = "/structkv.v1.Compression/GetLoad";
 
 // The preface and an empty SETTINGS.
 std::string Greeting() { return "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + Frame(4, 0, 0, ""); }
@@ -166,6 +201,7 @@ TEST_F(ConnectionTest, StreamsBeyondTheLimitWait) {
   const CallOptions impatient = {.deadline = milliseconds(300)};
   ExpectFailure(Run(AllMessages(data), impatient), grpc::StatusCode::DEADLINE_EXCEEDED, {});
   EXPECT_EQ(server().active_streams(), 3);
+  EXPECT_EQ(server().connections_broken(), 0);
   ExpectSuccess(data, testkit::Run(NewChannel(target()), AllMessages(data)));
   for (auto& call : calls) {
     call->Cancel();
@@ -184,22 +220,97 @@ TEST_F(ConnectionTest, AFloodOfStreamsTakesNoSessions) {
   ASSERT_TRUE(peer->Send(Greeting()));
   ASSERT_TRUE(peer->Hears(seconds(10)));  // the server's SETTINGS, which come first
   ASSERT_TRUE(peer->Send(Frame(4, 1, 0, "")));
-  // ":method POST, :scheme http, :path /structkv.v1.Compression/Compress" and what gRPC asks for.
-  std::string headers = "\x83\x86";
-  const auto literal = [&headers](const std::string& name, const std::string& value) {
-    headers += '\0';
-    headers += static_cast<char>(name.size()) + name + static_cast<char>(value.size()) + value;
-  };
-  literal(":path", "/structkv.v1.Compression/Compress");
-  literal(":authority", "localhost");
-  literal("content-type", "application/grpc");
-  literal("te", "trailers");
+  const std::string headers = CallHeaders(kCompress);
   for (uint32_t i = 0; i < 500; ++i) {
     if (!peer->Send(Frame(1, 4, 2 * i + 1, headers))) break;
   }
   EXPECT_LE(server().active_streams(), 5);  // with the neighbour's
   peer.reset();
   ExpectUndisturbed();
+}
+
+// Whoever never acknowledges the limit meets the server's own.
+TEST_F(ConnectionTest, AFloodWithoutAnAcknowledgementIsRefusedByTheStream) {
+  ServerOptions options = TestOptions();
+  options.max_streams_per_connection = 4;
+  options.max_streams_per_peer = 6;
+  Start(options);
+  auto peer = std::make_unique<Peer>(server().port());
+  ASSERT_TRUE(peer->Send(Greeting()));
+  const std::string headers = CallHeaders(kCompress);
+  for (uint32_t i = 0; i < 500; ++i) ASSERT_TRUE(peer->Send(Frame(1, 4, 2 * i + 1, headers)));
+  // Of the 500 all but six, whose requests are waited for.
+  EXPECT_TRUE(Eventually([&] { return server().streams_refused().connection == 494; }))
+      << server().streams_refused().connection;
+  EXPECT_EQ(server().active_streams(), 7);  // with the neighbour's
+  EXPECT_EQ(server().streams_refused().unix_sockets, 0);
+  EXPECT_TRUE(peer->IsTold("the connection has 6 streams; 6 are allowed (max-streams-per-peer)",
+                           seconds(10)));
+  const PromptData data(SmallOpen(), 1);
+  ExpectSuccess(data, Run(AllMessages(data)));  // on another connection of the same host
+  peer.reset();
+  ExpectUndisturbed();
+}
+
+// Nor do streams escape whose requests never come, which no service is told of.
+TEST_F(ConnectionTest, AFloodOfCallsWithoutRequestsBreaksItsConnection) {
+  ServerOptions options = TestOptions();
+  options.max_streams_per_connection = 4;
+  options.max_streams_per_peer = 6;
+  Start(options);
+  int64_t broken = 0;
+  for (const char* path : {kFetchCache, kGetLoad, "/grpc.health.v1.Health/Check"}) {
+    const Peer peer(server().port());
+    const Peer modest(server().port());
+    ASSERT_TRUE(peer.Send(Greeting()));
+    ASSERT_TRUE(modest.Send(Greeting()));
+    const std::string headers = CallHeaders(path);
+    for (uint32_t i = 0; i < 500; ++i) {
+      if (!peer.Send(Frame(1, 4, 2 * i + 1, headers))) break;
+      if (i < 6) {
+        ASSERT_TRUE(modest.Send(Frame(1, 4, 2 * i + 1, headers)));
+      }
+    }
+    EXPECT_TRUE(peer.IsClosed(seconds(10))) << path;
+    EXPECT_EQ(server().connections_broken(), ++broken) << path;
+    EXPECT_FALSE(modest.IsClosed(milliseconds(300))) << path;  // some looks later
+  }
+  EXPECT_EQ(server().connections_broken(), broken);
+  ExpectUndisturbed();
+}
+
+// The connections of a host's unix sockets share a limit, since gRPC has one name for all of them.
+TEST_F(ConnectionTest, StreamsOfUnixSocketsAreCountedTogether) {
+  const TemporaryDirectory directory;
+  ServerOptions options = TestOptions();
+  options.max_streams_per_connection = 1;
+  options.max_streams_per_peer = 1;
+  const std::string address = "unix:" + directory.Path("socket");
+  options.listen.push_back(address);
+  StartAlone(options);
+  const PromptData data(SmallOpen(), 1);
+  std::vector<std::unique_ptr<Call>> calls;
+  for (int i = 0; i < 16; ++i) {
+    calls.push_back(std::make_unique<Call>(NewChannel(address)));
+    calls.back()->Send(OpenMessage(data.open()));
+    ASSERT_TRUE(calls.back()->WaitForOpened().has_value()) << i;
+  }
+  ExpectFailure(
+      testkit::Run(NewChannel(address), AllMessages(data)), grpc::StatusCode::RESOURCE_EXHAUSTED,
+      {"the connections to unix sockets have 16 streams", "16 times max-streams-per-peer"});
+  EXPECT_EQ(server().streams_refused().unix_sockets, 1);
+  ExpectSuccess(data, Run(AllMessages(data)));  // over TCP
+  calls.back()->Cancel();
+  calls.back()->Finish();
+  calls.pop_back();
+  EXPECT_TRUE(Eventually([&] { return server().active_streams() == 15; }));
+  ExpectSuccess(data, testkit::Run(NewChannel(address), AllMessages(data)));
+  for (auto& call : calls) {
+    call->Cancel();
+    call->Finish();
+  }
+  calls.clear();
+  ExpectNothingHeld();
 }
 
 // gRPC 1.51 also closes the connection: who still writes may learn of that alone.
@@ -247,6 +358,19 @@ TEST_F(ConnectionTest, OldConnectionsAreReplacedUnderPrompts) {
   ASSERT_TRUE(idle.Send(Greeting()));
   EXPECT_TRUE(idle.IsSentAway(seconds(10)));
   ExpectUndisturbed();
+}
+
+TEST(StreamLimitTest, OfAPeerIsNoLessThanThatOfAConnection) {
+  ServerOptions options = TestOptions();
+  EXPECT_EQ(MaxStreamsPerPeer(options), 512);
+  options.max_streams_per_connection = 4;
+  EXPECT_EQ(MaxStreamsPerPeer(options), 8);
+  options.max_streams_per_peer = 4;
+  EXPECT_TRUE(CheckOptions(options).ok());
+  options.max_streams_per_peer = 3;
+  EXPECT_EQ(Server::Start(options).status(),
+            absl::InvalidArgumentError(
+                "max-streams-per-peer is 3; at least max-streams-per-connection (4), or 0"));
 }
 
 TEST(ListenTest, OfPlacesThatCannotBeHad) {

@@ -4,9 +4,12 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "absl/time/clock.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/e2e/held_test.h"
@@ -436,12 +439,65 @@ TEST_F(HeldFailureTest, TheDefaultLeaseLiesWithinTheLongest) {
               AllOf(HasSubstr("hold-lease is 20s"), HasSubstr("max-hold-lease (10s)")));
 }
 
-TEST_F(HeldFailureTest, ADrainingServerHandsOutNoMore) {
+// Waits until it has given away what it holds; new prompts are refused meanwhile.
+TEST_F(HeldFailureTest, ADrainingServerHandsOutWhatItHolds) {
+  StartAlone(HoldOptions());
+  const PromptData data(WideOpen(), 1);
+  const std::string handle = Hold(data).summary->held().handle();
+  const std::string expected = Fetch(channel(), FetchRequest(handle)).bytes;
+  std::optional<bool> finished;
+  std::vector<int64_t> told;
+  std::thread drain([&] {
+    finished = server().Drain(absl::Seconds(60),
+                              [&](const DrainProgress& left) { told.push_back(left.held_caches); });
+  });
+  EXPECT_TRUE(Eventually([&] { return server().sessions().draining(); }));
+  ExpectFailure(testkit::Run(NewChannel(target()), AllMessages(data)),
+                grpc::StatusCode::UNAVAILABLE, {"draining"});
+  for (int i = 0; i < 2; ++i) {  // of two ranks, say
+    const Fetched fetched = Fetch(NewChannel(target()), FetchRequest(handle));
+    EXPECT_TRUE(fetched.status.ok()) << fetched.status.error_message();
+    EXPECT_TRUE(fetched.bytes == expected);
+  }
+  EXPECT_TRUE(Renew(channel(), handle).ok());
+  EXPECT_EQ(server().drain_progress()->held_caches, 1);
+  EXPECT_TRUE(Release(channel(), handle).ok());
+  drain.join();
+  EXPECT_EQ(finished, true);
+  ASSERT_FALSE(told.empty());
+  EXPECT_EQ(told.front(), 1);
+}
+
+TEST_F(HeldFailureTest, ADrainWaitsForLeasesToEnd) {
+  ServerOptions options = HoldOptions();
+  options.sessions.hold.default_lease = absl::Milliseconds(700);
+  StartAlone(options);
+  Hold(PromptData(WideOpen(), 1));
+  const absl::Time begin = absl::Now();
+  EXPECT_TRUE(server().Drain(absl::Seconds(60)));
+  EXPECT_LT(absl::Now() - begin, absl::Seconds(30));
+  EXPECT_EQ(server().sessions().held_caches().expired(), 1);
+}
+
+// Nobody comes for it: the limit is the drain's, and no stream is cut.
+TEST_F(HeldFailureTest, ADrainLosesWhatNobodyFetches) {
   StartAlone(HoldOptions());
   const std::string handle = Hold(PromptData(WideOpen(), 1)).summary->held().handle();
-  server().sessions().StartDraining();
+  EXPECT_TRUE(server().Drain(absl::Milliseconds(300)));
+  EXPECT_EQ(server().sessions().held_caches().count(), 1);
+  EXPECT_EQ(Fetch(NewChannel(target()), FetchRequest(handle)).status.error_code(),
+            grpc::StatusCode::UNAVAILABLE);
+  StopUnderPrompts();  // it still holds the cache
+}
+
+TEST_F(HeldFailureTest, ALostBackendHandsOutNoMore) {
+  StartAlone(HoldOptions());
+  const std::string handle = Hold(PromptData(WideOpen(), 1)).summary->held().handle();
+  // A prompt whose stream is cut, though its last message has left, leaves no cache.
+  ASSERT_TRUE(Eventually([&] { return server().active_streams() == 0; }));
+  server().FailAll(absl::UnavailableError("the backend is lost"), absl::Seconds(1));
   ExpectFetchFailure(Fetch(channel(), FetchRequest(handle)), grpc::StatusCode::UNAVAILABLE,
-                     {"draining"});
+                     {"the backend is lost"});
   EXPECT_TRUE(Release(channel(), handle).ok());
 }
 

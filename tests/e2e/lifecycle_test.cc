@@ -14,6 +14,7 @@
 #include "tests/testing/call.h"
 #include "tests/testing/certificates.h"
 #include "tests/testing/health.h"
+#include "tests/testing/held.h"
 #include "tests/testing/process.h"
 #include "tests/testing/prompt_data.h"
 #include "tests/testing/service_test.h"
@@ -21,6 +22,7 @@
 namespace structkv::testkit {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 using ::testing::StartsWith;
@@ -91,7 +93,8 @@ TEST_F(LifecycleTest, CheckConfigReadsWhatTheOptionsName) {
   const std::string tokens = Write("tokens", std::string("a ") + kToken + "\n");
   const std::string file =
       Write("config.yaml",
-            "listen: 0.0.0.0:7411\ntls-certificate: " + certificate + "\ntls-key: " + key + "\n");
+            "listen: 0.0.0.0:7411\ntls-certificate: " + certificate + "\ntls-key: " + key +
+                "\notlp-endpoint: https://127.0.0.1/\notlp-authorities: " + authorities + "\n");
   const std::vector<std::string> good = {
       "--check-config", "--config",     file,  "--client-authorities",
       authorities,      "--token-file", tokens};
@@ -103,6 +106,7 @@ TEST_F(LifecycleTest, CheckConfigReadsWhatTheOptionsName) {
   EXPECT_THAT(text, HasSubstr("  tls-key " + key + ": is the certificate's\n"));
   EXPECT_THAT(text, HasSubstr("  client-authorities " + authorities));
   EXPECT_THAT(text, HasSubstr("  token-file " + tokens + ": 1 tokens\n"));
+  EXPECT_THAT(text, HasSubstr("  otlp-authorities " + authorities + ": certificates\n"));
   EXPECT_THAT(text, HasSubstr("  not tried: "));
 
   // A fault is one line, and the same for a server that starts.
@@ -119,6 +123,9 @@ TEST_F(LifecycleTest, CheckConfigReadsWhatTheOptionsName) {
   fault({"--listen", "127.0.0.1"}, "listen is 127.0.0.1: there is no port; write host:port");
   fault({"--listen", "127.0.0.1:70000"}, "'70000' is no port from 0 to 65535");
   fault({"--listen", "::1:7411"}, "an IPv6 address stands in brackets");
+  fault({"--otlp-authorities", key}, "otlp-authorities " + key + ": no certificates");
+  fault({"--otlp-endpoint", "http://127.0.0.1/"},
+        "otlp-authorities needs an otlp-endpoint of https");
   Write("tokens", "a short\n");
   fault({}, "token-file " + tokens + ", line 1: the token has 5 bytes");
   std::filesystem::remove(tokens);
@@ -253,6 +260,46 @@ TEST_F(LifecycleTest, SigtermDrainsWhatRuns) {
   ExpectSuccess(data, call.Finish());
   EXPECT_EQ(server.Wait(), 0);
   EXPECT_THAT(server.error(), HasSubstr("streams_cut=none"));
+}
+
+// The caches that it holds are given away first.
+TEST_F(LifecycleTest, SigtermWaitsForHeldCaches) {
+  Process server(
+      {STRUCTKV_SERVER, "--listen", Address(), "--drain-limit", "60s", "--hold-budget", "64MiB"});
+  const std::optional<std::string> ready = server.WaitForLine(" ready ");
+  ASSERT_TRUE(ready.has_value()) << server.error();
+  const PromptData data(Held(SmallOpen(300)), 7);
+  const Outcome outcome = testkit::Run(NewChannel(Address()), AllMessages(data));
+  ASSERT_TRUE(outcome.status.ok()) << outcome.status.error_message();
+  const std::string handle = Assemble(outcome).summary->held().handle();
+
+  server.Signal(SIGTERM);
+  const std::optional<std::string> draining = server.WaitForLine(" draining ");
+  ASSERT_TRUE(draining.has_value()) << server.error();
+  EXPECT_EQ(Field(*draining, "streams"), "0");
+  EXPECT_EQ(Field(*draining, "held_caches"), "1");
+  const std::optional<std::string> progress = server.WaitForLine(" drain_progress ");
+  ASSERT_TRUE(progress.has_value()) << server.error();
+  EXPECT_EQ(Field(*progress, "held_caches"), "1");
+  EXPECT_THAT(HttpGet(Field(*ready, "admin"), "/metrics").body,
+              AllOf(HasSubstr("structkv_held_caches 1\n"), HasSubstr("structkv_draining 1\n")));
+  ExpectFailure(testkit::Run(NewChannel(Address()), AllMessages(data)),
+                grpc::StatusCode::UNAVAILABLE, {"drain"});
+  EXPECT_TRUE(Fetch(NewChannel(Address()), FetchRequest(handle)).status.ok());
+  EXPECT_TRUE(Release(NewChannel(Address()), handle).ok());
+  EXPECT_EQ(server.Wait(), 0);
+  EXPECT_THAT(server.error(), HasSubstr("streams_cut=none held_caches_lost=0"));
+}
+
+TEST_F(LifecycleTest, TheDrainLimitEndsHeldCaches) {
+  Process server(
+      {STRUCTKV_SERVER, "--listen", Address(), "--drain-limit", "300ms", "--hold-budget", "64MiB"});
+  ASSERT_TRUE(server.WaitForLine(" ready ")) << server.error();
+  ASSERT_TRUE(testkit::Run(NewChannel(Address()), AllMessages(PromptData(Held(SmallOpen()), 1)))
+                  .status.ok());
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0);
+  EXPECT_THAT(server.error(), HasSubstr("streams_cut=none held_caches_lost=1"));
 }
 
 TEST_F(LifecycleTest, TheDrainLimitEndsWhatIsLeft) {

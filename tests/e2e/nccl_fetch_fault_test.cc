@@ -247,6 +247,21 @@ TEST_F(NcclFetchEndTest, ADrainWaitsForIt) {
   EXPECT_TRUE(finished);
 }
 
+// A decode worker that comes for a held cache attaches its GPU to a server that drains.
+TEST_F(NcclFetchEndTest, ADrainWaitsForAGpuThatComesLate) {
+  bool finished = false;
+  std::thread drain([&] { finished = server().Drain(absl::Seconds(60)); });
+  EXPECT_TRUE(Eventually([&] { return server().sessions().draining(); }));
+  NcclClient client(NewChannel(target()), "late");
+  NcclFetch fetch(channel(), &client, FetchRequest(handle_));
+  const Fetched fetched = fetch.Finish();
+  EXPECT_TRUE(fetched.status.ok()) << fetched.status.error_message();
+  EXPECT_TRUE(fetched.bytes == expected_);
+  EXPECT_TRUE(Release(channel(), handle_).ok());
+  drain.join();
+  EXPECT_TRUE(finished);
+}
+
 TEST_F(NcclFetchEndTest, TheServerShutsDownUnderIt) {
   NcclClient client(NewChannel(target()), "client");
   NcclFetch fetch(channel(), &client, FetchRequest(handle_));

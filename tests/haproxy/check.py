@@ -9,7 +9,7 @@ import threading
 import time
 
 import http2
-from fixtures import ROOT, Cluster, wait_for
+from fixtures import ROOT, Cluster, Program, Relay, wait_for
 
 CAPTURE = ROOT / "tests/data/capture-tiny-llama-1000.safetensors"
 LIMITS = {"STRUCTKV_CLIENT_CONNECTIONS": "20", "STRUCTKV_CLIENT_STREAM_RATE": "200",
@@ -44,7 +44,8 @@ def check_identities(cluster, _):
     for claim in ([], ["--tenant", "prefill"]):
         foreign = cluster.run("fetch", handle, "--to", out, *claim, client="decode")
         assert foreign.returncode != 0 and "no such cache is held" in foreign.stderr, foreign.stderr
-    own = cluster.run("fetch", handle, "--to", out)
+    # A drain would wait for a cache that stays.
+    own = cluster.run("fetch", handle, "--to", out, "--release")
     assert own.returncode == 0, own.stderr
     for client in ("stranger",):
         refused = compress(cluster, out, client=client)
@@ -113,6 +114,38 @@ def check_a_drain(cluster, _):
     for i in range(3):
         result = compress(cluster, cluster.folder / "drained")
         assert result.returncode == 0, result.stderr
+    cluster.start_server(host)
+    wait_for("it is back", lambda: cluster.up() == 2)
+
+
+def check_a_drain_under_a_prompt(cluster, direct):
+    """A prompt whose server is told to end in the midst of it gets its answer, and new ones go elsewhere."""
+    out, log = cluster.folder / "through-a-drain", cluster.folder / "through-a-drain.log"
+    done = 'structkv_sessions_total{result="ok"}'
+    with Relay(cluster.front_port, CAPTURE.stat().st_size // 2) as relay, \
+            Program(cluster.command("compress", CAPTURE, "--out", out, front=relay.port), log) as client:
+        def serving():
+            return [h for h in cluster.HOSTS if cluster.metric(h, "structkv_sessions_active") == 1]
+        wait_for("half a prompt is with a server", lambda: relay.waits.is_set() and serving())
+        (host,) = serving()
+        (other,) = set(cluster.HOSTS) - {host}
+        server = cluster.servers[host]
+        server.signal(signal.SIGTERM)
+        wait_for("HAProxy has taken it out", lambda: cluster.up() == 1)
+        before = cluster.metric(other, done)
+        for i in range(3):
+            result = compress(cluster, cluster.folder / "elsewhere")
+            assert result.returncode == 0, result.stderr
+            assert (cluster.folder / "elsewhere").read_bytes() == direct
+        assert cluster.metric(other, done) == before + 3
+        assert client.process.poll() is None and serving() == [host], "the prompt did not go on"
+        assert server.process.poll() is None, "the server did not wait for its prompt"
+        relay.let_go()
+        assert client.process.wait(60) == 0, log.read_text()
+        assert out.read_bytes() == direct, "a wrong answer"
+    wait_for("it has drained", lambda: server.process.poll() is not None)
+    assert server.process.returncode == 0
+    assert "streams_cut=none" in server.log.read_text()
     cluster.start_server(host)
     wait_for("it is back", lambda: cluster.up() == 2)
 
@@ -199,7 +232,8 @@ def check_paths(cluster, _):
 def main():
     binaries = pathlib.Path(sys.argv[1]).resolve()
     checks = [check_prompts, check_identities, check_paths, check_long_streams, check_connections,
-              check_slow_handshakes, check_rapid_reset, check_endless_headers, check_a_killed_server, check_a_drain]
+              check_slow_handshakes, check_rapid_reset, check_endless_headers, check_a_killed_server, check_a_drain,
+              check_a_drain_under_a_prompt]
     direct = bytearray()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)

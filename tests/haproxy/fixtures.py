@@ -119,6 +119,51 @@ class Program:
         raise AssertionError("the process is gone")
 
 
+class Relay:
+    """Passes one TCP connection on to a port of this host: what the client sends only up to so many bytes, until it is let go."""
+
+    def __init__(self, port, most):
+        self.waits, self._go = threading.Event(), threading.Event()
+        self._to, self._most = port, most
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._sockets = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.let_go()
+        for one in [self._listener, *self._sockets]:
+            one.close()
+
+    def let_go(self):
+        self._go.set()
+
+    def _serve(self):
+        client = self._listener.accept()[0]
+        server = socket.create_connection(("127.0.0.1", self._to))
+        self._sockets += [client, server]
+        threading.Thread(target=self._copy, args=(server, client, None), daemon=True).start()
+        self._copy(client, server, self._most)
+
+    def _copy(self, source, target, most):
+        try:
+            while data := source.recv(65536 if most is None else max(1, min(65536, most))):
+                target.sendall(data)
+                if most is None:
+                    continue
+                most -= len(data)
+                if most <= 0:
+                    self.waits.set()
+                    self._go.wait()
+                    most = None
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # either end has gone
+
+
 class Cluster:
     """Two servers that take calls from the proxy, and from clients who come directly."""
 
@@ -189,9 +234,14 @@ class Cluster:
         self.set_addresses(*hosts)
         wait_for(f"{len(hosts)} servers are up", lambda: self.up() == len(hosts))
 
-    def command(self, name, *arguments, client="prefill", host=None):
-        """A `structkv` command line, for a server or, by default, the proxy."""
-        address = f"{host}:{self.port}" if host else f"127.0.0.1:{self.front_port}"
+    def metric(self, host, series):
+        """What a server says of a series of /metrics; 0 where it is not there."""
+        text = urllib.request.urlopen(f"http://{host}:{self.admin_port}/metrics", timeout=5).read().decode()
+        return next((float(l.split()[-1]) for l in text.splitlines() if l.startswith(series + " ")), 0)
+
+    def command(self, name, *arguments, client="prefill", host=None, front=None):
+        """A `structkv` command line, for a server or, by default, the proxy; `front`: by that port of this host."""
+        address = f"{host}:{self.port}" if host else f"127.0.0.1:{front or self.front_port}"
         certificate, key, _ = self.clients[client]
         return [str(a) for a in (self.binaries / "structkv", name, *arguments, "--server", address, "--tls-authorities",
                                  self.authority.certificate, "--tls-certificate", certificate, "--tls-key", key)]

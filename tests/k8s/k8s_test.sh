@@ -37,4 +37,6 @@ if [[ $1 == --program ]]; then
   shift
   exec "$environment/venv/bin/python" -B "$@"
 fi
+# Packages bring plugins of pytest, with needs of their own.
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 exec "$environment/venv/bin/pytest" -q -rs -p no:cacheprovider "$@"

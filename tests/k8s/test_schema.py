@@ -6,10 +6,11 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import crd
 import pytest
 
 from render import OVERLAYS, Objects, few, render
-from schema import Invalid, validate
+from schema import Invalid, validate, validate_by_crd
 
 CASES = [(overlay, components) for overlay in OVERLAYS for components in few(overlay)]
 
@@ -74,6 +75,29 @@ def test_an_unknown_field_is_refused_anywhere() -> None:
             if len(at) == 0:
                 assert tried
     assert tried > 300
+
+
+def test_a_crd_refuses_unknown_fields_anywhere() -> None:
+    kinds = set()
+    for thing in every_object():
+        kind = f"{thing['apiVersion']} {thing['kind']}"
+        if kind not in crd.definitions():
+            continue
+        kinds.add(kind)
+        validate_by_crd(thing)
+        for at in places(thing):
+            # Free in the CRDs: what a trigger is told, and metadata, which are Kubernetes'.
+            if "metadata" in at:
+                continue
+            changed = copy.deepcopy(thing)
+            inner = changed
+            for step in at:
+                inner = inner[step]
+            inner["structkvTypo"] = 1
+            with pytest.raises(Invalid):
+                validate_by_crd(changed)
+                pytest.fail(f"{name(thing)}: an unknown field at {at} passes")
+    assert kinds == set(crd.definitions()), "a kind of which there is no object"
 
 
 def test_a_wrong_type_and_a_missing_field_are_refused() -> None:

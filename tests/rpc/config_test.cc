@@ -101,6 +101,7 @@ TEST_F(ConfigTest, FlagsSetEveryOption) {
                               "127.0.0.1:0,unix:/tmp/a",
                               "--max-message=1MiB",
                               "--max-streams-per-connection=5",
+                              "--max-streams-per-peer=7",
                               "--handshake-limit=1s",
                               "--keepalive-interval=2s",
                               "--keepalive-timeout=300ms",
@@ -131,6 +132,7 @@ TEST_F(ConfigTest, FlagsSetEveryOption) {
   EXPECT_THAT(server.listen, ElementsAre("127.0.0.1:0", "unix:/tmp/a"));
   EXPECT_EQ(server.streams.max_message_bytes, 1 << 20);
   EXPECT_EQ(server.max_streams_per_connection, 5);
+  EXPECT_EQ(server.max_streams_per_peer, 7);
   EXPECT_EQ(server.handshake_limit, absl::Seconds(1));
   EXPECT_EQ(server.keepalive_interval, absl::Seconds(2));
   EXPECT_EQ(server.keepalive_timeout, absl::Milliseconds(300));
@@ -166,8 +168,12 @@ TEST_F(ConfigTest, CallsAreRecordedWhereTheyGoSomewhere) {
   EXPECT_EQ(config.server.trace_ratio, 1.0);
   config = Good({"--config", File("otlp-endpoint: http://c\notlp-sample-ratio: 0.25\n")});
   EXPECT_EQ(config.server.trace_ratio, 0.25);
-  EXPECT_THAT(Refusal({"--otlp-endpoint=https://collector/"}),
-              HasSubstr("'https://collector/' is no http:// URL"));
+  EXPECT_EQ(config.otlp_authorities, "");
+  config = Good({"--otlp-endpoint=https://collector/", "--otlp-authorities=/etc/ca.crt"});
+  EXPECT_EQ(config.otlp_endpoint, "https://collector/");
+  EXPECT_EQ(config.otlp_authorities, "/etc/ca.crt");
+  EXPECT_THAT(Refusal({"--otlp-endpoint=ftp://collector/"}),
+              HasSubstr("'ftp://collector/' is no http:// or https:// URL"));
   EXPECT_THAT(Refusal({"--otlp-sample-ratio=1.5"}), HasSubstr("otlp-sample-ratio"));
 }
 
@@ -391,6 +397,7 @@ INSTANTIATE_TEST_SUITE_P(
     Numbers, BadValueTest,
     ::testing::Values(
         BadValue{"max-streams-per-connection", "0", "1 to 1048576"},
+        BadValue{"max-streams-per-peer", "-1", "0 to 2097152"},
         BadValue{"threads", "-1", "0 to 1024"}, BadValue{"threads", "1025", "0 to 1024"},
         BadValue{"threads", "many", "0 to 1024"}, BadValue{"max-sessions", "0", "1 to 1048576"},
         BadValue{"max-prompt-tokens", "16777217", "1 to 16777216"},

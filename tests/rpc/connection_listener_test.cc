@@ -22,7 +22,8 @@ using ::testing::HasSubstr;
 absl::StatusOr<std::unique_ptr<ConnectionListener>> BindTo(const std::string& address) {
   std::vector<ConnectionListener::Place> places;
   places.push_back({address, nullptr});
-  return ConnectionListener::Bind(std::move(places), 8, absl::Seconds(1), nullptr);
+  return ConnectionListener::Bind(
+      std::move(places), {.connections = 8, .streams = 0, .ack = absl::Seconds(1)}, nullptr);
 }
 
 TEST(ConnectionListenerTest, APortThatIsTakenIsAnError) {

@@ -110,7 +110,9 @@ TEST(StreamSetTest, EndsEveryStream) {
     set.Add(stream);
   }
   set.Remove(streams[4].get());
+  EXPECT_EQ(set.ended(), absl::OkStatus());
   set.EndAll(absl::UnavailableError("draining"));
+  EXPECT_EQ(set.ended(), absl::UnavailableError("draining"));
   for (int i = 0; i < 4; ++i) {
     EXPECT_EQ(streams[i]->ends(), std::vector<absl::Status>{absl::UnavailableError("draining")});
   }

@@ -2,6 +2,7 @@
 
 #include <deque>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <utility>
 
@@ -9,6 +10,7 @@
 #include "boost/asio/io_context.hpp"
 #include "boost/asio/ip/tcp.hpp"
 #include "boost/asio/post.hpp"
+#include "boost/asio/ssl.hpp"
 #include "boost/beast/core.hpp"
 #include "boost/beast/http.hpp"
 
@@ -18,6 +20,7 @@ namespace {
 namespace asio = boost::asio;
 namespace beast = boost::beast;
 namespace http = beast::http;
+namespace ssl = asio::ssl;
 using tcp = asio::ip::tcp;
 using Json = nlohmann::json;
 
@@ -25,7 +28,13 @@ constexpr absl::Duration kPatience = absl::Seconds(60);
 
 struct Connection {
   explicit Connection(tcp::socket taken) : socket(std::move(taken)) {}
+  // With its stream, whichever that is.
+  template <typename Call>
+  void With(const Call& call) {
+    secure.has_value() ? call(*secure) : call(socket);
+  }
   tcp::socket socket;
+  std::optional<ssl::stream<tcp::socket&>> secure;  // over it
   beast::flat_buffer buffer;
   http::request<http::string_body> request;
   http::response<http::string_body> response;
@@ -35,9 +44,15 @@ struct Connection {
 
 class FakeCollector::Impl {
  public:
-  Impl() : acceptor_(io_, {asio::ip::make_address("127.0.0.1"), 0}) {
-    endpoint_ =
-        "http://127.0.0.1:" + std::to_string(acceptor_.local_endpoint().port()) + "/v1/traces";
+  explicit Impl(const Authority::Pair& pair)
+      : acceptor_(io_, {asio::ip::make_address("127.0.0.1"), 0}) {
+    if (!pair.key.empty()) {
+      tls_.emplace(ssl::context::tls_server);
+      tls_->use_certificate_chain(asio::buffer(pair.certificate));
+      tls_->use_private_key(asio::buffer(pair.key), ssl::context::pem);
+    }
+    endpoint_ = std::string(tls_.has_value() ? "https" : "http") +
+                "://127.0.0.1:" + std::to_string(acceptor_.local_endpoint().port()) + "/v1/traces";
     Accept();
     thread_ = std::thread([this] { io_.run(); });
   }
@@ -73,11 +88,25 @@ class FakeCollector::Impl {
         return;
       }
       auto connection = std::make_shared<Connection>(std::move(socket));
-      http::async_read(connection->socket, connection->buffer, connection->request,
+      if (tls_.has_value()) {
+        connection->secure.emplace(connection->socket, *tls_);
+        connection->secure->async_handshake(ssl::stream_base::server,
+                                            [this, connection](beast::error_code failed) {
+                                              if (!failed) Read(connection);
+                                            });
+      } else {
+        Read(connection);
+      }
+      Accept();
+    });
+  }
+
+  void Read(const std::shared_ptr<Connection>& connection) {
+    connection->With([&](auto& stream) {
+      http::async_read(stream, connection->buffer, connection->request,
                        [this, connection](beast::error_code failed, size_t) {
                          if (!failed) Answer(connection);
                        });
-      Accept();
     });
   }
 
@@ -105,8 +134,9 @@ class FakeCollector::Impl {
     }
     connection->response.keep_alive(false);
     connection->response.prepare_payload();
-    http::async_write(connection->socket, connection->response,
-                      [connection](beast::error_code, size_t) {});
+    connection->With([&](auto& stream) {
+      http::async_write(stream, connection->response, [connection](beast::error_code, size_t) {});
+    });
   }
 
   void Keep(const std::string& body) {
@@ -119,13 +149,14 @@ class FakeCollector::Impl {
     }
   }
 
+  std::optional<ssl::context> tls_;
   asio::io_context io_{1};
   tcp::acceptor acceptor_;
   std::vector<std::shared_ptr<Connection>> silent_;
   std::thread thread_;
 };
 
-FakeCollector::FakeCollector() : impl_(std::make_unique<Impl>()) {}
+FakeCollector::FakeCollector(const Authority::Pair& pair) : impl_(std::make_unique<Impl>(pair)) {}
 FakeCollector::~FakeCollector() = default;
 
 const std::string& FakeCollector::endpoint() const { return impl_->endpoint_; }

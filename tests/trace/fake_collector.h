@@ -8,6 +8,7 @@
 
 #include "absl/time/time.h"
 #include "nlohmann/json.hpp"
+#include "tests/testing/certificates.h"
 
 namespace structkv::testkit {
 
@@ -20,11 +21,11 @@ struct CollectorRequest {
 // Thread-safe. Runs one thread.
 class FakeCollector {
  public:
-  // On a port of the system's choosing.
-  FakeCollector();
+  // On a port of the system's choosing; over TLS where there is a certificate.
+  explicit FakeCollector(const Authority::Pair& pair = {});
   ~FakeCollector();
 
-  // "http://127.0.0.1:PORT/v1/traces"
+  // "http://127.0.0.1:PORT/v1/traces", or "https://..."
   const std::string& endpoint() const;
 
   // The next requests are answered with these status codes, those after them with 200. 0: never.

@@ -2,6 +2,7 @@
 #include "service/trace/otlp_exporter.h"
 
 #include <atomic>
+#include <fstream>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -11,6 +12,8 @@
 #include "absl/time/clock.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "tests/testing/certificates.h"
+#include "tests/testing/process.h"
 #include "tests/trace/fake_collector.h"
 
 namespace structkv::trace {
@@ -236,10 +239,104 @@ TEST_F(OtlpExporterTest, ManyThreadsAdd) {
 }
 
 TEST_F(OtlpExporterTest, EndpointsAreChecked) {
-  OtlpOptions options = Options();
-  options.endpoint = "https://127.0.0.1/";
-  EXPECT_EQ(OtlpExporter::Start(std::move(options)).status().code(),
-            absl::StatusCode::kInvalidArgument);
+  const auto refused = [this](const std::string& endpoint, const std::string& authorities) {
+    OtlpOptions options = Options();
+    options.endpoint = endpoint;
+    options.authorities = authorities;
+    const absl::Status status = OtlpExporter::Start(std::move(options)).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+    return std::string(status.message());
+  };
+  EXPECT_THAT(refused("ftp://127.0.0.1/", ""), HasSubstr("'ftp://127.0.0.1/' is no http://"));
+  EXPECT_THAT(refused("https://127.0.0.1/", "/no/such"),
+              HasSubstr("otlp-authorities /no/such: no certificates"));
+  EXPECT_THAT(refused("http://127.0.0.1/", "/no/such"),
+              HasSubstr("needs an otlp-endpoint of https"));
+}
+
+// A collector over TLS, which shows a certificate of `names`.
+class SecureCollectorTest : public OtlpExporterTest {
+ protected:
+  void Collect(const std::vector<std::string>& names, int seconds = 3600) {
+    secure_ = std::make_unique<FakeCollector>(authority_.Sign(names, seconds));
+  }
+  OtlpOptions SecureOptions(const testkit::Authority& trusted) {
+    std::ofstream(directory_.Path("ca.crt")) << trusted.certificate();
+    OtlpOptions options = Options();
+    options.endpoint = secure_->endpoint();
+    options.authorities = directory_.Path("ca.crt");
+    options.attempts = 2;
+    return options;
+  }
+  // Nothing of the request leaves.
+  void ExpectRefused(OtlpOptions options, const std::string& why = "certificate verify failed") {
+    Start(std::move(options));
+    exporter_->Add(Spans(1));
+    ASSERT_TRUE(WaitFor(0, 0, 1));
+    ASSERT_TRUE(Eventually([this] { return !warnings().empty(); }));
+    EXPECT_THAT(warnings(), ElementsAre(HasSubstr("the TLS handshake: " + why)));
+    EXPECT_TRUE(secure_->requests().empty());
+  }
+
+  testkit::Authority authority_;
+  testkit::TemporaryDirectory directory_;
+  std::unique_ptr<FakeCollector> secure_;
+};
+
+TEST_F(SecureCollectorTest, IsSentSpansByItsAddress) {
+  Collect({"IP:127.0.0.1"});
+  Start(SecureOptions(authority_));
+  exporter_->Add(Spans(3));
+  ASSERT_TRUE(WaitFor(3, 0, 0));
+  EXPECT_EQ(secure_->spans().size(), 3U);
+  exporter_->Add(Spans(1));  // on a connection of its own
+  ASSERT_TRUE(WaitFor(4, 0, 0));
+  EXPECT_TRUE(warnings().empty());
+}
+
+TEST_F(SecureCollectorTest, IsSentSpansByItsName) {
+  Collect({"DNS:localhost"});
+  OtlpOptions options = SecureOptions(authority_);
+  const size_t at = options.endpoint.find("127.0.0.1");
+  options.endpoint.replace(at, std::string("127.0.0.1").size(), "localhost");
+  Start(std::move(options));
+  exporter_->Add(Spans(1));
+  EXPECT_TRUE(WaitFor(1, 0, 0));
+}
+
+TEST_F(SecureCollectorTest, IsNotSentThemWithoutItsAuthority) {
+  Collect({"IP:127.0.0.1"});
+  // Of the same name, so that the signature alone is wrong, which OpenSSL has other words for.
+  ExpectRefused(SecureOptions(testkit::Authority()), "");
+}
+
+TEST_F(SecureCollectorTest, IsNotSentThemByTheSystemsAuthorities) {
+  Collect({"IP:127.0.0.1"});
+  OtlpOptions options = SecureOptions(authority_);
+  options.authorities.clear();
+  ExpectRefused(std::move(options));
+}
+
+TEST_F(SecureCollectorTest, IsNotSentThemUnderAnotherName) {
+  Collect({"DNS:collector.test", "IP:127.0.0.2"});
+  ExpectRefused(SecureOptions(authority_));
+}
+
+TEST_F(SecureCollectorTest, IsNotSentThemWithACertificateThatHasEnded) {
+  Collect({"IP:127.0.0.1"}, -10);
+  ExpectRefused(SecureOptions(authority_));
+}
+
+// One that does not speak TLS at all.
+TEST_F(SecureCollectorTest, MustSpeakTls) {
+  Collect({"IP:127.0.0.1"});
+  OtlpOptions options = SecureOptions(authority_);
+  options.endpoint = "https" + collector_.endpoint().substr(4);
+  options.request_limit = absl::Seconds(1);
+  Start(std::move(options));
+  exporter_->Add(Spans(1));
+  ASSERT_TRUE(WaitFor(0, 0, 1));
+  EXPECT_TRUE(collector_.requests().empty());
 }
 
 }  // namespace

@@ -78,6 +78,12 @@ TEST(HttpUrlTest, TakesUrls) {
   EXPECT_EQ(url->authority(), "collector.monitoring:4318");
   EXPECT_EQ(ParseHttpUrl("http://host")->path, "/");
   EXPECT_EQ(ParseHttpUrl("http://host")->port, "80");
+  EXPECT_FALSE(url->tls);
+  const auto secure = ParseHttpUrl("https://host/v1/traces");
+  ASSERT_TRUE(secure.ok()) << secure.status();
+  EXPECT_TRUE(secure->tls);
+  EXPECT_EQ(secure->authority(), "host:443");
+  EXPECT_EQ(ParseHttpUrl("https://host:4318")->port, "4318");
   const auto v6 = ParseHttpUrl("http://[::1]:4318/x");
   ASSERT_TRUE(v6.ok()) << v6.status();
   EXPECT_EQ(v6->host, "::1");
@@ -85,10 +91,11 @@ TEST(HttpUrlTest, TakesUrls) {
 }
 
 TEST(HttpUrlTest, RefusesAllElse) {
-  for (const char* bad : {"", "host:4318", "https://host:4318/v1/traces", "http://", "http:///path",
-                          "http://host:0", "http://host:65536", "http://host:x", "http://host:",
-                          "http://[::1", "http://[::1]4318", "http://user@host/", "http://ho st/",
-                          "http://host/a b", "http://host/a#b", "http://host/a\r\nX: y"}) {
+  for (const char* bad :
+       {"", "host:4318", "ftp://host:4318/v1/traces", "https:/host", "https://", "http://",
+        "http:///path", "http://host:0", "http://host:65536", "http://host:x",
+        "http://host:", "http://[::1", "http://[::1]4318", "http://user@host/", "http://ho st/",
+        "http://host/a b", "http://host/a#b", "http://host/a\r\nX: y"}) {
     const auto url = ParseHttpUrl(bad);
     EXPECT_FALSE(url.ok()) << bad;
     EXPECT_NE(std::string(url.status().message()).find("http://127.0.0.1:4318/v1/traces"),

@@ -70,10 +70,11 @@ class NcclStreamTest : public ::testing::Test {
  protected:
   NcclStreamTest() { FaultNext(""); }
 
-  void Start(const WorkerOptions& options = QuickOptions()) {
+  void Start(const WorkerOptions& options = QuickOptions(), int64_t streams_of_a_peer = 0) {
     auto hub = *Hub::Start(FakeApi(), FakeDeviceApi(), {options, "service"});
     auto service =
-        std::make_unique<rpc::NcclService>(std::vector<Hub*>{hub.get()}, *rpc::Identity::Open({}));
+        std::make_unique<rpc::NcclService>(std::vector<Hub*>{hub.get()}, *rpc::Identity::Open({}),
+                                           rpc::PeerStreams(streams_of_a_peer));
     server_ = std::make_unique<NcclServer>(std::move(service), std::move(hub));
   }
 
@@ -142,10 +143,27 @@ TEST_F(NcclStreamTest, SaysWhyItRefuses) {
   EXPECT_THAT(std::string(refused.message()), HasSubstr("both must have the same NCCL"));
 }
 
+// A place is given back with the stream.
+TEST_F(NcclStreamTest, AConnectionHasSoManyStreams) {
+  Start(QuickOptions(), /*streams_of_a_peer=*/1);
+  const auto channel = server_->NewChannel();
+  const auto attach = [&](const std::shared_ptr<grpc::Channel>& to, int client) {
+    return NcclStream::Attach(to, worker_.get(), ClientIdentity(client), absl::Seconds(10));
+  };
+  auto first = attach(channel, 1);
+  ASSERT_TRUE(first.ok()) << first.status();
+  const absl::Status refused = attach(channel, 2).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted) << refused;
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("max-streams-per-peer"));
+  EXPECT_TRUE(attach(server_->NewChannel(), 3).ok());
+  first->reset();
+  EXPECT_TRUE(Eventually([&] { return attach(channel, 4).ok(); }));
+}
+
 TEST_F(NcclStreamTest, AHostWithoutNcclServesAndSaysSo) {
   const absl::Status why = Api::Load("libnosuchnccl.so.2").status();
   server_ = std::make_unique<NcclServer>(
-      std::make_unique<rpc::NcclService>(why, *rpc::Identity::Open({})));
+      std::make_unique<rpc::NcclService>(why, *rpc::Identity::Open({}), rpc::PeerStreams(0)));
   const absl::Status refused = Attach(ClientIdentity(1)).status();
   EXPECT_EQ(refused.code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(std::string(refused.message()),
