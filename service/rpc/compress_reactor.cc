@@ -410,35 +410,39 @@ void CompressReactor::SendSummary(Slot& slot, const session::SessionSummary& sum
 void CompressReactor::SendTerminal(const v1::CompressResponse& response) {
   const uint32_t prompt = response.prompt();
   const grpc::ByteBuffer bytes = wire::Encode(response);
-  bool last = false;
+  bool at_once = true;
   {
     absl::MutexLock lock(&session_mutex_);
-    last = --unfinished_ == 0;
-    if (last) {
-      last_ = bytes;
+    at_once = --unfinished_ > 0 || response.has_failed();
+    if (at_once) {
+      ++sending_;  // the end must not overtake it
     } else {
-      ++sending_;  // the last one must not overtake it
+      last_ = bytes;
     }
   }
-  if (!last) {
+  if (at_once) {
     std::vector<OutgoingMessage> messages;
     messages.push_back({.bytes = bytes, .prompt = prompt, .ends_prompt = true});
     Send(std::move(messages));
     absl::MutexLock lock(&session_mutex_);
     --sending_;
   }
-  SendLastIfDue();
+  EndIfDue();
 }
 
-void CompressReactor::SendLastIfDue() {
-  grpc::ByteBuffer bytes;
+void CompressReactor::EndIfDue() {
+  std::optional<grpc::ByteBuffer> last;
   {
     absl::MutexLock lock(&session_mutex_);
-    if (!last_.has_value() || !half_closed_ || sending_ > 0) return;
-    bytes = *std::move(last_);
-    last_.reset();
+    if (unfinished_ > 0 || !half_closed_ || sending_ > 0 || over_) return;
+    over_ = true;
+    last.swap(last_);
   }
-  SendLast(bytes);
+  if (last.has_value()) {
+    SendLast(*last);
+  } else {
+    SendNoMore();
+  }
 }
 
 void CompressReactor::TakePieces(Slot& slot, wire::Pieces pieces) {
@@ -491,7 +495,7 @@ void CompressReactor::OnEndOfInput(bool cancelled) {
     if (slot->failed) continue;
     if (auto running = session(*slot)) running->EndOfInput();
   }
-  SendLastIfDue();
+  EndIfDue();
 }
 
 void CompressReactor::OnSent(uint32_t prompt, int64_t tensor_bytes, bool ends_prompt) {

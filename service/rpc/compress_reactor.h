@@ -126,10 +126,11 @@ class CompressReactor final : public StreamIo, public Stream {
   // The prompt failed: ends the stream, or, of a batch, the prompt.
   void Fail(Slot& slot, const absl::Status& status, bool at_open = false);
   void SendSummary(Slot& slot, const session::SessionSummary& summary);
-  // Sends a prompt's last message. The stream's last one ends it, and waits for the half-close:
-  // nothing can follow then.
+  // Sends a prompt's last message. The stream ends with the last one of all, once the caller has
+  // half-closed: nothing can follow then. A summary waits for that; a failure does not, since the
+  // caller may half-close only when it knows of that.
   void SendTerminal(const v1::CompressResponse& response);
-  void SendLastIfDue();
+  void EndIfDue();
   void Queue(Slot& slot, std::vector<OutgoingMessage> messages);
   // Drops what is held and nobody was told of.
   void ReleaseHeld();
@@ -164,8 +165,10 @@ class CompressReactor final : public StreamIo, public Stream {
   bool ended_ ABSL_GUARDED_BY(session_mutex_) = false;
   bool gone_ ABSL_GUARDED_BY(session_mutex_) = false;  // broken, for good
   bool half_closed_ ABSL_GUARDED_BY(session_mutex_) = false;
+  bool over_ ABSL_GUARDED_BY(session_mutex_) = false;      // the end is on its way
   size_t unfinished_ ABSL_GUARDED_BY(session_mutex_) = 0;  // prompts without a last message
   int sending_ ABSL_GUARDED_BY(session_mutex_) = 0;        // threads that send one
+  // The summary that ends the stream.
   std::optional<grpc::ByteBuffer> last_ ABSL_GUARDED_BY(session_mutex_);
 };
 

@@ -30,6 +30,12 @@ StreamIo::Action StreamIo::Decide() {
     ++starting_;
     return Action::kWrite;
   }
+  if (last_queued_ && !writing_) {
+    if (starting_ > 0) return Action::kNone;
+    finished_ = true;
+    writing_since_ = SteadyNanos();
+    return Action::kFinish;
+  }
   if (read_wanted_ && !reading_ && !last_queued_) {
     read_wanted_ = false;
     reading_ = true;
@@ -94,6 +100,15 @@ void StreamIo::SendLast(const grpc::ByteBuffer& message) {
     absl::MutexLock lock(&mutex_);
     if (ending_ || last_queued_) return;
     queue_.push_back({message, 0});
+    last_queued_ = true;
+  }
+  Advance();
+}
+
+void StreamIo::SendNoMore() {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (ending_ || last_queued_) return;
     last_queued_ = true;
   }
   Advance();

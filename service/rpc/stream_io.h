@@ -57,6 +57,8 @@ class StreamIo : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuff
   void Send(std::vector<OutgoingMessage> messages);
   // Queues the last message; the stream ends with OK after it.
   void SendLast(const grpc::ByteBuffer& message);
+  // The stream ends with OK once what is queued was written.
+  void SendNoMore();
   // Drops the messages with tensors of a prompt that wait to be written.
   void Drop(uint32_t prompt);
   // Ends the stream with an error, drops what is queued. False where its end was decided before.
@@ -93,7 +95,7 @@ class StreamIo : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuff
   bool read_wanted_ ABSL_GUARDED_BY(mutex_) = false;
   bool reading_ ABSL_GUARDED_BY(mutex_) = false;
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
-  bool last_queued_ ABSL_GUARDED_BY(mutex_) = false;  // the queue's last message ends the stream
+  bool last_queued_ ABSL_GUARDED_BY(mutex_) = false;  // the end of the queue ends the stream
   bool ending_ ABSL_GUARDED_BY(mutex_) = false;       // with end_status_
   bool finished_ ABSL_GUARDED_BY(mutex_) = false;     // Finish or StartWriteAndFinish was decided
   bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;    // CancelOnce was called

@@ -194,6 +194,20 @@ TEST_F(ClientBatchTest, ARefusedPromptLeavesTheOthers) {
   ExpectTheOthers(prompts, sessions, 2);
 }
 
+// The stream's last message is a refusal, for which the client waits before it half-closes.
+TEST_F(ClientBatchTest, ABatchOfWhichNoneIsAdmitted) {
+  Start();
+  std::vector<client::BatchPrompt> batch = BatchOf({Ragged()[0], Ragged()[1]});
+  for (client::BatchPrompt& prompt : batch) prompt.open.set_prompt_tokens(0);
+  client::StreamOptions options;
+  options.timeout = absl::Seconds(20);  // far below the server's limit of silence
+  const Sessions sessions = client_->OpenBatch(batch, options);
+  for (const auto& session : sessions) {
+    EXPECT_EQ(session.status().code(), absl::StatusCode::kInvalidArgument) << session.status();
+    EXPECT_THAT(std::string(session.status().message()), HasSubstr("open.prompt_tokens"));
+  }
+}
+
 TEST_F(ClientBatchTest, AFailingPromptLeavesTheOthers) {
   Start();
   const std::vector<PromptData> prompts = Ragged();

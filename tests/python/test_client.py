@@ -302,6 +302,74 @@ def test_batch(client: structkv.Client) -> None:
     same(last.collect(), client.compress(small_open(method=FAST), small_source))
 
 
+def test_a_batch_in_one_call(client: structkv.Client, engine: structkv.Engine) -> None:
+    prompts = [
+        structkv.BatchPrompt(small_open()),
+        structkv.BatchPrompt(small_open(prompt_tokens=0)),
+        structkv.BatchPrompt(small_open(prompt_tokens=99)),
+        structkv.BatchPrompt(small_open(method=FAST)),
+    ]
+    asked = []
+
+    def source(prompt: int, layer: int) -> structkv.LayerTensors:
+        asked.append((prompt, layer))
+        return small_source(layer)  # of 100 tokens, so that prompt 2 fails
+
+    for each in (client, engine):
+        asked.clear()
+        first, refused, wrong, last = each.compress_batch(prompts, source)
+        assert asked == [(0, 0), (2, 0), (3, 0), (0, 1), (3, 1)]
+        assert isinstance(refused, structkv.errors.InvalidArgument)
+        assert "prompt_tokens" in refused.text
+        assert isinstance(wrong, structkv.errors.InvalidArgument) and "[2, 99, 32]" in wrong.text
+        assert isinstance(first, structkv.Compressed) and isinstance(last, structkv.Compressed)
+        same(first, client.compress(small_open(), small_source))
+        same(last, client.compress(small_open(method=FAST), small_source))
+    assert client.compress_batch([], source) == []
+
+    def broken(prompt: int, layer: int) -> structkv.LayerTensors:
+        raise KeyError(f"{prompt}.{layer}")
+
+    with pytest.raises(KeyError, match=r"0\.0"):
+        client.compress_batch(prompts, broken)
+
+
+def test_a_batch_that_has_no_room_at_once(start_server: Callable[..., Server]) -> None:
+    server = start_server("--memory-budget", "8MiB")
+    small = structkv.Client(server.target)
+    # Each takes more than half of the budget, and the last would take more than all of it.
+    lengths = [100, 100, 100, 100_000]
+    prompts = [structkv.BatchPrompt(small_open(prompt_tokens=tokens)) for tokens in lengths]
+    asked = []
+
+    def source(prompt: int, layer: int) -> structkv.LayerTensors:
+        asked.append((prompt, layer))
+        return structkv.LayerTensors(**small_layer(layer, tokens=lengths[prompt]))
+
+    *room, never = small.compress_batch(prompts, source)
+    assert asked == [(prompt, layer) for prompt in range(3) for layer in range(2)]
+    wanted = small.compress(prompts[0].open, lambda layer: source(0, layer))
+    for each in room:
+        assert isinstance(each, structkv.Compressed)
+        same(each, wanted)
+    assert isinstance(never, structkv.errors.ResourceExhausted) and never.retry_after is None
+    once = structkv.StreamOptions(retry=structkv.RetryPolicy(max_attempts=1))
+    first, *others = small.compress_batch(prompts, source, once)
+    assert isinstance(first, structkv.Compressed)
+    for other in others[:2]:
+        assert isinstance(other, structkv.errors.ResourceExhausted)
+        assert other.retry_after is not None
+    asked.clear()
+
+    async def later() -> list[structkv.Compressed | structkv.Error]:
+        return await structkv.AsyncClient(server.target).compress_batch(prompts, source)
+
+    for got in asyncio.run(later())[:3]:
+        assert isinstance(got, structkv.Compressed)
+        same(got, wanted)
+    assert asked == [(prompt, layer) for prompt in range(3) for layer in range(2)]
+
+
 def test_shard_group(client: structkv.Client) -> None:
     whole = client.compress(small_open(), small_source)
     ranks = [

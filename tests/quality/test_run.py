@@ -116,6 +116,30 @@ def test_smoke(tmp_path: Path) -> None:
     assert ("Skipped" in page) == (len(there) < 5)
 
 
+@pytest.mark.skipif(not SERVICE, reason="structkv is not installed")
+def test_sets(tmp_path: Path) -> None:
+    results = run(tmp_path, "--parts", "sets", "--methods", "structkv", "snapkv")
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for record in results["sets"]:
+        by_method.setdefault(record["method"], []).append(record)
+    assert list(by_method) == ["random", "oracle", "full", "structkv", "snapkv"]
+    for records in by_method.values():
+        assert [record["aware"] for record in records] == [True, False]
+    for full in by_method["full"]:
+        for measure in ("mass", "output", "answer"):
+            assert full[measure] == pytest.approx([1] * 12, abs=1e-4)
+        assert all(0 <= each <= 1.0001 for each in full["sought"])
+        assert max(full["sought"]) > 0.2  # some head looks the answer up
+    for method, records in by_method.items():
+        for record, oracle in zip(records, by_method["oracle"]):
+            pairs = list(zip(record["mass"], oracle["mass"]))
+            # As many tokens have no more attention than the oracle's; sets for each head may.
+            if method in ("random", "structkv"):
+                assert all(mine <= best + 1e-4 for mine, best in pairs)
+            assert method != "random" or all(0.05 < mine < 0.9 for mine, _ in pairs), pairs
+    assert "Sets by layer" in (tmp_path / "report.html").read_text()
+
+
 def test_the_full_cache_answers(tiny: Loaded, samples: list[Any]) -> None:
     records = list(measure_accuracy(tiny, samples, [full()], [True, False]))
     assert (

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from . import _core
+from ._batch import Batch
 from ._core import Region
 from ._waiting import wait_async
-from .client import Flag, LayerSource, SteppedSource, _Connection, flags
+from .client import BatchSource, Flag, LayerSource, SteppedSource, _Connection, flags
 from .errors import Error
 from .messages import GetCapabilitiesResponse, Open
 from .options import (
@@ -72,6 +73,28 @@ class AsyncClient(_Connection):
                     await session.send_layer(layer, source(layer))
             await session.commit()
             return await session.collect()
+
+    async def compress_batch(
+        self,
+        prompts: Sequence[BatchPrompt],
+        source: BatchSource,
+        options: StreamOptions = StreamOptions(),
+    ) -> list[Compressed | Error]:
+        """As Client.compress_batch()."""
+        with Batch[AsyncSession](prompts, options) as batch:
+            while due := batch.due():
+                batch.opened(await self.open_batch(due, batch.options()))
+                for number, layer, session in batch.layers():
+                    tensors = source(number, layer)
+                    with batch.failing_alone(number):
+                        await session.send_layer(layer, tensors)
+                for number, session in batch.running():
+                    with batch.failing_alone(number):
+                        await session.commit()
+                for number, session in batch.running():
+                    with batch.failing_alone(number):
+                        batch.collected(number, await session.collect())
+            return batch.outcomes()
 
     async def compress_in_steps(
         self, open: Open, source: SteppedSource, options: SessionOptions = SessionOptions()

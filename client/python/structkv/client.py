@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TypeAlias
 
 from . import _core
+from ._batch import Batch
 from ._core import Lease, Region
 from ._waiting import connections, wait
 from .errors import Error
@@ -29,6 +30,10 @@ Flag: TypeAlias = str | int | float | bool
 
 LayerSource: TypeAlias = Callable[[int], LayerTensors]
 """Gives a layer's tensors; asked for in ascending order, for the layers that keep tokens."""
+
+BatchSource: TypeAlias = Callable[[int, int], LayerTensors]
+"""Gives the tensors of a layer, by the prompt's number in its batch and the layer's; otherwise as
+LayerSource."""
 
 SteppedSource: TypeAlias = Callable[[int, PivotResult | None], LayerTensors]
 """The same, for one layer after the other: the pivot is None until the layers before have decided
@@ -136,6 +141,36 @@ class Client(_Connection):
                     session.send_layer(layer, source(layer))
             session.commit()
             return session.collect()
+
+    def compress_batch(
+        self,
+        prompts: Sequence[BatchPrompt],
+        source: BatchSource,
+        options: StreamOptions = StreamOptions(),
+    ) -> list[Compressed | Error]:
+        """Compresses several prompts in one stream and one call; their lengths, methods and types
+        need not agree. Asks for a layer of each prompt in turn, as an engine has them that prefills
+        them together, and returns what came of each, in the order of `prompts`: one that is refused
+        or fails leaves the others as they are. What `source` raises is raised, and cancels all.
+
+        Prompts that found no room beside the others are opened again once those are over, as often
+        as `options.retry` says; what fails later is not sent again. Results wait in the library
+        until everything was sent, so leave `options.max_buffered_result_bytes` unbounded.
+        """
+        with Batch[Session](prompts, options) as batch:
+            while due := batch.due():
+                batch.opened(self.open_batch(due, batch.options()))
+                for number, layer, session in batch.layers():
+                    tensors = source(number, layer)
+                    with batch.failing_alone(number):
+                        session.send_layer(layer, tensors)
+                for number, session in batch.running():
+                    with batch.failing_alone(number):
+                        session.commit()
+                for number, session in batch.running():
+                    with batch.failing_alone(number):
+                        batch.collected(number, session.collect())
+            return batch.outcomes()
 
     def compress_in_steps(
         self, open: Open, source: SteppedSource, options: SessionOptions = SessionOptions()

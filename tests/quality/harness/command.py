@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from . import accuracy, datasets, fidelity, perplexity
+from . import accuracy, datasets, fidelity, perplexity, sets
 from .methods import PRESSES, Method, full, make_method
 from .models import Loaded, load
 from .report import FORMAT, read_results, write_report
 from .tasks import DEPTHS, HAYSTACKS, TASKS, Sample, make
 from .texts import held_out_text, sentences
 
-PARTS = ("accuracy", "perplexity", "fidelity")
+PARTS = ("accuracy", "perplexity", "fidelity", "sets")
 SERVICE = ("structkv", "fastkv", "snapkv", "pyramidkv", "gemfilter", "h2o", "streaming_llm")
 KVPRESS = tuple(f"kvpress:{press}" for press in PRESSES)
 # The paper's: lambda; a skeleton as small as the budget, a larger one, and none; other pivots.
@@ -43,7 +43,9 @@ def parse() -> argparse.Namespace:
         help="folder for results and report.html; holds those of earlier runs",
     )
     parser.add_argument("--label", default="results", help="the results' name in it: LABEL.json")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=[part for part in PARTS if part != "sets"]
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -230,7 +232,8 @@ def measure(
                 [s for s in longest if s.task == task], flags.samples, flags.depths
             )
         ]
-        yield from fidelity.measure(loaded, few, methods, awareness)
+        per_layer = fidelity if part == "fidelity" else sets
+        yield from per_layer.measure(loaded, few, methods, awareness)
 
 
 def shown(records: Iterator[dict[str, Any]], what: str) -> list[dict[str, Any]]:

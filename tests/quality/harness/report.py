@@ -142,6 +142,39 @@ def fidelity_section(records: Records) -> Section:
     return Section("Fidelity by layer", text, tables, figures)
 
 
+def sets_section(records: Records) -> Section:
+    names = {
+        "mass": "Attention on the prompt that the kept tokens have",
+        "output": "Attention outputs with the kept tokens alone: cosine with the full cache's",
+        "answer": "Answer's first token: share of the KV heads that keep it",
+    }
+    tables = []
+    for (aware,), part in groups(records, "aware").items():
+        for kind, title in names.items():
+            rows = [
+                [m, f"{b:.0%}", *(f"{each:.0%}" for each in plots.by_layer(group, kind))]
+                for (m, b), group in groups(part, "method", "budget").items()
+            ]
+            head = ["method", "budget", *map(str, range(len(rows[0]) - 2))]
+            tables.append(Table(f"{title}, by layer, {side(aware)}", head, rows))
+        told = {
+            "sought": "attention to its first token of the token before it, of one head",
+            "looked_at": "saliency of its first token, times the mean token's",
+        }
+        rows = [
+            [text, *(f"{each:.2f}" for each in plots.by_layer(of_it, kind))]
+            for kind, text in told.items()
+            if (of_it := [record for record in part if kind in record])
+        ]
+        head = ["full cache", *map(str, range(len(rows[0]) - 1))]
+        tables.append(Table(f"The answer in the prompt, by layer, {side(aware)}", head, rows))
+    text = (
+        "Each layer's kept tokens alone, behind the full cache's own queries, keys and values; sets"
+        " drawn at random, and an oracle's, which sees the tokens that follow. Means over prompts."
+    )
+    return Section("Sets by layer", text, tables, [])
+
+
 def pivots(records: Records) -> Table | None:
     rows = [
         [
@@ -167,6 +200,7 @@ SECTIONS: dict[str, Callable[[Records], Section]] = {
     "accuracy": accuracy_section,
     "perplexity": perplexity_section,
     "fidelity": fidelity_section,
+    "sets": sets_section,
 }
 
 PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
