@@ -334,7 +334,8 @@ class ConnectionListener::Impl {
         // The descriptor may be another's between the look and this; that one then connects anew.
         shutdown(fd, SHUT_RDWR);
         Warn(absl::StrCat(streams.peer, " had ", streams.count, " streams on one connection; ",
-                          max_streams_, " are allowed (max-streams-per-peer): it is broken, as ",
+                          max_streams_,
+                          " are allowed (four times max-streams-per-peer): it is broken, as ",
                           broken_.load(), " were since the start"));
       }
     }
