@@ -39,6 +39,8 @@ namespace {
 constexpr char kServiceName[] = "structkv.v1.Compression";
 // How long streams may take to notice a shutdown before gRPC cuts them off.
 constexpr absl::Duration kShutdownLimit = absl::Seconds(1);
+// Of what one peer may have: what breaks its connection, so that less is refused by the stream.
+constexpr int64_t kFlood = 4;
 // How soon a drain notices that nothing is held any more, or has its progress told.
 constexpr absl::Duration kDrainLook = absl::Milliseconds(50);
 
@@ -170,11 +172,12 @@ class Server::Impl {
     builder.RegisterService(&region_service_);
     if (nccl_ != nullptr) builder.RegisterService(&nccl_->service());
     if (!places.empty()) {
-      auto listener = rpc::ConnectionListener::Bind(std::move(places),
-                                                    {.connections = options_.max_connections,
-                                                     .streams = MaxStreamsPerPeer(options_),
-                                                     .ack = options_.keepalive_timeout},
-                                                    options_.warnings);
+      auto listener =
+          rpc::ConnectionListener::Bind(std::move(places),
+                                        {.connections = options_.max_connections,
+                                         .streams = kFlood * MaxStreamsPerPeer(options_),
+                                         .ack = options_.keepalive_timeout},
+                                        options_.warnings);
       if (!listener.ok()) return listener.status();
       listener_ = *std::move(listener);
     }

@@ -24,7 +24,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "absl/synchronization/mutex.h"
-#include "service/rpc/connection_handover.h"
 #include "service/rpc/open_streams.h"
 #include "service/rpc/stream_set.h"
 #include "structkv/v1/address.h"
@@ -231,7 +230,7 @@ class ConnectionListener::Impl {
 
   void Start() {
     thread_ = std::thread([this] { Run(); });
-    watch_ = std::thread([this] { Watch(); });
+    if (max_streams_ > 0) watch_ = std::thread([this] { Watch(); });
   }
 
   void Stop() {
@@ -240,7 +239,7 @@ class ConnectionListener::Impl {
     // It cannot be full.
     [[maybe_unused]] const ssize_t written = write(wake_.get(), &one, sizeof(one));
     thread_.join();
-    watch_.join();
+    if (watch_.joinable()) watch_.join();
     sockets_.clear();
   }
 
@@ -267,14 +266,14 @@ class ConnectionListener::Impl {
     }
   }
 
-  // On a thread of its own: one that takes connections is busy when they come in crowds.
+  // On a thread of its own: gRPC may read of a new connection on the one that brings it, for as
+  // long as its peer sends without a pause.
   void Watch() {
     int64_t wait = kLookNanos;
     pollfd wake = {wake_.get(), POLLIN, 0};
     while (poll(&wake, 1, static_cast<int>(wait / 1'000'000)) <= 0) {
-      handover_.Look();
       const int64_t begin = SteadyNanos();
-      if (max_streams_ > 0) BreakFloods();
+      BreakFloods();
       wait = std::max(kLookNanos, (SteadyNanos() - begin) * kLookShare);
     }
   }
@@ -297,7 +296,9 @@ class ConnectionListener::Impl {
       if (!Admit(fd.get(), peer)) continue;
       SetOption(fd.get(), IPPROTO_TCP, TCP_NODELAY, 1);
       SetOption(fd.get(), IPPROTO_TCP, TCP_USER_TIMEOUT, ack_millis_);
-      handover_.Give(places_[socket.place].acceptor.get(), fd.release());
+      grpc::experimental::ExternalConnectionAcceptor::NewConnectionParameters connection;
+      connection.fd = fd.release();
+      places_[socket.place].acceptor->HandleNewConnection(&connection);
     }
   }
 
@@ -333,7 +334,8 @@ class ConnectionListener::Impl {
         // The descriptor may be another's between the look and this; that one then connects anew.
         shutdown(fd, SHUT_RDWR);
         Warn(absl::StrCat(streams.peer, " had ", streams.count, " streams on one connection; ",
-                          max_streams_, " are allowed (max-streams-per-peer): it is broken, as ",
+                          max_streams_,
+                          " are allowed (four times max-streams-per-peer): it is broken, as ",
                           broken_.load(), " were since the start"));
       }
     }
@@ -353,7 +355,6 @@ class ConnectionListener::Impl {
   const std::shared_ptr<Log> warnings_;
   const Descriptor wake_;
   std::vector<Place> places_;
-  ConnectionHandover handover_;  // ends before the places
   std::vector<Socket> sockets_;
   std::vector<int> ports_;
   std::thread thread_;

@@ -21,8 +21,7 @@ namespace structkv::rpc {
 // "unix-abstract:name".
 absl::Status CheckListenAddress(const std::string& address);
 
-// Thread-safe. Runs two threads between Start() and Stop(), and some that wait until its end. Its
-// end comes after that of gRPC's server.
+// Thread-safe. Runs two threads between Start() and Stop().
 class ConnectionListener {
  public:
   struct Place {
