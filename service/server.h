@@ -148,8 +148,8 @@ class Server {
   // no limit.
   int64_t connections() const;
   int64_t connections_refused() const;
-  // Connections to TCP addresses that were broken for more than four times max_streams_per_peer, those
-  // counted that no service was told of; 0 where there is no limit of connections.
+  // Connections to TCP addresses that were broken for more than four times max_streams_per_peer,
+  // those counted that no service was told of; 0 where there is no limit of connections.
   int64_t connections_broken() const;
   rpc::RefusedStreams streams_refused() const;
 
