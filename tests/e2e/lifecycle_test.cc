@@ -272,6 +272,11 @@ TEST_F(LifecycleTest, SigtermWaitsForHeldCaches) {
   const Outcome outcome = testkit::Run(NewChannel(Address()), AllMessages(data));
   ASSERT_TRUE(outcome.status.ok()) << outcome.status.error_message();
   const std::string handle = Assemble(outcome).summary->held().handle();
+  // A stream is counted until a moment after its caller has seen the end.
+  EXPECT_TRUE(Eventually([&] {
+    return HttpGet(Field(*ready, "admin"), "/metrics").body.find("structkv_streams_active 0\n") !=
+           std::string::npos;
+  }));
 
   server.Signal(SIGTERM);
   const std::optional<std::string> draining = server.WaitForLine(" draining ");
