@@ -155,10 +155,12 @@ void AddNetwork(Schema* schema, Config* config) {
                 kGiB, "Longest message in either direction");
   schema->Number(kGroup, "max-streams-per-connection", &server.max_streams_per_connection, 1,
                  1 << 20, "Streams at once on one connection");
-  schema->Number(kGroup, "max-streams-per-peer", &server.max_streams_per_peer, 0, 1 << 21,
-                 "Streams at once on one connection whose client does not heed that, beyond which "
-                 "they are refused (RESOURCE_EXHAUSTED) and the connection is broken; of all unix "
-                 "sockets together 16 times as many; 0: twice max-streams-per-connection");
+  schema->Number(
+      kGroup, "max-streams-per-peer", &server.max_streams_per_peer, 0, 1 << 21,
+      "Streams at once on one connection whose client does not heed that, beyond which "
+      "they are refused (RESOURCE_EXHAUSTED), and beyond four times which the connection "
+      "is broken; of all unix sockets together 16 times as many; 0: twice "
+      "max-streams-per-connection");
   schema->Number(kGroup, "max-connections", &server.max_connections, 0, 1 << 20,
                  "Connections at once to all addresses together, beyond which new ones are closed "
                  "unread; 0: as many as there are descriptors");
