@@ -136,7 +136,16 @@ constexpr char kGetLoad[] = "/structkv.v1.Compression/GetLoad";
 // The preface and an empty SETTINGS.
 std::string Greeting() { return "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + Frame(4, 0, 0, ""); }
 
-class ConnectionTest : public ServiceTest {};
+class ConnectionTest : public ServiceTest {
+ protected:
+  // 4 streams of a connection, 6 of a peer that does not heed that.
+  void StartWithFewStreams() {
+    ServerOptions options = TestOptions();
+    options.max_streams_per_connection = 4;
+    options.max_streams_per_peer = 6;
+    Start(options);
+  }
+};
 
 TEST_F(ConnectionTest, ThereAreNoMoreThanAllowed) {
   ServerOptions options = TestOptions();
@@ -231,10 +240,7 @@ TEST_F(ConnectionTest, AFloodOfStreamsTakesNoSessions) {
 
 // Whoever never acknowledges the limit meets the server's own.
 TEST_F(ConnectionTest, AFloodWithoutAnAcknowledgementIsRefusedByTheStream) {
-  ServerOptions options = TestOptions();
-  options.max_streams_per_connection = 4;
-  options.max_streams_per_peer = 6;
-  Start(options);
+  StartWithFewStreams();
   auto peer = std::make_unique<Peer>(server().port());
   ASSERT_TRUE(peer->Send(Greeting()));
   const std::string headers = CallHeaders(kCompress);
@@ -256,10 +262,7 @@ TEST_F(ConnectionTest, AFloodWithoutAnAcknowledgementIsRefusedByTheStream) {
 
 // Nor do streams escape whose requests never come, which no service is told of.
 TEST_F(ConnectionTest, AFloodOfCallsWithoutRequestsBreaksItsConnection) {
-  ServerOptions options = TestOptions();
-  options.max_streams_per_connection = 4;
-  options.max_streams_per_peer = 6;
-  Start(options);
+  StartWithFewStreams();
   int64_t broken = 0;
   for (const char* path : {kFetchCache, kGetLoad, "/grpc.health.v1.Health/Check"}) {
     const Peer peer(server().port());
