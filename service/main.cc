@@ -15,7 +15,6 @@
 #include <variant>
 
 #include "absl/strings/str_join.h"
-#include "grpc/grpc.h"
 #include "grpc/support/log.h"
 #include "service/admin/admin.h"
 #include "service/admin/telemetry.h"
@@ -161,6 +160,5 @@ int main(int argc, char** argv) {
   // Before any other thread is there, gRPC's too: a signal would end the process by way of one that
   // does not block it.
   const sigset_t signals = structkv::BlockSignals();
-  grpc_init();  // once more than gRPC does itself: its last shutdown could hang at exit
   return structkv::Main(argc, argv, signals);
 }

@@ -360,6 +360,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options,
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options,
                                                       ChosenBackend backend) {
+  // Once more than it is given back. With its last object gRPC shuts down, and waits for a thread
+  // of its own that may poll for ten more seconds; every other use of gRPC waits meanwhile.
+  grpc_init();
   if (absl::Status status = CheckOptions(options); !status.ok()) return status;
   if (options.sessions.pivot_profile == nullptr) {
     absl::StatusOr<std::shared_ptr<session::PivotProfile>> profile = OpenPivotProfile(options);

@@ -6,7 +6,6 @@
 #include <cstdio>
 #include <variant>
 
-#include "grpc/grpc.h"
 #include "service/config.h"
 #include "service/serve_loop.h"
 #include "tests/kernels/cuda/fake_backend.h"
@@ -53,7 +52,4 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace structkv
 
-int main(int argc, char** argv) {
-  grpc_init();
-  return structkv::Main(argc, argv);
-}
+int main(int argc, char** argv) { return structkv::Main(argc, argv); }

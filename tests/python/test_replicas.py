@@ -16,7 +16,9 @@ def source(layer: int) -> structkv.LayerTensors:
 
 
 def test_prompts_go_to_either_and_around_a_dead_one(start_server: Callable[..., Server]) -> None:
-    servers = [start_server("--hold-budget", "16MiB") for _ in range(2)]
+    # A drain would wait for the cache that the second one holds.
+    flags = ["--hold-budget", "16MiB", "--drain-limit", "100ms"]
+    servers = [start_server(*flags) for _ in range(2)]
     targets = [server.target for server in servers]
     client = structkv.Client(",".join(targets))
     wanted = structkv.Client(targets[0]).compress(small_open(), source)

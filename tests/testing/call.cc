@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "grpc/grpc.h"
 #include "grpcpp/create_channel.h"
 #include "grpcpp/impl/codegen/rpc_method.h"
 #include "grpcpp/security/credentials.h"
@@ -11,6 +12,7 @@
 namespace structkv::testkit {
 
 std::shared_ptr<grpc::Channel> NewChannel(const std::string& target) {
+  grpc_init();  // once more than it is given back: see Server::Start()
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(-1);
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);

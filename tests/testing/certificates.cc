@@ -7,6 +7,7 @@
 #include <cstdlib>
 
 #include "absl/strings/str_join.h"
+#include "grpc/grpc.h"
 #include "grpcpp/create_channel.h"
 #include "grpcpp/security/credentials.h"
 #include "service/rpc/openssl_ptr.h"
@@ -92,6 +93,7 @@ Authority::Pair Authority::Sign(const std::vector<std::string>& names, int secon
 std::shared_ptr<grpc::Channel> NewTlsChannel(const std::string& target,
                                              const std::string& authority,
                                              const Authority::Pair& own) {
+  grpc_init();  // once more than it is given back: see Server::Start()
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(-1);
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
