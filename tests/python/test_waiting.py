@@ -348,9 +348,9 @@ def count():
         ticks.append(time.monotonic())
         time.sleep(0.01)
 threading.Thread(target=count, daemon=True).start()
+begin = time.monotonic()
 os.kill({pid}, signal.SIGSTOP)
 threading.Timer(1, lambda: os.kill({pid}, signal.SIGCONT)).start()
-begin = time.monotonic()
 del tensor
 end = time.monotonic()
 assert end - begin > 0.5, end - begin
