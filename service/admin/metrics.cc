@@ -6,6 +6,7 @@
 #include "absl/strings/ascii.h"
 #include "prometheus/text_serializer.h"
 #include "service/engine/nonfinite.h"
+#include "service/transport/transport.h"
 
 namespace structkv::admin {
 namespace {
@@ -40,9 +41,10 @@ const Buckets& ShareBuckets() {
 }
 
 // "resource_exhausted".
-std::string CodeLabel(const absl::Status& status) {
-  return absl::AsciiStrToLower(absl::StatusCodeToString(status.code()));
+std::string CodeLabel(absl::StatusCode code) {
+  return absl::AsciiStrToLower(absl::StatusCodeToString(code));
 }
+std::string CodeLabel(const absl::Status& status) { return CodeLabel(status.code()); }
 
 std::string Text(std::string_view view) { return std::string(view); }
 
@@ -122,7 +124,26 @@ Metrics::Metrics()
       certificate_(NewGauges("structkv_certificate_expiry_timestamp_seconds",
                              "When the server's certificate ends.")),
       build_(NewGauges("structkv_build_info", "What runs; always 1.")) {
-  nonfinite_.Add({});  // is 0 before the first
+  AddZeros();
+}
+
+// A series that begins with its first event hides that one from rate() and increase().
+void Metrics::AddZeros() {
+  nonfinite_.Add({});
+  for (int code = 0; code <= static_cast<int>(absl::StatusCode::kUnauthenticated); ++code) {
+    const std::string label = CodeLabel(static_cast<absl::StatusCode>(code));
+    prompts_.Add({{"result", label}});
+    fetches_.Add({{"result", label}});
+    if (code != 0) refused_.Add({{"reason", label}});
+  }
+  for (const transport::Kind from : transport::kKinds) {
+    const std::string name = Text(transport::KindName(from));
+    input_bytes_.Add({{"transport", name}});
+    output_bytes_.Add({{"transport", name}});
+    for (const transport::Kind to : transport::kKinds) {
+      if (to != from) fallbacks_.Add({{"from", name}, {"to", Text(transport::KindName(to))}});
+    }
+  }
 }
 
 void Metrics::CountLayer(std::string_view method, const session::LayerTiming& timing) {

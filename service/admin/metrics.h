@@ -77,6 +77,7 @@ class Metrics {
   using Gauges = prometheus::Family<prometheus::Gauge>;
   using Histograms = prometheus::Family<prometheus::Histogram>;
 
+  void AddZeros();
   Counters& NewCounters(const char* name, const char* help);
   Gauges& NewGauges(const char* name, const char* help);
   prometheus::Histogram& OfStage(engine::Stage stage);

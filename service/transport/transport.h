@@ -20,6 +20,7 @@
 namespace structkv::transport {
 
 enum class Kind : uint8_t { kInline, kSharedMemory, kCudaIpc, kNccl };
+inline constexpr Kind kKinds[] = {Kind::kInline, Kind::kSharedMemory, Kind::kCudaIpc, Kind::kNccl};
 
 // "inline", "shared_memory", "cuda_ipc", "nccl".
 std::string_view KindName(Kind kind);

@@ -149,7 +149,7 @@ def served() -> Iterator[tuple[str, str]]:
         capture = SOURCE / "tests/data/capture-tiny-llama-1000.safetensors"
         subprocess.run([CLIENT, "compress", capture, "--server", address, "--hold"], check=True, capture_output=True)
         deadline = time.monotonic() + 60
-        while 'structkv_sessions_total{result="ok"}' not in (text := get(admin + "/metrics")[1]):
+        while 'structkv_sessions_total{result="ok"} 1' not in (text := get(admin + "/metrics")[1]):
             assert time.monotonic() < deadline, text
             time.sleep(0.05)
         yield admin, text

@@ -13,8 +13,6 @@ from served import SOURCE, Server, certificate, ended, eventually, skip
 # What a server on a host without a GPU has no series of, and their labels.
 NOT_HERE = {
     'structkv_cuda_errors_total': {'kind'},
-    # The client asks for no transport that a server lacks.
-    'structkv_transport_fallback_total': {'from', 'to'},
 }
 TARGET_LABELS = {'job', 'namespace', 'pod', 'instance', '__name__'}
 CODES = {'ok', 'cancelled', 'unknown', 'invalid_argument', 'deadline_exceeded', 'not_found', 'already_exists',
