@@ -131,7 +131,10 @@ int Serve(Config config, const sigset_t& signals,
                                       .reload = [&] { live.Reload(); },
                                       .look = [&] { live.Look(); }},
                                      log.get());
-  if (end.at_once) std::_Exit(end.exit_code);
+  if (end.at_once) {
+    log->Flush(absl::Seconds(1));
+    std::_Exit(end.exit_code);
+  }
   return end.exit_code;
 }
 

@@ -1,9 +1,16 @@
 #include "service/rpc/log.h"
 
+#include <poll.h>
 #include <unistd.h>
 
+#include <cerrno>
+#include <deque>
+#include <thread>
+
+#include "absl/base/thread_annotations.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "nlohmann/json.hpp"
@@ -59,13 +66,88 @@ std::string JsonLine(std::string_view event, std::initializer_list<LogField> fie
 
 }  // namespace
 
-void Log::Write(std::string_view event, std::initializer_list<LogField> fields) {
-  const std::string line =
-      format_ == LogFormat::kJson ? JsonLine(event, fields) : TextLine(event, fields);
-  const ssize_t written = write(fd_, line.data(), line.size());
-  if (written != static_cast<ssize_t>(line.size())) {
-    dropped_.fetch_add(1, std::memory_order_relaxed);
+struct Log::Writer {
+  explicit Writer(int to) : fd(to) {}
+
+  void Add(std::string line) {
+    absl::MutexLock lock(&mutex);
+    if (waiting_bytes + line.size() > kMaxWaitingBytes) {
+      ++dropped;
+      return;
+    }
+    waiting_bytes += line.size();
+    lines.push_back(std::move(line));
   }
+
+  void Run() {
+    mutex.Lock();
+    while (true) {
+      mutex.Await(absl::Condition(this, &Writer::HasWork));
+      if (lines.empty()) break;  // ended
+      const std::string line = std::move(lines.front());
+      lines.pop_front();
+      writing = true;
+      mutex.Unlock();
+      const bool written = WriteLine(line);
+      mutex.Lock();
+      writing = false;
+      waiting_bytes -= line.size();
+      if (!written) ++dropped;
+    }
+    mutex.Unlock();
+  }
+
+  // All of it in one write(), so that lines of several processes do not mix.
+  bool WriteLine(const std::string& line) const {
+    while (true) {
+      const ssize_t written = write(fd, line.data(), line.size());
+      if (written >= 0) return static_cast<size_t>(written) == line.size();
+      if (errno == EAGAIN) {
+        // Whoever else has the descriptor may have made it one that does not block.
+        pollfd room = {.fd = fd, .events = POLLOUT, .revents = 0};
+        poll(&room, 1, -1);
+      } else if (errno != EINTR) {
+        return false;
+      }
+    }
+  }
+
+  bool HasWork() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) { return ended || !lines.empty(); }
+  bool IsIdle() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) { return lines.empty() && !writing; }
+
+  const int fd;
+  absl::Mutex mutex;
+  std::deque<std::string> lines ABSL_GUARDED_BY(mutex);
+  size_t waiting_bytes ABSL_GUARDED_BY(mutex) = 0;  // the one that is being written too
+  int64_t dropped ABSL_GUARDED_BY(mutex) = 0;
+  bool writing ABSL_GUARDED_BY(mutex) = false;
+  bool ended ABSL_GUARDED_BY(mutex) = false;
+};
+
+Log::Log(LogFormat format, int fd) : format_(format), writer_(std::make_shared<Writer>(fd)) {
+  std::thread([writer = writer_] { writer->Run(); }).detach();
+}
+
+Log::~Log() {
+  Flush(absl::Seconds(1));
+  absl::MutexLock lock(&writer_->mutex);
+  writer_->ended = true;
+  // What waits behind a write() that hangs.
+  writer_->lines.clear();
+}
+
+void Log::Write(std::string_view event, std::initializer_list<LogField> fields) {
+  writer_->Add(format_ == LogFormat::kJson ? JsonLine(event, fields) : TextLine(event, fields));
+}
+
+bool Log::Flush(absl::Duration limit) {
+  absl::MutexLock lock(&writer_->mutex);
+  return writer_->mutex.AwaitWithTimeout(absl::Condition(writer_.get(), &Writer::IsIdle), limit);
+}
+
+int64_t Log::dropped() const {
+  absl::MutexLock lock(&writer_->mutex);
+  return writer_->dropped;
 }
 
 }  // namespace structkv::rpc

@@ -156,6 +156,33 @@ TEST_F(ProcessTest, ServesOnWithoutAReaderOfItsLog) {
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
 }
 
+// Prompts, probes and the end do not wait for whoever reads the log.
+TEST_F(ProcessTest, ServesOnWhileTheReaderOfItsLogStandsStill) {
+  int log[2];
+  ASSERT_EQ(pipe2(log, O_CLOEXEC), 0);
+  ASSERT_GE(fcntl(log[1], F_SETPIPE_SZ, 4096), 4096);
+  const std::string address = Address();
+  const pid_t server = fork();
+  if (server == 0) {
+    dup2(log[1], STDERR_FILENO);
+    execl(STRUCTKV_SERVER, STRUCTKV_SERVER, "--listen", address.c_str(), nullptr);
+    _exit(127);
+  }
+  close(log[1]);
+  char ready = 0;
+  EXPECT_EQ(read(log[0], &ready, 1), 1);  // its first line
+  const PromptData data(SmallOpen(), 1);
+  // Their lines, of 200 bytes and more, are twice what the pipe holds.
+  for (int i = 0; i < 40; ++i) {
+    EXPECT_EQ(RunOnce(address, AllMessages(data), false), grpc::StatusCode::OK);
+  }
+  kill(server, SIGTERM);
+  int status = 0;
+  ASSERT_EQ(waitpid(server, &status, 0), server);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+  close(log[0]);
+}
+
 TEST_F(ProcessTest, StartsWithoutTheNcclThatItWasToldToOffer) {
   Process server({STRUCTKV_SERVER, "--listen", Address(), "--backend", "cpu", "--nccl-library",
                   "libnccl.so.2"});
