@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "boost/asio/io_context.hpp"
 #include "boost/asio/ip/tcp.hpp"
+#include "boost/asio/ip/v6_only.hpp"
 #include "boost/asio/steady_timer.hpp"
 #include "boost/beast/core.hpp"
 #include "boost/beast/http.hpp"
@@ -177,10 +178,16 @@ class HttpServer::Impl {
     const absl::StatusOr<tcp::endpoint> endpoint = ParseAddress(address);
     if (!endpoint.ok()) return endpoint.status();
     boost::system::error_code error;
-    acceptor_.open(endpoint->protocol(), error);
-    if (!error) acceptor_.set_option(asio::socket_base::reuse_address(true), error);
-    if (!error) acceptor_.bind(*endpoint, error);
-    if (!error) acceptor_.listen(asio::socket_base::max_listen_connections, error);
+    if (endpoint->address().is_unspecified()) {
+      // Both families, whichever is named; where there is no IPv6, the other one.
+      error = Bind(tcp::endpoint(tcp::v6(), endpoint->port()));
+      if (error == boost::system::errc::address_family_not_supported ||
+          error == boost::system::errc::address_not_available) {
+        error = Bind(tcp::endpoint(tcp::v4(), endpoint->port()));
+      }
+    } else {
+      error = Bind(*endpoint);
+    }
     if (error) {
       return absl::UnavailableError(
           absl::StrCat("cannot listen on ", address, ": ", error.message()));
@@ -195,6 +202,20 @@ class HttpServer::Impl {
   const std::string& address() const { return address_; }
 
  private:
+  boost::system::error_code Bind(const tcp::endpoint& endpoint) {
+    boost::system::error_code error;
+    boost::system::error_code ignored;
+    acceptor_.close(ignored);
+    acceptor_.open(endpoint.protocol(), error);
+    if (!error) acceptor_.set_option(asio::socket_base::reuse_address(true), error);
+    if (!error && endpoint.address().is_v6()) {
+      acceptor_.set_option(asio::ip::v6_only(!endpoint.address().is_unspecified()), error);
+    }
+    if (!error) acceptor_.bind(endpoint, error);
+    if (!error) acceptor_.listen(asio::socket_base::max_listen_connections, error);
+    return error;
+  }
+
   void Accept() {
     acceptor_.async_accept([this](boost::system::error_code error, tcp::socket socket) {
       if (error == asio::error::operation_aborted) return;

@@ -18,7 +18,8 @@ struct HttpResponse {
 };
 
 struct HttpOptions {
-  // "host:port", a numeric host or "localhost"; port 0: any free one. "[::1]:80" is IPv6.
+  // "host:port", a numeric host or "localhost"; port 0: any free one. "[::1]:80" is IPv6;
+  // 0.0.0.0 and [::] are all addresses of both families, as for gRPC.
   std::string address;
   // One more closes the one that has waited longest without a request.
   int max_connections = 64;

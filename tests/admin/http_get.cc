@@ -18,9 +18,11 @@ namespace http = boost::beast::http;
 
 asio::ip::tcp::socket Connect(asio::io_context* io, const std::string& address) {
   const size_t colon = address.rfind(':');
+  std::string host = address.substr(0, colon);
+  if (host.front() == '[') host = host.substr(1, host.size() - 2);
   asio::ip::tcp::socket socket(*io);
-  socket.connect({asio::ip::make_address(address.substr(0, colon)),
-                  static_cast<uint16_t>(std::stoi(address.substr(colon + 1)))});
+  socket.connect(
+      {asio::ip::make_address(host), static_cast<uint16_t>(std::stoi(address.substr(colon + 1)))});
   return socket;
 }
 

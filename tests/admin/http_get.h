@@ -12,7 +12,7 @@ struct HttpAnswer {
   std::string body;
 };
 
-// A request of its own connection. "127.0.0.1:80".
+// A request of its own connection. "127.0.0.1:80", "[::1]:80".
 HttpAnswer HttpGet(const std::string& address, const std::string& path,
                    const std::string& method = "GET");
 

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "boost/asio/io_context.hpp"
 #include "boost/asio/ip/tcp.hpp"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -23,6 +24,15 @@ using testkit::HttpRaw;
 HttpResponse Echo(std::string_view path) {
   if (path == "/none") return {.status = 404, .body = "none\n"};
   return {.body = "path " + std::string(path)};
+}
+
+bool HasIpv6() {
+  boost::asio::io_context io;
+  boost::asio::ip::tcp::acceptor acceptor(io);
+  boost::system::error_code error;
+  acceptor.open(boost::asio::ip::tcp::v6(), error);
+  if (!error) acceptor.bind({boost::asio::ip::make_address("::1"), 0}, error);
+  return !error;
 }
 
 std::unique_ptr<HttpServer> StartEcho(HttpOptions options = {.address = "127.0.0.1:0"}) {
@@ -126,6 +136,26 @@ TEST(HttpServerTest, Addresses) {
     EXPECT_THAT(std::string(status.message()),
                 HasSubstr("'" + std::string(bad) + "' is no address to listen on"));
   }
+}
+
+// As gRPC's addresses: a pod of IPv6 alone would never be ready otherwise.
+TEST(HttpServerTest, AWildcardIsBothFamilies) {
+  for (const char* address : {"0.0.0.0:0", "[::]:0"}) {
+    const auto server = StartEcho({.address = address});
+    const std::string& got = server->address();
+    const std::string port = got.substr(got.rfind(':'));
+    EXPECT_EQ(HttpGet("127.0.0.1" + port, "/a").body, "path /a") << address;
+    if (!HasIpv6()) GTEST_SKIP() << "this machine has no IPv6";
+    EXPECT_EQ(HttpGet("[::1]" + port, "/a").body, "path /a") << address;
+    // It is taken, for either family.
+    EXPECT_FALSE(HttpServer::Start({.address = "0.0.0.0" + port}, Echo).ok());
+  }
+}
+
+TEST(HttpServerTest, AnAddressIsOfItsFamilyAlone) {
+  if (!HasIpv6()) GTEST_SKIP() << "this machine has no IPv6";
+  const auto server = StartEcho({.address = "[::1]:0"});
+  EXPECT_EQ(HttpGet(server->address(), "/a").body, "path /a");
 }
 
 }  // namespace
