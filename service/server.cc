@@ -416,6 +416,7 @@ int64_t Server::connections_broken() const {
   return impl_->listener_ == nullptr ? 0 : impl_->listener_->broken();
 }
 rpc::RefusedStreams Server::streams_refused() const { return impl_->peers_.refused(); }
+rpc::RefusedCalls Server::calls_refused() const { return impl_->identity_->refused(); }
 bool Server::Drain(absl::Duration limit, const std::function<void(const DrainProgress&)>& tell) {
   return impl_->Drain(limit, tell);
 }

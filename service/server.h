@@ -152,6 +152,7 @@ class Server {
   // those counted that no service was told of; 0 where there is no limit of connections.
   int64_t connections_broken() const;
   rpc::RefusedStreams streams_refused() const;
+  rpc::RefusedCalls calls_refused() const;
 
   // Health says NOT_SERVING first and new prompts are UNAVAILABLE. Within `limit` streams that run
   // may finish, and held caches are fetched, renewed and released as before, until their leases

@@ -96,6 +96,7 @@ Readings Admin::Read() const {
                        .connections_refused = server_->connections_refused(),
                        .connections_broken = server_->connections_broken(),
                        .streams_refused = server_->streams_refused(),
+                       .calls_refused = server_->calls_refused(),
                        .log_lines_dropped = log_->dropped(),
                        .held_caches_expired = held.expired(),
                        .nccl_aborts = nccl.aborts,

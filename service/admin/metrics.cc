@@ -4,8 +4,10 @@
 #include <utility>
 
 #include "absl/strings/ascii.h"
+#include "absl/time/clock.h"
 #include "prometheus/text_serializer.h"
 #include "service/engine/nonfinite.h"
+#include "service/session/limit.h"
 #include "service/transport/transport.h"
 
 namespace structkv::admin {
@@ -67,8 +69,8 @@ Metrics::Histograms& Metrics::NewHistograms(const char* name, const char* help) 
 
 Metrics::Metrics()
     : prompts_(NewCounters("structkv_sessions_total", "Prompts that are over, by status.")),
-      refused_(
-          NewCounters("structkv_rejected_total", "Prompts that were refused at open, by status.")),
+      refused_(NewCounters("structkv_rejected_total",
+                           "Prompts that were refused at open, by the limit, or else by status.")),
       layers_(NewCounters("structkv_layers_total",
                           "Layers that were computed, and those that failed, by status.")),
       input_bytes_(NewCounters("structkv_input_bytes_total",
@@ -95,14 +97,17 @@ Metrics::Metrics()
                       "Connections that were broken for more streams than one may have.")),
       streams_refused_(NewCounters("structkv_streams_refused_total",
                                    "Streams beyond those that a peer may have, by its kind.")),
+      calls_refused_(NewCounters("structkv_calls_refused_total",
+                                 "Calls of callers that are not known, or not allowed here.")),
       layer_seconds_(NewHistograms("structkv_layer_compress_duration_seconds",
                                    "Time that a layer was computed.")),
       stage_seconds_(
           NewHistograms("structkv_stage_duration_seconds", "Time that a stage of a layer took.")),
       queue_seconds_(NewHistograms("structkv_queue_wait_seconds",
                                    "Time that a complete layer waited to be computed.")),
-      prompt_seconds_(NewHistograms("structkv_session_duration_seconds",
-                                    "Time from a stream's begin to its end, of prompts.")),
+      prompt_seconds_(
+          NewHistograms("structkv_session_duration_seconds",
+                        "Time from a stream's begin to its end, of prompts that were opened.")),
       kept_ratio_(NewHistograms("structkv_compression_ratio",
                                 "Rows kept over rows that came, of prompts that ended well.")),
       pivot_ratio_(NewHistograms("structkv_pivot_depth_ratio",
@@ -123,18 +128,24 @@ Metrics::Metrics()
       draining_(NewGauges("structkv_draining", "1 from SIGTERM on.")),
       certificate_(NewGauges("structkv_certificate_expiry_timestamp_seconds",
                              "When the server's certificate ends.")),
-      build_(NewGauges("structkv_build_info", "What runs; always 1.")) {
+      build_(NewGauges("structkv_build_info", "What runs; always 1.")),
+      started_(NewGauges("structkv_start_timestamp_seconds", "When the server started.")) {
+  started_.Add({}).Set(absl::ToDoubleSeconds(absl::Now() - absl::UnixEpoch()));
   AddZeros();
 }
 
 // A series that begins with its first event hides that one from rate() and increase().
 void Metrics::AddZeros() {
   nonfinite_.Add({});
+  prompt_seconds_.Add({}, PromptBuckets());
   for (int code = 0; code <= static_cast<int>(absl::StatusCode::kUnauthenticated); ++code) {
     const std::string label = CodeLabel(static_cast<absl::StatusCode>(code));
     prompts_.Add({{"result", label}});
     fetches_.Add({{"result", label}});
     if (code != 0) refused_.Add({{"reason", label}});
+  }
+  for (const absl::string_view limit : session::kLimits) {
+    refused_.Add({{"reason", std::string(limit)}});
   }
   for (const transport::Kind from : transport::kKinds) {
     const std::string name = Text(transport::KindName(from));
@@ -171,11 +182,12 @@ prometheus::Histogram& Metrics::OfStage(engine::Stage stage) {
 
 void Metrics::CountPrompt(const rpc::PromptReport& prompt, const absl::Status& status) {
   prompts_.Add({{"result", CodeLabel(status)}}).Increment();
-  prompt_seconds_.Add({}, PromptBuckets()).Observe(static_cast<double>(prompt.micros) / 1e6);
   if (prompt.id.empty()) {
-    refused_.Add({{"reason", CodeLabel(status)}}).Increment();
+    refused_.Add({{"reason", prompt.refused_by.empty() ? CodeLabel(status) : prompt.refused_by}})
+        .Increment();
     return;
   }
+  prompt_seconds_.Add({}, PromptBuckets()).Observe(static_cast<double>(prompt.micros) / 1e6);
   const Labels transport = {{"transport", Text(prompt.transport)}};
   input_bytes_.Add(transport).Increment(static_cast<double>(prompt.input_bytes));
   output_bytes_.Add(transport).Increment(static_cast<double>(prompt.output_bytes));
@@ -224,6 +236,10 @@ std::string Metrics::Render(const Readings& readings) {
   RaiseTo(streams_refused_.Add({{"reason", "connection"}}), readings.streams_refused.connection);
   RaiseTo(streams_refused_.Add({{"reason", "unix_sockets"}}),
           readings.streams_refused.unix_sockets);
+  RaiseTo(calls_refused_.Add({{"reason", "unauthenticated"}}),
+          readings.calls_refused.unauthenticated);
+  RaiseTo(calls_refused_.Add({{"reason", "permission_denied"}}),
+          readings.calls_refused.permission_denied);
   RaiseTo(log_dropped_.Add({}), readings.log_lines_dropped);
   RaiseTo(nccl_aborts_.Add({}), readings.nccl_aborts);
   for (const auto& [name, count] : readings.cuda_errors) {

@@ -19,6 +19,7 @@
 #include "prometheus/histogram.h"
 #include "prometheus/registry.h"
 #include "service/engine/stage_times.h"
+#include "service/rpc/identity.h"
 #include "service/rpc/peer_streams.h"
 #include "service/rpc/stream_observer.h"
 #include "service/trace/otlp_exporter.h"
@@ -50,6 +51,7 @@ struct Readings {
   int64_t connections_refused = 0;
   int64_t connections_broken = 0;
   rpc::RefusedStreams streams_refused;
+  rpc::RefusedCalls calls_refused;
   int64_t log_lines_dropped = 0;
   int64_t held_caches_expired = 0;
   int64_t regions_expired = 0;
@@ -100,6 +102,7 @@ class Metrics {
   Counters& connections_refused_;
   Counters& connections_broken_;
   Counters& streams_refused_;
+  Counters& calls_refused_;
   Histograms& layer_seconds_;
   Histograms& stage_seconds_;
   Histograms& queue_seconds_;
@@ -121,6 +124,7 @@ class Metrics {
   Gauges& draining_;
   Gauges& certificate_;
   Gauges& build_;
+  Gauges& started_;
   // Those of stages that a layer had, so that none is looked up by its label for each layer.
   std::array<std::atomic<prometheus::Histogram*>, engine::kStages.size()> stages_ = {};
   std::mutex render_mutex_;  // one reading at a time

@@ -12,6 +12,7 @@
 #include "service/rpc/method_codec.h"
 #include "service/rpc/shard_agreement.h"
 #include "service/rpc/status_mapping.h"
+#include "service/session/limit.h"
 
 namespace structkv::rpc {
 namespace {
@@ -241,6 +242,7 @@ void CompressReactor::TakeOpen(Slot& slot, const v1::Open& open) {
   if (request->hold) wanted.hold = {tenant_, request->lease_millis};
   absl::StatusOr<std::shared_ptr<session::Session>> opened = shared_->sessions->Open(wanted);
   if (!opened.ok()) {
+    slot.refused_by = session::LimitOf(opened.status());
     Fail(slot, opened.status(), /*at_open=*/true);
     return;
   }
@@ -560,6 +562,7 @@ PromptReport CompressReactor::ReportOf(const Slot* slot, const session::Session*
   if (slot == nullptr) return report;
   report.timeline = slot->timeline;
   report.wished_transport = slot->wished_transport;
+  report.refused_by = slot->refused_by;
   report.answered = slot->layers.load();
   report.input_bytes = slot->input_bytes.load();
   report.output_bytes = slot->output_bytes.load();

@@ -90,6 +90,7 @@ class CompressReactor final : public StreamIo, public Stream {
     std::shared_ptr<PromptPicture> picture;
     std::shared_ptr<PromptTimeline> timeline;  // null: the call is not recorded
     transport::ResultPlace place;              // of its results
+    std::string refused_by;                    // the limit that did; empty: none
     // Written by messages, which come one at a time.
     Phase phase = Phase::kOpen;
     std::atomic<int64_t> input_bytes{0};

@@ -11,11 +11,14 @@
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "service/file_version.h"
+#include "service/rpc/stream_set.h"
 
 namespace structkv::rpc {
 namespace {
 
 constexpr std::chrono::seconds kLookInterval(1);
+// How often callers that are refused are warned of.
+constexpr int64_t kWarnNanos = 10'000'000'000;
 
 absl::string_view View(grpc::string_ref text) { return {text.data(), text.size()}; }
 
@@ -141,6 +144,30 @@ void Identity::Refresh() {
 }
 
 absl::StatusOr<std::string> Identity::TenantOf(const grpc::ServerContextBase& context) {
+  absl::StatusOr<std::string> tenant = Find(context);
+  if (!tenant.ok()) CountRefused(context.peer(), tenant.status());
+  return tenant;
+}
+
+void Identity::CountRefused(const std::string& peer, const absl::Status& status) {
+  if (absl::IsUnauthenticated(status)) {
+    ++unauthenticated_;
+  } else if (absl::IsPermissionDenied(status)) {
+    ++permission_denied_;
+  } else {
+    return;
+  }
+  const int64_t now = SteadyNanos();
+  int64_t warned = warned_;
+  if (!options_.warn || (warned != 0 && now - warned < kWarnNanos)) return;
+  if (!warned_.compare_exchange_strong(warned, now)) return;  // another thread did
+  const RefusedCalls all = refused();
+  options_.warn(absl::StrCat("a call of ", peer, " is refused: ", status.message(), "; ",
+                             all.unauthenticated + all.permission_denied,
+                             " calls were since the start"));
+}
+
+absl::StatusOr<std::string> Identity::Find(const grpc::ServerContextBase& context) {
   const std::shared_ptr<const grpc::AuthContext> peer = context.auth_context();
   const bool certified = peer != nullptr && peer->IsPeerAuthenticated();
   if (certified && !IsProxy(peer->GetPeerIdentity())) {

@@ -1,8 +1,10 @@
 // Whose call it is: from the caller's certificate, from a token, or from what it says.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -38,11 +40,18 @@ struct IdentityOptions {
   // without a certificate must then have a token, as metadata `authorization: Bearer TOKEN`. Empty:
   // there are none. Read again where it has changed.
   std::string token_file;
-  // A file that was changed and cannot be taken; the tokens of before stay. May be empty.
+  // A file that was changed and cannot be taken (the tokens of before stay); callers that are
+  // refused, once in ten seconds at most. May be empty.
   std::function<void(const std::string&)> warn;
 };
 
 inline constexpr size_t kMinTokenBytes = 16;
+
+// Calls that were refused for whose they are.
+struct RefusedCalls {
+  int64_t unauthenticated = 0;
+  int64_t permission_denied = 0;
+};
 
 // Thread-safe. Tenants of certificates are "peer:NAME", those of tokens "token:TENANT", others
 // "name:TENANT": they never meet.
@@ -62,7 +71,10 @@ class Identity {
   //                   proxy that does not say whose it is
   // PERMISSION_DENIED no name of the certificate fits, or it is too long
   // INVALID_ARGUMENT  the metadata's tenant is too long
+  // The first two are counted: once a call, please.
   absl::StatusOr<std::string> TenantOf(const grpc::ServerContextBase& context);
+
+  RefusedCalls refused() const { return {unauthenticated_, permission_denied_}; }
 
   // The tenant of what comes over a socket of this host, which authenticates nobody: what the
   // client says, or what GetCapabilities told it that it is.
@@ -85,6 +97,8 @@ class Identity {
   absl::Status Load();
   // Looks whether the file has changed, once a second at most.
   void Refresh();
+  absl::StatusOr<std::string> Find(const grpc::ServerContextBase& context);
+  void CountRefused(const std::string& peer, const absl::Status& status);
   bool IsProxy(const std::vector<grpc::string_ref>& names) const;
   absl::StatusOr<std::string> OfCertificate(const std::vector<grpc::string_ref>& names) const;
   absl::StatusOr<std::string> OfToken(const grpc::ServerContextBase& context);
@@ -95,6 +109,9 @@ class Identity {
   std::vector<Token> tokens_;
   std::optional<std::chrono::steady_clock::time_point> looked_;
   std::string version_;  // of the file that was read
+  std::atomic<int64_t> unauthenticated_{0};
+  std::atomic<int64_t> permission_denied_{0};
+  std::atomic<int64_t> warned_{0};  // when, in SteadyNanos(); 0: never
 };
 
 // Whether `text` fits `pattern`, in which '*' is any run of characters.

@@ -30,6 +30,7 @@ struct PromptReport {
   int64_t output_bytes = 0;
   int64_t reserved_bytes = 0;
   int64_t micros = 0;                              // since the stream began
+  std::string refused_by;                          // session::LimitOf, where a limit did at open
   std::shared_ptr<const PromptPicture> picture;    // null: there was no session
   CallLabels call;                                 // of its stream
   std::shared_ptr<const PromptTimeline> timeline;  // null: the call is not recorded

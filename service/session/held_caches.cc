@@ -1,6 +1,7 @@
 #include "service/session/held_caches.h"
 
 #include "absl/strings/str_cat.h"
+#include "service/session/limit.h"
 #include "service/transport/handle.h"
 
 namespace structkv::session {
@@ -43,7 +44,7 @@ absl::StatusOr<Reservation> HeldCaches::Reserve(int64_t bytes) {
     absl::Status refused(reservation.status().code(), absl::StrCat("held caches (--hold-budget): ",
                                                                    reservation.status().message()));
     if (never) refused.SetPayload(kNeverFits, absl::Cord());
-    return refused;
+    return MarkLimit(refused, kHoldBudgetLimit);
   }
 }
 

@@ -11,6 +11,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "service/live.h"
+#include "service/session/limit.h"
 #include "service/session/session.h"
 #include "service/session/session_core.h"
 #include "service/session/session_impl.h"
@@ -88,7 +89,8 @@ class SessionManager::Impl {
     absl::StatusOr<TenantShares::Share> share = tenants.Take(tenant, amounts);
     if (!share.ok()) return share.status();
     absl::StatusOr<Reservation> reservation = budget.Reserve(amounts.memory_bytes);
-    if (reservation.ok()) reservation->Keep(*std::move(share));
+    if (!reservation.ok()) return MarkLimit(reservation.status(), kMemoryBudgetLimit);
+    reservation->Keep(*std::move(share));
     return reservation;
   }
 
@@ -258,8 +260,10 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
         return std::shared_ptr<Session>(new Session(std::move(handle)));
       }
       case SessionRegistry::Added::kFull:
-        return absl::ResourceExhaustedError(
-            absl::StrCat("max_sessions is ", limits.max_sessions, ", and as many sessions run"));
+        return MarkLimit(
+            absl::ResourceExhaustedError(absl::StrCat("max_sessions is ", limits.max_sessions,
+                                                      ", and as many sessions run")),
+            kMaxSessionsLimit);
       case SessionRegistry::Added::kDraining:
         return draining;
       case SessionRegistry::Added::kKeyTaken:

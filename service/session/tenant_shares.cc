@@ -3,19 +3,20 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "service/session/limit.h"
 #include "service/session/memory_budget.h"
 
 namespace structkv::session {
 namespace {
 
-absl::Status Check(const char* what, const char* option, int64_t wanted, int64_t taken,
-                   int64_t limit) {
+absl::Status Check(const char* what, const char* option, absl::string_view name, int64_t wanted,
+                   int64_t taken, int64_t limit) {
   if (limit == 0 || wanted <= limit - taken) return absl::OkStatus();
   absl::Status status = absl::ResourceExhaustedError(
       absl::StrCat("the tenant has ", taken, " ", what, " and asks for ", wanted, "; at most ",
                    limit, " are allowed (--", option, ")"));
   if (wanted > limit) status.SetPayload(kNeverFits, absl::Cord());
-  return status;
+  return MarkLimit(status, name);
 }
 
 }  // namespace
@@ -27,12 +28,12 @@ absl::StatusOr<TenantShares::Share> TenantShares::Take(const std::string& tenant
   const std::lock_guard lock(state_->mutex);
   const auto found = state_->taken.find(tenant);
   const Amounts taken = found == state_->taken.end() ? Amounts{} : found->second;
-  absl::Status status = Check("prompts", "tenant-max-sessions", amounts.sessions, taken.sessions,
-                              limits_.max_sessions);
-  status.Update(Check("bytes of memory", "tenant-memory", amounts.memory_bytes, taken.memory_bytes,
-                      limits_.memory_bytes));
-  status.Update(Check("bytes of held caches", "tenant-hold-budget", amounts.hold_bytes,
-                      taken.hold_bytes, limits_.hold_bytes));
+  absl::Status status = Check("prompts", "tenant-max-sessions", kTenantMaxSessionsLimit,
+                              amounts.sessions, taken.sessions, limits_.max_sessions);
+  status.Update(Check("bytes of memory", "tenant-memory", kTenantMemoryLimit, amounts.memory_bytes,
+                      taken.memory_bytes, limits_.memory_bytes));
+  status.Update(Check("bytes of held caches", "tenant-hold-budget", kTenantHoldBudgetLimit,
+                      amounts.hold_bytes, taken.hold_bytes, limits_.hold_bytes));
   if (!status.ok()) return status;
   Amounts& all = state_->taken[tenant];
   all.sessions += amounts.sessions;

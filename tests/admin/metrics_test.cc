@@ -55,7 +55,8 @@ TEST(MetricsTest, CountsPrompts) {
             HasSubstr("structkv_compression_ratio_sum 0.1"),
             HasSubstr("structkv_compression_ratio_count 1\n"),
             HasSubstr("structkv_pivot_depth_ratio_sum 0.5\n"),
-            Not(ContainsRegex("structkv_rejected_total\\{.*\\} [1-9]")), Not(HasSubstr("0123"))));
+            Not(ContainsRegex("structkv_rejected_total\\{[^\n]*\\} [1-9]")),
+            Not(HasSubstr("0123"))));
 }
 
 // Else rate() and increase() would not see the first of each.
@@ -77,10 +78,15 @@ TEST(MetricsTest, SeriesAreThereBeforeTheyCount) {
 TEST(MetricsTest, CountsRefusals) {
   Metrics metrics;
   metrics.CountPrompt({}, absl::ResourceExhaustedError("full"));
+  rpc::PromptReport limited;
+  limited.refused_by = "tenant_memory";
+  metrics.CountPrompt(limited, absl::ResourceExhaustedError("full"));
   EXPECT_THAT(metrics.Render({}),
-              AllOf(HasSubstr("structkv_sessions_total{result=\"resource_exhausted\"} 1\n"),
+              AllOf(HasSubstr("structkv_sessions_total{result=\"resource_exhausted\"} 2\n"),
                     HasSubstr("structkv_rejected_total{reason=\"resource_exhausted\"} 1\n"),
-                    Not(ContainsRegex("structkv_input_bytes_total\\{.*\\} [1-9]"))));
+                    HasSubstr("structkv_rejected_total{reason=\"tenant_memory\"} 1\n"),
+                    HasSubstr("structkv_session_duration_seconds_count 0\n"),
+                    Not(ContainsRegex("structkv_input_bytes_total\\{[^\n]*\\} [1-9]"))));
 }
 
 TEST(MetricsTest, CountsLayersAndFetches) {

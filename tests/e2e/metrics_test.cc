@@ -130,7 +130,7 @@ TEST_F(MetricsProcessTest, CountsAreThoseOfTheTraffic) {
               ElementsAre(Pair("result=\"cancelled\"", 1), Pair("result=\"invalid_argument\"", 2),
                           Pair("result=\"ok\"", 5), Pair("result=\"resource_exhausted\"", 1)));
   EXPECT_THAT(Counted("rejected_total"), ElementsAre(Pair("reason=\"invalid_argument\"", 1),
-                                                     Pair("reason=\"resource_exhausted\"", 1)));
+                                                     Pair("reason=\"memory_budget\"", 1)));
   EXPECT_EQ(Series("nonfinite_values_total")[""], 1);
   const auto layers = Series("layers_total");
   EXPECT_EQ(layers.at("method=\"structkv\",result=\"invalid_argument\""), 1);

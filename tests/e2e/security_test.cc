@@ -149,6 +149,7 @@ TEST_F(SecurityTest, NamesThatAreTenants) {
   EXPECT_EQ(refused.error_code(), grpc::StatusCode::PERMISSION_DENIED);
   EXPECT_EQ(refused.error_message(),
             "no name of the client's certificate (a, b) is allowed here (--client-names)");
+  EXPECT_EQ(server().calls_refused().permission_denied, 1);
   const PromptData data(SmallOpen(), 1);
   ExpectFailure(testkit::Run(As({"DNS:a"}), AllMessages(data)), grpc::StatusCode::PERMISSION_DENIED,
                 {"(a)"});
@@ -163,6 +164,27 @@ TEST_F(SecurityTest, CertificatesAreReadAgain) {
   Write("key", pair.key);
   Write("certificate", pair.certificate);
   EXPECT_TRUE(Eventually([&] { return Ask(NewTlsChannel(target(), next.certificate())).ok(); }));
+}
+
+// Those of clients too: a rotation needs no restart.
+TEST_F(SecurityTest, AuthoritiesAreReadAgain) {
+  StartAlone(MutualTls());
+  const Authority next;
+  const auto by_next = [&] {
+    return NewTlsChannel(target(), authority_.certificate(), next.Sign({"DNS:prefill"}));
+  };
+  EXPECT_EQ(Ask(by_next()).error_code(), grpc::StatusCode::UNAVAILABLE);
+  // Both, as in the midst of a rotation.
+  Write("authorities", authority_.certificate() + next.certificate());
+  EXPECT_TRUE(Eventually([&] { return Ask(by_next()).ok(); }));
+  EXPECT_TRUE(Ask(As({"DNS:prefill"})).ok());
+  // The old one goes.
+  Write("authorities", next.certificate());
+  EXPECT_TRUE(Eventually(
+      [&] { return Ask(As({"DNS:prefill"})).error_code() == grpc::StatusCode::UNAVAILABLE; }));
+  std::string tenant;
+  EXPECT_TRUE(Ask(by_next(), &tenant).ok());
+  EXPECT_EQ(tenant, "peer:prefill");
 }
 
 // Full names of the public API's calls, as its descriptors have them.
@@ -292,6 +314,9 @@ TEST_F(EveryCallTest, NeedsAToken) {
     }
     EXPECT_NE(call(Bearer(kPrefillToken)).error_code(), grpc::StatusCode::UNAUTHENTICATED) << name;
   }
+  // Each is counted, whatever it asks for.
+  EXPECT_EQ(server().calls_refused().unauthenticated, static_cast<int64_t>(6 * calls.size()));
+  EXPECT_EQ(server().calls_refused().permission_denied, 0);
   EXPECT_EQ(Ask(channel()).error_message(),
             "the call has no metadata `authorization: Bearer TOKEN`, which this server asks for");
   EXPECT_EQ(Health(channel()), "SERVING");

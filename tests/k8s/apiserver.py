@@ -55,6 +55,8 @@ def converted(thing: dict[str, Any], notes: set[str]) -> dict[str, Any]:
             notes.add(f"without {field}")
 
     take(thing.get("spec", {}), "unhealthyPodEvictionPolicy")
+    if thing["kind"] == "StatefulSet":
+        take(thing["spec"], "minReadySeconds")
     pod = thing.get("spec", {}).get("template", {}).get("spec")
     if pod is None:
         return thing

@@ -125,6 +125,10 @@ def test_volumes_and_secrets_are_there(overlay: str, components: tuple[str, ...]
                 named(objects, "ConfigMap", volume["configMap"]["name"])
             if "secret" in volume:
                 assert volume["secret"]["secretName"] in secrets
+        # Nodes with GPUs are often tainted; a claim brings no toleration of its own.
+        of_gpu = spec.get("resourceClaims") or any("nvidia.com/gpu" in c["resources"].get("limits", {}) for c in containers(workload))
+        tolerated = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in spec.get("tolerations", [])
+        assert bool(of_gpu) == tolerated, workload["metadata"]["name"]
         claims = {claim["name"] for claim in spec.get("resourceClaims", [])}
         used = {claim["name"] for c in containers(workload) for claim in c["resources"].get("claims", [])}
         assert used == claims
