@@ -191,7 +191,7 @@ absl::StatusOr<std::shared_ptr<Session>> SessionManager::Open(const SessionReque
   if (!plan.ok()) return plan.status();
   // A prompt that can never fit must not end the one that it would replace.
   if (plan->reserved_bytes > options.memory_budget_bytes) {
-    return impl_->budget.Reserve(plan->reserved_bytes).status();
+    return MarkLimit(impl_->budget.Reserve(plan->reserved_bytes).status(), kMemoryBudgetLimit);
   }
   const std::string& tenant = request.transport.tenant;
   const auto exceeds = [](int64_t bytes, int64_t share) { return share > 0 && bytes > share; };

@@ -72,6 +72,8 @@ Authority::Authority() : parts_(std::make_unique<Parts>()) {
   X509* own = parts_->certificate.get();
   X509_set_issuer_name(own, X509_get_subject_name(own));
   Extend(own, own, NID_basic_constraints, "critical,CA:TRUE");
+  // All authorities have one name: by these a verifier tells whose a certificate is.
+  Extend(own, own, NID_subject_key_identifier, "hash");
   X509_sign(own, parts_->key.get(), EVP_sha256());
   certificate_ = Pem(own);
 }
@@ -83,6 +85,7 @@ Authority::Pair Authority::Sign(const std::vector<std::string>& names, int secon
   const CertificatePtr certificate = NewCertificate(key.get(), "common", seconds);
   X509* issuer = parts_->certificate.get();
   X509_set_issuer_name(certificate.get(), X509_get_subject_name(issuer));
+  Extend(certificate.get(), issuer, NID_authority_key_identifier, "keyid:always");
   if (!names.empty()) {
     Extend(certificate.get(), issuer, NID_subject_alt_name, absl::StrJoin(names, ","));
   }
