@@ -121,7 +121,11 @@ size_t Arena::largest_free_bytes() const { return core_->largest_free_bytes(); }
 
 ResultAllocator AllocateFrom(std::shared_ptr<Arena> arena) {
   return [arena = std::move(arena)](uint32_t, v1::Tensor, size_t size) -> absl::StatusOr<Bytes> {
-    if (arena->region()->on_gpu()) return Bytes();  // nothing of the host's can be put there
+    if (arena->region()->on_gpu()) {
+      return absl::ResourceExhaustedError(
+          "AllocateFrom: the arena is memory of a GPU, where nothing of a message can be put; one "
+          "of the host's is expected");
+    }
     return arena->Allocate(size);
   };
 }

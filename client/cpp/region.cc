@@ -54,6 +54,10 @@ Region::Region(const RegionOptions& options, std::shared_ptr<internal::RegionMem
 
 Region::~Region() = default;
 
+bool Region::IsOnGpu(const std::byte* data) const {
+  return memory_->gpu() != nullptr && memory_->gpu()->device().IsOnGpu(data);
+}
+
 std::optional<uint64_t> Region::OffsetOf(absl::Span<const std::byte> bytes) const {
   const auto begin = reinterpret_cast<uintptr_t>(data_);
   const auto at = reinterpret_cast<uintptr_t>(bytes.data());

@@ -303,6 +303,9 @@ TEST_F(ClientCudaIpcTest, WhatCannotBeHadIsSaid) {
   pulls.set_pull(v1::PULL_VALUES);
   EXPECT_THAT(std::string(client_->OpenPrompt(pulls, InArena(arena)).status().message()),
               HasSubstr("Open.pull: keys and values lie in a GPU's memory"));
+  EXPECT_TRUE(arena->region()->IsOnGpu(arena->region()->data()));
+  EXPECT_FALSE(arena->region()->IsOnGpu((*host)->data()));
+  EXPECT_FALSE((*host)->IsOnGpu(arena->region()->data()));
   EXPECT_EQ((*host)->Record(nullptr).code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_EQ(arena->region()->Write(arena->region()->size(), AsBytes("x")).code(),
             absl::StatusCode::kInvalidArgument);

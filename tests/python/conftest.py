@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,31 +111,38 @@ class Server:
     process: subprocess.Popen[bytes] = field(repr=False)
 
 
-@pytest.fixture(scope="session")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Starts a server with more flags; it ends with the tests."""
-    servers = []
-
-    def start(*flags: str) -> Server:
-        folder = tmp_path_factory.mktemp("server")
-        target = f"unix:{folder}/grpc"
-        region_socket = f"{folder}/regions"
-        log = (folder / "log").open("wb")
-        command = [str(BIN / "structkv-server"), "--listen", target, "--admin-listen", "off"]
-        command += ["--region-socket", region_socket, *flags]
+@contextmanager
+def running(folder: Path, program: Path, ready: str, *flags: str) -> Iterator[Server]:
+    """A server with more flags, once its output has `ready`; it ends well."""
+    target, region_socket = f"unix:{folder}/grpc", f"{folder}/regions"
+    command = [str(program), "--listen", target, "--admin-listen", "off"]
+    command += ["--region-socket", region_socket, *flags]
+    with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stderr=log, stdout=log)
-        servers.append(Server(target, region_socket, process))
+    try:
         end = time.monotonic() + 30
-        while "ready" not in (folder / "log").read_text():
+        while ready not in (folder / "log").read_text():
             assert process.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < end, "the server does not start"
             time.sleep(0.02)
-        return servers[-1]
+        yield Server(target, region_socket, process)
+    finally:
+        process.terminate()
+        code = process.wait(60)
+    assert code == 0, (folder / "log").read_text()
 
-    yield start
-    for server in servers:
-        server.process.terminate()
-        assert server.process.wait(60) == 0
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Starts a server with more flags; it ends with the tests."""
+    with ExitStack() as servers:
+
+        def start(*flags: str) -> Server:
+            folder = tmp_path_factory.mktemp("server")
+            started = running(folder, BIN / "structkv-server", "ready", *flags)
+            return servers.enter_context(started)
+
+        yield start
 
 
 @pytest.fixture(scope="session")

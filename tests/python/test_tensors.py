@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import time
 import weakref
 from pathlib import Path
@@ -138,6 +140,15 @@ def test_owners_of_sessions_that_fail_or_are_dropped(client: structkv.Client) ->
     wait_until_dead(references)
 
 
+def in_arena(arena: structkv.Arena, layer: int) -> structkv.LayerTensors:
+    """The layer's tensors in blocks of the arena."""
+    blocks = {}
+    for name, array in small_layer(layer).items():
+        blocks[name] = arena.empty(array.shape, "f32")
+        numpy.asarray(blocks[name])[:] = array
+    return structkv.LayerTensors(**blocks)
+
+
 def test_arenas(server: Server) -> None:
     client = structkv.Client(server.target)
     region = structkv.Region(1 << 20)
@@ -146,15 +157,7 @@ def test_arenas(server: Server) -> None:
     client.register(region)
     options = structkv.SessionOptions(regions=[region], results=arena, transport="shared_memory")
 
-    def shared(layer: int) -> structkv.LayerTensors:
-        tensors = {}
-        for name, array in small_layer(layer).items():
-            block = arena.empty(array.shape, "f32")
-            numpy.asarray(block)[:] = array
-            tensors[name] = block
-        return structkv.LayerTensors(**tensors)
-
-    got = client.compress(small_open(), shared, options)
+    got = client.compress(small_open(), lambda layer: in_arena(arena, layer), options)
     assert got.opened.transport == "shared_memory"
     same(got, client.compress(small_open(), source))
     held = arena.free_bytes
@@ -205,15 +208,8 @@ def test_the_engine_reads_and_writes_in_place(tmp_path: Path) -> None:
     arena = structkv.Arena(structkv.Region(1 << 20))
     options = structkv.SessionOptions(regions=[arena.region], results=arena)
 
-    def shared(layer: int) -> structkv.LayerTensors:
-        blocks = {}
-        for name, array in small_layer(layer).items():
-            blocks[name] = arena.empty(array.shape, "f32")
-            numpy.asarray(blocks[name])[:] = array
-        return structkv.LayerTensors(**blocks)
-
     with structkv.Engine(region_socket=str(tmp_path / "s"), log_sessions=False) as engine:
-        got = engine.compress(small_open(), shared, options)
+        got = engine.compress(small_open(), lambda layer: in_arena(arena, layer), options)
         assert got.summary.transport == "shared_memory"
         same(got, engine.compress(small_open(), source))
 
@@ -279,3 +275,19 @@ def test_a_tensor_that_cannot_be_taken_says_why(client: structkv.Client) -> None
 def test_bad_fields_are_named(client: structkv.Client, fields: dict[str, Any], text: str) -> None:
     with pytest.raises(structkv.errors.InvalidArgument, match=text):
         client.open_prompt(small_open(**fields))
+
+
+def test_the_interpreters_end_with_tensors_of_a_region_under_way(server: Server) -> None:
+    code = f"""
+import numpy, structkv
+from conftest import small_layer, small_open
+from test_tensors import in_arena
+arena = structkv.Arena(structkv.Region(1 << 20))
+options = structkv.SessionOptions(regions=[arena.region])
+session = structkv.Client({server.target!r}).open_prompt(small_open(), options)
+session.send_layer(0, in_arena(arena, 0))
+print(session.opened.transport)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "shared_memory\n"), done.stderr

@@ -59,6 +59,23 @@ Request RequestOf(nb::handle open, nb::handle options) {
   return request;
 }
 
+// The stream's regions are those of its options and of all its prompts'.
+void NameGpuRegions(const std::vector<Request>& requests, const client::StreamOptions& options) {
+  std::vector<std::shared_ptr<client::Region>> regions = options.regions;
+  if (options.staging != nullptr) regions.push_back(options.staging->region());
+  for (const Request& request : requests) {
+    if (request.options.results != nullptr) regions.push_back(request.options.results->region());
+  }
+  for (const Request& request : requests) {
+    request.prompt->has_staging = options.staging != nullptr;
+    for (const auto& region : regions) {
+      if (!region->on_gpu()) continue;
+      request.prompt->gpu.Add(*region);
+      request.prompt->gpu_region = region;
+    }
+  }
+}
+
 using Opening = absl::StatusOr<std::shared_ptr<Session>>;
 
 std::vector<Opening> OpenAll(const std::shared_ptr<Connection>& connection,
@@ -89,6 +106,7 @@ PendingHandle OpenBatch(const ConnectionHandle& self, nb::handle prompts, nb::ha
   for (nb::handle prompt : prompts) {
     requests.push_back(RequestOf(prompt[0], prompt[1]));
   }
+  NameGpuRegions(requests, options);
   return PendingHandle(
       Start(nullptr, [connection = self.get(), requests, options]() -> Pending::Outcome {
         return [openings = OpenAll(connection, requests, options)] {
@@ -228,16 +246,18 @@ void BindClient(nb::module_& module) {
           "fetch",
           [](const ConnectionHandle& self, nb::bytes handle, nb::handle options) {
             const auto taking = std::make_shared<absl::Status>();
+            const client::FetchOptions fetch = FetchOptionsOf(options, taking);
+            GpuPlaces gpu;
+            if (fetch.results != nullptr) gpu.Add(*fetch.results->region());
             return Async(
                 self,
                 [handle = std::string(handle.c_str(), handle.size()), taking,
-                 options = FetchOptionsOf(options, taking)](
-                    client::Client& client) -> absl::StatusOr<client::FetchedCache> {
-                  absl::StatusOr<client::FetchedCache> fetched = client.FetchCache(handle, options);
+                 fetch](client::Client& client) -> absl::StatusOr<client::FetchedCache> {
+                  absl::StatusOr<client::FetchedCache> fetched = client.FetchCache(handle, fetch);
                   if (!taking->ok()) return *taking;
                   return fetched;
                 },
-                [](const client::FetchedCache& fetched) { return FromFetched(fetched); });
+                [gpu](const client::FetchedCache& fetched) { return FromFetched(fetched, gpu); });
           },
           nb::arg("handle"), nb::arg("options"))
       .def("renew", &Renew, nb::arg("handle"), nb::arg("lease").none(), nb::arg("options"))

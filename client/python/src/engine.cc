@@ -38,7 +38,9 @@ absl::StatusOr<std::shared_ptr<Connection>> Embed(const std::vector<std::string>
   channel.SetMaxSendMessageSize(-1);
   auto connected = connection->engine->PrivateChannel(channel);
   if (!connected.ok()) return connected.status();
-  connection->client = std::make_unique<client::Client>(*std::move(connected), options);
+  client::ClientOptions own = options;
+  own.own_process = true;  // CUDA opens nothing in the process that made it
+  connection->client = std::make_unique<client::Client>(*std::move(connected), own);
   return connection;
 }
 

@@ -27,6 +27,10 @@ void Run(absl::FunctionRef<void()> work) {
   }
 }
 
+// Whether this thread is the courier, which the one that ends the interpreter waits for: it may
+// come back into it until then.
+thread_local bool is_courier = false;
+
 // The thread behind Post().
 class Courier {
  public:
@@ -50,6 +54,7 @@ class Courier {
 
  private:
   void Loop() {
+    is_courier = true;
     {
       nb::gil_scoped_acquire acquire;
       while (Next()) {
@@ -139,7 +144,7 @@ bool WithGil(absl::FunctionRef<void()> work) {
 }
 
 WithoutGil::~WithoutGil() {
-  if (Forked() || in_with_gil) {
+  if (Forked() || in_with_gil || is_courier) {
     PyEval_RestoreThread(state_);
     return;
   }

@@ -45,8 +45,9 @@ client::TransportChoice TransportOf(nb::handle options) {
   if (name == "auto") return client::TransportChoice::kAuto;
   if (name == "inline") return client::TransportChoice::kInline;
   if (name == "shared_memory") return client::TransportChoice::kSharedMemory;
-  Throw(absl::InvalidArgumentError(
-      absl::StrCat("transport is '", name, "'; one of auto, inline, shared_memory is expected")));
+  if (name == "cuda_ipc") return client::TransportChoice::kCudaIpc;
+  Throw(absl::InvalidArgumentError(absl::StrCat(
+      "transport is '", name, "'; one of auto, inline, shared_memory, cuda_ipc is expected")));
 }
 
 std::shared_ptr<client::Arena> ArenaOf(nb::handle options, const char* name) {
@@ -102,13 +103,13 @@ client::RowSource RowsOf(Function function, std::shared_ptr<const Prompt> prompt
              const client::RowPull& pull) -> absl::StatusOr<client::PulledRows> {
     client::PulledRows rows;
     absl::Status status = Calling("rows", [&] {
-      const nb::tuple pair(Callable(function)(FromPull(pull, prompt->open, prompt->opened)));
+      const nb::tuple pair(Callable(function)(FromPull(pull, *prompt)));
       const auto take = [&](Arguments& arguments, size_t index, v1::Tensor which,
                             const char* name) {
         return arguments.Take(
             pair[index],
             {absl::StrCat("rows: ", name, " of layer ", pull.layer), ElementOf(prompt->open, which),
-             OutputShape(prompt->open, prompt->opened, which, pull.kept_tokens)});
+             OutputShape(prompt->open, prompt->opened, which, pull.kept_tokens), nullptr});
       };
       Arguments arguments;
       rows.keys = take(arguments, 0, v1::TENSOR_KEYS, "keys");
@@ -129,7 +130,7 @@ client::ResultAllocator AllocatorOf(Function function) {
       const absl::Span<std::byte> memory = arguments.TakeWritable(
           Callable(function)(layer, FromEnum(v1::Tensor_descriptor(), tensor), size),
           {absl::StrCat("allocate: memory for layer ", layer), Byte(),
-           Shape{static_cast<int64_t>(size)}});
+           Shape{static_cast<int64_t>(size)}, nullptr});
       bytes = {memory.data(), memory.size(), std::move(arguments).Owner()};
     });
     if (!status.ok()) return status;
@@ -178,6 +179,7 @@ client::StreamOptions StreamOptionsOf(nb::handle options) {
     result.regions.push_back(nb::cast<const RegionHandle&>(region).get());
   }
   result.staging = ArenaOf(options, "staging");
+  Read(options, "copy_from_gpu", &result.copy_from_gpu);
   Read(options, "metadata", &result.metadata);
   ReadLabels(options, &result.labels);
   return result;
@@ -214,13 +216,14 @@ client::FetchOptions FetchOptionsOf(nb::handle options, std::shared_ptr<absl::St
   result.transport = TransportOf(options);
   if (Function on_layer = FunctionOf(options, "on_layer")) {
     const auto prompt = std::make_shared<Prompt>();
+    if (result.results != nullptr) prompt->gpu.Add(*result.results->region());
     result.on_info = [prompt](const v1::CacheInfo& info) {
-      *prompt = {client::OpenOf(info), client::OpenedOf(info)};
+      prompt->open = client::OpenOf(info);
+      prompt->opened = client::OpenedOf(info);
     };
     result.on_layer = [on_layer, prompt, taking = std::move(taking)](client::LayerResult layer) {
       if (!taking->ok()) return;
-      *taking = Calling(
-          "on_layer", [&] { Callable(on_layer)(FromLayer(layer, prompt->open, prompt->opened)); });
+      *taking = Calling("on_layer", [&] { Callable(on_layer)(FromLayer(layer, *prompt)); });
     };
   }
   return result;

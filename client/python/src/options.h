@@ -5,6 +5,7 @@
 
 #include <memory>
 
+#include "prompt.h"
 #include "structkv/client.h"
 #include "structkv/held_cache.h"
 #include "structkv/options.h"
@@ -23,12 +24,6 @@ client::StreamOptions StreamOptionsOf(nanobind::handle options);
 client::HeldCallOptions HeldCallOptionsOf(nanobind::handle options);
 // `taking`: becomes what on_layer raised; after that it is called no more.
 client::FetchOptions FetchOptionsOf(nanobind::handle options, std::shared_ptr<absl::Status> taking);
-
-// What a prompt's tensors follow from. `opened` is there once the prompt was admitted.
-struct Prompt {
-  v1::Open open;
-  v1::Opened opened;
-};
 
 // Without the functions that a session sets.
 client::PromptOptions PromptOptionsOf(nanobind::handle options,

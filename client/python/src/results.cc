@@ -3,6 +3,7 @@
 #include <nanobind/stl/optional.h>
 
 #include <memory>
+#include <optional>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -34,7 +35,7 @@ nb::object Values(std::vector<T> values, const Element& element) {
   auto owner = std::make_shared<std::vector<T>>(std::move(values));
   return TensorOrNone(
       {reinterpret_cast<std::byte*>(owner->data()), owner->size() * sizeof(T), owner}, element,
-      {count});
+      {count}, std::nullopt);
 }
 
 nb::object FromPivot(client::PivotResult pivot) {
@@ -53,10 +54,12 @@ nb::object FromPivot(client::PivotResult pivot) {
 
 }  // namespace
 
-nb::object FromLayer(const client::LayerResult& layer, const v1::Open& open,
-                     const v1::Opened& opened) {
+nb::object FromLayer(const client::LayerResult& layer, const Prompt& prompt) {
+  const v1::Open& open = prompt.open;
+  const v1::Opened& opened = prompt.opened;
   const auto tensor = [&](v1::Tensor which, const client::Bytes& bytes, uint32_t tokens) {
-    return TensorOrNone(bytes, ElementOf(open, which), OutputShape(open, opened, which, tokens));
+    return TensorOrNone(bytes, ElementOf(open, which), OutputShape(open, opened, which, tokens),
+                        prompt.gpu.Find(bytes.span()));
   };
   // A layer of skeleton rows has saliency of the skeleton alone.
   const Shape row = OutputShape(open, opened, v1::TENSOR_SALIENCY, 1);
@@ -76,30 +79,34 @@ nb::object FromLayer(const client::LayerResult& layer, const v1::Open& open,
   return Result("LayerResult", fields);
 }
 
-nb::object FromEvent(client::Event event, const v1::Open& open, const v1::Opened& opened) {
+nb::object FromEvent(client::Event event, const Prompt& prompt) {
   if (const auto* layer = std::get_if<client::LayerResult>(&event)) {
-    return FromLayer(*layer, open, opened);
+    return FromLayer(*layer, prompt);
   }
   if (auto* pivot = std::get_if<client::PivotResult>(&event)) return FromPivot(std::move(*pivot));
   return FromMessage(std::get<v1::Summary>(event));
 }
 
-nb::object FromPull(const client::RowPull& pull, const v1::Open& open, const v1::Opened& opened) {
+nb::object FromPull(const client::RowPull& pull, const Prompt& prompt) {
   nb::dict fields;
   fields["layer"] = pull.layer;
   fields["kept_tokens"] = pull.kept_tokens;
   fields["keys"] = pull.keys;
-  fields["positions"] = TensorOrNone(
-      pull.positions, Int32(), OutputShape(open, opened, v1::TENSOR_POSITIONS, pull.kept_tokens));
+  fields["positions"] =
+      TensorOrNone(pull.positions, Int32(),
+                   OutputShape(prompt.open, prompt.opened, v1::TENSOR_POSITIONS, pull.kept_tokens),
+                   std::nullopt);
   return Result("RowPull", fields);
 }
 
-nb::object FromFetched(const client::FetchedCache& fetched) {
-  const v1::Open open = client::OpenOf(fetched.info);
-  const v1::Opened opened = client::OpenedOf(fetched.info);
+nb::object FromFetched(const client::FetchedCache& fetched, const GpuPlaces& gpu) {
+  Prompt prompt;
+  prompt.open = client::OpenOf(fetched.info);
+  prompt.opened = client::OpenedOf(fetched.info);
+  prompt.gpu = gpu;
   nb::list layers;
   for (const client::LayerResult& layer : fetched.layers) {
-    layers.append(FromLayer(layer, open, opened));
+    layers.append(FromLayer(layer, prompt));
   }
   nb::dict fields;
   fields["info"] = FromMessage(fetched.info);

@@ -3,17 +3,17 @@
 
 #include <nanobind/nanobind.h>
 
+#include "prompt.h"
 #include "structkv/held_cache.h"
 #include "structkv/result.h"
-#include "structkv/v1/compression.pb.h"
 
 namespace structkv::python {
 
-nanobind::object FromLayer(const client::LayerResult& layer, const v1::Open& open,
-                           const v1::Opened& opened);
-nanobind::object FromEvent(client::Event event, const v1::Open& open, const v1::Opened& opened);
-nanobind::object FromPull(const client::RowPull& pull, const v1::Open& open,
-                          const v1::Opened& opened);
-nanobind::object FromFetched(const client::FetchedCache& fetched);
+// Tensors are on a GPU where they lie in one of the prompt's regions.
+nanobind::object FromLayer(const client::LayerResult& layer, const Prompt& prompt);
+nanobind::object FromEvent(client::Event event, const Prompt& prompt);
+nanobind::object FromPull(const client::RowPull& pull, const Prompt& prompt);
+// `gpu`: the region of FetchOptions.results.
+nanobind::object FromFetched(const client::FetchedCache& fetched, const GpuPlaces& gpu);
 
 }  // namespace structkv::python

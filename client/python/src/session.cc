@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "error.h"
 #include "message.h"
+#include "region.h"
 #include "results.h"
 #include "shapes.h"
 #include "tensor.h"
@@ -33,6 +34,13 @@ PendingHandle Send(const SessionHandle& self,
             }));
 }
 
+// What a session takes from a GPU's memory.
+GpuRule FromGpu(const Prompt& prompt, v1::Tensor which) {
+  return [&prompt, which](absl::Span<const std::byte> bytes, int device) {
+    return prompt.WhyNotFromGpu(which, bytes, device);
+  };
+}
+
 // Tensors of one call that sends.
 class Inputs {
  public:
@@ -44,7 +52,8 @@ class Inputs {
         object,
         {absl::StrCat(call_, ": ", nb::cast<std::string>(FromEnum(v1::Tensor_descriptor(), which))),
          ElementOf(prompt_.open, which),
-         InputShape(prompt_.open, prompt_.opened, which, tokens_, whole_)});
+         InputShape(prompt_.open, prompt_.opened, which, tokens_, whole_),
+         FromGpu(prompt_, which)});
   }
   std::shared_ptr<const void> Owner() { return std::move(arguments_).Owner(); }
 
@@ -56,11 +65,13 @@ class Inputs {
   Arguments arguments_;
 };
 
-// Tokens of `positions`, by their bytes; whether these are i32 is checked where they are taken.
+// Tokens of `positions`, by their bytes; whether these are i32, and may be on a GPU, is checked
+// where they are taken.
 uint32_t CountPositions(nb::handle positions) {
   Arguments arguments;
   const absl::Span<const std::byte> bytes =
-      arguments.Take(positions, {"positions", Int32(), std::nullopt});
+      arguments.Take(positions, {"positions", Int32(), std::nullopt,
+                                 [](absl::Span<const std::byte>, int) { return std::string(); }});
   const auto address = reinterpret_cast<uintptr_t>(bytes.data());
   if (address % alignof(int32_t) != 0) {
     Throw(absl::InvalidArgumentError(absl::StrCat("positions lie at the address ", address,
@@ -91,6 +102,7 @@ PendingHandle SendLayer(const SessionHandle& self, uint32_t layer, nb::handle te
   layer_tensors.positions = {reinterpret_cast<const int32_t*>(rows.data()),
                              rows.size() / sizeof(int32_t)};
   layer_tensors.owner = inputs.Owner();
+  layer_tensors.cuda_stream = StreamOf(tensors.attr("cuda_stream"), "LayerTensors.cuda_stream");
   return Send(self, [layer, layer_tensors](client::CompressSession& session) {
     return session.SendLayer(layer, layer_tensors);
   });
@@ -114,7 +126,7 @@ PendingHandle SendBytes(const SessionHandle& self, uint32_t layer, nb::handle te
       static_cast<v1::Tensor>(ToEnum(v1::Tensor_descriptor(), tensor, "send: tensor"));
   Arguments arguments;
   const absl::Span<const std::byte> bytes =
-      arguments.Take(data, {"send: data", Byte(), std::nullopt});
+      arguments.Take(data, {"send: data", Byte(), std::nullopt, FromGpu(self->prompt(), which)});
   return Send(self, [layer, which, bytes, offset_bytes,
                      owner = std::move(arguments).Owner()](client::CompressSession& session) {
     return session.Send(layer, which, bytes, offset_bytes, owner);
@@ -125,7 +137,7 @@ nb::object NextEvent(const SessionHandle& self) {
   RefuseEnded();
   if (!self->events().Take()) return nb::none();
   // With the GIL: it does not wait, and a daemon thread that gives the GIL away may never return.
-  return FromEvent(Take(self->session().NextEvent()), self->prompt().open, self->prompt().opened);
+  return FromEvent(Take(self->session().NextEvent()), self->prompt());
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "error.h"
+#include "prompt.h"
 
 namespace structkv::python {
 namespace {
@@ -28,9 +29,7 @@ const Element kElements[] = {
     {"u8", "B", DType(Code::UInt, 8)},
 };
 
-std::string Text(const Shape& shape) { return absl::StrCat("[", absl::StrJoin(shape, ", "), "]"); }
-
-std::string Text(nb::dlpack::dtype dtype) {
+std::string NameOf(nb::dlpack::dtype dtype) {
   for (const Element& element : kElements) {
     if (element.dtype == dtype) return element.name;
   }
@@ -59,6 +58,11 @@ bool IsInteger(nb::dlpack::dtype dtype) {
       absl::StrCat(expected.name, ": ", what, "; ", wanted, " on the CPU, dense, is expected")));
 }
 
+std::string SaidBy(nb::handle object, const nb::python_error& error) {
+  return absl::StrCat(nb::cast<std::string>(nb::str(object.type())), ": ",
+                      nb::cast<std::string>(nb::str(error.value())));
+}
+
 // Why the object itself says that it cannot be taken.
 std::string Reason(nb::handle object) {
   const std::string type = nb::cast<std::string>(nb::str(object.type()));
@@ -67,9 +71,30 @@ std::string Reason(nb::handle object) {
   try {
     object.attr("__dlpack__")();
   } catch (nb::python_error& error) {
-    return absl::StrCat(type, ": ", nb::cast<std::string>(nb::str(error.value())));
+    return SaidBy(object, error);
   }
   return reason;
+}
+
+// Whether the object says that it is in a GPU's memory.
+bool IsOnGpu(nb::handle object) {
+  if (!nb::hasattr(object, "__dlpack_device__")) return false;
+  try {
+    return nb::cast<int>(object.attr("__dlpack_device__")()[0]) == nb::device::cuda::value;
+  } catch (nb::python_error&) {
+    return false;
+  } catch (nb::cast_error&) {
+    return false;
+  }
+}
+
+// Of an object on a GPU. No stream is made to wait: nothing is queued on any here.
+nb::object Capsule(nb::handle object, const Expected& expected) {
+  try {
+    return object.attr("__dlpack__")(nb::arg("stream") = -1);
+  } catch (nb::python_error& error) {
+    Refuse(expected, SaidBy(object, error));
+  }
 }
 
 // What numpy cannot export (the types of ml_dtypes) by its bits.
@@ -87,19 +112,34 @@ nb::object Bits(nb::handle object) {
 template <typename Array>
 Array Import(nb::handle object, const Expected& expected) {
   Array array;
+  if (IsOnGpu(object)) {
+    if (nb::try_cast<Array>(Capsule(object, expected), array, /*convert=*/false)) return array;
+    Refuse(expected, Reason(object));
+  }
   if (nb::try_cast<Array>(object, array, /*convert=*/false)) return array;
   const nb::object bits = Bits(object);
   if (!bits.is_none() && nb::try_cast<Array>(bits, array, /*convert=*/false)) return array;
+  nb::ndarray<nb::ro> readable;
+  if (nb::try_cast<nb::ndarray<nb::ro>>(object, readable, /*convert=*/false)) {
+    Refuse(expected, absl::StrCat(nb::cast<std::string>(nb::str(object.type())), " is read-only"));
+  }
   Refuse(expected, Reason(object));
 }
 
+// The number of its GPU; nullopt: it is on the CPU.
 template <typename Array>
-void CheckArray(const Array& array, const Expected& expected) {
+std::optional<int> GpuOf(const Array& array, const Expected& expected, const std::string& what) {
   const int device = array.device_type();
-  if (device != nb::device::cpu::value && device != nb::device::cuda_host::value) {
-    Refuse(expected, absl::StrCat("a tensor on a device (DLPack type ", device,
-                                  ") cannot be sent from where it is: copy it to the host"));
+  if (device == nb::device::cpu::value || device == nb::device::cuda_host::value) {
+    return std::nullopt;
   }
+  if (device == nb::device::cuda::value) return array.device_id();
+  Refuse(expected, absl::StrCat(what, " on a device (DLPack type ", device,
+                                ") cannot be taken from where it is: copy it to the host"));
+}
+
+template <typename Array>
+Shape DenseShape(const Array& array, const Expected& expected) {
   Shape shape;
   int64_t dense = 1;
   bool is_dense = true;
@@ -109,24 +149,47 @@ void CheckArray(const Array& array, const Expected& expected) {
     dense *= axis;
     shape.insert(shape.begin(), axis);
   }
-  const nb::dlpack::dtype dtype = array.dtype();
-  const std::string what = absl::StrCat(Text(dtype), " ", Text(shape));
-  if (dense > 0 && !is_dense) {
-    Shape strides;
-    for (size_t i = 0; i < array.ndim(); ++i) strides.push_back(array.stride(i));
-    Refuse(expected, absl::StrCat(what, " has the strides ", Text(strides), ", in elements"));
-  }
-  if (!expected.shape.has_value()) return;
+  if (dense == 0 || is_dense) return shape;
+  Shape strides;
+  for (size_t i = 0; i < array.ndim(); ++i) strides.push_back(array.stride(i));
+  Refuse(expected, absl::StrCat(NameOf(array.dtype()), " ", Text(shape), " has the strides ",
+                                Text(strides), ", in elements"));
+}
+
+// Whether it is of the expected type and shape.
+bool Fits(nb::dlpack::dtype dtype, Shape shape, size_t nbytes, const Expected& expected) {
+  if (!expected.shape.has_value()) return true;
   const size_t bytes = expected.element.bytes() * static_cast<size_t>(Count(*expected.shape));
-  if (dtype == Byte().dtype && shape.size() == 1 && array.nbytes() == bytes) return;
+  if (dtype == Byte().dtype && shape.size() == 1 && nbytes == bytes) return true;
   const bool bits = IsInteger(dtype) && !IsInteger(expected.element.dtype);
   const bool same = dtype == expected.element.dtype ||
                     (bits && dtype.bits == expected.element.dtype.bits && dtype.lanes == 1);
   while (shape.size() > expected.shape->size() && shape.front() == 1) shape.erase(shape.begin());
-  if (!same || shape != *expected.shape) Refuse(expected, absl::StrCat(what, " came"));
+  return same && shape == *expected.shape;
+}
+
+// The number of its GPU; nullopt: it is on the CPU.
+template <typename Array>
+std::optional<int> CheckArray(const Array& array, const Expected& expected) {
+  const Shape shape = DenseShape(array, expected);
+  const std::string what = absl::StrCat(NameOf(array.dtype()), " ", Text(shape));
+  const std::optional<int> gpu = GpuOf(array, expected, what);
+  const std::string where = gpu.has_value() ? absl::StrCat(" on ", DeviceName(gpu)) : "";
+  if (!Fits(array.dtype(), shape, array.nbytes(), expected)) {
+    Refuse(expected, absl::StrCat(what, where, " came"));
+  }
+  if (!gpu.has_value()) return std::nullopt;
+  const std::string why =
+      expected.gpu
+          ? expected.gpu({static_cast<const std::byte*>(array.data()), array.nbytes()}, *gpu)
+          : "copy it to the host";
+  if (why.empty()) return gpu;
+  Throw(absl::InvalidArgumentError(absl::StrCat(expected.name, ": ", what, where, " came; ", why)));
 }
 
 }  // namespace
+
+std::string Text(const Shape& shape) { return absl::StrCat("[", absl::StrJoin(shape, ", "), "]"); }
 
 const Element& ElementOf(v1::DType dtype) {
   switch (dtype) {
@@ -158,9 +221,10 @@ const Element& Int32() { return kElements[5]; }
 const Element& Byte() { return kElements[6]; }
 
 absl::Span<const std::byte> Arguments::Take(nb::handle object, const Expected& expected) {
+  gpu_.reset();
   if (object.is_none()) return {};
   auto array = Import<nb::ndarray<nb::ro>>(object, expected);
-  CheckArray(array, expected);
+  gpu_ = CheckArray(array, expected);
   const absl::Span<const std::byte> bytes(static_cast<const std::byte*>(array.data()),
                                           array.nbytes());
   arrays_.push_back(std::move(array));
@@ -179,97 +243,6 @@ std::shared_ptr<const void> Arguments::Owner() && {
   if (arrays_.empty()) return nullptr;
   return {new std::vector(std::move(arrays_)),
           [](auto* arrays) { Post([arrays] { delete arrays; }); }};
-}
-
-Tensor::Tensor(const client::Bytes& bytes, const Element& type, Shape dims)
-    : memory(bytes.span()),
-      owner(bytes.owner()),
-      element(type),
-      shape(std::move(dims)),
-      strides(shape.size()) {
-  auto stride = static_cast<int64_t>(element.bytes());
-  for (size_t i = shape.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= shape[i];
-  }
-}
-
-nb::object TensorOrNone(const client::Bytes& bytes, const Element& element, Shape shape) {
-  if (bytes.empty()) return nb::none();
-  // What has no plain shape (rows arranged for several decode ranks) is one axis.
-  const size_t elements = bytes.size() / element.bytes();
-  if (static_cast<size_t>(Count(shape)) != elements) shape = {static_cast<int64_t>(elements)};
-  return nb::cast(Tensor(bytes, element, std::move(shape)));
-}
-
-namespace {
-
-int GetBuffer(PyObject* object, Py_buffer* view, int /*flags*/) noexcept {
-  auto& tensor = *nb::inst_ptr<Tensor>(object);
-  static_assert(sizeof(Py_ssize_t) == sizeof(int64_t));
-  *view = {};
-  view->buf = tensor.memory.data();
-  view->obj = Py_NewRef(object);
-  view->len = static_cast<Py_ssize_t>(tensor.memory.size());
-  view->itemsize = static_cast<Py_ssize_t>(tensor.element.bytes());
-  view->format = const_cast<char*>(tensor.element.format);
-  view->ndim = static_cast<int>(tensor.shape.size());
-  view->shape = reinterpret_cast<Py_ssize_t*>(tensor.shape.data());
-  view->strides = reinterpret_cast<Py_ssize_t*>(tensor.strides.data());
-  return 0;
-}
-
-nb::object DLPack(nb::handle_t<Tensor> self, const nb::kwargs& arguments) {
-  const auto& tensor = *nb::inst_ptr<Tensor>(self);
-  const std::vector<size_t> shape(tensor.shape.begin(), tensor.shape.end());
-  const nb::ndarray<nb::array_api> array(tensor.memory.data(), shape.size(), shape.data(), self,
-                                         nullptr, tensor.element.dtype, nb::device::cpu::value);
-  return nb::cast(array).attr("__dlpack__")(**arguments);
-}
-
-nb::object Numpy(nb::handle_t<Tensor> self) {
-  const std::string name = nb::inst_ptr<Tensor>(self)->element.name;
-  const nb::object array = nb::module_::import_("numpy").attr("asarray")(self);
-  if (name != "bf16" && name.substr(0, 2) != "f8") return array;
-  const char* type = name == "bf16"      ? "bfloat16"
-                     : name == "f8_e4m3" ? "float8_e4m3fn"
-                                         : "float8_e5m2";
-  return array.attr("view")(nb::module_::import_("ml_dtypes").attr(type));
-}
-
-}  // namespace
-
-void BindTensor(nb::module_& module) {
-  static PyType_Slot slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(&GetBuffer)},
-                                {0, nullptr}};
-  nb::class_<Tensor>(
-      module, "Tensor", nb::type_slots(slots), nb::is_weak_referenceable(),
-      "Dense memory of the library, on the CPU: torch.from_dlpack(t), "
-      "numpy.from_dlpack(t), numpy.asarray(t) and memoryview(t) see it without a "
-      "copy and keep it alive. In a buffer bf16 is uint16 and fp8 uint8: their bits.")
-      .def_prop_ro(
-          "shape",
-          [](const Tensor& self) {
-            nb::list shape;
-            for (const int64_t axis : self.shape) shape.append(axis);
-            return nb::tuple(shape);
-          },
-          nb::sig("def shape(self) -> tuple[int, ...]"))
-      .def_prop_ro(
-          "dtype", [](const Tensor& self) { return std::string(self.element.name); },
-          "'f32', 'f16', 'bf16', 'f8_e4m3', 'f8_e5m2', 'i32' or 'u8'.")
-      .def_prop_ro(
-          "nbytes", [](const Tensor& self) { return self.memory.size(); }, "Bytes of the memory.")
-      .def("__dlpack__", &DLPack,
-           nb::sig("def __dlpack__(self, **kwargs: typing.Any) -> typing_extensions.CapsuleType"))
-      .def(
-          "__dlpack_device__", [](const Tensor&) { return nb::make_tuple(1, 0); },
-          nb::sig("def __dlpack_device__(self) -> tuple[int, int]"))
-      .def("numpy", &Numpy, nb::sig("def numpy(self) -> typing.Any"),
-           "A view as a numpy array; of bf16 and fp8 with the types of ml_dtypes.")
-      .def("__repr__", [](const Tensor& self) {
-        return absl::StrCat("structkv.Tensor(", self.element.name, ", ", Text(self.shape), ")");
-      });
 }
 
 }  // namespace structkv::python

@@ -12,10 +12,15 @@ from .messages import Open
 from .results import LayerResult, RowPull
 
 Array: TypeAlias = Any
-"""A dense tensor on the CPU with DLPack or the buffer protocol: torch, numpy, structkv.Tensor,
-memoryview, bytes. Typed Any, since the buffer protocol has no type before Python 3.12."""
+"""A dense tensor with DLPack or the buffer protocol: torch, numpy, structkv.Tensor, memoryview,
+bytes. On the CPU but for what a session with regions of a GPU sends. Typed Any, since the buffer
+protocol has no type before Python 3.12."""
 
-Transport: TypeAlias = Literal["auto", "inline", "shared_memory"]
+CudaStream: TypeAlias = Any
+"""A cudaStream_t as an int, as torch.cuda.Stream.cuda_stream is. Typed Any, so that a dict of tensors
+can be unpacked into LayerTensors."""
+
+Transport: TypeAlias = Literal["auto", "inline", "shared_memory", "cuda_ipc"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +78,14 @@ class StreamOptions:
     checksums: send an XXH3 checksum with every piece in a message.
     replica: of several, the address of the one to use; None: the client chooses.
     transport: "auto" takes shared memory where regions are given and the server can have it; of
-        several replicas that the client chooses from, "auto" is "inline".
-    regions: that keys and values lie in.
-    staging: that keys and values outside of the regions are copied to, for shared memory.
+        several replicas that the client chooses from, "auto" is "inline". With regions of a GPU it
+        takes "cuda_ipc", or what copy_from_gpu lets.
+    regions: that keys and values lie in, all of the host's memory or all of one GPU's.
+    staging: that keys and values outside of the regions are copied to, for shared memory and
+        "cuda_ipc".
+    copy_from_gpu: with regions of a GPU that the server cannot read, copy keys and values to the
+        host and send them in messages, and results to the arena, many times slower; False: that is
+        FailedPrecondition, with the reason.
     metadata: sent with every attempt, for instance ("structkv-tenant", "me").
     session_id: the caller's own name, for the server's log, status page and traces: 1 to 128
         letters, digits and "._:/+@-".
@@ -92,6 +102,7 @@ class StreamOptions:
     transport: Transport | None = None
     regions: Sequence[Region] = ()
     staging: Arena | None = None
+    copy_from_gpu: bool | None = None
     metadata: Sequence[tuple[str, str]] | None = None
     session_id: str | None = None
     traceparent: str | None = None
@@ -105,8 +116,8 @@ class PromptOptions:
     What one raises ends the session, as Internal.
 
     allocate: gives memory for one tensor of a result, `allocate(layer, tensor, nbytes)`: a writable
-        u8 [nbytes], which is not copied and stays alive; or an arena.
-    results: with shared memory, kept keys and values are written here by the server.
+        u8 [nbytes], which is not copied and stays alive; or an arena. Of the host.
+    results: with shared memory and "cuda_ipc", kept keys and values are written here by the server.
     rows: with Open.pull, gives the rows that the server asks for as (keys or None, values), each
         [kv_heads, kept_tokens, dim] or the layout of Open. None: they are taken from what
         send_layer() was given.
@@ -155,10 +166,10 @@ class FetchOptions(HeldCallOptions):
     max_bytes: the most tensor bytes that are taken in; a cache that has more is ResourceExhausted
         before memory is taken for it.
     allocate: as in PromptOptions.
-    results: with shared memory, keys and values are written here by the server.
+    results: with shared memory and "cuda_ipc", keys and values are written here by the server.
         ResourceExhausted where it has no room for all.
-    transport: "auto" takes shared memory where results is given and the server has it;
-        FetchedCache.info.transport says which it was.
+    transport: "auto" takes shared memory where results is given and the server has it, or
+        "cuda_ipc" where that is a GPU's; FetchedCache.info.transport says which it was.
     on_layer: takes each layer as it is complete, in place of FetchedCache.layers, on a thread of
         the library. What it, or allocate, raises is raised by the fetch, as Internal.
     """
@@ -179,8 +190,12 @@ class FetchOptions(HeldCallOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTensors:
-    """One layer's tensors, each dense and on the CPU; None where the prompt has no such tensor
+    """One layer's tensors, each dense; None where the prompt has no such tensor
     (Opened.required_tensors). They are not copied, and stay alive until the library is done.
+
+    They lie on the CPU. With regions of a GPU keys and values lie in one, or in any memory that
+    `staging` or `copy_from_gpu` has them copied from; of the others, what is in a GPU's memory is
+    copied to the host.
 
     keys, values: [kv_heads, tokens, dim] or [tokens, kv_heads, dim], by Open.layout, or blocks of
         Open.paged: [blocks, kv_heads, block_tokens, dim] or [blocks, block_tokens, kv_heads, dim].
@@ -190,6 +205,9 @@ class LayerTensors:
     key_scales, value_scales: f32 [1] or [kv_heads], of fp8.
     positions: i32 [skeleton_tokens], PivotResult.skeleton: the layer holds skeleton rows alone,
         and `tokens` above are the skeleton's.
+    cuda_stream: with regions of a GPU, the cudaStream_t on which the tensors are written
+        (torch.cuda.current_stream().cuda_stream): the server waits for what was queued there until
+        now. None: they are written, or Region.record() was called.
 
     Leading axes of 1 are dropped. Integers of the same size stand for the bits of bf16 and fp8
     (numpy has neither), and u8 [nbytes] for anything.
@@ -203,3 +221,4 @@ class LayerTensors:
     key_scales: Array | None = None
     value_scales: Array | None = None
     positions: Array | None = None
+    cuda_stream: CudaStream | None = None

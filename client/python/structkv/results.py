@@ -1,4 +1,5 @@
-"""What a compression gives back. Tensors are views of the library's memory, never copies."""
+"""What a compression gives back. Tensors are views of the library's memory, never copies; keys and
+values are on a GPU (Tensor.device) where they were written to an arena of its memory."""
 
 from __future__ import annotations
 

@@ -9,6 +9,14 @@ target_link_libraries(structkv_cuda_fake
 # The client library finds the driver's functions in the program itself.
 target_link_options(structkv_cuda_fake INTERFACE -rdynamic)
 
+# The same for a program that loads CUDA's driver as a library: Python's tests. Its own functions call one another, whatever
+# else the program has loaded.
+add_library(fake_cuda SHARED
+  cuda/fake_api.cc cuda/fake_driver.cc cuda/fake_events.cc cuda/fake_ipc.cc cuda/fake_library.cc cuda/fake_runtime.cc)
+target_link_libraries(fake_cuda PRIVATE structkv_options structkv_cuda_backend)
+target_link_options(fake_cuda PRIVATE -Wl,-Bsymbolic)
+set_target_properties(fake_cuda PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${CMAKE_RUNTIME_OUTPUT_DIRECTORY})
+
 structkv_test(kernels_cuda_arena_test SOURCES cuda/arena_test.cc
   LIBS structkv_cuda_backend structkv_kernels_tools LABELS thread)
 structkv_test(kernels_cuda_backend_test SOURCES cuda/cuda_backend_test.cc cuda/fake_runtime_test.cc

@@ -122,6 +122,10 @@ class Region {
   absl::Status Write(uint64_t offset_bytes, absl::Span<const std::byte> from);
   absl::Status Read(uint64_t offset_bytes, absl::Span<std::byte> to) const;
 
+  // Whether `data` is an address in some GPU's memory, by the CUDA of this region: then no thread
+  // may read it but by CUDA's copies. False for memory of the host.
+  bool IsOnGpu(const std::byte* data) const;
+
   // Where `bytes`, which must not be empty, begin in the region; nullopt: not all of them lie in
   // it.
   std::optional<uint64_t> OffsetOf(absl::Span<const std::byte> bytes) const;

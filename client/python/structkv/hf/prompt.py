@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ class Prompt:
         prompt's tokens or, with `skeleton`, of the skeleton's."""
         if self.opened.kept_tokens[layer] == 0 or not self.opened.required_tensors:
             return
-        tensors: dict[str, object] = {}
+        tensors: dict[str, Any] = {}
         for name in self.opened.required_tensors:
             if name == "keys":
                 tensors[name] = _host(keys.transpose(0, 1))
