@@ -77,7 +77,9 @@ def test_names_lead_somewhere(overlay: str, components: tuple[str, ...]) -> None
         found = selected(objects, policy["spec"]["podSelector"])
         assert found, policy["metadata"]["name"]
         for rule in policy["spec"].get("ingress", []):
-            assert all({port["port"] for port in rule["ports"]} <= set(ports(workload)) for workload in found)
+            for workload in found:
+                known = {**ports(workload), **{number: number for number in ports(workload).values()}}
+                assert {port["port"] for port in rule["ports"]} <= set(known), policy["metadata"]["name"]
     for monitor in of_kind(objects, "PodMonitor"):
         for workload in selected(objects, monitor["spec"]["selector"]):
             assert {end["port"] for end in monitor["spec"]["podMetricsEndpoints"]} <= set(ports(workload))
