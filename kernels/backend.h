@@ -154,6 +154,13 @@ class Backend {
   // reservation.
   virtual int64_t SaliencyScratchBytes(const SaliencyParams& params) const = 0;
 
+  // RESOURCE_EXHAUSTED, with the bytes that are needed and those that there are, where Saliency of
+  // such tensors never has the device memory that it takes, whoever else uses it. Their data are
+  // not looked at; `keys_on_device`: the keys will lie in a GPU's memory.
+  virtual absl::Status CheckRoom(const SaliencyParams& /*params*/, bool /*keys_on_device*/) const {
+    return absl::OkStatus();
+  }
+
   // Writes out[g, j] = (1 / window) * sum over the window's rows t and the query heads h of group g
   // of a[h, t, j], the softmax attention over keys 0 .. t; with `window_max` out[h, j] = max over t
   // of a[h, t, j]. `out` is [kv_heads, tokens], float32, not null. Where a score is not finite the

@@ -52,6 +52,9 @@ class CudaBackend final : public Backend {
   int64_t SaliencyScratchBytes(const SaliencyParams& /*params*/) const override {
     return kCallBytes;
   }
+  absl::Status CheckRoom(const SaliencyParams& params, bool keys_on_device) const override {
+    return cuda::CheckRoom(*devices_, params, keys_on_device);
+  }
 
   absl::Status Saliency(const SaliencyParams& params, float* out, BadStatistic* bad,
                         ParallelFor /*parallel*/) const override {

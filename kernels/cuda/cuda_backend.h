@@ -25,12 +25,13 @@ struct CudaOptions {
 };
 
 // A backend on all GPUs that this process sees. Each call goes to the one with the most free
-// memory, on a stream of its own, and waits there for its turn, 10 seconds at most.
+// memory, on a stream of its own, and waits there for its turn: in the order of the calls, as long
+// as others end, so that no call fails because there are many.
 //
-// Saliency is RESOURCE_EXHAUSTED where its turn does not come, where not even one of its KV heads
-// fits into the memory, or where CUDA itself runs out. The other operations, which have no status,
-// go to the CPU then, with the caller's `parallel`. After an error that only a new process clears
-// Health() is UNAVAILABLE and every operation returns at once.
+// Saliency is RESOURCE_EXHAUSTED where no call has ended for 10 seconds while it waited, where not
+// even one of its KV heads fits into the memory, or where CUDA itself runs out. The other
+// operations, which have no status, go to the CPU then, with the caller's `parallel`. After an
+// error that only a new process clears Health() is UNAVAILABLE and every operation returns at once.
 //
 // Without the caller's log-sum-exp, weights are rounded to float16 on their way
 // (kernels/cuda/saliency.h).

@@ -1,5 +1,7 @@
 #include "kernels/cuda/device.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/cuda_error.h"
 #include "kernels/cuda/select.h"
@@ -116,19 +118,24 @@ absl::StatusOr<Lease> Device::Acquire(int64_t bytes) {
   {
     std::unique_lock lock(mutex_);
     const auto ticket = waiting_.insert(waiting_.end(), next_ticket_++);
-    changed_.wait_for(lock, options_.wait_limit, [&] {
+    const auto has_turn = [&] {
       if (!loss_->status().ok()) return true;
       if (waiting_.front() != *ticket || idle_.empty()) return false;
       block = pool_->Take(bytes);
       return block.has_value();
-    });
+    };
+    const auto begun = std::chrono::steady_clock::now();
+    const auto limit = [&] { return std::max(begun, given_back_at_) + options_.wait_limit; };
+    while (!changed_.wait_until(lock, limit(), has_turn) &&
+           std::chrono::steady_clock::now() < limit()) {
+    }
     waiting_.erase(ticket);
     changed_.notify_all();
     if (absl::Status lost = loss_->status(); !lost.ok()) return lost;
     if (!block.has_value()) {
       return absl::ResourceExhaustedError(
-          absl::StrCat(name_, ": no device memory for ", bytes, " bytes within ",
-                       options_.wait_limit.count(), " ms; ", pool_->free_bytes(), " of ",
+          absl::StrCat(name_, ": no device memory for ", bytes, " bytes; no call ended within ",
+                       options_.wait_limit.count(), " ms, ", pool_->free_bytes(), " of ",
                        pool_->bytes(), " are free, ", waiting_.size(), " calls wait"));
     }
     lane = idle_.back();
@@ -161,6 +168,7 @@ void Device::GiveBack(Lane* lane, Arena::Block block) {
   const std::lock_guard lock(mutex_);
   { const Arena::Block given = std::move(block); }
   idle_.push_back(lane);
+  given_back_at_ = std::chrono::steady_clock::now();
   changed_.notify_all();
 }
 

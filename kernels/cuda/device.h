@@ -48,8 +48,8 @@ struct DeviceOptions {
   // Of each of a lane's two pinned buffers: 80 microseconds of a bus of 50 GB/s, which hides what
   // it costs to queue a copy.
   int64_t slice_bytes = int64_t{4} << 20;
-  // How long a call waits for its lease. Leases are milliseconds long, so that this means that the
-  // device is stuck, or that too many calls wait.
+  // How long a call waits for its lease while none comes back. Leases are milliseconds long, so
+  // that this means that the device is stuck; however many calls wait, each has its turn.
   std::chrono::milliseconds wait_limit = std::chrono::seconds(10);
 };
 
@@ -153,7 +153,7 @@ class Device {
 
   // Waits for its turn, for a lane and for `bytes` of the pool, in the order of the calls, and
   // makes this device the thread's current one. RESOURCE_EXHAUSTED where the pool can never hold
-  // that much, or nothing came free within the limit; UNAVAILABLE where the backend is lost.
+  // that much, or no lease came back within the limit; UNAVAILABLE where the backend is lost.
   absl::StatusOr<Lease> Acquire(int64_t bytes);
 
   // CudaStatus, with the device's name. A sticky error is the loss of the backend.
@@ -182,6 +182,7 @@ class Device {
   std::list<uint64_t> waiting_;  // the callers' tickets
   uint64_t next_ticket_ = 0;
   std::vector<Lane*> idle_;
+  std::chrono::steady_clock::time_point given_back_at_;  // the last lease
 };
 
 }  // namespace structkv::cuda

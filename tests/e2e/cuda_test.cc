@@ -1,7 +1,11 @@
 // The service on the CUDA backend, whose GPUs are those of the fake runtime.
+#include <atomic>
+#include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
+#include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/kernels/cuda/fake_backend.h"
 #include "tests/testing/health.h"
@@ -54,6 +58,52 @@ TEST_F(CudaServiceTest, AfterOutOfMemoryItServesOn) {
   FakeCuda::FailLaunch(0, cudaErrorMemoryAllocation);
   ExpectFailure(Run(data), grpc::StatusCode::RESOURCE_EXHAUSTED, {"GPU", "out of memory"});
   EXPECT_EQ(Health(channel()), "SERVING");
+  ExpectSuccess(data, Run(data));
+}
+
+// Prompts that are admitted wait for one another's layers, and none fails for want of device
+// memory.
+TEST_F(CudaServiceTest, ManyPromptsShareAPoolForOneLayer) {
+  constexpr int64_t kPool = 64 << 10;
+  constexpr uint32_t kTokens = 200;
+  Stop();
+  FakeCuda::Reset({});
+  std::unique_ptr<Backend> backend = MakeFakeBackend(
+      {.memory_bytes = kPool, .least_memory_bytes = 1, .lanes = 4, .slice_bytes = 4096});
+  const Backend* const gpu = backend.get();
+  StartAlone(TestOptions(), std::move(backend));
+  std::atomic<int64_t> most{0};
+  FakeCuda::SetHook([gpu, &most] {
+    const int64_t used = gpu->stats().gpus[0].calls.used_bytes;
+    for (int64_t before = most; before < used && !most.compare_exchange_weak(before, used);) {
+    }
+  });
+  std::vector<std::thread> callers;
+  for (uint32_t i = 0; i < 8; ++i) {
+    callers.emplace_back([this, i] {
+      const PromptData data(Open(kTokens), i);
+      ExpectSuccess(data, Run(data));
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  FakeCuda::SetHook(nullptr);
+  EXPECT_GT(2 * most, kPool) << "there was room for two layers";
+}
+
+// A prompt of which no layer can ever be computed is refused before it sends one, for good.
+TEST_F(CudaServiceTest, WhatTheGpuCanNeverHoldIsRefusedAtOpen) {
+  Stop();
+  FakeCuda::Reset({.count = 2});
+  StartAlone(
+      TestOptions(),
+      MakeFakeBackend({.memory_bytes = 64 << 10, .least_memory_bytes = 1, .slice_bytes = 4096}));
+  const Outcome refused = ServiceTest::Run({OpenMessage(Open(2000))});
+  ExpectFailure(refused, grpc::StatusCode::RESOURCE_EXHAUSTED,
+                {"one KV head of a layer needs ", "all that calls have of it is 65536"});
+  EXPECT_THAT(refused.trailers,
+              ::testing::Contains(::testing::Pair("grpc-retry-pushback-ms", "-1")));
+  EXPECT_EQ(server().sessions().budget().reserved_bytes(), 0);
+  const PromptData data(Open(200), 1);
   ExpectSuccess(data, Run(data));
 }
 

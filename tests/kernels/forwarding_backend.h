@@ -26,6 +26,9 @@ class ForwardingBackend : public Backend {
   int64_t SaliencyScratchBytes(const SaliencyParams& params) const override {
     return real_->SaliencyScratchBytes(params);
   }
+  absl::Status CheckRoom(const SaliencyParams& params, bool keys_on_device) const override {
+    return real_->CheckRoom(params, keys_on_device);
+  }
   absl::Status Saliency(const SaliencyParams& params, float* out, BadStatistic* bad,
                         ParallelFor parallel) const override {
     return real_->Saliency(params, out, bad, parallel);
