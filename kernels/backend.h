@@ -37,8 +37,10 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "kernels/backend_stats.h"
+#include "kernels/host_pinning.h"
 #include "kernels/imported_memory.h"
 #include "kernels/rotation.h"
+#include "kernels/staged_layer.h"
 #include "kernels/tensor.h"
 
 namespace structkv {
@@ -216,6 +218,13 @@ class Backend {
   virtual absl::Status RunLayer(const LayerPass& pass, BadStatistic* bad,
                                 ParallelFor parallel) const;
 
+  // Begins to bring a layer's keys to where a RunLayer with `params` will want them
+  // (LayerPass::staged), while another layer is computed; returns at once. Null where that is of no
+  // use, or where there is no room now: that call then does without. Results are the same.
+  virtual std::unique_ptr<StagedLayer> Stage(const SaliencyParams& /*params*/) const {
+    return nullptr;
+  }
+
   // Sets `bytes` bytes to zero, of memory that a gather may write to. Errors as of Gather.
   virtual absl::Status Zero(void* to, int64_t bytes) const {
     std::memset(to, 0, static_cast<size_t>(bytes));
@@ -236,6 +245,10 @@ class Backend {
     if (bytes > 0) fill(0, {static_cast<std::byte*>(to), static_cast<size_t>(bytes)});
     return absl::OkStatus();
   }
+
+  // For host memory that tensors are received in: from what is pinned a device copies, and gathers
+  // rows, by itself. Nothing to pin without a device.
+  virtual HostPinning host_pinning() const { return {}; }
 
   // For whoever watches; to be called now and then.
   virtual BackendStats stats() const { return {}; }

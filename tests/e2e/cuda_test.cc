@@ -1,6 +1,9 @@
 // The service on the CUDA backend, whose GPUs are those of the fake runtime.
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <memory>
+#include <set>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -8,6 +11,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/kernels/cuda/fake_backend.h"
+#include "tests/kernels/cuda/gate.h"
 #include "tests/testing/health.h"
 #include "tests/testing/lost_backend.h"
 #include "tests/testing/service_test.h"
@@ -17,6 +21,8 @@ namespace {
 
 using structkv::testing::FakeCuda;
 using structkv::testing::FakeHeld;
+using structkv::testing::FakeWork;
+using structkv::testing::Gate;
 using structkv::testing::MakeFakeBackend;
 class CudaServiceTest : public ServiceTest {
  protected:
@@ -88,6 +94,64 @@ TEST_F(CudaServiceTest, ManyPromptsShareAPoolForOneLayer) {
   for (std::thread& caller : callers) caller.join();
   FakeCuda::SetHook(nullptr);
   EXPECT_GT(2 * most, kPool) << "there was room for two layers";
+}
+
+// The server receives keys and values where a GPU copies from by itself, and keys of the layer
+// after the one that is computed are on their way already: each crosses the bus once, in the runs
+// that it has, and not by way of the staging buffers.
+TEST_F(CudaServiceTest, TheNextLayersKeysAreCopiedFromWhereTheyWereReceived) {
+  constexpr uint32_t kTokens = 4800;  // a layer that the thread which reads leaves to others
+  constexpr int64_t kRunBytes = int64_t{kTokens} * 32 * 2;  // a KV head's keys of a layer
+  ASSERT_GT(kRunBytes, structkv::testing::kFakeSliceBytes);
+  Stop();
+  FakeCuda::Reset({});
+  std::unique_ptr<Backend> backend = MakeFakeBackend();
+  const Backend* const gpu = backend.get();
+  StartAlone(TestOptions(), std::move(backend));
+  const auto used = [gpu] { return gpu->stats().gpus[0].calls.used_bytes; };
+
+  const PromptData data(Open(kTokens), 7);
+  Gate gate;
+  std::thread caller([&] { ExpectSuccess(data, Run(data)); });
+  EXPECT_TRUE(gate.WaitUntilBlocked());
+  const int64_t computing = used();
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  while (used() == computing && std::chrono::steady_clock::now() < end) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_GE(used() - computing, 2 * kRunBytes) << "nothing was staged while a layer was computed";
+  EXPECT_GT(FakeCuda::held().registered_bytes, 0);
+  gate.Open();
+  caller.join();
+
+  std::set<cudaStream_t> computes;
+  std::vector<FakeWork> runs;
+  for (const FakeWork& work : FakeCuda::TakeLog()) {
+    if (work.kind == FakeWork::Kind::kKernel) computes.insert(work.stream);
+    if (work.kind == FakeWork::Kind::kToDevice && work.bytes >= kRunBytes) runs.push_back(work);
+  }
+  EXPECT_EQ(runs.size(), 2 * data.open().geometry().layer_count());
+  EXPECT_GE(std::count_if(runs.begin(), runs.end(),
+                          [&](const FakeWork& run) { return computes.count(run.stream) == 0; }),
+            2);
+  Stop();
+  EXPECT_EQ(FakeCuda::held(), FakeHeld());
+}
+
+// Where no memory can be pinned, the answers are the same.
+TEST_F(CudaServiceTest, ServesWithoutPinnedMemory) {
+  Stop();
+  FakeCuda::Reset({});
+  std::atomic<int> told{0};
+  StartAlone(TestOptions(),
+             MakeFakeBackend({.memory_bytes = int64_t{64} << 20,
+                              .slice_bytes = structkv::testing::kFakeSliceBytes},
+                             {.not_pinned = [&told](const absl::Status& /*why*/) { ++told; }}));
+  FakeCuda::FailAllocation(0, cudaErrorMemoryAllocation);
+  const PromptData data(Open(1200), 8);
+  ExpectSuccess(data, Run(data));
+  EXPECT_EQ(told, 1);
+  EXPECT_EQ(FakeCuda::held().registered_bytes, 0);
 }
 
 // A prompt of which no layer can ever be computed is refused before it sends one, for good.

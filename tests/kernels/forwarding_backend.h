@@ -69,6 +69,10 @@ class ForwardingBackend : public Backend {
                         ParallelFor parallel) const override {
     return real_->RunLayer(pass, bad, parallel);
   }
+  std::unique_ptr<StagedLayer> Stage(const SaliencyParams& params) const override {
+    return real_->Stage(params);
+  }
+  HostPinning host_pinning() const override { return real_->host_pinning(); }
   absl::Status Zero(void* to, int64_t bytes) const override { return real_->Zero(to, bytes); }
   absl::Status Fill(void* to, int64_t bytes, FillRun fill) const override {
     return real_->Fill(to, bytes, fill);

@@ -4,10 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <random>
 #include <string>
 #include <thread>
@@ -20,6 +18,7 @@
 #include "kernels/cuda/devices.h"
 #include "kernels/reference/reference_backend.h"
 #include "tests/kernels/cuda/fake_backend.h"
+#include "tests/kernels/cuda/gate.h"
 #include "tests/kernels/random_tensor.h"
 #include "tests/kernels/saliency_inputs.h"
 
@@ -31,47 +30,13 @@ using ::testing::ElementsAre;
 using testing::FakeCuda;
 using testing::FakeGpus;
 using testing::FakeHeld;
+using testing::Gate;
 using ::testing::HasSubstr;
 using testing::Inputs;
 using testing::MakeFakeBackend;
 
 constexpr int64_t kMiB = int64_t{1} << 20;
 const testing::Shape kShape = {4, 2, 90, 32, 4};
-
-// Stops the first piece of work that a stream runs, until it is let go.
-class Gate {
- public:
-  Gate() {
-    FakeCuda::SetHook([this] { Pass(); });
-  }
-  ~Gate() {
-    FakeCuda::SetHook(nullptr);
-    Open();
-  }
-  bool WaitUntilBlocked() {
-    std::unique_lock lock(mutex_);
-    return changed_.wait_for(lock, std::chrono::seconds(30), [this] { return blocked_; });
-  }
-  void Open() {
-    const std::lock_guard lock(mutex_);
-    open_ = true;
-    changed_.notify_all();
-  }
-
- private:
-  void Pass() {
-    std::unique_lock lock(mutex_);
-    if (blocked_) return;
-    blocked_ = true;
-    changed_.notify_all();
-    changed_.wait(lock, [this] { return open_; });
-  }
-
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  bool blocked_ = false;
-  bool open_ = false;
-};
 
 class CudaBackendTest : public ::testing::Test {
  protected:
@@ -85,7 +50,7 @@ class CudaBackendTest : public ::testing::Test {
              cuda::DeviceOptions options = {.memory_bytes = 64 * kMiB, .slice_bytes = 4096},
              std::function<void(const absl::Status&)> fell_back = nullptr) {
     FakeCuda::Reset(gpus);
-    backend_ = MakeFakeBackend(options, std::move(fell_back));
+    backend_ = MakeFakeBackend(options, {.fell_back = std::move(fell_back)});
   }
 
   absl::Status Saliency(std::vector<float>* out = nullptr) const {
