@@ -134,7 +134,6 @@ cudaError_t cudaHostRegister(void* data, size_t size, unsigned /*flags*/) {
                          std::prev(next)->first + std::prev(next)->second.bytes > begin);
   if (overlaps) return Failed(cudaErrorHostMemoryAlreadyRegistered);
   r.registered_memory.emplace(begin, Allocation{.bytes = bytes});
-  r.held.registered_bytes += bytes;
   return cudaSuccess;
 }
 
@@ -146,7 +145,6 @@ cudaError_t cudaHostUnregister(void* data) {
   if (found == r.registered_memory.end()) Die("what is unregistered was not registered");
   unsigned char resident = 0;
   if (mincore(data, 1, &resident) != 0) Die("what is unregistered is not mapped any more");
-  r.held.registered_bytes -= found->second.bytes;
   r.registered_memory.erase(found);
   return r.sticky;
 }

@@ -130,6 +130,7 @@ void FakeCuda::Reset(const FakeGpus& gpus) {
   Runtime& r = The();
   const std::lock_guard lock(r.mutex);
   if (r.held != FakeHeld()) Die("something is held");
+  if (!r.registered_memory.empty()) Die("some of the program's memory is still pinned");
   r.gpus = gpus;
   r.kernels.assign(static_cast<size_t>(gpus.count), 0);
   r.call_failure = r.launch_failure = r.allocation_failure = {};
@@ -143,6 +144,12 @@ void FakeCuda::Reset(const FakeGpus& gpus) {
 FakeHeld FakeCuda::held() {
   const std::lock_guard lock(The().mutex);
   return The().held;
+}
+int64_t FakeCuda::registered_bytes() {
+  const std::lock_guard lock(The().mutex);
+  int64_t bytes = 0;
+  for (const auto& [begin, allocation] : The().registered_memory) bytes += allocation.bytes;
+  return bytes;
 }
 int64_t FakeCuda::freed_while_open() {
   const std::lock_guard lock(The().mutex);

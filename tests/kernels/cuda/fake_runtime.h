@@ -31,7 +31,6 @@ struct FakeGpus {
 struct FakeHeld {
   int64_t device_bytes = 0;
   int64_t pinned_bytes = 0;
-  int64_t registered_bytes = 0;  // of the program's own memory that was pinned
   int64_t streams = 0;
   int64_t events = 0;
   int64_t imports = 0;   // allocations of other processes
@@ -49,9 +48,12 @@ struct FakeWork {
 
 class FakeCuda {
  public:
-  // Also ends every failure. Nothing may be held.
+  // Also ends every failure. Nothing may be held, nor any of the program's own memory pinned.
   static void Reset(const FakeGpus& gpus);
   static FakeHeld held();
+  // Of the program's own memory, what is pinned now: a pool of buffers keeps it so while it is
+  // idle.
+  static int64_t registered_bytes();
   // Calls of the runtime so far; those that give something back or ask for errors do not count.
   static int64_t calls();
   // The n-th call from now on fails, 0 the next; where the error is a sticky one, all after it do.

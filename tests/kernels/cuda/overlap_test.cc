@@ -37,7 +37,10 @@ OverlapOptions Small() {
 
 class OverlapTest : public ::testing::Test {
  protected:
-  void TearDown() override { EXPECT_EQ(FakeCuda::held(), FakeHeld()); }
+  void TearDown() override {
+    EXPECT_EQ(FakeCuda::held(), FakeHeld());
+    EXPECT_EQ(FakeCuda::registered_bytes(), 0);
+  }
 };
 
 TEST_F(OverlapTest, ReportsEveryRowAndTheResultsAreTheCpus) {
