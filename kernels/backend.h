@@ -37,8 +37,10 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "kernels/backend_stats.h"
+#include "kernels/host_pinning.h"
 #include "kernels/imported_memory.h"
 #include "kernels/rotation.h"
+#include "kernels/staged_layer.h"
 #include "kernels/tensor.h"
 
 namespace structkv {
@@ -154,6 +156,13 @@ class Backend {
   // reservation.
   virtual int64_t SaliencyScratchBytes(const SaliencyParams& params) const = 0;
 
+  // RESOURCE_EXHAUSTED, with the bytes that are needed and those that there are, where Saliency of
+  // such tensors never has the device memory that it takes, whoever else uses it. Their data are
+  // not looked at; `keys_on_device`: the keys will lie in a GPU's memory.
+  virtual absl::Status CheckRoom(const SaliencyParams& /*params*/, bool /*keys_on_device*/) const {
+    return absl::OkStatus();
+  }
+
   // Writes out[g, j] = (1 / window) * sum over the window's rows t and the query heads h of group g
   // of a[h, t, j], the softmax attention over keys 0 .. t; with `window_max` out[h, j] = max over t
   // of a[h, t, j]. `out` is [kv_heads, tokens], float32, not null. Where a score is not finite the
@@ -209,6 +218,13 @@ class Backend {
   virtual absl::Status RunLayer(const LayerPass& pass, BadStatistic* bad,
                                 ParallelFor parallel) const;
 
+  // Begins to bring a layer's keys to where a RunLayer with `params` will want them
+  // (LayerPass::staged), while another layer is computed; returns at once. Null where that is of no
+  // use, or where there is no room now: that call then does without. Results are the same.
+  virtual std::unique_ptr<StagedLayer> Stage(const SaliencyParams& /*params*/) const {
+    return nullptr;
+  }
+
   // Sets `bytes` bytes to zero, of memory that a gather may write to. Errors as of Gather.
   virtual absl::Status Zero(void* to, int64_t bytes) const {
     std::memset(to, 0, static_cast<size_t>(bytes));
@@ -229,6 +245,10 @@ class Backend {
     if (bytes > 0) fill(0, {static_cast<std::byte*>(to), static_cast<size_t>(bytes)});
     return absl::OkStatus();
   }
+
+  // For host memory that tensors are received in: from what is pinned a device copies, and gathers
+  // rows, by itself. Nothing to pin without a device.
+  virtual HostPinning host_pinning() const { return {}; }
 
   // For whoever watches; to be called now and then.
   virtual BackendStats stats() const { return {}; }

@@ -16,8 +16,11 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateCuda(BackendOptions options) {
   cuda::CudaOptions cuda = {.device_memory_bytes = options.device_memory_bytes,
                             .reserve_bytes = options.reserve_bytes};
   if (options.warn) {
-    cuda.fell_back = [warn = std::move(options.warn)](const absl::Status& status) {
+    cuda.events.fell_back = [warn = options.warn](const absl::Status& status) {
       warn(absl::StrCat("the CPU does what a GPU could not: ", status.message()));
+    };
+    cuda.events.not_pinned = [warn = std::move(options.warn)](const absl::Status& status) {
+      warn(absl::StrCat("tensors are received in pageable memory: ", status.message()));
     };
   }
   return cuda::CreateCudaBackend(std::move(cuda));

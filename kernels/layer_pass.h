@@ -32,6 +32,9 @@ struct LayerPass {
   };
   std::vector<Rows> rows;
 
+  // What Stage of the same backend has begun for `saliency`; good for one call. Null: nothing.
+  StagedLayer* staged = nullptr;
+
   // Outputs, in the host's memory.
   float* heads = nullptr;        // [kv_heads, tokens]; null: not wanted
   float* sum = nullptr;          // [tokens]; null: not wanted

@@ -11,9 +11,11 @@
 #include "kernels/cuda/cuda_error.h"
 #include "kernels/cuda/devices.h"
 #include "kernels/cuda/gather_call.h"
+#include "kernels/cuda/host_pinning.h"
 #include "kernels/cuda/ipc_memory.h"
 #include "kernels/cuda/layer_call.h"
 #include "kernels/cuda/saliency_call.h"
+#include "kernels/cuda/staged.h"
 #include "kernels/cuda/vector_calls.h"
 #include "kernels/saliency_checks.h"
 
@@ -24,12 +26,12 @@ constexpr int64_t kMiB = int64_t{1} << 20;
 
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(std::unique_ptr<Devices> devices, std::unique_ptr<Backend> host,
-              std::function<void(const absl::Status&)> fell_back)
+  CudaBackend(std::unique_ptr<Devices> devices, std::unique_ptr<Backend> host, CudaEvents events)
       : devices_(std::move(devices)),
         imports_(std::make_shared<IpcImports>(*devices_)),
         host_(std::move(host)),
-        fell_back_(std::move(fell_back)) {}
+        fell_back_(std::move(events.fell_back)),
+        pinning_(MakeHostPinning(devices_->all().front()->index(), std::move(events.not_pinned))) {}
 
   std::string_view name() const override { return "cuda"; }
   std::string device() const override {
@@ -51,6 +53,9 @@ class CudaBackend final : public Backend {
   // Staging memory is not the call's, and the rest is the device's.
   int64_t SaliencyScratchBytes(const SaliencyParams& /*params*/) const override {
     return kCallBytes;
+  }
+  absl::Status CheckRoom(const SaliencyParams& params, bool keys_on_device) const override {
+    return cuda::CheckRoom(*devices_, params, keys_on_device);
   }
 
   absl::Status Saliency(const SaliencyParams& params, float* out, BadStatistic* bad,
@@ -140,6 +145,10 @@ class CudaBackend final : public Backend {
     return status;
   }
 
+  std::unique_ptr<StagedLayer> Stage(const SaliencyParams& params) const override {
+    return CheckSaliencyParams(params, capabilities_).ok() ? StageKeys(*devices_, params) : nullptr;
+  }
+
   absl::Status Zero(void* to, int64_t bytes) const override {
     if (bytes == 0) return absl::OkStatus();
     const absl::StatusOr<Place> place = devices_->PlaceOf(to);
@@ -171,6 +180,8 @@ class CudaBackend final : public Backend {
     return place->on_device() ? cuda::Fill(*devices_, place->device, to, bytes, fill)
                               : host_->Fill(to, bytes, fill);
   }
+
+  HostPinning host_pinning() const override { return pinning_; }
 
   BackendStats stats() const override {
     BackendStats stats;
@@ -218,6 +229,7 @@ class CudaBackend final : public Backend {
   // Does what a device has no room for.
   const std::unique_ptr<Backend> host_;
   const std::function<void(const absl::Status&)> fell_back_;
+  const HostPinning pinning_;
   mutable std::atomic<bool> has_fallen_back_{false};
   const BackendCapabilities capabilities_ = {
       .dtypes = {DType::kF32, DType::kF16, DType::kBF16, DType::kF8E4M3, DType::kF8E5M2},
@@ -231,9 +243,8 @@ class CudaBackend final : public Backend {
 }  // namespace
 
 std::unique_ptr<Backend> MakeCudaBackend(std::unique_ptr<Devices> devices,
-                                         std::unique_ptr<Backend> host,
-                                         std::function<void(const absl::Status&)> fell_back) {
-  return std::make_unique<CudaBackend>(std::move(devices), std::move(host), std::move(fell_back));
+                                         std::unique_ptr<Backend> host, CudaEvents events) {
+  return std::make_unique<CudaBackend>(std::move(devices), std::move(host), std::move(events));
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(CudaOptions options) {
@@ -242,7 +253,7 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(CudaOptions options) 
   absl::StatusOr<std::unique_ptr<Devices>> devices = Devices::Open(
       {.memory_bytes = options.device_memory_bytes, .reserve_bytes = options.reserve_bytes});
   if (!devices.ok()) return devices.status();
-  return MakeCudaBackend(*std::move(devices), *std::move(host), std::move(options.fell_back));
+  return MakeCudaBackend(*std::move(devices), *std::move(host), std::move(options.events));
 }
 
 }  // namespace structkv::cuda

@@ -13,24 +13,31 @@
 
 namespace structkv::cuda {
 
+// What an operator should know; told once each, on any thread. Either may be null.
+struct CudaEvents {
+  // Why an operation went to the CPU, the first time that one did.
+  std::function<void(const absl::Status&)> fell_back;
+  // Why host memory stays pageable from now on (Backend::host_pinning): it is as good, and slower.
+  std::function<void(const absl::Status&)> not_pinned;
+};
+
 struct CudaOptions {
   // Memory taken of each GPU at the start, at least 64 MiB; it never grows. 0: half of what is free
   // then.
   int64_t device_memory_bytes = 0;
   // Of that, set apart for Backend::Reserve; 0: half. None: nothing can be reserved.
   std::optional<int64_t> reserve_bytes;
-  // Is told, on any thread, why an operation went to the CPU, the first time that one did; may be
-  // null.
-  std::function<void(const absl::Status&)> fell_back;
+  CudaEvents events;
 };
 
 // A backend on all GPUs that this process sees. Each call goes to the one with the most free
-// memory, on a stream of its own, and waits there for its turn, 10 seconds at most.
+// memory, on a stream of its own, and waits there for its turn: in the order of the calls, as long
+// as others end, so that no call fails because there are many.
 //
-// Saliency is RESOURCE_EXHAUSTED where its turn does not come, where not even one of its KV heads
-// fits into the memory, or where CUDA itself runs out. The other operations, which have no status,
-// go to the CPU then, with the caller's `parallel`. After an error that only a new process clears
-// Health() is UNAVAILABLE and every operation returns at once.
+// Saliency is RESOURCE_EXHAUSTED where no call has ended for 10 seconds while it waited, where not
+// even one of its KV heads fits into the memory, or where CUDA itself runs out. The other
+// operations, which have no status, go to the CPU then, with the caller's `parallel`. After an
+// error that only a new process clears Health() is UNAVAILABLE and every operation returns at once.
 //
 // Without the caller's log-sum-exp, weights are rounded to float16 on their way
 // (kernels/cuda/saliency.h).

@@ -1,5 +1,7 @@
 #include "kernels/cuda/device.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/cuda_error.h"
 #include "kernels/cuda/select.h"
@@ -27,7 +29,7 @@ Lease::~Lease() {
   // After an error the stream may still copy to or from what the caller is about to free.
   (void)device_->Check(cudaStreamSynchronize(stream()), "cudaStreamSynchronize");
   for (PinnedSlice& slice : lane_->slices) slice.in_flight = false;
-  device_->GiveBack(lane_, std::move(block_));
+  device_->GiveBack(lane_, std::move(block_), staged_);
 }
 
 absl::StatusOr<std::unique_ptr<Device>> Device::Open(int index, const DeviceOptions& options,
@@ -103,43 +105,122 @@ absl::Status Device::MakeLanes() {
     idle_.push_back(lane.get());
     lanes_.push_back(std::move(lane));
   }
+  for (int i = 0; i < 2 * options_.lanes; ++i) {
+    absl::StatusOr<Event> copied = MakeEvent();
+    if (!copied.ok()) return copied.status();
+    copied_.emplace_back(*std::move(copied));
+  }
+  absl::StatusOr<Stream> copies = MakeStream();
+  if (!copies.ok()) return copies.status();
+  copies_ = *std::move(copies);
   return absl::OkStatus();
 }
 
-absl::StatusOr<Lease> Device::Acquire(int64_t bytes) {
+void Device::TakeAway(Staged* staged) {
+  if (!staged->block_.has_value()) return;
+  taken_away_.push_back(staged->copied_);
+  staged->block_.reset();
+}
+
+std::optional<Arena::Block> Device::TakeBlock(int64_t bytes, const Staged* own) {
+  std::optional<Arena::Block> block = pool_->Take(bytes);
+  for (Staged* const each : staged_) {
+    if (block.has_value()) break;
+    if (each == own || !each->finished_ || each->taken_ || !each->block_.has_value()) continue;
+    TakeAway(each);
+    block = pool_->Take(bytes);
+  }
+  return block;
+}
+
+absl::StatusOr<Lease> Device::Acquire(int64_t bytes, Staged* staged) {
   if (!CanHold(bytes)) {
     return absl::ResourceExhaustedError(absl::StrCat(name_, ": device memory for ", bytes,
                                                      " bytes, all of it is ", pool_->bytes()));
   }
   std::optional<Arena::Block> block;
+  std::vector<std::shared_ptr<CUevent_st>> before;
   Lane* lane = nullptr;
   {
     std::unique_lock lock(mutex_);
+    const auto is_gone = [staged] { return staged != nullptr && !staged->block_.has_value(); };
     const auto ticket = waiting_.insert(waiting_.end(), next_ticket_++);
-    changed_.wait_for(lock, options_.wait_limit, [&] {
-      if (!loss_->status().ok()) return true;
+    const auto has_turn = [&] {
+      if (!loss_->status().ok() || is_gone()) return true;
       if (waiting_.front() != *ticket || idle_.empty()) return false;
-      block = pool_->Take(bytes);
-      return block.has_value();
-    });
+      block = TakeBlock(bytes, staged);
+      if (block.has_value()) return true;
+      // Nothing will come back that could make room beside it.
+      if (staged != nullptr && idle_.size() == lanes_.size()) TakeAway(staged);
+      return is_gone();
+    };
+    const auto begun = std::chrono::steady_clock::now();
+    const auto limit = [&] { return std::max(begun, given_back_at_) + options_.wait_limit; };
+    while (!changed_.wait_until(lock, limit(), has_turn) &&
+           std::chrono::steady_clock::now() < limit()) {
+    }
     waiting_.erase(ticket);
     changed_.notify_all();
     if (absl::Status lost = loss_->status(); !lost.ok()) return lost;
+    if (is_gone()) return absl::AbortedError("what was staged had to make room");
     if (!block.has_value()) {
       return absl::ResourceExhaustedError(
-          absl::StrCat(name_, ": no device memory for ", bytes, " bytes within ",
-                       options_.wait_limit.count(), " ms; ", pool_->free_bytes(), " of ",
+          absl::StrCat(name_, ": no device memory for ", bytes, " bytes; no call ended within ",
+                       options_.wait_limit.count(), " ms, ", pool_->free_bytes(), " of ",
                        pool_->bytes(), " are free, ", waiting_.size(), " calls wait"));
     }
     lane = idle_.back();
     idle_.pop_back();
+    before = taken_away_;
+    if (staged != nullptr) {
+      staged->taken_ = true;
+      before.push_back(staged->copied_);
+    }
   }
   std::byte* const memory = pool_->At(*block);
-  Lease lease(this, lane, *std::move(block), memory);
-  if (absl::Status status = Check(cudaSetDevice(index_), "cudaSetDevice"); !status.ok()) {
-    return status;
+  Lease lease(this, lane, *std::move(block), memory, staged);
+  absl::Status status = Check(cudaSetDevice(index_), "cudaSetDevice");
+  for (const std::shared_ptr<CUevent_st>& copied : before) {
+    if (!status.ok()) return status;
+    status = Check(cudaStreamWaitEvent(lease.stream(), copied.get(), 0), "cudaStreamWaitEvent");
   }
+  if (!status.ok()) return status;
   return lease;
+}
+
+std::unique_ptr<Staged> Device::TryStage(int64_t bytes) {
+  std::unique_ptr<Staged> staged;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto free = std::find_if(copied_.begin(), copied_.end(),
+                                   [](const auto& copied) { return copied.use_count() == 1; });
+    if (!waiting_.empty() || free == copied_.end() || !loss_->status().ok()) return nullptr;
+    std::optional<Arena::Block> block = pool_->Take(bytes);
+    if (!block.has_value()) return nullptr;
+    std::byte* const memory = pool_->At(*block);
+    staged.reset(new Staged(this, *std::move(block), memory, *free));
+    staged_.push_back(staged.get());
+  }
+  return Check(cudaSetDevice(index_), "cudaSetDevice").ok() ? std::move(staged) : nullptr;
+}
+
+bool Device::Finished(const Staged& staged) {
+  const std::lock_guard lock(mutex_);
+  return staged.finished_;
+}
+
+void Device::Finish(Staged* staged) {
+  const std::lock_guard lock(mutex_);
+  staged->finished_ = true;
+  changed_.notify_all();
+}
+
+void Device::GiveBack(Staged* staged) {
+  const std::lock_guard lock(mutex_);
+  staged_.remove(staged);
+  std::erase(taken_away_, staged->copied_);
+  staged->block_.reset();
+  changed_.notify_all();
 }
 
 absl::StatusOr<std::shared_ptr<std::byte>> Device::Reserve(int64_t bytes) {
@@ -157,10 +238,12 @@ absl::StatusOr<std::shared_ptr<std::byte>> Device::Reserve(int64_t bytes) {
 
 int64_t Device::reservable_bytes() const { return LargestBlock(pool_->apart().bytes()); }
 
-void Device::GiveBack(Lane* lane, Arena::Block block) {
+void Device::GiveBack(Lane* lane, Arena::Block block, Staged* staged) {
   const std::lock_guard lock(mutex_);
   { const Arena::Block given = std::move(block); }
+  if (staged != nullptr) TakeAway(staged);
   idle_.push_back(lane);
+  given_back_at_ = std::chrono::steady_clock::now();
   changed_.notify_all();
 }
 

@@ -20,6 +20,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/select_plan.h"
+#include "kernels/cuda/staged.h"
 
 namespace structkv::cuda {
 
@@ -44,12 +45,13 @@ struct DeviceOptions {
   // Of the pool, set apart for Reserve; 0: half of it. None: there is nothing to reserve.
   std::optional<int64_t> reserve_bytes;
   // Calls at once. One copies while another computes, on a GPU that copies both ways at a time.
+  // Twice as many layers are staged: of the prompts that compute, this one's and the next one's.
   int lanes = 4;
   // Of each of a lane's two pinned buffers: 80 microseconds of a bus of 50 GB/s, which hides what
   // it costs to queue a copy.
   int64_t slice_bytes = int64_t{4} << 20;
-  // How long a call waits for its lease. Leases are milliseconds long, so that this means that the
-  // device is stuck, or that too many calls wait.
+  // How long a call waits for its lease while none comes back. Leases are milliseconds long, so
+  // that this means that the device is stuck; however many calls wait, each has its turn.
   std::chrono::milliseconds wait_limit = std::chrono::seconds(10);
 };
 
@@ -97,7 +99,8 @@ class Lease {
       : device_(other.device_),
         lane_(std::exchange(other.lane_, nullptr)),
         block_(std::move(other.block_)),
-        memory_(other.memory_) {}
+        memory_(other.memory_),
+        staged_(other.staged_) {}
   ~Lease();
 
   Device& device() const { return *device_; }
@@ -112,13 +115,14 @@ class Lease {
 
  private:
   friend class Device;
-  Lease(Device* device, Lane* lane, Arena::Block block, std::byte* memory)
-      : device_(device), lane_(lane), block_(std::move(block)), memory_(memory) {}
+  Lease(Device* device, Lane* lane, Arena::Block block, std::byte* memory, Staged* staged)
+      : device_(device), lane_(lane), block_(std::move(block)), memory_(memory), staged_(staged) {}
 
   Device* device_;
   Lane* lane_;
   Arena::Block block_;
   std::byte* memory_;
+  Staged* staged_;  // taken, until the lease ends; null: none
 };
 
 // Thread-safe.
@@ -153,19 +157,39 @@ class Device {
 
   // Waits for its turn, for a lane and for `bytes` of the pool, in the order of the calls, and
   // makes this device the thread's current one. RESOURCE_EXHAUSTED where the pool can never hold
-  // that much, or nothing came free within the limit; UNAVAILABLE where the backend is lost.
-  absl::StatusOr<Lease> Acquire(int64_t bytes);
+  // that much, or no lease came back within the limit; UNAVAILABLE where the backend is lost.
+  //
+  // With what is `staged` on this device: takes that too, so that it is there for what the lease's
+  // stream does, and gives its block back with the lease. ABORTED, and nothing was acquired, where
+  // its block is with somebody else, or is in the way of `bytes`.
+  absl::StatusOr<Lease> Acquire(int64_t bytes, Staged* staged = nullptr);
+
+  // Room for what is copied ahead of its call, where it is free and no call waits; makes this
+  // device the thread's current one. Null where there is none: waits for nothing.
+  std::unique_ptr<Staged> TryStage(int64_t bytes);
 
   // CudaStatus, with the device's name. A sticky error is the loss of the backend.
   absl::Status Check(cudaError_t error, std::string_view what);
 
  private:
   friend class Lease;
+  friend class Staged;
   Device(int index, const DeviceOptions& options, Loss* loss)
       : index_(index), options_(options), loss_(loss) {}
   absl::Status Init();
   absl::Status MakeLanes();
-  void GiveBack(Lane* lane, Arena::Block block);
+  void GiveBack(Lane* lane, Arena::Block block, Staged* staged);
+
+  // Of what is staged:
+  cudaStream_t copies() const { return copies_.get(); }
+  bool Finished(const Staged& staged);
+  void Finish(Staged* staged);
+  void GiveBack(Staged* staged);
+  // Under the mutex: gives its block back, whether or not the copies to it are done.
+  void TakeAway(Staged* staged);
+  // Under the mutex: `bytes` of the pool, for which what is staged and not taken goes, the oldest
+  // first, but for `own`.
+  std::optional<Arena::Block> TakeBlock(int64_t bytes, const Staged* own);
 
   const int index_;
   DeviceOptions options_;
@@ -176,12 +200,20 @@ class Device {
   SelectLimits limits_;
   std::shared_ptr<DevicePool> pool_;
   std::vector<std::unique_ptr<Lane>> lanes_;
+  Stream copies_;  // of what is staged
+  std::vector<std::shared_ptr<CUevent_st>>
+      copied_;  // one for each; those that nobody shares are free
 
   std::mutex mutex_;
   std::condition_variable changed_;
   std::list<uint64_t> waiting_;  // the callers' tickets
   uint64_t next_ticket_ = 0;
   std::vector<Lane*> idle_;
+  std::list<Staged*> staged_;  // that exist, oldest first
+  // Of blocks that were taken away: copies to them may still be on their way, so that whatever a
+  // call's stream does comes after these.
+  std::vector<std::shared_ptr<CUevent_st>> taken_away_;
+  std::chrono::steady_clock::time_point given_back_at_;  // the last lease
 };
 
 }  // namespace structkv::cuda

@@ -31,7 +31,7 @@ absl::StatusOr<std::unique_ptr<Devices>> Devices::Open(const DeviceOptions& opti
   return devices;
 }
 
-absl::StatusOr<Lease> Devices::Acquire(absl::FunctionRef<int64_t(const Device&)> bytes) {
+Device& Devices::MostFree(absl::FunctionRef<int64_t(const Device&)> bytes) const {
   Device* best = all_.front().get();
   int64_t most = -1;
   for (const std::unique_ptr<Device>& device : all_) {
@@ -41,7 +41,16 @@ absl::StatusOr<Lease> Devices::Acquire(absl::FunctionRef<int64_t(const Device&)>
       most = free;
     }
   }
-  return best->Acquire(bytes(*best));
+  return *best;
+}
+
+absl::StatusOr<Lease> Devices::Acquire(absl::FunctionRef<int64_t(const Device&)> bytes) {
+  Device& best = MostFree(bytes);
+  return best.Acquire(bytes(best));
+}
+
+std::unique_ptr<Staged> Devices::TryStage(int64_t bytes) {
+  return MostFree([bytes](const Device&) { return bytes; }).TryStage(bytes);
 }
 
 absl::StatusOr<Lease> Devices::AcquireOn(int index,

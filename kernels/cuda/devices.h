@@ -32,6 +32,8 @@ class Devices {
   absl::StatusOr<Lease> AcquireOn(int index, int64_t bytes) {
     return AcquireOn(index, [bytes](const Device&) { return bytes; });
   }
+  // As Device::TryStage, on the device with the most free memory.
+  std::unique_ptr<Staged> TryStage(int64_t bytes);
   // Where a tensor lies. UNAVAILABLE where the backend is lost.
   absl::StatusOr<Place> PlaceOf(const void* data);
   // Whether the one of that index, or with -1 any of them, can ever hold so much.
@@ -48,6 +50,8 @@ class Devices {
 
  private:
   Devices() = default;
+  // The device with the most free memory, of those that can hold so much at all.
+  Device& MostFree(absl::FunctionRef<int64_t(const Device&)> bytes) const;
 
   Loss loss_;
   std::vector<std::unique_ptr<Device>> all_;

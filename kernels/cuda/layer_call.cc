@@ -11,6 +11,7 @@
 #include "kernels/cuda/saliency.h"
 #include "kernels/cuda/saliency_inputs.h"
 #include "kernels/cuda/select.h"
+#include "kernels/cuda/staged.h"
 #include "kernels/cuda/staging.h"
 #include "kernels/cuda/statistics.h"
 #include "kernels/cuda/tensor_runs.h"
@@ -20,6 +21,21 @@ namespace structkv::cuda {
 namespace {
 
 constexpr int64_t kFloat = sizeof(float);
+
+const void* HeadOf(const TensorView& keys, int64_t head) {
+  return static_cast<const std::byte*>(keys.data) +
+         head * keys.head_stride * static_cast<int64_t>(DTypeSize(keys.dtype));
+}
+
+// Whether the source is some heads of the call's keys.
+bool IsOfKeys(const LayerPass& pass, const LayerPass::Rows& rows) {
+  const TensorView& keys = pass.saliency.keys;
+  const TensorView& source = rows.source;
+  return source.data == HeadOf(keys, rows.first_head) && source.dtype == keys.dtype &&
+         source.tokens == keys.tokens && source.dim == keys.dim &&
+         source.head_stride == keys.head_stride && source.token_stride == keys.token_stride &&
+         source.block_table == keys.block_table && source.block_tokens == keys.block_tokens;
+}
 
 // Rows that the device gathers.
 struct DeviceRows {
@@ -50,7 +66,7 @@ class LayerCall {
   // Rows that can be gathered in the call. False: they cannot.
   bool Take(const LayerPass::Rows& rows, const Place& from, const Place& to) {
     DeviceRows taken = {.rows = &rows, .writes_in_place = to.on_device()};
-    taken.are_keys = IsOfKeys(rows);
+    taken.are_keys = IsOfKeys(pass_, rows);
     if (!taken.are_keys && !from.on_device() && !CanBeReadInPlace(rows.source)) return false;
     taken.table_blocks = taken.are_keys ? 0 : TableBlocks(rows.source);
     taken.table_at = parts_.Add<int32_t>(taken.table_blocks);
@@ -59,7 +75,8 @@ class LayerCall {
     return true;
   }
 
-  absl::Status Run(Devices& devices, BadStatistic* bad) {
+  // `staged`: where the keys lie, on the call's device; null: elsewhere.
+  absl::Status Run(Devices& devices, Staged* staged, BadStatistic* bad) {
     const auto bytes = [this](const Device& device) {
       const std::vector<SelectRow> rows = SelectRows([](int64_t) { return nullptr; });
       return parts_.bytes() +
@@ -68,7 +85,9 @@ class LayerCall {
     if (!devices.CanHold(bytes, device_)) {
       return absl::UnimplementedError("a layer is more than a GPU can hold at once");
     }
-    absl::StatusOr<Lease> lease = devices.AcquireOn(device_, bytes);
+    absl::StatusOr<Lease> lease = staged == nullptr
+                                      ? devices.AcquireOn(device_, bytes)
+                                      : staged->device().Acquire(bytes(staged->device()), staged);
     if (!lease.ok()) return lease.status();
     absl::Status status = Upload(*lease);
     if (status.ok()) status = LaunchScores(*lease);
@@ -84,21 +103,6 @@ class LayerCall {
   int64_t before_window() const { return tokens() - pass_.window; }
   bool wants_heads() const { return pass_.per_head || pass_.heads != nullptr; }
   bool smooths() const { return pass_.pooling != Pooling::kNone && before_window() > 0; }
-
-  // Whether the source is some heads of the call's keys.
-  bool IsOfKeys(const LayerPass::Rows& rows) const {
-    const TensorView& keys = pass_.saliency.keys;
-    const TensorView& source = rows.source;
-    return source.data == HeadOf(keys, rows.first_head) && source.dtype == keys.dtype &&
-           source.tokens == keys.tokens && source.dim == keys.dim &&
-           source.head_stride == keys.head_stride && source.token_stride == keys.token_stride &&
-           source.block_table == keys.block_table && source.block_tokens == keys.block_tokens;
-  }
-
-  static const void* HeadOf(const TensorView& keys, int64_t head) {
-    return static_cast<const std::byte*>(keys.data) +
-           head * keys.head_stride * static_cast<int64_t>(DTypeSize(keys.dtype));
-  }
 
   absl::Status Upload(const Lease& lease) const {
     cuda::Upload upload(lease);
@@ -258,14 +262,25 @@ class LayerCall {
   std::vector<DeviceRows> rows_;
 };
 
-}  // namespace
-
-absl::Status RunLayer(Devices& devices, const LayerPass& pass, BadStatistic* bad,
-                      std::vector<const LayerPass::Rows*>* left) {
-  if (pass.saliency.keys.heads > kMaxKvHeads) {
-    return absl::UnimplementedError(
-        absl::StrCat("a layer of ", pass.saliency.keys.heads, " KV heads"));
+// The same with the keys, and their rows, where they were staged.
+LayerPass OnStaged(const LayerPass& pass, const Staged& staged) {
+  LayerPass moved = pass;
+  const TensorView& from = pass.saliency.keys;
+  moved.saliency.keys = TensorView::Dense(staged.data(), from.dtype, LayoutOf(from), from.heads,
+                                          from.tokens, from.dim);
+  for (LayerPass::Rows& rows : moved.rows) {
+    if (!IsOfKeys(pass, rows)) continue;
+    const int64_t heads = rows.source.heads;
+    rows.source = moved.saliency.keys;
+    rows.source.data = HeadOf(rows.source, rows.first_head);
+    rows.source.heads = heads;
   }
+  return moved;
+}
+
+// ABORTED where what was staged is gone. `left`: indices of the pass's rows.
+absl::Status RunPass(Devices& devices, const LayerPass& pass, Staged* staged, BadStatistic* bad,
+                     std::vector<size_t>* left) {
   const absl::StatusOr<Place> keys_at = devices.PlaceOf(pass.saliency.keys.data);
   if (!keys_at.ok()) return keys_at.status();
   std::vector<std::pair<Place, Place>> places;
@@ -278,6 +293,7 @@ absl::Status RunLayer(Devices& devices, const LayerPass& pass, BadStatistic* bad
     places.emplace_back(*from, *to);
     for (const Place& place : {*from, *to}) {
       if (place.on_device() && device >= 0 && place.device != device) {
+        if (staged != nullptr) return absl::AbortedError("another tensor lies on another GPU");
         return absl::InvalidArgumentError(
             absl::StrCat("tensors of a layer lie in the memory of GPU ", device, " and of GPU ",
                          place.device, "; all must lie in that of the same"));
@@ -287,11 +303,31 @@ absl::Status RunLayer(Devices& devices, const LayerPass& pass, BadStatistic* bad
   }
   LayerCall call(pass, *keys_at, device);
   for (size_t i = 0; i < pass.rows.size(); ++i) {
-    if (!call.Take(pass.rows[i], places[i].first, places[i].second)) {
-      left->push_back(&pass.rows[i]);
-    }
+    if (!call.Take(pass.rows[i], places[i].first, places[i].second)) left->push_back(i);
   }
-  return call.Run(devices, bad);
+  return call.Run(devices, staged, bad);
+}
+
+}  // namespace
+
+absl::Status RunLayer(Devices& devices, const LayerPass& pass, BadStatistic* bad,
+                      std::vector<const LayerPass::Rows*>* left) {
+  if (pass.saliency.keys.heads > kMaxKvHeads) {
+    return absl::UnimplementedError(
+        absl::StrCat("a layer of ", pass.saliency.keys.heads, " KV heads"));
+  }
+  absl::Status status = absl::AbortedError("nothing is staged");
+  std::vector<size_t> rows;
+  if (pass.staged != nullptr) {
+    auto* const staged = static_cast<Staged*>(pass.staged);
+    status = RunPass(devices, OnStaged(pass, *staged), staged, bad, &rows);
+  }
+  if (absl::IsAborted(status)) {
+    rows.clear();
+    status = RunPass(devices, pass, /*staged=*/nullptr, bad, &rows);
+  }
+  for (const size_t each : rows) left->push_back(&pass.rows[each]);
+  return status;
 }
 
 }  // namespace structkv::cuda

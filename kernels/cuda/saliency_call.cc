@@ -1,7 +1,9 @@
 #include "kernels/cuda/saliency_call.h"
 
 #include <algorithm>
+#include <memory>
 
+#include "absl/strings/str_cat.h"
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/saliency.h"
 #include "kernels/cuda/saliency_inputs.h"
@@ -76,6 +78,18 @@ void AddFlags(const SaliencyFlags& some, int first, int64_t first_row, SaliencyF
 }
 
 }  // namespace
+
+absl::Status CheckRoom(const Devices& devices, const SaliencyParams& params, bool keys_on_device) {
+  const HeadsCall call(HeadsOf(params, 0, 1), {.device = keys_on_device ? 0 : -1});
+  if (devices.CanHold(call.parts.bytes())) return absl::OkStatus();
+  int64_t most = 0;
+  for (const std::unique_ptr<Device>& device : devices.all()) {
+    most = std::max(most, device->pool_bytes());
+  }
+  return absl::ResourceExhaustedError(
+      absl::StrCat("one KV head of a layer needs ", call.parts.bytes(),
+                   " bytes of a GPU's memory; all that calls have of it is ", most));
+}
 
 absl::Status Saliency(Devices& devices, const SaliencyParams& params, float* out,
                       BadStatistic* bad) {

@@ -14,4 +14,7 @@ namespace structkv::cuda {
 absl::Status Saliency(Devices& devices, const SaliencyParams& params, float* out,
                       BadStatistic* bad);
 
+// As Backend::CheckRoom.
+absl::Status CheckRoom(const Devices& devices, const SaliencyParams& params, bool keys_on_device);
+
 }  // namespace structkv::cuda

@@ -4,6 +4,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <list>
@@ -43,14 +45,35 @@ struct Buffer::Core {
   struct Run {
     std::byte* data = nullptr;
     size_t size = 0;
+    bool pinned = false;
   };
   using Runs = std::list<Run>;
 
-  explicit Core(size_t idle_limit) : idle_limit_bytes(idle_limit) {}
-  ~Core() { Unmap(idle); }
+  Core(size_t idle_limit, HostPinning with)
+      : idle_limit_bytes(idle_limit), pinning(std::move(with)) {}
+  ~Core() { Unmap(&idle); }
 
-  static void Unmap(const Runs& runs) {
-    for (const Run& run : runs) munmap(run.data, run.size);
+  void Unmap(Runs* runs) {
+    for (Run& run : *runs) {
+      Unpin(&run);
+      munmap(run.data, run.size);
+    }
+  }
+
+  // Whole pages that are in use, not under the mutex: it takes milliseconds.
+  void Pin(Run* run) {
+    if (run->pinned || !pinning.pin || static_cast<int64_t>(run->size) < pinning.least_bytes ||
+        !pinning.pin(run->data, static_cast<int64_t>(run->size))) {
+      return;
+    }
+    run->pinned = true;
+    pinned_bytes += run->size;
+  }
+  void Unpin(Run* run) {
+    if (!run->pinned) return;
+    pinning.unpin(run->data);
+    run->pinned = false;
+    pinned_bytes -= run->size;
   }
 
   // A run of `size` bytes (whole pages) or slightly more.
@@ -74,7 +97,7 @@ struct Buffer::Core {
       CountUse(size);
       dropped = Surplus();
     }
-    Unmap(dropped);  // before more is mapped
+    Unmap(&dropped);  // before more is mapped
     return {MapPages(size), size};
   }
 
@@ -88,14 +111,17 @@ struct Buffer::Core {
       idle_bytes += run.size;
       dropped = Surplus();
     }
-    Unmap(dropped);
+    Unmap(&dropped);
   }
 
-  // The end of a run that is in use.
-  void Cut(Run end) {
-    munmap(end.data, end.size);
+  // Keeps the first bytes, whole pages, of a run that is in use. They are not pinned any more.
+  void Cut(Run* run, size_t size) {
+    Unpin(run);
+    const size_t cut = run->size - size;
+    munmap(run->data + size, cut);
+    run->size = size;
     const std::lock_guard lock(mutex);
-    in_use_bytes -= end.size;
+    in_use_bytes -= cut;
   }
 
   void ChangeAllowance(size_t add, size_t remove) {
@@ -105,7 +131,7 @@ struct Buffer::Core {
       allowed_bytes = allowed_bytes + add - remove;
       dropped = Surplus();
     }
-    Unmap(dropped);
+    Unmap(&dropped);
   }
 
   // Under the mutex:
@@ -130,6 +156,8 @@ struct Buffer::Core {
   }
 
   const size_t idle_limit_bytes;
+  const HostPinning pinning;
+  std::atomic<size_t> pinned_bytes = 0;
   mutable std::mutex mutex;
   Runs idle;  // oldest return first
   std::multimap<size_t, Runs::iterator> by_size;
@@ -147,6 +175,7 @@ Buffer& Buffer::operator=(Buffer&& other) noexcept {
   data_ = std::exchange(other.data_, nullptr);
   size_ = std::exchange(other.size_, 0);
   capacity_ = std::exchange(other.capacity_, 0);
+  pinned_ = std::exchange(other.pinned_, false);
   return *this;
 }
 
@@ -164,19 +193,22 @@ Buffer Buffer::Lent(void* data, size_t size, std::shared_ptr<const void> owner) 
 }
 
 void Buffer::Reset() {
-  if (core_ != nullptr) core_->Return({data_, capacity_});
+  if (core_ != nullptr) core_->Return({data_, capacity_, pinned_});
   core_.reset();
   owner_.reset();
   data_ = nullptr;
   size_ = 0;
   capacity_ = 0;
+  pinned_ = false;
 }
 
 void Buffer::Trim() {
   const size_t kept = RoundUpToPages(size_);
   if (core_ == nullptr || kept == 0 || kept >= capacity_) return;
-  core_->Cut({data_ + kept, capacity_ - kept});
-  capacity_ = kept;
+  Core::Run run = {data_, capacity_, pinned_};
+  core_->Cut(&run, kept);
+  capacity_ = run.size;
+  pinned_ = run.pinned;
 }
 
 BufferAllowance& BufferAllowance::operator=(BufferAllowance&& other) noexcept {
@@ -193,17 +225,22 @@ void BufferAllowance::Release() {
   bytes_ = 0;
 }
 
-BufferPool::BufferPool(size_t idle_limit_bytes)
-    : core_(std::make_shared<Buffer::Core>(idle_limit_bytes)) {}
+BufferPool::BufferPool(size_t idle_limit_bytes, HostPinning pinning)
+    : core_(std::make_shared<Buffer::Core>(idle_limit_bytes, std::move(pinning))) {}
 
-Buffer BufferPool::Acquire(size_t size) {
+Buffer BufferPool::Acquire(size_t size) { return Acquire(size, /*pinned=*/false); }
+Buffer BufferPool::AcquirePinned(size_t size) { return Acquire(size, /*pinned=*/true); }
+
+Buffer BufferPool::Acquire(size_t size, bool pinned) {
   Buffer buffer;
   if (size == 0) return buffer;
-  const Buffer::Core::Run run = core_->Take(RoundUpToPages(size));
+  Buffer::Core::Run run = core_->Take(RoundUpToPages(size));
+  if (pinned) core_->Pin(&run);
   buffer.core_ = core_;
   buffer.data_ = run.data;
   buffer.size_ = size;
   buffer.capacity_ = run.size;
+  buffer.pinned_ = run.pinned;
   return buffer;
 }
 
@@ -229,5 +266,7 @@ size_t BufferPool::peak_in_use_bytes() const {
   const std::lock_guard lock(core_->mutex);
   return core_->peak_in_use_bytes;
 }
+
+size_t BufferPool::pinned_bytes() const { return core_->pinned_bytes; }
 
 }  // namespace structkv::engine

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/types/span.h"
+#include "kernels/host_pinning.h"
 
 namespace structkv::engine {
 
@@ -59,6 +60,7 @@ class Buffer {
   std::byte* data_ = nullptr;
   size_t size_ = 0;
   size_t capacity_ = 0;
+  bool pinned_ = false;
 };
 
 // Memory that a user of the pool has reserved: until it is dropped, returned memory is kept for
@@ -85,7 +87,8 @@ class BufferPool {
  public:
   // Keeps at most `idle_limit_bytes` of returned memory for reuse, more while there are allowances;
   // the rest goes back to the system.
-  explicit BufferPool(size_t idle_limit_bytes);
+  // `pinning`: the backend's (kernels/host_pinning.h).
+  explicit BufferPool(size_t idle_limit_bytes, HostPinning pinning = {});
 
   // A prompt of a million tokens has layers far above any idle limit, and fresh pages for each of
   // them would cost more than all else that is done with it.
@@ -94,14 +97,22 @@ class BufferPool {
   // At least `size` bytes, page-aligned, contents unspecified. Does not fail short of the process's
   // end: the caller reserves from a budget first.
   Buffer Acquire(size_t size);
+  // The same, pinned where the backend has that and it gains something: for tensors that are
+  // received, which a device then copies from where they are. What is pinned stays so until it goes
+  // back to the system, so that memory which is reused is pinned once.
+  Buffer AcquirePinned(size_t size);
 
   // Whole pages of the buffers that are held now, and of those that wait for reuse.
   size_t in_use_bytes() const;
   size_t idle_bytes() const;
   // The most that in_use_bytes() ever was.
   size_t peak_in_use_bytes() const;
+  // Of both, what is pinned.
+  size_t pinned_bytes() const;
 
  private:
+  Buffer Acquire(size_t size, bool pinned);
+
   std::shared_ptr<Buffer::Core> core_;
 };
 

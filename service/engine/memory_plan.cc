@@ -51,21 +51,25 @@ int64_t State(const PromptSpec& spec) {
   return bytes;
 }
 
+// What the backend is given of window queries and keys, but for the data.
+SaliencyParams ShapesOf(const PromptSpec& spec) {
+  const ModelGeometry& geometry = spec.geometry;
+  SaliencyParams params;
+  params.queries = TensorView::Dense(nullptr, spec.queries(), Layout::kHeadTokenDim,
+                                     geometry.query_heads, spec.window_rows(), geometry.key_dim);
+  params.keys = KvView(spec, nullptr, geometry.key_dim, spec.prompt_tokens, /*in_order=*/false);
+  return TellsQueryHeadsApart(spec) ? OneHeadOf(params) : params;
+}
+
 int64_t Scratch(const PromptSpec& spec, const Backend& backend) {
   if (!spec.method.needs_statistics()) return 0;
   const ModelGeometry& geometry = spec.geometry;
   const int64_t tokens = spec.prompt_tokens;
   int64_t bytes = tokens * kFloat;  // the sum over KV heads
   if (spec.statistic == Statistic::kWindowQueries) {
-    SaliencyParams params;
-    params.queries = TensorView::Dense(nullptr, spec.queries(), Layout::kHeadTokenDim,
-                                       geometry.query_heads, spec.window_rows(), geometry.key_dim);
-    params.keys = KvView(spec, nullptr, geometry.key_dim, tokens, /*in_order=*/false);
+    const SaliencyParams params = ShapesOf(spec);
     bytes += geometry.kv_heads * tokens * kFloat;
-    if (TellsQueryHeadsApart(spec)) {
-      params = OneHeadOf(params);
-      bytes += params.keys.heads * tokens * kFloat;
-    }
+    if (TellsQueryHeadsApart(spec)) bytes += params.keys.heads * tokens * kFloat;
     bytes += backend.SaliencyScratchBytes(params);
   }
   const int64_t sets = spec.per_kv_head() ? geometry.kv_heads : 1;
@@ -74,6 +78,16 @@ int64_t Scratch(const PromptSpec& spec, const Backend& backend) {
 }
 
 }  // namespace
+
+absl::Status CheckRoom(const PromptSpec& spec, const Backend& backend, bool keys_on_device) {
+  if (!spec.method.needs_statistics() || spec.statistic != Statistic::kWindowQueries) {
+    return absl::OkStatus();
+  }
+  constexpr float kGiven = 0;  // stands for all of them
+  SaliencyParams params = ShapesOf(spec);
+  if (spec.window_lse) params.lse = &kGiven;
+  return backend.CheckRoom(params, keys_on_device);
+}
 
 MemoryPlan PlanMemory(const PromptSpec& spec, const Backend& backend) {
   return {

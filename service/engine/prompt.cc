@@ -49,7 +49,7 @@ class Prompt::Impl {
     const LayerInput& first = parts[0];
     LayerOutput whole;
     const bool full = first.positions.empty();
-    const int64_t tokens = full ? spec_.prompt_tokens : spec_.skeleton_tokens();
+    const int64_t tokens = TokensOf(first);
     whole.layer = first.layer;
     whole.kept_tokens = std::min(spec_.kept_tokens(whole.layer), tokens);
     LayerSaliency saliency;
@@ -58,6 +58,7 @@ class Prompt::Impl {
     const absl::StatusOr<bool> passed =
         TryPass(parts[0], tokens, whole, &saliency, &planned, parallel);
     absl::Status status = passed.status();
+    parts[0].staged.reset();  // the steps make no use of it, and its memory is wanted
     if (!passed.ok() || *passed) stages_.Add(Stage::kLayerPass, StageTimes::Clock::now() - begin);
     if (status.ok() && !*passed) {
       status = TakeSteps(parts, tokens, whole, &saliency, parallel, culprit);
@@ -99,6 +100,12 @@ class Prompt::Impl {
       return health;
     }
     return outputs;
+  }
+
+  // Looks at nothing that compressing a layer changes.
+  void Stage(LayerInput* input) const {
+    if (input->staged != nullptr || !PassOf(input->layer, TokensOf(*input)).has_value()) return;
+    input->staged = backend_.Stage(ScoredLayer(spec_, *input).params());
   }
 
   std::optional<PivotResult> TakePivot() { return std::exchange(pivot_, std::nullopt); }
@@ -161,24 +168,35 @@ class Prompt::Impl {
     bool gathered = false;  // they are in place
   };
 
+  int64_t TokensOf(const LayerInput& input) const {
+    return input.positions.empty() ? spec_.prompt_tokens : spec_.skeleton_tokens();
+  }
+
+  // What a layer selects where the backend can compute it in one call and nothing comes between the
+  // steps; nothing where they are to be taken one by one.
+  std::optional<method::TopScoresParams> PassOf(int64_t layer, int64_t tokens) const {
+    if (!backend_.capabilities().whole_layers || !shards_.empty() ||
+        spec_.statistic != Statistic::kWindowQueries || !spec_.has_input(layer) ||
+        TellsQueryHeadsApart(spec_)) {
+      return std::nullopt;
+    }
+    return policy_->TopScores(SelectionOf(layer, tokens));
+  }
+
   // Has the backend compute the layer in one call, where it does that and nothing comes between the
   // steps. False: they are to be taken one by one.
   absl::StatusOr<bool> TryPass(LayerInput& input, int64_t tokens, LayerOutput& whole,
                                LayerSaliency* saliency, Planned* planned, ParallelFor parallel) {
-    if (!backend_.capabilities().whole_layers || !shards_.empty() ||
-        spec_.statistic != Statistic::kWindowQueries || !spec_.has_input(whole.layer) ||
-        TellsQueryHeadsApart(spec_)) {
-      return false;
-    }
-    const method::SelectionInput selection = SelectionOf(whole.layer, tokens);
-    const std::optional<method::TopScoresParams> top = policy_->TopScores(selection);
+    const std::optional<method::TopScoresParams> top = PassOf(whole.layer, tokens);
     if (!top.has_value()) return false;
+    const method::SelectionInput selection = SelectionOf(whole.layer, tokens);
     LayerPass pass = {.top_count = TopCount(spec_, tokens),
                       .per_head = policy_->input() == method::PolicyInput::kPerKvHead,
                       .pooling = top->pooling,
                       .pooling_kernel = top->pooling_kernel,
                       .window = top->window,
-                      .keep = top->keep};
+                      .keep = top->keep,
+                      .staged = input.staged.get()};
     if (absl::Status status = PlanRows(input, tokens, whole.kept_tokens, planned, &pass);
         !status.ok()) {
       return status;
@@ -471,6 +489,8 @@ absl::StatusOr<LayerOutput> Prompt::CompressLayer(LayerInput input, ParallelFor 
   if (!outputs.ok()) return outputs.status();
   return std::move(outputs->front());
 }
+
+void Prompt::Stage(LayerInput* input) const { impl_->Stage(input); }
 
 absl::StatusOr<std::vector<LayerOutput>> Prompt::CompressShards(std::vector<LayerInput> parts,
                                                                 ParallelFor parallel,

@@ -40,6 +40,8 @@ struct LayerInput {
   // buffers.
   Buffer key_room;
   Buffer value_room;
+  // What Prompt::Stage has begun. Last: it goes before the keys do.
+  std::unique_ptr<StagedLayer> staged;
 };
 
 // The rows of a layer that are to be pulled (PromptSpec::pull).
@@ -111,6 +113,11 @@ class Prompt {
   //   ALREADY_EXISTS       the layer was answered
   //   FAILED_PRECONDITION  an earlier layer's statistics were bad
   absl::StatusOr<LayerOutput> CompressLayer(LayerInput input, ParallelFor parallel);
+
+  // Begins to bring a layer to where it will be computed, while another one is: its CompressLayer
+  // is next. Returns at once, and may be called while a layer is compressed. The layer's buffers
+  // are complete, and stay as they are.
+  void Stage(LayerInput* input) const;
 
   // The same of a layer that the ranks hold: parts[i] has the tensors of shards[i]'s heads alone,
   // and answer i its heads' rows, all at the positions that the whole layer would keep. Also

@@ -149,6 +149,9 @@ struct MemoryPlan {
 };
 MemoryPlan PlanMemory(const PromptSpec& spec, const Backend& backend);
 
+// RESOURCE_EXHAUSTED, as Backend::CheckRoom, where no layer of the prompt can ever be scored.
+absl::Status CheckRoom(const PromptSpec& spec, const Backend& backend, bool keys_on_device);
+
 // 32 hexadecimal digits (XXH3-128) over method, parameters, geometry and model: the identity of a
 // compacted cache.
 std::string Fingerprint(const PromptSpec& spec);

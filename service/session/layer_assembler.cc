@@ -284,8 +284,8 @@ engine::LayerInput* LayerAssembler::Buffers(int64_t layer, bool skeleton_rows) {
   for (int i = 0; i < engine::kInputTensors; ++i) {
     const auto tensor = static_cast<engine::InputTensor>(i);
     if (tensor == engine::InputTensor::kPositions || InPlace(tensor)) continue;
-    BufferOf(input, tensor) =
-        pool_->Acquire(static_cast<size_t>((skeleton_rows ? skeleton_bytes_ : tensor_bytes_)[i]));
+    BufferOf(input, tensor) = pool_->AcquirePinned(
+        static_cast<size_t>((skeleton_rows ? skeleton_bytes_ : tensor_bytes_)[i]));
   }
   return &input;
 }

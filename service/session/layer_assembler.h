@@ -66,6 +66,8 @@ class LayerAssembler {
   // The next layer that is complete, in order of completion.
   std::optional<engine::LayerInput> PopComplete();
   bool has_complete() const { return !complete_.empty(); }
+  // The one that PopComplete gives next; null where there is none.
+  engine::LayerInput* NextComplete() { return complete_.empty() ? nullptr : &complete_.front(); }
 
   // With PromptSpec::pull: that many rows of each KV head of a layer that was popped may come from
   // now on.

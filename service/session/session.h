@@ -250,8 +250,8 @@ class SessionManager {
   // way, 2 seconds at most. Not to be called from a callback of that session.
   //   INVALID_ARGUMENT    the spec; also what transport::Negotiate returns
   //   RESOURCE_EXHAUSTED  the budget, that of held caches, the transport's own memory, the
-  //                       session limit or the tenant's share is taken, or a whole budget is too
-  //                       small (payload kNeverFits)
+  //                       session limit or the tenant's share is taken, or a whole budget or every
+  //                       device's memory is too small (payload kNeverFits)
   //   UNIMPLEMENTED       a hold, where nothing is held
   //   UNAVAILABLE         draining
   absl::StatusOr<std::shared_ptr<Session>> Open(const SessionRequest& wanted);

@@ -351,7 +351,11 @@ void SessionCore::StartLayer(bool may_run_here) {
     OfferLayers();
     return;
   }
-  if (layer_runs_ || output_full() || !assembler_->has_complete()) return;
+  if (output_full() || !assembler_->has_complete()) return;
+  if (layer_runs_) {
+    StageNext();
+    return;
+  }
   {
     const std::lock_guard lock(next_mutex_);
     next_ = assembler_->PopComplete();
@@ -362,6 +366,14 @@ void SessionCore::StartLayer(bool may_run_here) {
   const bool small = plan_.layer_size == LayerSize::kSmall;
   if (may_run_here && IsForReader() && host_.scheduler->TryRunHere(lane_, small, job)) return;
   host_.scheduler->Post(lane_, small, std::move(job));
+  StageNext();
+}
+
+void SessionCore::StageNext() {
+  engine::LayerInput* const next = assembler_->NextComplete();
+  if (next == nullptr || next->layer == staged_layer_) return;
+  staged_layer_ = next->layer;
+  prompt_->Stage(next);
 }
 
 bool SessionCore::IsForReader() const {

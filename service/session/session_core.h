@@ -136,6 +136,8 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   void OnRowsSent(const absl::Status& status);
   // Has the next layer computed, by this thread where it `may_run_here` and that is worth it.
   void StartLayer(bool may_run_here);
+  // Has the layer after the one that is computed brought to where it will be.
+  void StageNext();
   // Whether the thread that reads the stream is the one to compute a layer, if another is idle.
   bool IsForReader() const;
   void OfferLayers();
@@ -188,17 +190,18 @@ class SessionCore : public std::enable_shared_from_this<SessionCore> {
   std::shared_ptr<transport::Transport> transport_;
   std::optional<LayerAssembler> assembler_;
   std::optional<Parked> parked_;
-  bool asked_ = false;        // `ready` was called, or is due, and no message came since
-  bool ready_due_ = false;    // `ready` is to be called
-  bool owes_ready_ = false;   // a message was taken in, and `ready` not called yet
-  bool layer_runs_ = false;   // a layer is with the scheduler
-  bool in_group_ = false;     // the group may hold memory of this session
-  bool replaced_ = false;     // failed in favour of another session
-  bool told_done_ = false;    // the group knows that this rank is done
-  bool told_room_ = false;    // the group knows that there is room for an answer
-  int64_t unsent_bytes_ = 0;  // of results
-  int64_t receiving_ = 0;     // layers whose tensors come by a transfer
-  int64_t sending_ = 0;       // layers whose rows go by one
+  bool asked_ = false;         // `ready` was called, or is due, and no message came since
+  bool ready_due_ = false;     // `ready` is to be called
+  bool owes_ready_ = false;    // a message was taken in, and `ready` not called yet
+  bool layer_runs_ = false;    // a layer is with the scheduler
+  int64_t staged_layer_ = -1;  // the last one that was to be staged
+  bool in_group_ = false;      // the group may hold memory of this session
+  bool replaced_ = false;      // failed in favour of another session
+  bool told_done_ = false;     // the group knows that this rank is done
+  bool told_room_ = false;     // the group knows that there is room for an answer
+  int64_t unsent_bytes_ = 0;   // of results
+  int64_t receiving_ = 0;      // layers whose tensors come by a transfer
+  int64_t sending_ = 0;        // layers whose rows go by one
   std::map<int64_t, engine::LayerOutput> wait_for_rows_;  // by layer
   Reservation reservation_;
   engine::BufferAllowance allowance_;  // of the same bytes; goes first

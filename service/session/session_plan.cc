@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "service/session/layer_assembler.h"
+#include "service/session/memory_budget.h"
 
 namespace structkv::session {
 namespace {
@@ -64,6 +65,11 @@ absl::StatusOr<SessionPlan> PlanSession(const SessionRequest& request, const Bac
   if (request.max_message_bytes < 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("max_message_bytes is ", request.max_message_bytes, "; 0 or more is allowed"));
+  }
+  if (absl::Status room = engine::CheckRoom(spec, backend, !transport.host_readable());
+      !room.ok()) {
+    room.SetPayload(kNeverFits, absl::Cord());
+    return room;
   }
   // A rank's own tensors, and its share of what the group has in common.
   const engine::PromptSpec own = OwnSpec(request);

@@ -32,7 +32,8 @@ LayerSize SizeOfLayers(const engine::PromptSpec& spec, const Backend& backend);
 // share of what is not one rank's alone. Keys and values that `transport` has in place, and rows
 // that it has room for, take nothing of it. INVALID_ARGUMENT where `layers_in_flight`,
 // `idempotency_key` or `max_message_bytes` is out of range, or the sum of bytes does not fit 63
-// bits.
+// bits. RESOURCE_EXHAUSTED, with the payload kNeverFits, where the prompt never has the device
+// memory that its layers take.
 absl::StatusOr<SessionPlan> PlanSession(
     const SessionRequest& request, const Backend& backend,
     const transport::Transport& transport = *transport::InlineTransport());

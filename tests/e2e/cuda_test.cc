@@ -1,9 +1,17 @@
 // The service on the CUDA backend, whose GPUs are those of the fake runtime.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <set>
 #include <thread>
+#include <utility>
 #include <vector>
 
+#include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/kernels/cuda/fake_backend.h"
+#include "tests/kernels/cuda/gate.h"
 #include "tests/testing/health.h"
 #include "tests/testing/lost_backend.h"
 #include "tests/testing/service_test.h"
@@ -13,6 +21,8 @@ namespace {
 
 using structkv::testing::FakeCuda;
 using structkv::testing::FakeHeld;
+using structkv::testing::FakeWork;
+using structkv::testing::Gate;
 using structkv::testing::MakeFakeBackend;
 class CudaServiceTest : public ServiceTest {
  protected:
@@ -23,6 +33,7 @@ class CudaServiceTest : public ServiceTest {
   void TearDown() override {
     Stop();
     EXPECT_EQ(FakeCuda::held(), FakeHeld());
+    EXPECT_EQ(FakeCuda::registered_bytes(), 0);
   }
 
   Outcome Run(const PromptData& data) { return ServiceTest::Run(AllMessages(data)); }
@@ -54,6 +65,108 @@ TEST_F(CudaServiceTest, AfterOutOfMemoryItServesOn) {
   FakeCuda::FailLaunch(0, cudaErrorMemoryAllocation);
   ExpectFailure(Run(data), grpc::StatusCode::RESOURCE_EXHAUSTED, {"GPU", "out of memory"});
   EXPECT_EQ(Health(channel()), "SERVING");
+  ExpectSuccess(data, Run(data));
+}
+
+// Prompts that are admitted wait for one another's layers, and none fails for want of device
+// memory.
+TEST_F(CudaServiceTest, ManyPromptsShareAPoolForOneLayer) {
+  constexpr int64_t kPool = 64 << 10;
+  constexpr uint32_t kTokens = 200;
+  Stop();
+  FakeCuda::Reset({});
+  std::unique_ptr<Backend> backend = MakeFakeBackend(
+      {.memory_bytes = kPool, .least_memory_bytes = 1, .lanes = 4, .slice_bytes = 4096});
+  const Backend* const gpu = backend.get();
+  StartAlone(TestOptions(), std::move(backend));
+  std::atomic<int64_t> most{0};
+  FakeCuda::SetHook([gpu, &most] {
+    const int64_t used = gpu->stats().gpus[0].calls.used_bytes;
+    for (int64_t before = most; before < used && !most.compare_exchange_weak(before, used);) {
+    }
+  });
+  std::vector<std::thread> callers;
+  for (uint32_t i = 0; i < 8; ++i) {
+    callers.emplace_back([this, i] {
+      const PromptData data(Open(kTokens), i);
+      ExpectSuccess(data, Run(data));
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  FakeCuda::SetHook(nullptr);
+  EXPECT_GT(2 * most, kPool) << "there was room for two layers";
+}
+
+// The server receives keys and values where a GPU copies from by itself, and keys of the layer
+// after the one that is computed are on their way already: each crosses the bus once, in the runs
+// that it has, and not by way of the staging buffers.
+TEST_F(CudaServiceTest, TheNextLayersKeysAreCopiedFromWhereTheyWereReceived) {
+  constexpr uint32_t kTokens = 4800;  // a layer that the thread which reads leaves to others
+  constexpr int64_t kRunBytes = int64_t{kTokens} * 32 * 2;  // a KV head's keys of a layer
+  ASSERT_GT(kRunBytes, structkv::testing::kFakeSliceBytes);
+  Stop();
+  FakeCuda::Reset({});
+  std::unique_ptr<Backend> backend = MakeFakeBackend();
+  const Backend* const gpu = backend.get();
+  StartAlone(TestOptions(), std::move(backend));
+  const auto used = [gpu] { return gpu->stats().gpus[0].calls.used_bytes; };
+
+  const PromptData data(Open(kTokens), 7);
+  Gate gate;
+  std::thread caller([&] { ExpectSuccess(data, Run(data)); });
+  EXPECT_TRUE(gate.WaitUntilBlocked());
+  const int64_t computing = used();
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  while (used() == computing && std::chrono::steady_clock::now() < end) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_GE(used() - computing, 2 * kRunBytes) << "nothing was staged while a layer was computed";
+  EXPECT_GT(FakeCuda::registered_bytes(), 0);
+  gate.Open();
+  caller.join();
+
+  std::set<cudaStream_t> computes;
+  std::vector<FakeWork> runs;
+  for (const FakeWork& work : FakeCuda::TakeLog()) {
+    if (work.kind == FakeWork::Kind::kKernel) computes.insert(work.stream);
+    if (work.kind == FakeWork::Kind::kToDevice && work.bytes >= kRunBytes) runs.push_back(work);
+  }
+  EXPECT_EQ(runs.size(), 2 * data.open().geometry().layer_count());
+  EXPECT_GE(std::count_if(runs.begin(), runs.end(),
+                          [&](const FakeWork& run) { return computes.count(run.stream) == 0; }),
+            2);
+}
+
+// Where no memory can be pinned, the answers are the same.
+TEST_F(CudaServiceTest, ServesWithoutPinnedMemory) {
+  Stop();
+  FakeCuda::Reset({});
+  std::atomic<int> told{0};
+  StartAlone(TestOptions(),
+             MakeFakeBackend({.memory_bytes = int64_t{64} << 20,
+                              .slice_bytes = structkv::testing::kFakeSliceBytes},
+                             {.not_pinned = [&told](const absl::Status& /*why*/) { ++told; }}));
+  FakeCuda::FailAllocation(0, cudaErrorMemoryAllocation);
+  const PromptData data(Open(1200), 8);
+  ExpectSuccess(data, Run(data));
+  EXPECT_EQ(told, 1);
+  EXPECT_EQ(FakeCuda::registered_bytes(), 0);
+}
+
+// A prompt of which no layer can ever be computed is refused before it sends one, for good.
+TEST_F(CudaServiceTest, WhatTheGpuCanNeverHoldIsRefusedAtOpen) {
+  Stop();
+  FakeCuda::Reset({.count = 2});
+  StartAlone(
+      TestOptions(),
+      MakeFakeBackend({.memory_bytes = 64 << 10, .least_memory_bytes = 1, .slice_bytes = 4096}));
+  const Outcome refused = ServiceTest::Run({OpenMessage(Open(2000))});
+  ExpectFailure(refused, grpc::StatusCode::RESOURCE_EXHAUSTED,
+                {"one KV head of a layer needs ", "all that calls have of it is 65536"});
+  EXPECT_THAT(refused.trailers,
+              ::testing::Contains(::testing::Pair("grpc-retry-pushback-ms", "-1")));
+  EXPECT_EQ(server().sessions().budget().reserved_bytes(), 0);
+  const PromptData data(Open(200), 1);
   ExpectSuccess(data, Run(data));
 }
 

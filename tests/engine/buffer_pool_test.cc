@@ -6,7 +6,9 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <thread>
 #include <utility>
@@ -25,6 +27,116 @@ size_t PageBytes() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
 bool IsMapped(void* page) {
   unsigned char resident = 0;
   return mincore(page, 1, &resident) == 0 || errno != ENOMEM;
+}
+
+// Stands for a backend's pinning: knows what is pinned, and fails what a device would not forgive.
+class Pinning {
+ public:
+  explicit Pinning(int64_t least_bytes = 0) : least_bytes_(least_bytes) {}
+  ~Pinning() { EXPECT_TRUE(pinned_.empty()) << "something stayed pinned"; }
+
+  HostPinning Make() {
+    return {.least_bytes = least_bytes_,
+            .pin =
+                [this](void* data, int64_t bytes) {
+                  const std::lock_guard lock(mutex_);
+                  ++pins_;
+                  EXPECT_EQ(reinterpret_cast<uintptr_t>(data) % PageBytes(), 0U);
+                  EXPECT_EQ(static_cast<size_t>(bytes) % PageBytes(), 0U);
+                  if (fails_) return false;
+                  EXPECT_TRUE(pinned_.emplace(static_cast<std::byte*>(data), bytes).second);
+                  return true;
+                },
+            .unpin =
+                [this](void* data) {
+                  const std::lock_guard lock(mutex_);
+                  const auto found = pinned_.find(static_cast<std::byte*>(data));
+                  ASSERT_NE(found, pinned_.end());
+                  EXPECT_TRUE(IsMapped(data));
+                  EXPECT_TRUE(IsMapped(found->first + found->second - PageBytes()));
+                  pinned_.erase(found);
+                }};
+  }
+  void Fail() { fails_ = true; }
+  int pins() const { return pins_; }
+  int64_t bytes() const {
+    int64_t all = 0;
+    for (const auto& [data, bytes] : pinned_) all += bytes;
+    return all;
+  }
+
+ private:
+  const int64_t least_bytes_;
+  std::mutex mutex_;
+  std::map<std::byte*, int64_t> pinned_;
+  int pins_ = 0;
+  bool fails_ = false;
+};
+
+TEST(BufferPoolTest, WhatIsReusedIsPinnedOnce) {
+  Pinning pinning;
+  BufferPool pool(4 * kMiB, pinning.Make());
+  pool.Acquire(kMiB).Reset();
+  EXPECT_EQ(pinning.pins(), 0);
+  for (int i = 0; i < 3; ++i) pool.AcquirePinned(kMiB).Reset();
+  EXPECT_EQ(pinning.pins(), 1) << "the run that was there, once";
+  EXPECT_EQ(pool.pinned_bytes(), kMiB);
+  EXPECT_EQ(pinning.bytes(), static_cast<int64_t>(kMiB));
+  const Buffer first = pool.AcquirePinned(kMiB);
+  const Buffer second = pool.AcquirePinned(kMiB);
+  EXPECT_EQ(pinning.pins(), 2);
+  EXPECT_EQ(pool.pinned_bytes(), 2 * kMiB);
+}
+
+TEST(BufferPoolTest, WhatGoesBackToTheSystemIsUnpinnedFirst) {
+  Pinning pinning;
+  Buffer outlives;
+  {
+    BufferPool pool(kMiB, pinning.Make());
+    BufferAllowance allowance = pool.Allow(8 * kMiB);
+    outlives = pool.AcquirePinned(2 * kMiB);
+    {
+      const Buffer a = pool.AcquirePinned(kMiB);
+      const Buffer b = pool.AcquirePinned(3 * kMiB);
+    }
+    EXPECT_EQ(pool.pinned_bytes(), 6 * kMiB);
+    allowance.Release();
+    EXPECT_EQ(pinning.bytes() - static_cast<int64_t>(pool.idle_bytes()),
+              static_cast<int64_t>(2 * kMiB));
+    EXPECT_EQ(pool.idle_bytes(), kMiB);
+  }
+  EXPECT_EQ(pinning.bytes(), static_cast<int64_t>(3 * kMiB)) << "and what was idle";
+  std::memset(outlives.data(), 0x5A, outlives.size());
+}
+
+TEST(BufferPoolTest, WhatIsCutIsNotPinnedAnyMore) {
+  Pinning pinning;
+  BufferPool pool(4 * kMiB, pinning.Make());
+  pool.AcquirePinned(kMiB).Reset();
+  Buffer buffer = pool.AcquirePinned(kMiB - 100 * 1024);
+  EXPECT_EQ(pool.pinned_bytes(), kMiB);
+  buffer.Trim();
+  EXPECT_EQ(pool.pinned_bytes(), 0U);
+  Buffer moved = std::move(buffer);
+  std::memset(moved.data(), 0x5A, moved.size());
+  moved.Reset();
+  EXPECT_EQ(pool.pinned_bytes(), 0U);
+}
+
+TEST(BufferPoolTest, WhatIsSmallOrCannotBePinnedIsAsGood) {
+  Pinning pinning(static_cast<int64_t>(kMiB));
+  BufferPool pool(4 * kMiB, pinning.Make());
+  const Buffer small = pool.AcquirePinned(kMiB - PageBytes());
+  EXPECT_EQ(pinning.pins(), 0);
+  pinning.Fail();
+  const Buffer large = pool.AcquirePinned(kMiB);
+  EXPECT_EQ(pinning.pins(), 1);
+  EXPECT_EQ(pool.pinned_bytes(), 0U);
+  std::memset(large.data(), 0x5A, large.size());
+  BufferPool without(0);
+  const Buffer plain = without.AcquirePinned(kMiB);
+  std::memset(plain.data(), 0x5A, plain.size());
+  EXPECT_EQ(without.pinned_bytes(), 0U);
 }
 
 TEST(BufferPoolTest, BuffersArePageAlignedAndWritable) {

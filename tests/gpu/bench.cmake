@@ -1,3 +1,6 @@
 add_executable(structkv_gpu_bench gpu_bench.cc layer_bench.cc)
 target_compile_features(structkv_gpu_bench PRIVATE cxx_std_20)
 target_link_libraries(structkv_gpu_bench PRIVATE structkv_cuda_kernels)
+add_executable(structkv_overlap_bench overlap_main.cc overlap_bench.cc)
+target_link_libraries(structkv_overlap_bench PRIVATE
+  structkv_options structkv_cuda_backend structkv_cuda_kernels structkv_engine absl::str_format)

@@ -33,7 +33,7 @@ std::unique_ptr<Backend> MakeBackend(const std::string& name) {
   EXPECT_TRUE(devices.ok()) << devices.status();
   std::unique_ptr<Backend> backend = cuda::MakeCudaBackend(
       *std::move(devices), *cpu::CreateCpuBackend(),
-      [](const absl::Status& why) { ADD_FAILURE() << "went to the CPU: " << why; });
+      {.fell_back = [](const absl::Status& why) { ADD_FAILURE() << "went to the CPU: " << why; }});
   return name == "cuda_device" ? OnDevice(std::move(backend)) : std::move(backend);
 }
 

@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 tests=(gpu_saliency_test gpu_select_test gpu_gather_test gpu_rotation_test gpu_conformance_test gpu_ipc_test)
-programs=("${tests[@]}" gpu_nccl_test structkv_gpu_bench structkv-server structkv structkv_wire_bench structkv_wire_count
+programs=("${tests[@]}" gpu_nccl_test structkv_gpu_bench structkv_overlap_bench structkv-server structkv structkv_wire_bench structkv_wire_count
   structkv_counting_server)
 # A few cases of each: a kernel runs some hundred times longer under compute-sanitizer.
 declare -A sanitized=(
@@ -176,6 +176,22 @@ else
   note benchmark FAILED
   : >"$out/table.md"
 fi
+
+# Copies from the host and computation, each alone and together, on one GPU.
+overlap=null
+one_gpu=${CUDA_VISIBLE_DEVICES:-0}
+if [[ ! -x $bin/structkv_overlap_bench ]]; then
+  note overlap "not run: not built"
+elif CUDA_VISIBLE_DEVICES=${one_gpu%%,*} "$bin/structkv_overlap_bench" --table "$out/table.md" \
+  >"$out/overlap.json" 2>"$out/overlap.log"; then
+  note overlap passed
+  overlap=$(<"$out/overlap.json")
+elif grep -q 'no CUDA device' "$out/overlap.log"; then
+  note overlap "not run: no CUDA device"
+else
+  note overlap FAILED
+fi
+
 # Says itself where it cannot run, and why.
 python3 tests/gpu/torch_compare.py --bench "$out/bench.json" --table "$out/table.md" >"$out/torch.json" ||
   echo '{"skipped": "torch_compare.py failed"}' >"$out/torch.json"
@@ -184,7 +200,7 @@ case $torch in
   *'"skipped"'*) note PyTorch "not run: $(sed -n 's/.*"skipped": "\([^"]*\)".*/\1/p' "$out/torch.json")" ;;
   *) note PyTorch passed ;;
 esac
-printf '{"checks": {%s},\n"serve": %s,\n"transports": %s,\n"bench": %s,\n"torch": %s}\n' "$checks" "$serve" "$wire" "$bench" \
-  "$torch" >"$out/report.json"
+printf '{"checks": {%s},\n"serve": %s,\n"transports": %s,\n"bench": %s,\n"overlap": %s,\n"torch": %s}\n' "$checks" "$serve" "$wire" "$bench" \
+  "$overlap" "$torch" >"$out/report.json"
 cat "$out/table.md"
 exit $failed

@@ -26,6 +26,9 @@ class ForwardingBackend : public Backend {
   int64_t SaliencyScratchBytes(const SaliencyParams& params) const override {
     return real_->SaliencyScratchBytes(params);
   }
+  absl::Status CheckRoom(const SaliencyParams& params, bool keys_on_device) const override {
+    return real_->CheckRoom(params, keys_on_device);
+  }
   absl::Status Saliency(const SaliencyParams& params, float* out, BadStatistic* bad,
                         ParallelFor parallel) const override {
     return real_->Saliency(params, out, bad, parallel);
@@ -66,6 +69,10 @@ class ForwardingBackend : public Backend {
                         ParallelFor parallel) const override {
     return real_->RunLayer(pass, bad, parallel);
   }
+  std::unique_ptr<StagedLayer> Stage(const SaliencyParams& params) const override {
+    return real_->Stage(params);
+  }
+  HostPinning host_pinning() const override { return real_->host_pinning(); }
   absl::Status Zero(void* to, int64_t bytes) const override { return real_->Zero(to, bytes); }
   absl::Status Fill(void* to, int64_t bytes, FillRun fill) const override {
     return real_->Fill(to, bytes, fill);

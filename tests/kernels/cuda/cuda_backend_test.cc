@@ -4,13 +4,12 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "gmock/gmock.h"
@@ -19,6 +18,7 @@
 #include "kernels/cuda/devices.h"
 #include "kernels/reference/reference_backend.h"
 #include "tests/kernels/cuda/fake_backend.h"
+#include "tests/kernels/cuda/gate.h"
 #include "tests/kernels/random_tensor.h"
 #include "tests/kernels/saliency_inputs.h"
 
@@ -30,47 +30,13 @@ using ::testing::ElementsAre;
 using testing::FakeCuda;
 using testing::FakeGpus;
 using testing::FakeHeld;
+using testing::Gate;
 using ::testing::HasSubstr;
 using testing::Inputs;
 using testing::MakeFakeBackend;
 
 constexpr int64_t kMiB = int64_t{1} << 20;
 const testing::Shape kShape = {4, 2, 90, 32, 4};
-
-// Stops the first piece of work that a stream runs, until it is let go.
-class Gate {
- public:
-  Gate() {
-    FakeCuda::SetHook([this] { Pass(); });
-  }
-  ~Gate() {
-    FakeCuda::SetHook(nullptr);
-    Open();
-  }
-  bool WaitUntilBlocked() {
-    std::unique_lock lock(mutex_);
-    return changed_.wait_for(lock, std::chrono::seconds(30), [this] { return blocked_; });
-  }
-  void Open() {
-    const std::lock_guard lock(mutex_);
-    open_ = true;
-    changed_.notify_all();
-  }
-
- private:
-  void Pass() {
-    std::unique_lock lock(mutex_);
-    if (blocked_) return;
-    blocked_ = true;
-    changed_.notify_all();
-    changed_.wait(lock, [this] { return open_; });
-  }
-
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  bool blocked_ = false;
-  bool open_ = false;
-};
 
 class CudaBackendTest : public ::testing::Test {
  protected:
@@ -84,7 +50,7 @@ class CudaBackendTest : public ::testing::Test {
              cuda::DeviceOptions options = {.memory_bytes = 64 * kMiB, .slice_bytes = 4096},
              std::function<void(const absl::Status&)> fell_back = nullptr) {
     FakeCuda::Reset(gpus);
-    backend_ = MakeFakeBackend(options, std::move(fell_back));
+    backend_ = MakeFakeBackend(options, {.fell_back = std::move(fell_back)});
   }
 
   absl::Status Saliency(std::vector<float>* out = nullptr) const {
@@ -325,6 +291,38 @@ TEST_F(CudaBackendTest, WhatCanNeverFitIsRefusedOrDoneByTheCpu) {
   EXPECT_EQ(backend_->Health(), absl::OkStatus());
 }
 
+// What CheckRoom lets through has room: the least pool that it accepts computes, one block less
+// does not.
+TEST_F(CudaBackendTest, SaysBeforehandWhatCanNeverFit) {
+  int64_t least = 0;
+  for (int64_t bytes = 4096; least == 0; bytes += 256) {
+    backend_.reset();
+    Start({}, {.memory_bytes = bytes, .least_memory_bytes = 1, .slice_bytes = 4096});
+    const absl::Status room = backend_->CheckRoom(inputs_.params(), /*keys_on_device=*/false);
+    if (room.ok()) {
+      least = bytes;
+      ExpectWorks();
+      break;
+    }
+    EXPECT_EQ(room.code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_THAT(std::string(room.message()),
+                AllOf(HasSubstr("one KV head of a layer needs "),
+                      HasSubstr("all that calls have of it is " + std::to_string(bytes))));
+    EXPECT_EQ(Saliency().code(), absl::StatusCode::kResourceExhausted);
+    ASSERT_LT(bytes, kMiB);
+  }
+  EXPECT_GT(least, 4096);
+  backend_.reset();
+  // Keys that lie in a GPU's memory are not copied there.
+  Start({}, {.memory_bytes = least - 256, .least_memory_bytes = 1, .slice_bytes = 4096});
+  EXPECT_EQ(backend_->CheckRoom(inputs_.params(), /*keys_on_device=*/true), absl::OkStatus());
+  SaliencyParams given = inputs_.params();
+  const std::vector<float> lse(static_cast<size_t>(given.queries.heads * given.queries.tokens));
+  given.lse = lse.data();
+  EXPECT_EQ(backend_->CheckRoom(given, /*keys_on_device=*/false), absl::OkStatus())
+      << "with the log-sum-exp no exponentials are stored";
+}
+
 // Whichever call it is that meets a sticky error, that is the end, and nothing crashes or leaks.
 TEST_F(CudaBackendTest, AStickyErrorIsTheEnd) {
   const std::vector<float> scores = Scores(3000);
@@ -521,6 +519,43 @@ TEST_F(CudaBackendTest, AWaitHasAnEnd) {
     first.join();
   }
   ExpectWorks();
+}
+
+// However many calls there are: a pool with room for one of them has each wait for those before it,
+// for longer together than any may wait while nothing moves.
+TEST_F(CudaBackendTest, ManyCallsOnAPoolForOneAllHaveTheirTurn) {
+  constexpr int kCalls = 16;
+  constexpr auto kCallTime = std::chrono::milliseconds(100);
+  const cuda::DeviceOptions options = {.memory_bytes = 48 << 10,
+                                       .least_memory_bytes = 1,
+                                       .lanes = 4,
+                                       .slice_bytes = 4096,
+                                       .wait_limit = kCalls * kCallTime / 2};
+  Start({}, options);
+  std::atomic<int64_t> most{0};
+  FakeCuda::SetHook([&] {
+    const int64_t used = backend_->stats().gpus[0].calls.used_bytes;
+    for (int64_t before = most; before < used && !most.compare_exchange_weak(before, used);) {
+    }
+    // The first piece of each call's work takes its time.
+    static thread_local bool slept = false;
+    if (!std::exchange(slept, true)) std::this_thread::sleep_for(kCallTime);
+  });
+  const auto begun = std::chrono::steady_clock::now();
+  std::vector<std::thread> threads;
+  for (int i = 0; i < kCalls; ++i) {
+    threads.emplace_back([&] {
+      std::vector<float> out;
+      EXPECT_EQ(Saliency(&out), absl::OkStatus());
+      testing::ExpectNear(out, testing::Expected(inputs_.params()), inputs_.params(),
+                          /*half=*/true);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  FakeCuda::SetHook(nullptr);
+  EXPECT_GT(2 * most, options.memory_bytes) << "two calls had room at a time";
+  EXPECT_GT(std::chrono::steady_clock::now() - begun, options.wait_limit);
+  EXPECT_EQ(FakeCuda::kernels(0), kCalls);
 }
 
 TEST_F(CudaBackendTest, WhoWaitsIsToldOfTheEnd) {

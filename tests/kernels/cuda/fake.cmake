@@ -21,6 +21,10 @@ structkv_test(kernels_cuda_arena_test SOURCES cuda/arena_test.cc
   LIBS structkv_cuda_backend structkv_kernels_tools LABELS thread)
 structkv_test(kernels_cuda_backend_test SOURCES cuda/cuda_backend_test.cc cuda/fake_runtime_test.cc
   LIBS structkv_cuda_fake)
+structkv_test(kernels_cuda_staged_test SOURCES cuda/staged_test.cc LIBS structkv_cuda_fake)
+structkv_test(kernels_cuda_host_pinning_test SOURCES cuda/host_pinning_test.cc LIBS structkv_cuda_fake structkv_engine)
+structkv_test(kernels_cuda_overlap_test SOURCES cuda/overlap_test.cc ../gpu/overlap_bench.cc
+  LIBS structkv_cuda_fake structkv_engine absl::str_format nlohmann_json::nlohmann_json)
 structkv_test(kernels_cuda_ipc_test SOURCES cuda/ipc_exporter.cc cuda/ipc_test.cc LIBS structkv_cuda_fake)
 structkv_test(kernels_cuda_layer_pass_test SOURCES layer_pass_test.cc LIBS structkv_cuda_fake)
 

@@ -3,9 +3,11 @@
 
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 
 #include "tests/kernels/cuda/fake_state.h"
 
+using structkv::testing::FakeWork;
 using namespace structkv::testing::fake;  // NOLINT: the functions are CUDA's, and global
 
 namespace {
@@ -117,6 +119,36 @@ cudaError_t cudaFreeHost(void* data) {
   return Release(&The().pinned_memory, data, &The().held.pinned_bytes);
 }
 
+cudaError_t cudaHostRegister(void* data, size_t size, unsigned /*flags*/) {
+  Runtime& r = The();
+  const std::lock_guard lock(r.mutex);
+  if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
+  if (const cudaError_t error = Failed(r.allocation_failure.Next()); error != cudaSuccess) {
+    return error;
+  }
+  const auto bytes = static_cast<int64_t>(size);
+  auto* const begin = static_cast<std::byte*>(data);
+  const auto next = r.registered_memory.lower_bound(begin);
+  const bool overlaps = (next != r.registered_memory.end() && next->first < begin + bytes) ||
+                        (next != r.registered_memory.begin() &&
+                         std::prev(next)->first + std::prev(next)->second.bytes > begin);
+  if (overlaps) return Failed(cudaErrorHostMemoryAlreadyRegistered);
+  r.registered_memory.emplace(begin, Allocation{.bytes = bytes});
+  return cudaSuccess;
+}
+
+// The memory is still there: whoever unmaps it before has a device read what is not its.
+cudaError_t cudaHostUnregister(void* data) {
+  Runtime& r = The();
+  const std::lock_guard lock(r.mutex);
+  const auto found = r.registered_memory.find(static_cast<std::byte*>(data));
+  if (found == r.registered_memory.end()) Die("what is unregistered was not registered");
+  unsigned char resident = 0;
+  if (mincore(data, 1, &resident) != 0) Die("what is unregistered is not mapped any more");
+  r.registered_memory.erase(found);
+  return r.sticky;
+}
+
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned /*flags*/) {
   const std::lock_guard lock(The().mutex);
   if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
@@ -143,8 +175,17 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 // What runs when somebody waits runs when somebody asks, too.
 cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
 
+// For what the event has been recorded after by now, whatever becomes of the event.
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned /*flags*/) {
-  return Queue(stream, [event] { (void)cudaEventSynchronize(event); });
+  {
+    const std::lock_guard lock(The().mutex);
+    if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
+  }
+  if (event->shared != nullptr || event->stream == nullptr) {
+    return Queue(stream, FakeWork::Kind::kWait, 0, [event] { (void)cudaEventSynchronize(event); });
+  }
+  return Queue(stream, FakeWork::Kind::kWait, 0,
+               [of = event->stream, position = event->position] { RunUpTo(*of, position); });
 }
 
 cudaError_t cudaDeviceGetPCIBusId(char* id, int length, int device) {
@@ -155,6 +196,7 @@ cudaError_t cudaDeviceGetPCIBusId(char* id, int length, int device) {
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind,
                             cudaStream_t stream) {
   const auto bytes = static_cast<int64_t>(size);
+  auto what = FakeWork::Kind::kToDevice;
   {
     const std::lock_guard lock(The().mutex);
     if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
@@ -166,10 +208,15 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyK
       if (on_device && !IsDevice(side, bytes)) Die("a copy's device side is not of one allocation");
       if (!on_device && !IsPinned(side, bytes)) Die("a copy's host side is not pinned");
     };
-    check(to, anywhere ? IsDevice(to, 1) : kind == cudaMemcpyHostToDevice);
-    check(from, anywhere ? IsDevice(from, 1) : kind == cudaMemcpyDeviceToHost);
+    const bool to_device = anywhere ? IsDevice(to, 1) : kind == cudaMemcpyHostToDevice;
+    const bool from_device = anywhere ? IsDevice(from, 1) : kind == cudaMemcpyDeviceToHost;
+    check(to, to_device);
+    check(from, from_device);
+    what = !to_device    ? FakeWork::Kind::kFromDevice
+           : from_device ? FakeWork::Kind::kWithinDevice
+                         : FakeWork::Kind::kToDevice;
   }
-  return Queue(stream, [=] { std::memcpy(to, from, size); });
+  return Queue(stream, what, bytes, [=] { std::memcpy(to, from, size); });
 }
 
 cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t stream) {
@@ -178,7 +225,8 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t strea
     if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
     if (!IsDevice(to, static_cast<int64_t>(size))) Die("what is set is not of one allocation");
   }
-  return Queue(stream, [=] { std::memset(to, value, size); });
+  return Queue(stream, FakeWork::Kind::kSet, static_cast<int64_t>(size),
+               [=] { std::memset(to, value, size); });
 }
 
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* data) {

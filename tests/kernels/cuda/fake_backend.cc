@@ -10,13 +10,16 @@
 namespace structkv::testing {
 
 std::unique_ptr<Backend> MakeFakeBackend(const cuda::DeviceOptions& options,
-                                         std::function<void(const absl::Status&)> fell_back) {
+                                         cuda::CudaEvents events) {
   auto devices = cuda::Devices::Open(options);
   EXPECT_TRUE(devices.ok()) << devices.status();
-  if (!fell_back) {
-    fell_back = [](const absl::Status& why) { ADD_FAILURE() << "went to the CPU: " << why; };
+  if (!events.fell_back) {
+    events.fell_back = [](const absl::Status& why) { ADD_FAILURE() << "went to the CPU: " << why; };
   }
-  return cuda::MakeCudaBackend(*std::move(devices), *cpu::CreateCpuBackend(), std::move(fell_back));
+  if (!events.not_pinned) {
+    events.not_pinned = [](const absl::Status& why) { ADD_FAILURE() << "not pinned: " << why; };
+  }
+  return cuda::MakeCudaBackend(*std::move(devices), *cpu::CreateCpuBackend(), std::move(events));
 }
 
 }  // namespace structkv::testing

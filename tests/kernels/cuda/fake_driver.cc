@@ -8,6 +8,7 @@
 
 #include "tests/kernels/cuda/fake_state.h"
 
+using structkv::testing::FakeWork;
 using namespace structkv::testing::fake;  // NOLINT: the functions are CUDA's, and global
 
 // What is behind a context: the primary one of each device.
@@ -116,11 +117,13 @@ CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t size, CUstream s
     to_device = IsDevice(At(to), 1);
   }
   if (from_device) {
-    Queue(stream, [=] { std::memcpy(At(to), At(from), size); });
+    Queue(stream, FakeWork::Kind::kWithinDevice, static_cast<int64_t>(size),
+          [=] { std::memcpy(At(to), At(from), size); });
   } else {
-    Queue(stream, [to, bytes = std::string(reinterpret_cast<const char*>(At(from)), size)] {
-      std::memcpy(At(to), bytes.data(), bytes.size());
-    });
+    Queue(stream, FakeWork::Kind::kToDevice, static_cast<int64_t>(size),
+          [to, bytes = std::string(reinterpret_cast<const char*>(At(from)), size)] {
+            std::memcpy(At(to), bytes.data(), bytes.size());
+          });
   }
   return to_device ? CUDA_SUCCESS : Driver(cudaStreamSynchronize(stream));
 }
@@ -173,7 +176,8 @@ CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned /*flags*/) {
     position = event->position;
   }
   if (before == nullptr || before == stream) return CUDA_SUCCESS;
-  return Driver(Queue(stream, [before, position] { RunUpTo(*before, position); }));
+  return Driver(
+      Queue(stream, FakeWork::Kind::kWait, 0, [before, position] { RunUpTo(*before, position); }));
 }
 CUresult cuStreamSynchronize(CUstream stream) { return Driver(cudaStreamSynchronize(stream)); }
 CUresult cuStreamQuery(CUstream stream) {

@@ -3,6 +3,7 @@
 
 #include "tests/kernels/cuda/fake_state.h"
 
+using structkv::testing::FakeWork;
 using namespace structkv::testing::fake;  // NOLINT: the functions are CUDA's, and global
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
@@ -34,7 +35,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   if (event->shared != nullptr) {
     SharedEvent* const shared = event->shared;
     const int64_t record = ++shared->recorded;
-    Queue(stream, [shared, record] { shared->reached = record; });
+    Queue(stream, FakeWork::Kind::kRecord, 0, [shared, record] { shared->reached = record; });
   }
   const std::lock_guard lock(stream->mutex);
   event->stream = stream;

@@ -71,7 +71,8 @@ int DeviceOf(const void* data) {
   return std::prev(The().device_memory.upper_bound(at))->second.device;
 }
 bool IsPinned(const void* data, int64_t bytes) {
-  return The().gpus.all_pinned || IsIn(The().pinned_memory, data, bytes);
+  return The().gpus.all_pinned || IsIn(The().pinned_memory, data, bytes) ||
+         IsIn(The().registered_memory, data, bytes);
 }
 int64_t TakenBytes(int device) {
   int64_t taken = 0;
@@ -86,7 +87,7 @@ void RunUpTo(CUstream_st& stream, int64_t position) {
   if (stream.done >= position) return;
   const Access access;
   while (stream.done < position) {
-    const std::function<void()> work = std::move(stream.work.front());
+    const CUstream_st::Work work = std::move(stream.work.front());
     stream.work.pop_front();
     ++stream.done;
     std::function<void()> hook;
@@ -97,15 +98,19 @@ void RunUpTo(CUstream_st& stream, int64_t position) {
       lost = The().sticky != cudaSuccess;
     }
     if (hook) hook();
-    if (!lost) work();
+    if (lost) continue;
+    work.run();
+    const std::lock_guard runtime(The().mutex);
+    The().log.push_back(work.what);
   }
 }
 
-cudaError_t Queue(cudaStream_t stream, std::function<void()> work) {
+cudaError_t Queue(cudaStream_t stream, FakeWork::Kind kind, int64_t bytes,
+                  std::function<void()> work) {
   if (stream == nullptr) Die("work on the default stream");
   if (stream->device != current_device) Die("work on a stream of another device");
   const std::lock_guard lock(stream->mutex);
-  stream->work.push_back(std::move(work));
+  stream->work.push_back({{kind, stream, bytes}, std::move(work)});
   ++stream->queued;
   return cudaSuccess;
 }
@@ -125,18 +130,26 @@ void FakeCuda::Reset(const FakeGpus& gpus) {
   Runtime& r = The();
   const std::lock_guard lock(r.mutex);
   if (r.held != FakeHeld()) Die("something is held");
+  if (!r.registered_memory.empty()) Die("some of the program's memory is still pinned");
   r.gpus = gpus;
   r.kernels.assign(static_cast<size_t>(gpus.count), 0);
   r.call_failure = r.launch_failure = r.allocation_failure = {};
   r.count_error = r.sticky = cudaSuccess;
   r.freed_while_open = 0;
   r.hook = nullptr;
+  r.log.clear();
   last_error = cudaSuccess;
 }
 
 FakeHeld FakeCuda::held() {
   const std::lock_guard lock(The().mutex);
   return The().held;
+}
+int64_t FakeCuda::registered_bytes() {
+  const std::lock_guard lock(The().mutex);
+  int64_t bytes = 0;
+  for (const auto& [begin, allocation] : The().registered_memory) bytes += allocation.bytes;
+  return bytes;
 }
 int64_t FakeCuda::freed_while_open() {
   const std::lock_guard lock(The().mutex);
@@ -166,6 +179,11 @@ int64_t FakeCuda::kernels(int device) {
   const std::lock_guard lock(The().mutex);
   return The().kernels[static_cast<size_t>(device)];
 }
+std::vector<FakeWork> FakeCuda::TakeLog() {
+  const std::lock_guard lock(The().mutex);
+  return std::exchange(The().log, {});
+}
+
 void FakeCuda::SetHook(std::function<void()> hook) {
   const std::lock_guard lock(The().mutex);
   The().hook = std::move(hook);
@@ -196,7 +214,7 @@ cudaError_t FakeCuda::Launch(cudaStream_t stream, std::function<void()> work) {
     if (last_error != cudaSuccess) return std::exchange(last_error, cudaSuccess);
     ++The().kernels[static_cast<size_t>(current_device)];
   }
-  return Queue(stream, std::move(work));
+  return Queue(stream, FakeWork::Kind::kKernel, 0, std::move(work));
 }
 
 }  // namespace structkv::testing

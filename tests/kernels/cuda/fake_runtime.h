@@ -16,6 +16,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace structkv::testing {
 
@@ -37,16 +38,28 @@ struct FakeHeld {
   bool operator==(const FakeHeld&) const = default;
 };
 
+// A piece of work that a stream ran.
+struct FakeWork {
+  enum class Kind { kToDevice, kFromDevice, kWithinDevice, kSet, kKernel, kWait, kRecord };
+  Kind kind;
+  cudaStream_t stream;
+  int64_t bytes;  // of copies and what is set
+};
+
 class FakeCuda {
  public:
-  // Also ends every failure. Nothing may be held.
+  // Also ends every failure. Nothing may be held, nor any of the program's own memory pinned.
   static void Reset(const FakeGpus& gpus);
   static FakeHeld held();
+  // Of the program's own memory, what is pinned now: a pool of buffers keeps it so while it is
+  // idle.
+  static int64_t registered_bytes();
   // Calls of the runtime so far; those that give something back or ask for errors do not count.
   static int64_t calls();
   // The n-th call from now on fails, 0 the next; where the error is a sticky one, all after it do.
   static void FailCall(int64_t n, cudaError_t error);
-  // Likewise for launches and for allocations of device or pinned memory.
+  // Likewise for launches, and for allocations of device or pinned memory and what pins the
+  // program's own.
   static void FailLaunch(int64_t n, cudaError_t error);
   static void FailAllocation(int64_t n, cudaError_t error);
   // What cudaGetDeviceCount fails with, as without a driver.
@@ -55,6 +68,8 @@ class FakeCuda {
   static int64_t kernels(int device);
   // Allocations that were freed while another process had them open, which is undefined with CUDA.
   static int64_t freed_while_open();
+  // What streams have run since the last call, in the order in which it was done.
+  static std::vector<FakeWork> TakeLog();
   // Called before each piece of work of a stream, on the thread that waits; null: nothing is.
   static void SetHook(std::function<void()> hook);
 

@@ -39,9 +39,13 @@ struct SharedEvent {
 
 // Names that the runtime's headers declare.
 struct CUstream_st {
+  struct Work {
+    structkv::testing::FakeWork what;
+    std::function<void()> run;
+  };
   int device = 0;
   std::mutex mutex;
-  std::deque<std::function<void()>> work;
+  std::deque<Work> work;
   int64_t queued = 0;
   int64_t done = 0;
 };
@@ -75,6 +79,7 @@ struct Runtime {
   FakeGpus gpus;
   Allocations device_memory;
   Allocations pinned_memory;
+  Allocations registered_memory;
   FakeHeld held;
   std::vector<int64_t> kernels;
   int64_t calls = 0;
@@ -84,6 +89,7 @@ struct Runtime {
   int accesses = 0;  // of work that runs now
   int64_t freed_while_open = 0;
   std::function<void()> hook;
+  std::vector<FakeWork> log;
   std::atomic<bool (*)(cudaStream_t)> busy = nullptr;
 };
 Runtime& The();
@@ -118,7 +124,8 @@ int DeviceOf(const void* data);
 bool IsPinned(const void* data, int64_t bytes);
 int64_t TakenBytes(int device);
 
-cudaError_t Queue(cudaStream_t stream, std::function<void()> work);
+cudaError_t Queue(cudaStream_t stream, FakeWork::Kind kind, int64_t bytes,
+                  std::function<void()> work);
 // Runs what lies before a place in the stream. What a lost device had to do is never done.
 void RunUpTo(CUstream_st& stream, int64_t position);
 

@@ -118,6 +118,10 @@ class OnDeviceBackend final : public ForwardingBackend {
     for (size_t i = 0; i < to.size(); ++i) to[i].CopyBack(pass.rows[i].destination.data);
     return status;
   }
+  // The copies of the keys are made by the call itself.
+  std::unique_ptr<StagedLayer> Stage(const SaliencyParams& /*params*/) const override {
+    return nullptr;
+  }
   absl::Status Zero(void* to, int64_t bytes) const override {
     const DeviceCopy copy(to, bytes);
     absl::Status status = real().Zero(copy.data(), bytes);
