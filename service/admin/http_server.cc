@@ -208,8 +208,8 @@ class HttpServer::Impl {
     acceptor_.close(ignored);
     acceptor_.open(endpoint.protocol(), error);
     if (!error) acceptor_.set_option(asio::socket_base::reuse_address(true), error);
-    if (!error && endpoint.address().is_v6()) {
-      acceptor_.set_option(asio::ip::v6_only(!endpoint.address().is_unspecified()), error);
+    if (!error && endpoint.address().is_v6() && endpoint.address().is_unspecified()) {
+      acceptor_.set_option(asio::ip::v6_only(false), error);
     }
     if (!error) acceptor_.bind(endpoint, error);
     if (!error) acceptor_.listen(asio::socket_base::max_listen_connections, error);

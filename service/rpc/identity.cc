@@ -164,7 +164,7 @@ void Identity::CountRefused(const std::string& peer, const absl::Status& status)
   const RefusedCalls all = refused();
   options_.warn(absl::StrCat("a call of ", peer, " is refused: ", status.message(), "; ",
                              all.unauthenticated + all.permission_denied,
-                             " calls were since the start"));
+                             " calls have been since the start"));
 }
 
 absl::StatusOr<std::string> Identity::Find(const grpc::ServerContextBase& context) {

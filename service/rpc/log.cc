@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <csignal>
 #include <deque>
 #include <thread>
 
@@ -76,6 +77,7 @@ struct Log::Writer {
       return;
     }
     waiting_bytes += line.size();
+    ++taken;
     lines.push_back(std::move(line));
   }
 
@@ -86,46 +88,54 @@ struct Log::Writer {
       if (lines.empty()) break;  // ended
       const std::string line = std::move(lines.front());
       lines.pop_front();
-      writing = true;
       mutex.Unlock();
       const bool written = WriteLine(line);
       mutex.Lock();
-      writing = false;
       waiting_bytes -= line.size();
       if (!written) ++dropped;
+      ++done;
     }
     mutex.Unlock();
   }
 
-  // All of it in one write(), so that lines of several processes do not mix.
-  bool WriteLine(const std::string& line) const {
-    while (true) {
+  // All of it in one write() where that is taken whole, so that lines of several processes do not
+  // mix.
+  bool WriteLine(std::string_view line) const {
+    while (!line.empty()) {
       const ssize_t written = write(fd, line.data(), line.size());
-      if (written >= 0) return static_cast<size_t>(written) == line.size();
-      if (errno == EAGAIN) {
+      if (written > 0) {
+        line.remove_prefix(static_cast<size_t>(written));
+      } else if (written < 0 && errno == EAGAIN) {
         // Whoever else has the descriptor may have made it one that does not block.
         pollfd room = {.fd = fd, .events = POLLOUT, .revents = 0};
         poll(&room, 1, -1);
-      } else if (errno != EINTR) {
+      } else if (written == 0 || errno != EINTR) {
         return false;
       }
     }
+    return true;
   }
 
   bool HasWork() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) { return ended || !lines.empty(); }
-  bool IsIdle() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) { return lines.empty() && !writing; }
 
   const int fd;
   absl::Mutex mutex;
   std::deque<std::string> lines ABSL_GUARDED_BY(mutex);
   size_t waiting_bytes ABSL_GUARDED_BY(mutex) = 0;  // the one that is being written too
   int64_t dropped ABSL_GUARDED_BY(mutex) = 0;
-  bool writing ABSL_GUARDED_BY(mutex) = false;
+  int64_t taken ABSL_GUARDED_BY(mutex) = 0;  // into `lines`, ever
+  int64_t done ABSL_GUARDED_BY(mutex) = 0;   // of them
   bool ended ABSL_GUARDED_BY(mutex) = false;
 };
 
 Log::Log(LogFormat format, int fd) : format_(format), writer_(std::make_shared<Writer>(fd)) {
+  // A signal that a program waits for must not end it by way of this thread.
+  sigset_t all;
+  sigset_t before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
   std::thread([writer = writer_] { writer->Run(); }).detach();
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 Log::~Log() {
@@ -142,7 +152,11 @@ void Log::Write(std::string_view event, std::initializer_list<LogField> fields) 
 
 bool Log::Flush(absl::Duration limit) {
   absl::MutexLock lock(&writer_->mutex);
-  return writer_->mutex.AwaitWithTimeout(absl::Condition(writer_.get(), &Writer::IsIdle), limit);
+  const auto written = [writer = writer_.get(), taken = writer_->taken] {
+    writer->mutex.AssertHeld();
+    return writer->done >= taken;
+  };
+  return writer_->mutex.AwaitWithTimeout(absl::Condition(&written), limit);
 }
 
 int64_t Log::dropped() const {

@@ -6,6 +6,7 @@
 
 #include "boost/asio/io_context.hpp"
 #include "boost/asio/ip/tcp.hpp"
+#include "boost/system/system_error.hpp"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/admin/http_get.h"
@@ -39,6 +40,11 @@ std::unique_ptr<HttpServer> StartEcho(HttpOptions options = {.address = "127.0.0
   auto server = HttpServer::Start(options, Echo);
   EXPECT_TRUE(server.ok()) << server.status();
   return *std::move(server);
+}
+
+// ":80".
+std::string PortOf(const HttpServer& server) {
+  return server.address().substr(server.address().rfind(':'));
 }
 
 TEST(HttpServerTest, AnswersGetAndHead) {
@@ -142,20 +148,21 @@ TEST(HttpServerTest, Addresses) {
 TEST(HttpServerTest, AWildcardIsBothFamilies) {
   for (const char* address : {"0.0.0.0:0", "[::]:0"}) {
     const auto server = StartEcho({.address = address});
-    const std::string& got = server->address();
-    const std::string port = got.substr(got.rfind(':'));
-    EXPECT_EQ(HttpGet("127.0.0.1" + port, "/a").body, "path /a") << address;
-    if (!HasIpv6()) GTEST_SKIP() << "this machine has no IPv6";
-    EXPECT_EQ(HttpGet("[::1]" + port, "/a").body, "path /a") << address;
+    EXPECT_EQ(HttpGet("127.0.0.1" + PortOf(*server), "/a").body, "path /a") << address;
     // It is taken, for either family.
-    EXPECT_FALSE(HttpServer::Start({.address = "0.0.0.0" + port}, Echo).ok());
+    EXPECT_FALSE(HttpServer::Start({.address = "0.0.0.0" + PortOf(*server)}, Echo).ok());
+    if (HasIpv6()) EXPECT_EQ(HttpGet("[::1]" + PortOf(*server), "/a").body, "path /a") << address;
   }
+  if (!HasIpv6()) GTEST_SKIP() << "this machine has no IPv6: the other family alone was asked";
 }
 
 TEST(HttpServerTest, AnAddressIsOfItsFamilyAlone) {
   if (!HasIpv6()) GTEST_SKIP() << "this machine has no IPv6";
   const auto server = StartEcho({.address = "[::1]:0"});
   EXPECT_EQ(HttpGet(server->address(), "/a").body, "path /a");
+  EXPECT_THROW(HttpGet("127.0.0.1" + PortOf(*server), "/a"), boost::system::system_error);
+  const auto mapped = StartEcho({.address = "[::ffff:127.0.0.1]:0"});
+  EXPECT_EQ(HttpGet("127.0.0.1" + PortOf(*mapped), "/a").body, "path /a");
 }
 
 }  // namespace

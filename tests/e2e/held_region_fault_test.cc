@@ -310,6 +310,7 @@ TEST_F(HeldRegionFaultTest, TheLogHasALineOfEach) {
                                  "output_bytes=0 micros="));
   EXPECT_THAT(lines(), HasSubstr("first_layer is 9"));
   EXPECT_THAT(lines(), ::testing::Not(HasSubstr(absl::BytesToHexString(handle_))));
+  EXPECT_TRUE(options.log->Flush(absl::Seconds(30)));
   fclose(log);
 }
 

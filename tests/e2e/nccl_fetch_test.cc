@@ -313,6 +313,7 @@ TEST_F(NcclFetchTest, TheLogNamesIt) {
                 std::to_string(bytes) + " micros="));
   ReleaseIt(handle);
   ExpectNothingHeld();
+  EXPECT_TRUE(options.log->Flush(absl::Seconds(30)));
   fclose(log);
 }
 

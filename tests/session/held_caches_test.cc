@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "service/session/limit.h"
 #include "service/transport/handle.h"
 #include "tests/testing/fake_clock.h"
 #include "tests/testing/numbers.h"
@@ -178,8 +179,10 @@ TEST_F(HeldCachesTest, RefusalsSayWhichBudget) {
   EXPECT_FALSE(taken.GetPayload(kNeverFits).has_value());
   EXPECT_THAT(std::string(taken.message()), AllOf(HasSubstr("--hold-budget"), HasSubstr("401"),
                                                   HasSubstr("600"), HasSubstr("1000")));
+  EXPECT_EQ(LimitOf(taken), kHoldBudgetLimit);
   const absl::Status never = caches_.Reserve(1001).status();
   EXPECT_TRUE(never.GetPayload(kNeverFits).has_value());
+  EXPECT_EQ(LimitOf(never), kHoldBudgetLimit);
   EXPECT_TRUE(Finds(handle));
 }
 

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "kernels/backend_registry.h"
+#include "service/session/limit.h"
 #include "tests/session/session_probe.h"
 #include "tests/testing/engine_answer.h"
 #include "tests/testing/prompt_cases.h"
@@ -295,6 +296,7 @@ TEST_F(OneSessionTest, TheNumberOfSessionsIsLimited) {
   const absl::Status status = manager_.Open(request_).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(status.message()), HasSubstr("max_sessions is 1"));
+  EXPECT_EQ(LimitOf(status), kMaxSessionsLimit);
   EXPECT_EQ(manager_.budget().reserved_bytes(), session->reserved_bytes());
   session->Cancel();
   Open();

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "service/session/limit.h"
 #include "service/session/memory_budget.h"
 
 namespace structkv::session {
@@ -33,6 +34,13 @@ TEST(TenantSharesTest, EachLimitIsItsOwn) {
   // What was refused took nothing.
   EXPECT_TRUE(shares.Take("a", {.sessions = 1, .memory_bytes = 40, .hold_bytes = 10}).ok());
   EXPECT_TRUE(shares.Take("b", {.sessions = 2, .memory_bytes = 100, .hold_bytes = 10}).ok());
+}
+
+TEST(TenantSharesTest, RefusalsNameTheLimit) {
+  TenantShares shares({.max_sessions = 2, .memory_bytes = 100, .hold_bytes = 10});
+  EXPECT_EQ(LimitOf(shares.Take("a", {.sessions = 3}).status()), kTenantMaxSessionsLimit);
+  EXPECT_EQ(LimitOf(shares.Take("a", {.memory_bytes = 101}).status()), kTenantMemoryLimit);
+  EXPECT_EQ(LimitOf(shares.Take("a", {.hold_bytes = 11}).status()), kTenantHoldBudgetLimit);
 }
 
 TEST(TenantSharesTest, WhatNeverFitsSaysSo) {

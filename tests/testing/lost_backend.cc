@@ -24,6 +24,7 @@ void ExpectEndsAsLost(Server* server, absl::FunctionRef<void()> lose, const std:
   EXPECT_LT(absl::Now() - begin, absl::Seconds(5));
   EXPECT_EQ(end.exit_code, 1);
   EXPECT_TRUE(end.at_once);
+  ASSERT_TRUE(log.Flush(absl::Seconds(30)));
   close(log_pipe[1]);
   char line[512] = {};
   EXPECT_GT(read(log_pipe[0], line, sizeof(line) - 1), 0);

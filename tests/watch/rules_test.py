@@ -56,6 +56,13 @@ class RulesTest(unittest.TestCase):
         headings = re.findall(r'^#+ (StructKV\w+)$', (SOURCE / 'docs/operations.md').read_text(), re.MULTILINE)
         self.assertEqual(sorted(headings), sorted(rule['alert'] for rule in alerts()))
 
+    def test_refusals_by_every_limit_count(self):
+        limits = re.findall(r'_?k\w+Limit = "(\w+)";', (SOURCE / 'service/session/limit.h').read_text())
+        self.assertGreater(len(limits), 5)
+        rule = next(rule for rule in alerts() if rule['alert'] == 'StructKVRefusesPrompts')
+        for limit in [*limits, 'resource_exhausted']:
+            self.assertRegex(rule['expr'], rf'["|]{limit}["|]')
+
     def test_alerts_say_what_and_how_bad(self):
         for rule in alerts():
             self.assertEqual(sorted(rule['annotations']), ['runbook', 'summary'], rule['alert'])
