@@ -15,12 +15,13 @@ inline constexpr char kLimitPayload[] = "structkv/limit";
 inline constexpr absl::string_view kMaxSessionsLimit = "max_sessions";
 inline constexpr absl::string_view kMemoryBudgetLimit = "memory_budget";
 inline constexpr absl::string_view kHoldBudgetLimit = "hold_budget";
+inline constexpr absl::string_view kDeviceMemoryLimit = "device_memory";
 inline constexpr absl::string_view kTenantMaxSessionsLimit = "tenant_max_sessions";
 inline constexpr absl::string_view kTenantMemoryLimit = "tenant_memory";
 inline constexpr absl::string_view kTenantHoldBudgetLimit = "tenant_hold_budget";
-inline constexpr absl::string_view kLimits[] = {kMaxSessionsLimit,  kMemoryBudgetLimit,
-                                                kHoldBudgetLimit,   kTenantMaxSessionsLimit,
-                                                kTenantMemoryLimit, kTenantHoldBudgetLimit};
+inline constexpr absl::string_view kLimits[] = {
+    kMaxSessionsLimit,       kMemoryBudgetLimit, kHoldBudgetLimit,      kDeviceMemoryLimit,
+    kTenantMaxSessionsLimit, kTenantMemoryLimit, kTenantHoldBudgetLimit};
 
 // `status` is not OK.
 inline absl::Status MarkLimit(absl::Status status, absl::string_view limit) {

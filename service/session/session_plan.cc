@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "service/session/layer_assembler.h"
+#include "service/session/limit.h"
 #include "service/session/memory_budget.h"
 
 namespace structkv::session {
@@ -69,7 +70,7 @@ absl::StatusOr<SessionPlan> PlanSession(const SessionRequest& request, const Bac
   if (absl::Status room = engine::CheckRoom(spec, backend, !transport.host_readable());
       !room.ok()) {
     room.SetPayload(kNeverFits, absl::Cord());
-    return room;
+    return MarkLimit(room, kDeviceMemoryLimit);
   }
   // A rank's own tensors, and its share of what the group has in common.
   const engine::PromptSpec own = OwnSpec(request);
