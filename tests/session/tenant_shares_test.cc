@@ -26,8 +26,9 @@ TEST(TenantSharesTest, EachLimitIsItsOwn) {
   const auto prompt = shares.Take("a", {.sessions = 1, .memory_bytes = 60});
   ASSERT_TRUE(prompt.ok());
   EXPECT_EQ(shares.Take("a", {.sessions = 1, .memory_bytes = 41}).status(),
-            absl::ResourceExhaustedError("the tenant has 60 bytes of memory and asks for 41; at "
-                                         "most 100 are allowed (--tenant-memory)"));
+            MarkLimit(absl::ResourceExhaustedError("the tenant has 60 bytes of memory and asks for "
+                                                   "41; at most 100 are allowed (--tenant-memory)"),
+                      kTenantMemoryLimit));
   EXPECT_EQ(shares.Take("a", {.sessions = 2}).status().message(),
             "the tenant has 1 prompts and asks for 2; at most 2 are allowed "
             "(--tenant-max-sessions)");
