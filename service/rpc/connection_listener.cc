@@ -26,14 +26,13 @@
 #include "absl/synchronization/mutex.h"
 #include "service/rpc/open_streams.h"
 #include "service/rpc/stream_set.h"
+#include "service/rpc/warn_limit.h"
 #include "structkv/v1/address.h"
 
 namespace structkv::rpc {
 namespace {
 
 constexpr int kBacklog = 1024;
-// How often it is said that connections are refused, at most.
-constexpr int64_t kWarnNanos = 10'000'000'000;
 // How often gRPC is asked for its streams: seldom enough that it takes a twentieth of a core at
 // most.
 constexpr int64_t kLookNanos = 100'000'000;
@@ -342,10 +341,7 @@ class ConnectionListener::Impl {
   }
 
   void Warn(const std::string& text) {
-    const int64_t now = SteadyNanos();
-    int64_t warned = warned_;
-    if (warnings_ == nullptr || (warned != 0 && now - warned < kWarnNanos)) return;
-    if (!warned_.compare_exchange_strong(warned, now)) return;  // the other thread did
+    if (warnings_ == nullptr || !warn_limit_.IsDue()) return;
     warnings_->Write("warning", {{"connections", text}});
   }
 
@@ -359,7 +355,7 @@ class ConnectionListener::Impl {
   std::vector<int> ports_;
   std::thread thread_;
   std::thread watch_;
-  std::atomic<int64_t> warned_{0};
+  WarnLimit warn_limit_;
   std::atomic<int64_t> refused_{0};
   std::atomic<int64_t> broken_{0};
   mutable absl::Mutex mutex_;

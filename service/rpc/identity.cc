@@ -11,14 +11,11 @@
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "service/file_version.h"
-#include "service/rpc/stream_set.h"
 
 namespace structkv::rpc {
 namespace {
 
 constexpr std::chrono::seconds kLookInterval(1);
-// How often callers that are refused are warned of.
-constexpr int64_t kWarnNanos = 10'000'000'000;
 
 absl::string_view View(grpc::string_ref text) { return {text.data(), text.size()}; }
 
@@ -157,10 +154,7 @@ void Identity::CountRefused(const std::string& peer, const absl::Status& status)
   } else {
     return;
   }
-  const int64_t now = SteadyNanos();
-  int64_t warned = warned_;
-  if (!options_.warn || (warned != 0 && now - warned < kWarnNanos)) return;
-  if (!warned_.compare_exchange_strong(warned, now)) return;  // another thread did
+  if (!options_.warn || !warn_limit_.IsDue()) return;
   const RefusedCalls all = refused();
   options_.warn(absl::StrCat("a call of ", peer, " is refused: ", status.message(), "; ",
                              all.unauthenticated + all.permission_denied,

@@ -18,6 +18,7 @@
 #include "absl/time/time.h"
 #include "grpcpp/server_context.h"
 #include "service/live.h"
+#include "service/rpc/warn_limit.h"
 
 namespace structkv::rpc {
 
@@ -111,7 +112,7 @@ class Identity {
   std::string version_;  // of the file that was read
   std::atomic<int64_t> unauthenticated_{0};
   std::atomic<int64_t> permission_denied_{0};
-  std::atomic<int64_t> warned_{0};  // when, in SteadyNanos(); 0: never
+  WarnLimit warn_limit_;
 };
 
 // Whether `text` fits `pattern`, in which '*' is any run of characters.

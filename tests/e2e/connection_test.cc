@@ -10,6 +10,7 @@
 #include <cstring>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -55,7 +56,6 @@ class Peer {
   bool IsSentAway(milliseconds limit) const {
     const auto end = std::chrono::steady_clock::now() + limit;
     std::string received;
-    char buffer[4096];
     while (true) {
       const auto byte = [&](size_t at) { return static_cast<unsigned char>(received[at]); };
       while (received.size() >= 9) {
@@ -64,45 +64,46 @@ class Peer {
         if (received.size() < 9 + length) break;
         received.erase(0, 9 + length);
       }
-      const auto left =
-          std::chrono::duration_cast<milliseconds>(end - std::chrono::steady_clock::now());
-      pollfd wait = {fd_, POLLIN, 0};
-      if (left.count() < 0 || poll(&wait, 1, static_cast<int>(left.count())) <= 0) return false;
-      const ssize_t count = recv(fd_, buffer, sizeof(buffer), 0);
-      if (count <= 0) return false;
-      received.append(buffer, static_cast<size_t>(count));
+      const std::optional<std::string> more = Receive(end);
+      if (!more.has_value() || more->empty()) return false;
+      received += *more;
     }
   }
   // Whether the server says `text` somewhere within the limit.
   bool IsTold(const std::string& text, milliseconds limit) const {
     const auto end = std::chrono::steady_clock::now() + limit;
     std::string received;
-    char buffer[4096];
     while (received.find(text) == std::string::npos) {
-      const auto left =
-          std::chrono::duration_cast<milliseconds>(end - std::chrono::steady_clock::now());
-      pollfd wait = {fd_, POLLIN, 0};
-      if (left.count() < 0 || poll(&wait, 1, static_cast<int>(left.count())) <= 0) return false;
-      const ssize_t count = recv(fd_, buffer, sizeof(buffer), 0);
-      if (count <= 0) return false;
-      received.append(buffer, static_cast<size_t>(count));
+      const std::optional<std::string> more = Receive(end);
+      if (!more.has_value() || more->empty()) return false;
+      received += *more;
     }
     return true;
   }
   // Whether the server closes within the limit; what it says before is dropped.
   bool IsClosed(milliseconds limit) const {
     const auto end = std::chrono::steady_clock::now() + limit;
-    char buffer[4096];
     while (true) {
-      const auto left =
-          std::chrono::duration_cast<milliseconds>(end - std::chrono::steady_clock::now());
-      pollfd wait = {fd_, POLLIN, 0};
-      if (left.count() < 0 || poll(&wait, 1, static_cast<int>(left.count())) <= 0) return false;
-      if (recv(fd_, buffer, sizeof(buffer), 0) <= 0) return true;
+      const std::optional<std::string> more = Receive(end);
+      if (!more.has_value()) return false;
+      if (more->empty()) return true;
     }
   }
 
  private:
+  // What comes next; empty: the server has closed. nullopt: nothing comes until `end`.
+  std::optional<std::string> Receive(std::chrono::steady_clock::time_point end) const {
+    const auto left =
+        std::chrono::duration_cast<milliseconds>(end - std::chrono::steady_clock::now());
+    pollfd wait = {fd_, POLLIN, 0};
+    if (left.count() < 0 || poll(&wait, 1, static_cast<int>(left.count())) <= 0) {
+      return std::nullopt;
+    }
+    char buffer[4096];
+    const ssize_t count = recv(fd_, buffer, sizeof(buffer), 0);
+    return std::string(buffer, static_cast<size_t>(std::max<ssize_t>(count, 0)));
+  }
+
   const int fd_;
 };
 

@@ -10,6 +10,7 @@
 #include <csignal>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -132,55 +133,63 @@ TEST_F(ProcessTest, AServerTakesADeadOnesSocket) {
   EXPECT_TRUE(next.WaitForLine("ready")) << next.error();
 }
 
-TEST_F(ProcessTest, ServesOnWithoutAReaderOfItsLog) {
-  int log[2];
-  ASSERT_EQ(pipe2(log, O_CLOEXEC), 0);
-  const std::string address = Address();
-  const pid_t server = fork();
-  if (server == 0) {
-    dup2(log[1], STDERR_FILENO);
-    execl(STRUCTKV_SERVER, STRUCTKV_SERVER, "--listen", address.c_str(), nullptr);
-    _exit(127);
+// A server whose log goes into a pipe, of which the first byte is read.
+class LoggingServer {
+ public:
+  explicit LoggingServer(const std::string& address) {
+    int ends[2];
+    EXPECT_EQ(pipe2(ends, O_CLOEXEC), 0);
+    EXPECT_GE(fcntl(ends[1], F_SETPIPE_SZ, 4096), 4096);
+    process_ = fork();
+    if (process_ == 0) {
+      dup2(ends[1], STDERR_FILENO);
+      execl(STRUCTKV_SERVER, STRUCTKV_SERVER, "--listen", address.c_str(), nullptr);
+      _exit(127);
+    }
+    close(ends[1]);
+    reader_ = ends[0];
+    char ready = 0;
+    EXPECT_EQ(read(reader_, &ready, 1), 1);  // its first line
   }
-  close(log[1]);
-  char ready = 0;
-  EXPECT_EQ(read(log[0], &ready, 1), 1);  // its first line
-  close(log[0]);
+  ~LoggingServer() { CloseReader(); }
+
+  void CloseReader() {
+    if (reader_ >= 0) close(std::exchange(reader_, -1));
+  }
+  // Asks it to end, and says how it did: as of waitpid().
+  int Terminate() const {
+    kill(process_, SIGTERM);
+    int status = 0;
+    EXPECT_EQ(waitpid(process_, &status, 0), process_);
+    return status;
+  }
+
+ private:
+  pid_t process_ = -1;
+  int reader_ = -1;
+};
+
+TEST_F(ProcessTest, ServesOnWithoutAReaderOfItsLog) {
+  LoggingServer server(Address());
+  server.CloseReader();
   const PromptData data(SmallOpen(), 1);
   for (int i = 0; i < 3; ++i) {
-    EXPECT_EQ(RunOnce(address, AllMessages(data), false), grpc::StatusCode::OK);
+    EXPECT_EQ(RunOnce(Address(), AllMessages(data), false), grpc::StatusCode::OK);
   }
-  kill(server, SIGTERM);
-  int status = 0;
-  ASSERT_EQ(waitpid(server, &status, 0), server);
+  const int status = server.Terminate();
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
 }
 
 // Prompts, probes and the end do not wait for whoever reads the log.
 TEST_F(ProcessTest, ServesOnWhileTheReaderOfItsLogStandsStill) {
-  int log[2];
-  ASSERT_EQ(pipe2(log, O_CLOEXEC), 0);
-  ASSERT_GE(fcntl(log[1], F_SETPIPE_SZ, 4096), 4096);
-  const std::string address = Address();
-  const pid_t server = fork();
-  if (server == 0) {
-    dup2(log[1], STDERR_FILENO);
-    execl(STRUCTKV_SERVER, STRUCTKV_SERVER, "--listen", address.c_str(), nullptr);
-    _exit(127);
-  }
-  close(log[1]);
-  char ready = 0;
-  EXPECT_EQ(read(log[0], &ready, 1), 1);  // its first line
+  const LoggingServer server(Address());
   const PromptData data(SmallOpen(), 1);
   // Their lines, of 200 bytes and more, are twice what the pipe holds.
   for (int i = 0; i < 40; ++i) {
-    EXPECT_EQ(RunOnce(address, AllMessages(data), false), grpc::StatusCode::OK);
+    EXPECT_EQ(RunOnce(Address(), AllMessages(data), false), grpc::StatusCode::OK);
   }
-  kill(server, SIGTERM);
-  int status = 0;
-  ASSERT_EQ(waitpid(server, &status, 0), server);
+  const int status = server.Terminate();
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
-  close(log[0]);
 }
 
 TEST_F(ProcessTest, StartsWithoutTheNcclThatItWasToldToOffer) {

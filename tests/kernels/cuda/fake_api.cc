@@ -12,13 +12,16 @@ using namespace structkv::testing::fake;  // NOLINT: the functions are CUDA's, a
 
 namespace {
 
+// The beginning of every call that takes memory; under the mutex.
+cudaError_t EnterAllocation() {
+  if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
+  return Failed(The().allocation_failure.Next());
+}
+
 cudaError_t Allocate(void** data, size_t size, bool on_device) {
   Runtime& r = The();
   const std::lock_guard lock(r.mutex);
-  if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
-  if (const cudaError_t error = Failed(r.allocation_failure.Next()); error != cudaSuccess) {
-    return error;
-  }
+  if (const cudaError_t error = EnterAllocation(); error != cudaSuccess) return error;
   const auto bytes = static_cast<int64_t>(size);
   if (on_device && bytes > r.gpus.memory_bytes - TakenBytes(current_device)) {
     return Failed(cudaErrorMemoryAllocation);
@@ -122,10 +125,7 @@ cudaError_t cudaFreeHost(void* data) {
 cudaError_t cudaHostRegister(void* data, size_t size, unsigned /*flags*/) {
   Runtime& r = The();
   const std::lock_guard lock(r.mutex);
-  if (const cudaError_t error = Enter(); error != cudaSuccess) return error;
-  if (const cudaError_t error = Failed(r.allocation_failure.Next()); error != cudaSuccess) {
-    return error;
-  }
+  if (const cudaError_t error = EnterAllocation(); error != cudaSuccess) return error;
   const auto bytes = static_cast<int64_t>(size);
   auto* const begin = static_cast<std::byte*>(data);
   const auto next = r.registered_memory.lower_bound(begin);
