@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from structkv import vllm_requests
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
+from structkv._vllm_model import Shard  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
 from vllm_instance import (  # noqa: E402
     BLOCK,
@@ -23,6 +25,7 @@ from vllm_instance import (  # noqa: E402
     LAYERS,
     NAMES,
     QUERY_HEADS,
+    RANKS,
     VOCABULARY,
     Instance,
     Model,
@@ -38,12 +41,17 @@ def model() -> Model:
 
 
 @pytest.fixture
-def make(tmp_path: Path, server: Server, model: Model) -> Any:
-    def instance(role: str, **extra: Any) -> Instance:
-        options = {"target": server.target, "kv_budget": 0.1, **extra}
-        return Instance(make_config(tmp_path, role, options), model)
+def make(tmp_path: Path, server: Server) -> Iterator[Any]:
+    instances = []
 
-    return instance
+    def instance(role: str, ranks: int = 1, **extra: Any) -> Instance:
+        options = {"target": server.target, "kv_budget": 0.1, **extra}
+        instances.append(Instance(partial(make_config, tmp_path, role, options, ranks)))
+        return instances[-1]
+
+    yield instance
+    for each in instances:
+        each.close()
 
 
 def prompt(seed: int = 0, tokens: int = TOKENS) -> list[int]:
@@ -77,6 +85,15 @@ def compacted(
         )
 
     return engine.compress(open, source)
+
+
+def rows_of(result: structkv.Compressed) -> Any:
+    """As Instance.rows() has them."""
+    layers = [
+        torch.cat([torch.from_dlpack(layer.keys), torch.from_dlpack(layer.values)], -1)
+        for layer in result.layers
+    ]
+    return torch.stack(layers)
 
 
 def expected(model: Model, result: structkv.Compressed, first: int, count: int) -> list[int]:
@@ -143,12 +160,7 @@ def test_from_prefill_to_decode(
         wanted = compacted(engine, model, prompts[name], message)
         kept = wanted.summary.kv_length
         assert decode.cached[name] == kept
-        blocks = torch.tensor(decode.blocks[name])
-        slots = blocks[torch.arange(kept) // BLOCK], torch.arange(kept) % BLOCK
-        for layer, cache in zip(wanted.layers, decode.caches.values()):
-            keys, values = cache[slots[0], :, slots[1]].chunk(2, -1)
-            assert torch.equal(keys, torch.from_dlpack(layer.keys))
-            assert torch.equal(values, torch.from_dlpack(layer.values))
+        assert torch.equal(decode.rows(name, kept), rows_of(wanted))
     decode.run()
     for name in ("a", "b"):
         wanted = compacted(engine, model, prompts[name], message)
@@ -168,6 +180,89 @@ def test_from_prefill_to_decode(
     decode.run()
     assert list(again.output_token_ids) == list(decode.requests["b"].output_token_ids)
     assert decode.cached["plain"] == 0
+
+
+@pytest.mark.parametrize("ranks", RANKS[1:])
+def test_tensor_parallel_ranks(
+    make: Any, engine: structkv.Engine, model: Model, ranks: int
+) -> None:
+    """Two prompts in one step, decoded by each number of ranks: to the byte what one worker with all
+    heads gives."""
+    prefill = make("kv_producer", ranks)
+    prompts = {"a": prompt(0, 61), "b": prompt(1, 62)}
+    for name, ids in prompts.items():
+        prefill.add(name, ids, 2, kv_transfer_params={vllm_requests.COMPRESS: True})
+    outputs = prefill.run()
+    method = structkv.StructKvMethod(kv_budget=structkv.Budget(ratio=0.1))
+    wanted = {name: compacted(engine, model, ids, method) for name, ids in prompts.items()}
+    firsts = {name: prefill.requests[name].output_token_ids[0] for name in prompts}
+    for decode_ranks in RANKS:
+        decode = make("kv_consumer", decode_ranks)
+        for name, ids in prompts.items():
+            params = outputs[name].kv_transfer_params
+            assert len(set(params[vllm_requests.HELD]["handles"])) == ranks
+            body = vllm_requests.decode_request({}, ids, firsts[name], params)
+            decode.add(
+                name,
+                body["prompt"],
+                5,
+                kv_transfer_params=body["kv_transfer_params"],
+                cache_salt=body["cache_salt"],
+            )
+        decode.step()
+        for name in prompts:
+            kept = wanted[name].summary.kv_length
+            assert torch.equal(decode.rows(name, kept), rows_of(wanted[name]))
+        decode.run()
+        for name in prompts:
+            tokens = list(decode.requests[name].output_token_ids)
+            assert tokens == expected(model, wanted[name], firsts[name], 5)
+
+
+def test_one_rank_that_fails(make: Any) -> None:
+    """What it cannot hold is not compressed at all, and what it cannot load fails the request."""
+    prefill = make("kv_producer", 2)
+    prefill.add("a", prompt(0, 100), 2, kv_transfer_params={vllm_requests.COMPRESS: True})
+    params = prefill.run()["a"].kv_transfer_params
+    held = vllm_requests.HeldPrompt(**params[vllm_requests.HELD])
+    half = replace(held, handles=[held.handles[0], "00" * 16])
+    decode = make("kv_consumer", 2)
+    decode.add(
+        "half",
+        [*prompt(0, held.kv_length), 1],
+        5,
+        kv_transfer_params={vllm_requests.HELD: asdict(half)},
+        cache_salt=half.cache_salt,
+    )
+    assert str(decode.run()["half"].finish_reason) == "error"
+
+    # A rank says that it holds nothing.
+    prefill.add("b", prompt(1, 100), 2, kv_transfer_params={vllm_requests.COMPRESS: True})
+    scheduled = prefill.scheduler.schedule()
+    output = prefill.execute(scheduled)
+    shards = output.kv_connector_output.kv_connector_worker_meta.shards["b"]
+    assert set(shards) == {0, 1}
+    shards[1] = "it is lost"
+    prefill.scheduler.update_from_output(scheduled, output)
+    params = prefill.run()["b"].kv_transfer_params
+    assert params == {vllm_requests.ERROR: "rank 1: it is lost"}
+
+
+def test_heads_of_ranks() -> None:
+    """Every rank finds its heads with any number of holders, once."""
+    for kv_heads in (1, 2, 8, 12):
+        counts = [n for n in range(1, 25) if kv_heads % n == 0 or n % kv_heads == 0]
+        for ranks in counts:
+            for rank in range(ranks):
+                shard = Shard(rank, ranks, kv_heads)
+                for holders in counts:
+                    parts = shard.parts(holders)
+                    assert [head for _, heads in parts for head in heads] == list(shard.heads())
+                    for holder, heads in parts:
+                        theirs = Shard(holder, holders, kv_heads).heads()
+                        assert len(heads) and set(heads) <= set(theirs)
+    with pytest.raises(ValueError, match="handles: 3; a divisor or a multiple of .* 8 KV heads"):
+        Shard(0, 1, 8).parts(3)
 
 
 def test_the_holder_of_several_is_named(
@@ -198,6 +293,43 @@ def test_the_holder_of_several_is_named(
     )
     assert str(decode.run()["a"].finish_reason) == "length"
     assert asked == [params[vllm_requests.HELD]["replica"]]
+
+
+def test_rows_go_through_shared_memory(
+    make: Any, engine: structkv.Engine, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = structkv.StructKvMethod(kv_budget=structkv.Budget(ratio=0.1))
+    wanted = compacted(engine, model, prompt(), method)
+    transports: list[str | None] = []
+    open_prompt, fetch = structkv.Client.open_prompt, structkv.Client.fetch
+
+    def note_open(self: Any, *arguments: Any) -> structkv.Session:
+        session = open_prompt(self, *arguments)
+        transports.append(session.opened.transport)
+        return session
+
+    def note_fetch(self: Any, *arguments: Any) -> structkv.FetchedCache:
+        fetched = fetch(self, *arguments)
+        transports.append(fetched.info.transport)
+        return fetched
+
+    monkeypatch.setattr(structkv.Client, "open_prompt", note_open)
+    monkeypatch.setattr(structkv.Client, "fetch", note_fetch)
+    prefill = make("kv_producer", region_bytes=1 << 20)
+    prefill.add("a", prompt(), 2, kv_transfer_params={vllm_requests.COMPRESS: True})
+    params = prefill.run()["a"].kv_transfer_params
+    decode = make("kv_consumer", region_bytes=1 << 20)
+    body = vllm_requests.decode_request({}, prompt(), 1, params)
+    decode.add(
+        "a",
+        body["prompt"],
+        5,
+        kv_transfer_params=body["kv_transfer_params"],
+        cache_salt=body["cache_salt"],
+    )
+    decode.step()
+    assert torch.equal(decode.rows("a", wanted.summary.kv_length), rows_of(wanted))
+    assert transports == ["shared_memory", "shared_memory"]
 
 
 def test_what_is_not_compressed(make: Any, server: Server) -> None:
@@ -237,9 +369,12 @@ def test_what_cannot_be_loaded_fails_the_request(make: Any) -> None:
     changes: dict[str, dict[str, Any]] = {
         "unsalted": {"cache_salt": None},
         "short": {"prompt": body["prompt"][:-1]},
-        "gone": {"held": {**held, "handle": "00" * 16}},
+        "gone": {"held": {**held, "handles": ["00" * 16]}},
         "other": {"held": {**held, "fingerprint": "00" * 16}},
-        "broken": {"held": {"handle": held["handle"]}},
+        "broken": {"held": {"handles": held["handles"]}},
+        "no handle": {"held": {**held, "handles": ["zz"]}},
+        "no list": {"held": {**held, "handles": held["handles"][0]}},
+        "three ranks": {"held": {**held, "handles": held["handles"] * 3}},
         "no object": {"held": 3},
         "no address": {"held": {**held, "replica": 3}},
         "no length": {"held": {**held, "kv_length": -1}},
@@ -310,7 +445,8 @@ def test_a_prompt_that_is_preempted_in_its_window(make: Any, client: structkv.Cl
             scheduler._preempt_request(request, 0.0)
             scheduler.reset_prefix_cache()
         params = prefill.run()["a"].kv_transfer_params
-        held.append(client.fetch(bytes.fromhex(params[vllm_requests.HELD]["handle"])))
+        (handle,) = params[vllm_requests.HELD]["handles"]
+        held.append(client.fetch(bytes.fromhex(handle)))
     for left, right in zip(held[0].layers, held[1].layers):
         assert torch.equal(torch.from_dlpack(left.keys), torch.from_dlpack(right.keys))
 
@@ -319,10 +455,10 @@ def test_results_of_a_request_that_was_aborted(make: Any) -> None:
     prefill = make("kv_producer")
     prefill.add("a", prompt(0, 100), 2, kv_transfer_params={vllm_requests.COMPRESS: True})
     scheduled = prefill.scheduler.schedule()
-    output = prefill._execute(scheduled)
+    output = prefill.execute(scheduled)
     prefill.scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
     prefill.scheduler.update_from_output(scheduled, output)
-    assert output.kv_connector_output.kv_connector_worker_meta.params["a"]
+    assert output.kv_connector_output.kv_connector_worker_meta.shards["a"]
     assert prefill.scheduler.connector._finished == {}
 
 
@@ -336,7 +472,7 @@ def test_requests_are_such_as_the_server_takes() -> None:
     # No end token is kept from being the first one, and none ends the request before the second.
     assert first.ignore_eos and first.min_tokens == 0 and not first.stop_token_ids
     assert not first.stop
-    held = vllm_requests.HeldPrompt("00" * 16, 30, 300, "11" * 16)
+    held = vllm_requests.HeldPrompt(["00" * 16], 30, 300, "11" * 16)
     params = {vllm_requests.HELD: asdict(held)}
     for wanted in (0, 1):
         with pytest.raises(ValueError, match=f"max_tokens: {wanted}; at least 2"):
@@ -354,7 +490,7 @@ def test_requests_are_such_as_the_server_takes() -> None:
     assert sampling.extra_args["kv_transfer_params"] == params
 
 
-def test_configurations_that_are_refused(tmp_path: Path, server: Server, model: Model) -> None:
+def test_configurations_that_are_refused(tmp_path: Path, server: Server) -> None:
     target = {"target": server.target}
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({}, {}, "no 'target'"),
@@ -363,5 +499,5 @@ def test_configurations_that_are_refused(tmp_path: Path, server: Server, model: 
     ]
     for extra, changes, text in cases:
         with pytest.raises(ValueError, match=text):
-            Instance(make_config(tmp_path, "kv_both", extra, **changes), model)
+            Instance(partial(make_config, tmp_path, "kv_both", extra, **changes))
     assert len(NAMES) == LAYERS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from .messages import (
     ModelGeometry,
     Open,
     RotaryParameters,
+    ShardGroup,
     SnapKvMethod,
     StructKvMethod,
 )
@@ -25,11 +26,67 @@ default of their window."""
 DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
+PARALLEL = (
+    "pipeline_parallel_size",
+    "prefill_context_parallel_size",
+    "decode_context_parallel_size",
+)
+"""Kinds of parallelism that there must be none of."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tensor-parallel rank, and the KV heads of the whole model."""
+
+    rank: int
+    ranks: int
+    kv_heads: int
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> Shard:
+        """This process's."""
+        parallel = vllm_config.parallel_config
+        ranks = parallel.tensor_parallel_size
+        kv_heads = vllm_config.model_config.get_total_num_kv_heads()
+        return cls(parallel.rank % ranks, ranks, kv_heads)
+
+    def group(self, group_id: str) -> ShardGroup | None:
+        """Its place in a prompt; None where it has all of it."""
+        if self.ranks == 1:
+            return None
+        return ShardGroup(group_id=group_id, shard_count=self.ranks, shard_index=self.rank)
+
+    def heads(self) -> range:
+        """KV heads that the rank has: its share or, of more ranks than heads, one of them."""
+        if self.ranks > self.kv_heads:
+            head = self.rank * self.kv_heads // self.ranks
+            return range(head, head + 1)
+        each = self.kv_heads // self.ranks
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def parts(self, holders: int) -> list[tuple[int, range]]:
+        """Which of `holders` ranks, that hold a prompt, have the heads that this one has: each with
+        those to be fetched, ascending. ValueError where so many cannot have them."""
+        if holders < 1 or (self.kv_heads % holders and holders % self.kv_heads):
+            raise ValueError(
+                f"handles: {holders}; a divisor or a multiple of the model's {self.kv_heads} KV"
+                " heads is expected"
+            )
+        parts, next_head = list[tuple[int, range]](), self.heads().start
+        for holder in range(holders):
+            theirs = Shard(holder, holders, self.kv_heads).heads()
+            if theirs.start <= next_head < min(theirs.stop, self.heads().stop):
+                end = min(theirs.stop, self.heads().stop)
+                parts.append((holder, range(next_head, end)))
+                next_head = end
+        return parts
+
+
 def check(vllm_config: Any, kv_cache_config: Any) -> None:
     """ValueError names what the connector does not support."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        if (size := getattr(parallel, name)) != 1:
+    for name in PARALLEL:
+        if (size := getattr(parallel, name, 1)) != 1:
             raise ValueError(f"{name}: {size}; 1 is supported")
     if model.use_mla:
         raise ValueError("model: MLA is not supported")
@@ -71,8 +128,9 @@ def build_open(vllm_config: Any, extra: dict[str, Any], lease: float | None) -> 
     open = Open(
         geometry=ModelGeometry(
             layer_count=layers,
-            query_head_count=model.get_num_attention_heads(parallel),
-            kv_head_count=model.get_num_kv_heads(parallel),
+            query_head_count=model.get_num_attention_heads(parallel)
+            * parallel.tensor_parallel_size,
+            kv_head_count=model.get_total_num_kv_heads(),
             key_dim=model.get_head_size(),
         ),
         dtype=DTYPES[model.dtype],  # type: ignore[arg-type]

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ._core import Arena
+from ._vllm_model import Shard
 from .client import Client
 from .messages import Open
 from .options import FetchOptions, LayerTensors, SessionOptions
@@ -18,9 +20,11 @@ from .vllm_requests import HeldPrompt
 @dataclass(frozen=True)
 class Prefill:
     """What a step computes of a prompt that is to be compressed: tokens [begin, end) of `tokens`,
-    which lie in `block_ids`, in order."""
+    which lie in `block_ids`, in order. `group`: where the ranks' heads of it meet in the service, of
+    this step alone, since a prompt that was preempted comes again."""
 
     request: str
+    group: str
     tokens: int
     begin: int
     end: int
@@ -49,15 +53,33 @@ def slots(block_ids: Sequence[int], block_tokens: int, begin: int, end: int) -> 
     return torch.tensor(block_ids)[tokens // block_tokens] * block_tokens + tokens % block_tokens
 
 
-class Sender:
-    """Prompts on their way to the service. `window`: the last queries that it wants of each."""
+@dataclass(frozen=True)
+class HeldShard:
+    """What a rank left in the service of a prompt: HeldPrompt with its own handle."""
 
-    def __init__(self, client: Client, open: Open, window: int, options: SessionOptions) -> None:
-        self._client, self._open, self._window, self._options = client, open, window, options
+    handle: str
+    kv_length: int
+    fingerprint: str
+    replica: str
+
+
+class Sender:
+    """A rank's heads of prompts on their way to the service. `window`: the last queries that it
+    wants of each."""
+
+    def __init__(
+        self, client: Client, open: Open, shard: Shard, window: int, options: SessionOptions
+    ) -> None:
+        self._client, self._open, self._shard = client, open, shard
+        self._window, self._options = window, options
         # By request and layer: the first token, and the queries from there on.
         self._queries: dict[tuple[str, int], tuple[int, torch.Tensor]] = {}
         self._sessions: dict[str, Session] = {}
         self._errors: dict[str, str] = {}
+
+    def share(self, arena: Arena) -> None:
+        """Keys and values go to the service through this memory, in place of messages."""
+        self._options = replace(self._options, staging=arena)
 
     def layer(
         self,
@@ -67,9 +89,9 @@ class Sender:
         queries: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """After a layer's attention. cache: [blocks, kv_heads, block_tokens, 2 * dim], keys and
-        values beside each other; queries: [tokens, query_heads, dim] of the whole step, in the
-        slots slot_mapping [tokens]."""
+        """After a layer's attention, with the rank's heads. cache: [blocks, kv_heads, block_tokens,
+        2 * dim], keys and values beside each other; queries: [tokens, query_heads, dim] of the whole
+        step, in the slots slot_mapping [tokens]."""
         if prefill.request in self._errors:
             return
         try:
@@ -113,23 +135,28 @@ class Sender:
                 " prefix cache; the request must not read it (skip_reading_prefix_cache)"
             )
         if prefill.request not in self._sessions:
-            self._sessions[prefill.request] = self._client.open_prompt(
-                replace(self._open, prompt_tokens=prefill.tokens), self._options
+            open = replace(
+                self._open,
+                prompt_tokens=prefill.tokens,
+                shard_group=self._shard.group(prefill.group),
             )
+            self._sessions[prefill.request] = self._client.open_prompt(open, self._options)
         blocks = cache[torch.tensor(prefill.block_ids, device=cache.device)]
-        rows = blocks.transpose(1, 2).flatten(0, 1)[: prefill.tokens].cpu()
-        keys, values = rows.chunk(2, -1)
+        rows = blocks.transpose(1, 2).flatten(0, 1)[: prefill.tokens]
+        queries = tail.transpose(0, 1).contiguous().cpu() if window else None
+        stream = None
+        if self._options.staging is None:
+            rows = rows.cpu()
+        elif rows.is_cuda:
+            stream = torch.cuda.current_stream(rows.device).cuda_stream
+        keys, values = (each.contiguous() for each in rows.chunk(2, -1))
         self._sessions[prefill.request].send_layer(
             layer,
-            LayerTensors(
-                keys=keys.contiguous(),
-                values=values.contiguous(),
-                window_queries=tail.transpose(0, 1).contiguous().cpu() if window else None,
-            ),
+            LayerTensors(keys=keys, values=values, window_queries=queries, cuda_stream=stream),
         )
 
-    def finish(self, prefill: Prefill) -> HeldPrompt | str:
-        """After the last layer: the held prompt, or why there is none."""
+    def finish(self, prefill: Prefill) -> HeldShard | str:
+        """After the last layer: what is held, or why there is nothing."""
         error = self._errors.pop(prefill.request, None)
         if error is not None:
             return error
@@ -141,10 +168,9 @@ class Sender:
             assert summary.held is not None
             # The address of an only one need not be the one that others reach it at.
             several = len(self._client.replicas()) > 1
-            return HeldPrompt(
+            return HeldShard(
                 summary.held.handle.hex(),
                 summary.kv_length,
-                prefill.tokens,
                 summary.fingerprint,
                 (summary.held.replica or "") if several else "",
             )
@@ -160,27 +186,78 @@ class Sender:
             del self._queries[key]
 
 
+def join(prefill_tokens: int, shards: Sequence[HeldShard | str]) -> HeldPrompt | str:
+    """The prompt whose ranks' heads are held, or why it is not."""
+    errors = [
+        each if len(shards) == 1 else f"rank {rank}: {each}"
+        for rank, each in enumerate(shards)
+        if isinstance(each, str)
+    ]
+    held = [each for each in shards if isinstance(each, HeldShard)]
+    if errors:
+        return "; ".join(errors)
+    if len({(each.kv_length, each.fingerprint, each.replica) for each in held}) != 1:
+        return f"the ranks' heads differ: {held}"
+    first = held[0]
+    return HeldPrompt(
+        [each.handle for each in held],
+        first.kv_length,
+        prefill_tokens,
+        first.fingerprint,
+        first.replica,
+    )
+
+
 def load(
-    client: Client, load: Load, caches: Sequence[torch.Tensor], options: FetchOptions
+    client: Client,
+    load: Load,
+    shard: Shard,
+    caches: Sequence[torch.Tensor],
+    options: FetchOptions,
 ) -> None:
-    """Fetches a held prompt into the layers' caches, [blocks, kv_heads, block_tokens, 2 * dim].
-    ValueError where it is not what was announced."""
+    """Fetches the rank's heads of a held prompt into the layers' caches, [blocks, kv_heads,
+    block_tokens, 2 * dim]. ValueError where it is not what was announced."""
     if load.refused is not None or load.held is None:
         raise ValueError(load.refused)
     held = load.held
-    options = replace(options, replica=held.replica or None)
-    fetched = client.fetch(bytes.fromhex(held.handle), options)
-    if fetched.info.fingerprint != held.fingerprint:
-        raise ValueError(
-            f"fingerprint: {fetched.info.fingerprint}; {held.fingerprint} is expected"
-        )
-    if len(fetched.layers) != len(caches):
-        raise ValueError(f"layers: {len(fetched.layers)}; {len(caches)} are expected")
-    for layer, cache in zip(fetched.layers, caches):
-        if layer.kept_tokens != held.kv_length:
-            raise ValueError(f"layer {layer.layer}: {layer.kept_tokens} tokens; {held.kv_length}")
-        rows = torch.cat([torch.from_dlpack(layer.keys), torch.from_dlpack(layer.values)], -1)
+    parts = [
+        _fetch(client, held, holder, heads, len(caches), options)
+        for holder, heads in shard.parts(len(held.handles))
+    ]
+    for layer, cache in enumerate(caches):
+        rows = torch.cat([part[layer] for part in parts], 1)
         place = slots(load.block_ids, cache.shape[2], load.first, held.kv_length).to(cache.device)
         cache[place // cache.shape[2], :, place % cache.shape[2]] = rows[load.first :].to(
             cache.device
         )
+
+
+def _fetch(
+    client: Client,
+    held: HeldPrompt,
+    holder: int,
+    heads: range,
+    layers: int,
+    options: FetchOptions,
+) -> list[torch.Tensor]:
+    """Keys and values beside each other, [kv_length, heads, 2 * dim] of each layer."""
+    options = replace(
+        options,
+        replica=held.replica or None,
+        first_kv_head=heads.start,
+        kv_head_count=len(heads),
+    )
+    fetched = client.fetch(bytes.fromhex(held.handles[holder]), options)
+    if fetched.info.fingerprint != held.fingerprint:
+        raise ValueError(
+            f"fingerprint: {fetched.info.fingerprint}; {held.fingerprint} is expected"
+        )
+    if len(fetched.layers) != layers:
+        raise ValueError(f"layers: {len(fetched.layers)}; {layers} are expected")
+    for layer in fetched.layers:
+        if layer.kept_tokens != held.kv_length:
+            raise ValueError(f"layer {layer.layer}: {layer.kept_tokens} tokens; {held.kv_length}")
+    return [
+        torch.cat([torch.from_dlpack(layer.keys), torch.from_dlpack(layer.values)], -1)
+        for layer in fetched.layers
+    ]

@@ -9,8 +9,9 @@ vllm serve MODEL --kv-transfer-config '{"kv_connector": "StructKVConnector",
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
+from uuid import uuid4
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -24,9 +25,10 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
+from ._core import Arena, Region
 from ._connection import connection_options
-from ._vllm_model import build_open, check
-from ._vllm_worker import Load, Prefill, Sender, load
+from ._vllm_model import Shard, build_open, check
+from ._vllm_worker import HeldShard, Load, Prefill, Sender, join, load
 from .client import Client
 from .options import FetchOptions, SessionOptions
 from .vllm_requests import COMPRESS, ERROR, HELD, HeldPrompt
@@ -44,26 +46,36 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass
 class StepResults(KVConnectorWorkerMetadata):
-    """From the worker to the scheduler: kv_transfer_params by request."""
+    """From the workers to the scheduler: what each rank holds of a request's prompt, or why it does
+    not, by request and rank."""
 
-    params: dict[str, dict[str, Any]]
+    shards: dict[str, dict[int, HeldShard | str]]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, StepResults)
-        return StepResults({**self.params, **other.params})
+        requests = {**self.shards, **other.shards}
+        return StepResults(
+            {
+                request: {**self.shards.get(request, {}), **other.shards.get(request, {})}
+                for request in requests
+            }
+        )
 
 
 class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
     """The prefill instance (kv_producer) compresses prompts of which the request asks for it, and
     leaves them in the service; the decode instance (kv_consumer) loads them. One instance may be
-    both.
+    both. Of tensor-parallel ranks each sends, and loads, its own heads; the two instances need not
+    have the same number.
 
     kv_connector_extra_config: `target` (required), `tls_authorities`, `tls_certificate`, `tls_key`
-    and `token_file` (paths), `lease` of held prompts and `timeout` in seconds; of a producer
-    `method`, `kv_budget` and other parameters of the method, as in structkv.hf.
+    and `token_file` (paths), `lease` of held prompts and `timeout` in seconds, `region_bytes` that
+    each rank shares with a server on its host; of a producer `method`, `kv_budget` and other
+    parameters of the method, as in structkv.hf.
 
-    ValueError, when vLLM starts, for what is not supported: more than one rank, MLA, sliding
-    windows, quantised caches, several groups of cache layers, kv_load_failure_policy "recompute".
+    ValueError, when vLLM starts, for what is not supported: pipeline and context parallelism, MLA,
+    sliding windows, quantised caches, several groups of cache layers, kv_load_failure_policy
+    "recompute".
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -75,8 +87,10 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         check(vllm_config, kv_cache_config)
         client = Client(extra.pop("target"), connection_options(extra))
         timeout, lease = extra.pop("timeout", 30.0), extra.pop("lease", None)
+        self._region_bytes = extra.pop("region_bytes", 0)
         self._produces, self._consumes = config.is_kv_producer, config.is_kv_consumer
         self._block_tokens: int = vllm_config.cache_config.block_size
+        self._shard = Shard.of(vllm_config)
         # Of the scheduler.
         self._prompts: dict[str, tuple[int, list[int]]] = {}  # tokens, blocks
         self._loads: list[Load] = []
@@ -87,12 +101,13 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._queries: dict[str, torch.Tensor] = {}
         self._failed_blocks: set[int] = set()
         self._refused: set[str] = set()
-        self._results: dict[str, dict[str, Any]] = {}
+        self._results: dict[str, dict[int, HeldShard | str]] = {}
         self._client, self._fetch = client, FetchOptions(timeout=timeout)
         self._window = 0
         if self._produces:
             open, self._window = build_open(vllm_config, extra, lease)
-            self._sender = Sender(client, open, self._window, SessionOptions(timeout=timeout))
+            options = SessionOptions(timeout=timeout)
+            self._sender = Sender(client, open, self._shard, self._window, options)
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -133,6 +148,12 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         if not isinstance(given, dict) or {"replica", *given} != names:
             return None, f"{HELD}: {given!r}; {', '.join(sorted(names))} are expected"
         held = HeldPrompt(**given)
+        if not isinstance(held.handles, list) or not all(map(_is_handle, held.handles)):
+            return None, f"handles: {held.handles!r}; a list of hexadecimal handles is expected"
+        try:
+            self._shard.parts(len(held.handles))
+        except ValueError as error:
+            return None, str(error)
         if not isinstance(held.kv_length, int) or held.kv_length < 1:
             return None, f"kv_length: {held.kv_length!r}; at least 1 is expected"
         if not isinstance(held.replica, str):
@@ -194,14 +215,24 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         end = min(tokens, computed + scheduler_output.num_scheduled_tokens[request])
         if computed < tokens and end > tokens - max(1, self._window):
             used = -(-tokens // self._block_tokens)
-            metadata.prefills.append(Prefill(request, tokens, computed, end, block_ids[:used]))
+            metadata.prefills.append(
+                Prefill(request, uuid4().hex, tokens, computed, end, block_ids[:used])
+            )
 
     def update_connector_output(self, connector_output: Any) -> None:
         results = connector_output.kv_connector_worker_meta
         if isinstance(results, StepResults):
-            for request, params in results.params.items():
-                if request in self._prompts:  # an aborted one is over before its results come
-                    self._finished[request] = params
+            for request, shards in results.shards.items():
+                if request not in self._prompts:  # an aborted one is over before its results come
+                    continue
+                tokens, _ = self._prompts[request]
+                nothing = "there was no result"
+                held = join(tokens, [shards.get(i, nothing) for i in range(self._shard.ranks)])
+                if isinstance(held, str):
+                    logger.warning("structkv: %s is not compressed: %s", request, held)
+                    self._finished[request] = {ERROR: held}
+                else:
+                    self._finished[request] = {HELD: asdict(held)}
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -232,11 +263,21 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
                     f"{name}: a cache of {list(kv_caches[name].shape)}; [blocks, {shape[0]},"
                     f" {shape[1]}, {shape[2]}] (KV heads, tokens, keys and values) is expected"
                 )
+        if self._region_bytes:
+            self._share(self._caches[0].device)
         if self._produces:
             attention = self._vllm_config.compilation_config.static_forward_context
             for name in names:
                 impl = attention[name].impl
                 impl.forward = self._keep_queries(name, impl.forward)
+
+    def _share(self, device: torch.device) -> None:
+        """Memory where the caches are, that rows go through to the service and back."""
+        gpu = device.index if device.type == "cuda" else None
+        arena = Arena(Region(self._region_bytes, gpu=gpu))
+        self._fetch = replace(self._fetch, results=arena)
+        if self._produces:
+            self._sender.share(arena)
 
     def _keep_queries(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         """The attention backend's function, which the interface hands no queries out of."""
@@ -256,7 +297,7 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         for each in self._step().loads:
             try:
-                load(self._client, each, self._caches, self._fetch)
+                load(self._client, each, self._shard, self._caches, self._fetch)
             except Exception as error:
                 logger.error("structkv: request %s is not loaded: %s", each.request, error)
                 # Those before may be other requests' as well, and are right.
@@ -282,11 +323,7 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         for prefill in self._step().prefills:
             if prefill.complete:
                 held = self._sender.finish(prefill)
-                if isinstance(held, str):
-                    logger.warning("structkv: %s is not compressed: %s", prefill.request, held)
-                    self._results[prefill.request] = {ERROR: held}
-                else:
-                    self._results[prefill.request] = {HELD: asdict(held)}
+                self._results[prefill.request] = {self._shard.rank: held}
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         results, self._results = self._results, {}
@@ -302,3 +339,10 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
+
+
+def _is_handle(given: Any) -> bool:
+    try:
+        return isinstance(given, str) and len(bytes.fromhex(given)) == 16
+    except ValueError:
+        return False

@@ -29,14 +29,14 @@ DEFAULT_MAX_TOKENS = 16
 class HeldPrompt:
     """A compacted prompt in the service.
 
-    handle: hexadecimal.
+    handles: hexadecimal, of the heads of each tensor-parallel rank that prefilled, in their order.
     kv_length: tokens of every layer; keys are turned to the positions 0 .. kv_length - 1.
     prompt_tokens: of the prompt that it stands for.
     fingerprint: what method, parameters and model made it.
     replica: of several, the address of the one that holds it; empty: that is not known.
     """
 
-    handle: str
+    handles: Sequence[str]
     kv_length: int
     prompt_tokens: int
     fingerprint: str
@@ -45,7 +45,7 @@ class HeldPrompt:
     @property
     def cache_salt(self) -> str:
         """Keeps its blocks out of every other prompt's prefix cache."""
-        return f"structkv:{self.fingerprint}:{self.handle}"
+        return f"structkv:{self.fingerprint}:{self.handles[0]}"
 
 
 def prefill_request(body: dict[str, Any]) -> dict[str, Any]:

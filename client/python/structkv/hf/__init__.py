@@ -78,12 +78,14 @@ def compress(
     continuation: allows several tokens at once on a compacted cache: a next turn, a text that is
         scored. Without it they are refused, since chunks of one prompt look the same.
     model_id: names the model to the service; default: where it came from.
-    options: of the sessions; timeout and retry above all.
+    options: of the sessions: timeout and retry above all, and memory that is shared with the
+        service (staging, results), so that nothing goes in messages.
     parameters: other fields of the method, for instance window_tokens=32, decay=0.8.
 
     A batch is padded on the left; each row has its own session, sets and skeleton, and the rows are
     cut together, after the last of their pivots. Past the cut there are hidden states, and logits,
-    of the skeleton's tokens alone. Tensors on a GPU are copied to the host.
+    of the skeleton's tokens alone. Tensors on a GPU are copied to the host, unless options.staging is
+    an arena of a GPU's region: then they are copied to it, on the GPU.
 
     Raises ValueError or TypeError for what the package does not take, structkv.Error of the
     service.

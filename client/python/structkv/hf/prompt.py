@@ -15,9 +15,11 @@ from ..session import Gatherer
 from .attention import attention_sums
 
 
-def _host(tensor: torch.Tensor) -> torch.Tensor:
-    """Dense, on the CPU: where it is already, no copy."""
-    return tensor.detach().contiguous().cpu()
+def _takes_gpu_tensors(options: SessionOptions) -> bool:
+    """Whether the session has memory of a GPU (docs/python.md)."""
+    arenas = (options.staging, options.results)
+    regions = (*options.regions, *(arena.region for arena in arenas if arena is not None))
+    return any(region.device != "cpu" for region in regions)
 
 
 class Prompt:
@@ -32,6 +34,7 @@ class Prompt:
         self._gatherer = Gatherer(self.opened)
         self._sent = [False] * len(self.opened.kept_tokens)
         self._scale = open.attention_scale
+        self._takes_gpu_tensors = _takes_gpu_tensors(options)
 
     @property
     def pivot(self) -> PivotResult | None:
@@ -59,20 +62,30 @@ class Prompt:
         tensors: dict[str, Any] = {}
         for name in self.opened.required_tensors:
             if name == "keys":
-                tensors[name] = _host(keys.transpose(0, 1))
+                tensors[name] = self._dense(keys.transpose(0, 1))
             elif name == "values":
-                tensors[name] = _host(values.transpose(0, 1))
+                tensors[name] = self._dense(values.transpose(0, 1))
             elif name == "window_queries":
-                tensors[name] = _host(queries[:, -self.opened.window_tokens :])
+                tensors[name] = self._dense(queries[:, -self.opened.window_tokens :])
             else:  # H2O's saliency
                 scale = self._scale or keys.shape[-1] ** -0.5
                 sums = attention_sums(queries.detach(), keys.detach(), scale)
-                tensors[name] = _host(sums if self.opened.statistic != "saliency" else sums.sum(0))
+                if self.opened.statistic == "saliency":
+                    sums = sums.sum(0)
+                tensors[name] = self._dense(sums)
         if skeleton:
             assert self.pivot is not None
             tensors["positions"] = self.pivot.skeleton
+        if keys.is_cuda and self._takes_gpu_tensors:
+            tensors["cuda_stream"] = torch.cuda.current_stream(keys.device).cuda_stream
         self._session.send_layer(layer, LayerTensors(**tensors))
         self._sent[layer] = True
+
+    def _dense(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Dense, and where the session can take it: from a GPU that it has no memory of, a copy on
+        the CPU."""
+        tensor = tensor.detach().contiguous()
+        return tensor if self._takes_gpu_tensors else tensor.cpu()
 
     def wait_for(self, layer: int) -> None:
         """Waits for the answer of a layer that was sent."""
