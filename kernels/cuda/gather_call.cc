@@ -44,8 +44,10 @@ class GatherCall {
     absl::Status status = Prepare(*lease);
     if (status.ok()) status = Launch(*lease);
     if (!status.ok()) return status;
-    if (writes_in_place_) return WaitFor(*lease);
-    return DownloadTensor(*lease, lease->At<void>(out_at_), destination_, layout());
+    if (!writes_in_place_) {
+      status = DownloadTensor(*lease, lease->At<void>(out_at_), destination_, layout());
+    }
+    return status.ok() ? WaitFor(*lease) : status;
   }
 
  private:

@@ -150,7 +150,10 @@ absl::Status DownloadTensor(const Lease& lease, const void* from, const MutableT
                            to.block_tokens, to.block_stride};
   const int64_t bytes = VectorBytes(to);
   TensorRuns runs(view, layout);
-  Run run;
+  Run run = runs.Next();
+  if (run.bytes == bytes && bytes >= kDirectBytes && IsPinned(run.data, bytes)) {
+    return Copy(lease, const_cast<std::byte*>(run.data), from, bytes, cudaMemcpyDeviceToHost);
+  }
   return DownloadPieces(
       lease, static_cast<const std::byte*>(from), bytes, [&](const std::byte* piece, int64_t size) {
         while (size > 0) {

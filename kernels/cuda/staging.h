@@ -59,9 +59,10 @@ class Upload {
 // Waits for all that was queued on the stream.
 absl::Status WaitFor(const Lease& lease);
 
-// From the device, after what was queued on the stream; these return once it is there.
+// From the device, after what was queued on the stream; returns once it is there.
 absl::Status Download(const Lease& lease, const void* from, int64_t bytes, void* to);
-// Vectors that lie dense in `layout` on the device.
+// Vectors that lie dense in `layout` on the device. Those that go to pinned memory in one run are
+// there once WaitFor() returns, so that several are on the bus behind one another.
 absl::Status DownloadTensor(const Lease& lease, const void* from, const MutableTensorView& to,
                             Layout layout);
 

@@ -97,8 +97,8 @@ class BufferPool {
   // At least `size` bytes, page-aligned, contents unspecified. Does not fail short of the process's
   // end: the caller reserves from a budget first.
   Buffer Acquire(size_t size);
-  // The same, pinned where the backend has that and it gains something: for tensors that are
-  // received, which a device then copies from where they are. What is pinned stays so until it goes
+  // The same, pinned where the backend has that and it gains something: for tensors that come
+  // or go in messages, which a device copies by itself. What is pinned stays so until it goes
   // back to the system, so that memory which is reused is pinned once.
   Buffer AcquirePinned(size_t size);
 

@@ -148,7 +148,8 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 @pytest.fixture(scope="session")
 def server(start_server: Callable[..., Server]) -> Server:
     """One for all tests, with room for held caches."""
-    return start_server("--hold-budget", "64MiB")
+    # A drain would wait for what tests leave held.
+    return start_server("--hold-budget", "64MiB", "--drain-limit", "100ms")
 
 
 @pytest.fixture(scope="session")

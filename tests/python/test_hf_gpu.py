@@ -3,6 +3,7 @@ has no such GPU, so the models' own tensors lie on the CPU."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import structkv.hf  # noqa: E402
 from fake_cuda import LIBRARY, FakeCuda  # noqa: E402
 from gpu_prompts import NEEDS_FAKE, cuda, gpu_client, gpu_server  # noqa: E402, F401: fixtures
 from hf_models import cache_of, make_model, make_prompt, pad_left, steps  # noqa: E402
-from structkv.hf.prompt import Prompt  # noqa: E402
+from structkv.hf.prompt import Prompt, _stream_of  # noqa: E402
 
 TOKENS = 260
 
@@ -78,3 +79,22 @@ def test_what_a_gpu_holds_stays_there(cuda: FakeCuda, engine: structkv.Engine) -
     with pytest.raises(NotImplementedError, match="meta"):
         prompt._dense(elsewhere)
     prompt.cancel()
+
+
+def test_the_stream_that_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Played tensors: that of the region's GPU is left to the service, another GPU's waited for."""
+    waited: list[str] = []
+
+    def stream(device: Any) -> Any:
+        return SimpleNamespace(
+            cuda_stream=70 + device.index, synchronize=lambda: waited.append(str(device))
+        )
+
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+
+    def on(device: str) -> Any:
+        return SimpleNamespace(device=torch.device(device), is_cuda=device != "cpu")
+
+    assert _stream_of(on("cuda:1"), {"cuda:1", "cpu"}) == 71 and waited == []
+    assert _stream_of(on("cuda:0"), {"cuda:1"}) is None and waited == ["cuda:0"]
+    assert _stream_of(on("cpu"), {"cuda:1"}) is None and waited == ["cuda:0"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -188,7 +189,9 @@ def test_tensor_parallel_ranks(
 ) -> None:
     """Two prompts in one step, decoded by each number of ranks: to the byte what one worker with all
     heads gives."""
-    prefill = make("kv_producer", ranks)
+    # Of two ranks in memory that each shares with the server.
+    shared = {"region_bytes": 1 << 20} if ranks == 2 else {}
+    prefill = make("kv_producer", ranks, **shared)
     prompts = {"a": prompt(0, 61), "b": prompt(1, 62)}
     for name, ids in prompts.items():
         prefill.add(name, ids, 2, kv_transfer_params={vllm_requests.COMPRESS: True})
@@ -197,7 +200,7 @@ def test_tensor_parallel_ranks(
     wanted = {name: compacted(engine, model, ids, method) for name, ids in prompts.items()}
     firsts = {name: prefill.requests[name].output_token_ids[0] for name in prompts}
     for decode_ranks in RANKS:
-        decode = make("kv_consumer", decode_ranks)
+        decode = make("kv_consumer", decode_ranks, **shared)
         for name, ids in prompts.items():
             params = outputs[name].kv_transfer_params
             assert len(set(params[vllm_requests.HELD]["handles"])) == ranks
@@ -219,33 +222,71 @@ def test_tensor_parallel_ranks(
             assert tokens == expected(model, wanted[name], firsts[name], 5)
 
 
-def test_one_rank_that_fails(make: Any) -> None:
-    """What it cannot hold is not compressed at all, and what it cannot load fails the request."""
+@pytest.mark.parametrize(
+    "owner, name, other",
+    [
+        ("Client", "open_prompt", "another rank could not open it"),
+        ("Session", "send_layer", "cancelled"),
+        ("Session", "commit", "cancelled"),
+    ],
+)
+def test_one_rank_that_cannot_send(make: Any, owner: str, name: str, other: str) -> None:
+    """Its prompt is not compressed, nobody waits for it, and the next one is."""
+    prefill = make("kv_producer", 2)
+    prefill.break_next(1, owner, name)
+    asked = {vllm_requests.COMPRESS: True}
+    prefill.add("a", prompt(0, 100), 2, kv_transfer_params=asked)
+    begin = time.monotonic()
+    error = prefill.run()["a"].kv_transfer_params[vllm_requests.ERROR]
+    assert time.monotonic() - begin < 10  # the group's limit is 30 s
+    first, second = error.split("; rank 1: ")
+    assert first.startswith("rank 0: ") and other in first.lower() and second == f"{name} is broken"
+    prefill.add("b", prompt(1, 100), 2, kv_transfer_params=asked)
+    assert vllm_requests.HELD in prefill.run()["b"].kv_transfer_params
+
+
+def test_one_rank_that_cannot_load(make: Any) -> None:
     prefill = make("kv_producer", 2)
     prefill.add("a", prompt(0, 100), 2, kv_transfer_params={vllm_requests.COMPRESS: True})
     params = prefill.run()["a"].kv_transfer_params
     held = vllm_requests.HeldPrompt(**params[vllm_requests.HELD])
     half = replace(held, handles=[held.handles[0], "00" * 16])
     decode = make("kv_consumer", 2)
-    decode.add(
-        "half",
-        [*prompt(0, held.kv_length), 1],
-        5,
-        kv_transfer_params={vllm_requests.HELD: asdict(half)},
-        cache_salt=half.cache_salt,
-    )
-    assert str(decode.run()["half"].finish_reason) == "error"
+    reasons: dict[str, str] = {}
+    for name, given in (("half", half), ("whole", held)):
+        decode.add(
+            name,
+            [*prompt(0, held.kv_length), 1],
+            5,
+            kv_transfer_params={vllm_requests.HELD: asdict(given)},
+            cache_salt=given.cache_salt,
+        )
+        reasons |= {each: str(output.finish_reason) for each, output in decode.run().items()}
+    assert reasons == {"half": "error", "whole": "length"}
 
-    # A rank says that it holds nothing.
-    prefill.add("b", prompt(1, 100), 2, kv_transfer_params={vllm_requests.COMPRESS: True})
+
+def test_what_only_some_ranks_hold_is_released(make: Any, client: structkv.Client) -> None:
+    prefill = make("kv_producer", 2)
+    prefill.add("a", prompt(0, 100), 2, kv_transfer_params={vllm_requests.COMPRESS: True})
     scheduled = prefill.scheduler.schedule()
     output = prefill.execute(scheduled)
-    shards = output.kv_connector_output.kv_connector_worker_meta.shards["b"]
+    shards = output.kv_connector_output.kv_connector_worker_meta.shards["a"]
     assert set(shards) == {0, 1}
+    handle = bytes.fromhex(shards[0].handle)
+    client.renew(handle)
     shards[1] = "it is lost"
     prefill.scheduler.update_from_output(scheduled, output)
-    params = prefill.run()["b"].kv_transfer_params
+    params = prefill.run()["a"].kv_transfer_params
     assert params == {vllm_requests.ERROR: "rank 1: it is lost"}
+    wait_until_released(client, handle)
+
+
+def wait_until_released(client: structkv.Client, handle: bytes) -> None:
+    end = time.monotonic() + 20
+    with pytest.raises(structkv.NotFound):
+        while time.monotonic() < end:
+            client.renew(handle)
+            time.sleep(0.01)
 
 
 def test_heads_of_ranks() -> None:
@@ -451,15 +492,16 @@ def test_a_prompt_that_is_preempted_in_its_window(make: Any, client: structkv.Cl
         assert torch.equal(torch.from_dlpack(left.keys), torch.from_dlpack(right.keys))
 
 
-def test_results_of_a_request_that_was_aborted(make: Any) -> None:
+def test_results_of_a_request_that_was_aborted(make: Any, client: structkv.Client) -> None:
     prefill = make("kv_producer")
     prefill.add("a", prompt(0, 100), 2, kv_transfer_params={vllm_requests.COMPRESS: True})
     scheduled = prefill.scheduler.schedule()
     output = prefill.execute(scheduled)
     prefill.scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
     prefill.scheduler.update_from_output(scheduled, output)
-    assert output.kv_connector_output.kv_connector_worker_meta.shards["a"]
+    shards = output.kv_connector_output.kv_connector_worker_meta.shards["a"]
     assert prefill.scheduler.connector._finished == {}
+    wait_until_released(client, bytes.fromhex(shards[0].handle))
 
 
 def test_requests_are_such_as_the_server_takes() -> None:

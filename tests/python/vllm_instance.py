@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +24,16 @@ from vllm.config import (
     ParallelConfig,
     SchedulerConfig,
     VllmConfig,
+    set_current_vllm_config,
 )
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
+from vllm.distributed.parallel_state import (
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
 from vllm.sampling_params import SamplingParams
@@ -167,10 +175,15 @@ class Step:
 class Worker:
     """A rank: its connector, and its heads of the model and of the caches."""
 
-    def __init__(self, config: VllmConfig, rank: int, blocks: int) -> None:
+    def __init__(self, config: VllmConfig, rank: int, blocks: int, meeting: str = "") -> None:
+        """meeting: a file by which several ranks find one another."""
         config.parallel_config.rank = rank
         config.cache_config.num_gpu_blocks = blocks
         ranks = config.parallel_config.tensor_parallel_size
+        if ranks > 1:
+            with set_current_vllm_config(config):
+                init_distributed_environment(ranks, rank, f"file://{meeting}", rank, "gloo")
+                initialize_model_parallel(ranks)
         self._config, self._model = config, Model()
         self._query_heads = slice(QUERY_HEADS // ranks * rank, QUERY_HEADS // ranks * (rank + 1))
         first, count = rank * KV_HEADS // ranks, max(1, KV_HEADS // ranks)
@@ -184,6 +197,19 @@ class Worker:
             forward = SimpleNamespace(forward=self._forward(name))
             self._layers[name] = SimpleNamespace(kv_cache=cache, impl=forward)
         self._connector.register_kv_caches(self._caches)
+
+    def break_next(self, owner: str, name: str) -> None:
+        """The next call of that method of the library fails."""
+        import structkv  # not in the fork server, whose children could not use it
+
+        kind = getattr(structkv, owner)
+        real = getattr(kind, name)
+
+        def broken(*arguments: Any) -> Any:
+            setattr(kind, name, real)
+            raise RuntimeError(f"{name} is broken")
+
+        setattr(kind, name, broken)
 
     def rows(self, blocks: list[int], count: int) -> torch.Tensor:
         """The first `count` tokens of a request in the caches: [LAYERS, count, kv_heads, 2 * DIM]."""
@@ -262,19 +288,20 @@ class Process:
     _context = multiprocessing.get_context("forkserver")
     _context.set_forkserver_preload(["vllm_instance"])
 
-    def __init__(self, configure: Callable[[], VllmConfig], rank: int, blocks: int) -> None:
+    def __init__(self, configure: Callable[[], VllmConfig], *arguments: Any) -> None:
         self._pipe, inner = self._context.Pipe()
         self._process = self._context.Process(
-            target=self._serve, args=(inner, configure, rank, blocks), daemon=True
+            target=self._serve, args=(inner, configure, *arguments), daemon=True
         )
         self._process.start()
         inner.close()
 
     @staticmethod
-    def _serve(pipe: Any, configure: Callable[[], VllmConfig], rank: int, blocks: int) -> None:
-        worker = Worker(configure(), rank, blocks)
+    def _serve(pipe: Any, configure: Callable[[], VllmConfig], *arguments: Any) -> None:
+        worker = Worker(configure(), *arguments)
         while (call := pipe.recv()) is not None:
             pipe.send(getattr(worker, call[0])(*call[1]))
+        os._exit(0)  # without the end of PyTorch's groups, which waits for ranks that are gone
 
     def call(self, name: str, *arguments: Any) -> None:
         self._pipe.send((name, arguments))
@@ -284,8 +311,10 @@ class Process:
         return self._pipe.recv()
 
     def close(self) -> None:
-        self._pipe.send(None)
-        self._process.join()
+        with suppress(OSError):  # it is gone already
+            self._pipe.send(None)
+        self._process.join(20)
+        self._process.kill()
 
 
 class Here:
@@ -319,7 +348,9 @@ class Instance:
         if ranks == 1:
             self._workers = [Here(Worker(configure(), 0, blocks))]
         else:
-            self._workers = [Process(configure, rank, blocks) for rank in range(ranks)]
+            self._meeting = tempfile.TemporaryDirectory()
+            meeting = f"{self._meeting.name}/ranks"
+            self._workers = [Process(configure, rank, blocks, meeting) for rank in range(ranks)]
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK, sha256)
         self.cached: dict[str, int] = {}  # tokens of each request that were not computed
@@ -391,6 +422,11 @@ class Instance:
         for rank, rows in enumerate(every):
             assert torch.equal(rows, every[rank - rank % share])
         return torch.cat(every[::share], 2)
+
+    def break_next(self, rank: int, owner: str, name: str) -> None:
+        """Of one rank; Worker.break_next()."""
+        self._workers[rank].call("break_next", owner, name)
+        self._workers[rank].result()
 
     def _of_all(self, name: str, *arguments: Any) -> list[Any]:
         for worker in self._workers:

@@ -11,8 +11,9 @@ import torch
 from ._core import Arena
 from ._vllm_model import Shard
 from .client import Client
+from .errors import Error
 from .messages import Open
-from .options import FetchOptions, LayerTensors, SessionOptions
+from .options import FetchOptions, HeldCallOptions, LayerTensors, SessionOptions
 from .session import Session
 from .vllm_requests import HeldPrompt
 
@@ -55,12 +56,14 @@ def slots(block_ids: Sequence[int], block_tokens: int, begin: int, end: int) -> 
 
 @dataclass(frozen=True)
 class HeldShard:
-    """What a rank left in the service of a prompt: HeldPrompt with its own handle."""
+    """What a rank left in the service of a prompt: HeldPrompt with its own handle. `several`: whether
+    it knows of more than one server, so that whoever fetches must be told which."""
 
     handle: str
     kv_length: int
     fingerprint: str
     replica: str
+    several: bool
 
 
 class Sender:
@@ -81,6 +84,28 @@ class Sender:
         """Keys and values go to the service through this memory, in place of messages."""
         self._options = replace(self._options, staging=arena)
 
+    def open(self, prefills: Sequence[Prefill]) -> dict[str, str]:
+        """Before the layers of a step that completes these prompts; why some could not be opened,
+        by request."""
+        for prefill in prefills:
+            try:
+                open = replace(
+                    self._open,
+                    prompt_tokens=prefill.tokens,
+                    shard_group=self._shard.group(prefill.group),
+                )
+                session = self._client.open_prompt(open, self._options)
+                self._sessions[prefill.request] = session
+            except Exception as error:
+                self.fail(prefill.request, str(error))
+        errors = ((each.request, self._errors.get(each.request)) for each in prefills)
+        return {request: error for request, error in errors if error is not None}
+
+    def fail(self, request: str, error: str) -> None:
+        """The prompt is not compressed; the engine goes on."""
+        self.drop(request)
+        self._errors[request] = error
+
     def layer(
         self,
         prefill: Prefill,
@@ -98,9 +123,8 @@ class Sender:
             tail = self._tail(prefill, layer, cache.shape[2], queries, slot_mapping)
             if prefill.complete:
                 self._send(prefill, layer, cache, tail)
-        except Exception as error:  # the prompt is not compressed; the engine goes on
-            self.drop(prefill.request)
-            self._errors[prefill.request] = str(error)
+        except Exception as error:
+            self.fail(prefill.request, str(error))
 
     def _tail(
         self,
@@ -134,22 +158,18 @@ class Sender:
                 f"{len(tail)} of the last {window} tokens were computed, the others came from the"
                 " prefix cache; the request must not read it (skip_reading_prefix_cache)"
             )
-        if prefill.request not in self._sessions:
-            open = replace(
-                self._open,
-                prompt_tokens=prefill.tokens,
-                shard_group=self._shard.group(prefill.group),
-            )
-            self._sessions[prefill.request] = self._client.open_prompt(open, self._options)
         blocks = cache[torch.tensor(prefill.block_ids, device=cache.device)]
-        rows = blocks.transpose(1, 2).flatten(0, 1)[: prefill.tokens]
+        keys, values = (
+            each.transpose(1, 2).flatten(0, 1)[: prefill.tokens].contiguous()
+            for each in blocks.chunk(2, -1)
+        )
+        del blocks  # of a GPU's memory too
         queries = tail.transpose(0, 1).contiguous().cpu() if window else None
         stream = None
         if self._options.staging is None:
-            rows = rows.cpu()
-        elif rows.is_cuda:
-            stream = torch.cuda.current_stream(rows.device).cuda_stream
-        keys, values = (each.contiguous() for each in rows.chunk(2, -1))
+            keys, values = keys.cpu(), values.cpu()
+        elif keys.is_cuda:
+            stream = torch.cuda.current_stream(keys.device).cuda_stream
         self._sessions[prefill.request].send_layer(
             layer,
             LayerTensors(keys=keys, values=values, window_queries=queries, cuda_stream=stream),
@@ -166,13 +186,12 @@ class Sender:
                 session.commit()
                 summary = session.collect().summary
             assert summary.held is not None
-            # The address of an only one need not be the one that others reach it at.
-            several = len(self._client.replicas()) > 1
             return HeldShard(
                 summary.held.handle.hex(),
                 summary.kv_length,
                 summary.fingerprint,
-                (summary.held.replica or "") if several else "",
+                summary.held.replica,
+                len(self._client.replicas()) > 1,
             )
         except Exception as error:
             return str(error)
@@ -204,8 +223,20 @@ def join(prefill_tokens: int, shards: Sequence[HeldShard | str]) -> HeldPrompt |
         first.kv_length,
         prefill_tokens,
         first.fingerprint,
-        first.replica,
+        # The address of an only one need not be the one that others reach it at.
+        first.replica if any(each.several for each in held) else "",
     )
+
+
+def release(client: Client, shards: Sequence[HeldShard | str], timeout: float) -> None:
+    """Of a prompt that nobody will fetch; what cannot be released now ends with its lease."""
+    for each in shards:
+        if isinstance(each, HeldShard):
+            try:
+                options = HeldCallOptions(timeout=timeout, replica=each.replica or None)
+                client.release(bytes.fromhex(each.handle), options)
+            except Error:
+                pass
 
 
 def load(
@@ -257,7 +288,11 @@ def _fetch(
     for layer in fetched.layers:
         if layer.kept_tokens != held.kv_length:
             raise ValueError(f"layer {layer.layer}: {layer.kept_tokens} tokens; {held.kv_length}")
-    return [
+    rows = [
         torch.cat([torch.from_dlpack(layer.keys), torch.from_dlpack(layer.values)], -1)
         for layer in fetched.layers
     ]
+    if rows and rows[0].is_cuda:
+        # What was fetched goes with this function, and its place is the next fetch's.
+        torch.cuda.current_stream(rows[0].device).synchronize()
+    return rows

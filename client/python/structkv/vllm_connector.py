@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from threading import Thread
 from typing import Any
 from uuid import uuid4
 
@@ -21,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
@@ -28,7 +30,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from ._core import Arena, Region
 from ._connection import connection_options
 from ._vllm_model import Shard, build_open, check
-from ._vllm_worker import HeldShard, Load, Prefill, Sender, join, load
+from ._vllm_worker import HeldShard, Load, Prefill, Sender, join, load, release
 from .client import Client
 from .options import FetchOptions, SessionOptions
 from .vllm_requests import COMPRESS, ERROR, HELD, HeldPrompt
@@ -223,16 +225,23 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         results = connector_output.kv_connector_worker_meta
         if isinstance(results, StepResults):
             for request, shards in results.shards.items():
-                if request not in self._prompts:  # an aborted one is over before its results come
-                    continue
-                tokens, _ = self._prompts[request]
-                nothing = "there was no result"
-                held = join(tokens, [shards.get(i, nothing) for i in range(self._shard.ranks)])
-                if isinstance(held, str):
+                ordered = [shards.get(i, "no result came") for i in range(self._shard.ranks)]
+                tokens, _ = self._prompts.get(request, (0, []))
+                held = join(tokens, ordered)
+                if request not in self._prompts:  # aborted, before its results came
+                    self._release(ordered)
+                elif isinstance(held, str):
                     logger.warning("structkv: %s is not compressed: %s", request, held)
                     self._finished[request] = {ERROR: held}
+                    self._release(ordered)
                 else:
                     self._finished[request] = {HELD: asdict(held)}
+
+    def _release(self, shards: list[HeldShard | str]) -> None:
+        """The scheduler waits for nobody."""
+        if any(isinstance(each, HeldShard) for each in shards):
+            arguments = (self._client, shards, self._fetch.timeout)
+            Thread(target=release, args=arguments, daemon=True).start()
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -293,6 +302,23 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepMetadata)
         return metadata
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """The first call of a step: opens the prompts that it completes."""
+        super().bind_connector_metadata(connector_metadata)
+        complete = [each for each in self._step().prefills if each.complete]
+        if complete and self._produces:
+            for request in self._agreed(self._sender.open(complete)):
+                self._sender.fail(request, "another rank could not open it")
+
+    def _agreed(self, errors: dict[str, str]) -> set[str]:
+        """Requests that this rank has opened and another one has not: ranks that went on alone would
+        wait for it in the service, and the engine with them."""
+        if self._shard.ranks == 1:
+            return set()
+        every: list[Any] = [None] * self._shard.ranks
+        torch.distributed.all_gather_object(every, list(errors), get_tp_group().cpu_group)
+        return {request for failed in every for request in failed} - set(errors)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         for each in self._step().loads:

@@ -45,7 +45,7 @@ class HeldPrompt:
     @property
     def cache_salt(self) -> str:
         """Keeps its blocks out of every other prompt's prefix cache."""
-        return f"structkv:{self.fingerprint}:{self.handles[0]}"
+        return ":".join(["structkv", self.fingerprint, *self.handles])
 
 
 def prefill_request(body: dict[str, Any]) -> dict[str, Any]:

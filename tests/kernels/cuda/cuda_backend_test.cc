@@ -30,6 +30,7 @@ using ::testing::ElementsAre;
 using testing::FakeCuda;
 using testing::FakeGpus;
 using testing::FakeHeld;
+using testing::FakeWork;
 using testing::Gate;
 using ::testing::HasSubstr;
 using testing::Inputs;
@@ -404,6 +405,58 @@ TEST_F(CudaBackendTest, CallsGoWhereMostMemoryIsFree) {
   first.join();
   EXPECT_EQ(FakeCuda::kernels(0), 1);
   EXPECT_EQ(FakeCuda::kernels(2), 0);
+}
+
+// Both of a layer's, behind one another; what goes elsewhere, or is no run, is staged in slices.
+TEST_F(CudaBackendTest, RowsGoToPinnedMemoryInOneCopyEach) {
+  Start();
+  constexpr int64_t kKeep = 512;
+  const testing::Shape shape = {4, 2, 2048, 64, 4};
+  const int64_t row_bytes = shape.dim * 2;
+  const int64_t bytes = shape.kv_heads * kKeep * row_bytes;
+  const Inputs inputs(shape, DType::kBF16, Layout::kHeadTokenDim, random_);
+  std::vector<std::byte> pageable(2 * bytes);
+  const cuda::PinnedBytes pinned = *cuda::MakePinnedBytes(4 * bytes);
+  // Copies of whole tensors of rows to the host.
+  const auto run = [&](std::byte* to, int64_t apart) {
+    std::vector<float> sum(shape.tokens);
+    std::vector<int32_t> positions(kKeep);
+    SaliencySums sums;
+    const auto room = [&](std::byte* at) {
+      MutableTensorView view = MutableTensorView::Dense(at, DType::kBF16, Layout::kHeadTokenDim,
+                                                        shape.kv_heads, kKeep, shape.dim);
+      view.head_stride *= apart;
+      return view;
+    };
+    const TensorView& keys = inputs.params().keys;
+    const LayerPass pass = {.saliency = inputs.params(),
+                            .top_count = 60,
+                            .window = shape.window,
+                            .keep = kKeep,
+                            .rows = {{.source = keys, .destination = room(to)},
+                                     {.source = keys, .destination = room(to + apart * bytes)}},
+                            .sum = sum.data(),
+                            .positions = positions.data(),
+                            .sums = &sums};
+    FakeCuda::TakeLog();
+    EXPECT_EQ(backend_->RunLayer(pass, nullptr, SerialFor), absl::OkStatus());
+    for (int64_t i = 0; i < 2 * shape.kv_heads * kKeep; ++i) {
+      const int64_t head = i / kKeep, tensor = head / shape.kv_heads;
+      const std::byte* const got = to + tensor * apart * bytes +
+                                   head % shape.kv_heads * apart * kKeep * row_bytes +
+                                   i % kKeep * row_bytes;
+      EXPECT_EQ(std::memcmp(got, keys.Row(head % shape.kv_heads, positions[i % kKeep]), row_bytes),
+                0)
+          << i;
+    }
+    const std::vector<FakeWork> log = FakeCuda::TakeLog();
+    return std::count_if(log.begin(), log.end(), [&](const FakeWork& work) {
+      return work.kind == FakeWork::Kind::kFromDevice && work.bytes == bytes;
+    });
+  };
+  EXPECT_EQ(run(pinned.get(), 1), 2);
+  EXPECT_EQ(run(pinned.get(), 2), 0) << "heads lie apart";
+  EXPECT_EQ(run(pageable.data(), 1), 0);
 }
 
 // Tensors in a GPU's memory are computed with there, and by nobody else.

@@ -15,11 +15,24 @@ from ..session import Gatherer
 from .attention import attention_sums
 
 
-def _takes_gpu_tensors(options: SessionOptions) -> bool:
-    """Whether the session has memory of a GPU (docs/python.md)."""
+def _devices(options: SessionOptions) -> set[str]:
+    """Where the memory lies that the session shares with the service."""
     arenas = (options.staging, options.results)
     regions = (*options.regions, *(arena.region for arena in arenas if arena is not None))
-    return any(region.device != "cpu" for region in regions)
+    return {region.device for region in regions}
+
+
+def _stream_of(tensor: torch.Tensor, devices: set[str]) -> int | None:
+    """The stream on which a tensor is written, for memory of `devices` to wait for; None: it is
+    written, which is waited for where it lies on another GPU than they."""
+    if not tensor.is_cuda:
+        return None
+    stream = torch.cuda.current_stream(tensor.device)
+    if str(tensor.device) in devices:
+        handle: int = stream.cuda_stream
+        return handle
+    stream.synchronize()
+    return None
 
 
 class Prompt:
@@ -34,7 +47,8 @@ class Prompt:
         self._gatherer = Gatherer(self.opened)
         self._sent = [False] * len(self.opened.kept_tokens)
         self._scale = open.attention_scale
-        self._takes_gpu_tensors = _takes_gpu_tensors(options)
+        self._devices = _devices(options)
+        self._takes_gpu_tensors = bool(self._devices - {"cpu"})
 
     @property
     def pivot(self) -> PivotResult | None:
@@ -76,8 +90,8 @@ class Prompt:
         if skeleton:
             assert self.pivot is not None
             tensors["positions"] = self.pivot.skeleton
-        if keys.is_cuda and self._takes_gpu_tensors:
-            tensors["cuda_stream"] = torch.cuda.current_stream(keys.device).cuda_stream
+        if self._takes_gpu_tensors:
+            tensors["cuda_stream"] = _stream_of(keys, self._devices)
         self._session.send_layer(layer, LayerTensors(**tensors))
         self._sent[layer] = True
 
