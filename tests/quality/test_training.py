@@ -16,6 +16,7 @@ if not hasattr(torch.optim, "Muon"):
 
 from harness.models import load  # noqa: E402
 from harness.texts import held_out_text, sentences  # noqa: E402
+from harness.training import command, recipe  # noqa: E402
 from harness.training.batches import (  # noqa: E402
     LANGUAGE_SHARE,
     LANGUAGE_WEIGHT,
@@ -25,7 +26,14 @@ from harness.training.batches import (  # noqa: E402
     positions,
 )
 from harness.training.loop import Trainer, check_torch  # noqa: E402
-from harness.training.recipe import CPU, FIRST_MIXTURE, GPU, MIXTURE, Stage  # noqa: E402
+from harness.training.recipe import (  # noqa: E402
+    CPU,
+    CPU_LONG,
+    FIRST_MIXTURE,
+    GPU,
+    MIXTURE,
+    Stage,
+)
 from harness.training.scores import full_cache_scores  # noqa: E402
 from harness.training.tokenizer import WORDS, make_tokenizer, tokenizer_of  # noqa: E402
 
@@ -137,6 +145,40 @@ def test_resume_and_export(tokenizer: Any, sequences: Sequences, tmp_path: Path)
     assert 0 <= scores["single"][160] <= 1 and "records" not in scores
 
 
+def test_a_training_goes_on_from_a_model(
+    tokenizer: Any,
+    sequences: Sequences,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With its weights and its tokenizer, by the command."""
+    train(SMALL, tokenizer, sequences, tmp_path / "first").export(tmp_path / "model")
+    none = replace(
+        SMALL, span=256, tokens=0, stages=(Stage(256, 2.0, 1.0),), goes_on=True, vocabulary=2048
+    )
+    wide = replace(none, feed_forward=64)
+    monkeypatch.setattr(command, "RECIPES", {"cpu": SMALL, "long": none, "wide": wide})
+
+    def run(name: str, *flags: str) -> None:
+        arguments = ["train", str(tmp_path / name), "--recipe", name, "--samples", "1", *flags]
+        monkeypatch.setattr("sys.argv", arguments)
+        command.main()
+
+    with pytest.raises(SystemExit):
+        run("long")
+    assert "--from: none is given; --recipe long goes on from a model" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("wide", "--from", str(tmp_path / "model"))
+    assert "is no model of --recipe wide" in capsys.readouterr().err
+    run("long", "--from", str(tmp_path / "model"))
+    first, longer = load(tmp_path / "model"), load(tmp_path / "long" / "model")
+    assert longer.model.config.max_position_embeddings == 256
+    for one, other in zip(first.model.parameters(), longer.model.parameters()):
+        assert torch.equal(one, other)
+    assert longer.tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
+
+
 def test_a_torch_without_muon_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ImportError, match=r"needs 2.9 or later.*is installed"):
@@ -164,9 +206,10 @@ def test_layers_join_without_a_change(tokenizer: Any, sequences: Sequences, tmp_
 def test_recipes_are_of_the_size_that_is_claimed() -> None:
     from transformers import LlamaForCausalLM
 
-    for recipe in (CPU, GPU):
+    for each in recipe.RECIPES.values():
         with torch.device("meta"):
-            model = LlamaForCausalLM(recipe.config())
+            model = LlamaForCausalLM(each.config())
         assert 2 * sum(p.numel() for p in model.parameters()) <= 40e6
-        assert recipe.layers >= 16 and recipe.query_heads > recipe.kv_heads
-        assert recipe.stages[-1].length == recipe.span and recipe.stages[-1].end == 1
+        assert each.layers >= 16 and each.query_heads > each.kv_heads
+        assert each.stages[-1].length == each.span and each.stages[-1].end == 1
+    assert CPU_LONG.span == GPU.span == 8192

@@ -31,6 +31,13 @@ def main() -> None:
     parser.add_argument(
         "--recipe", choices=RECIPES, default="gpu" if torch.cuda.is_available() else "cpu"
     )
+    parser.add_argument(
+        "--from",
+        dest="begun_from",
+        type=Path,
+        metavar="MODEL",
+        help="the folder of a model that the training goes on from; cpu-long: of cpu's",
+    )
     parser.add_argument("--tokens", type=int, help="of the whole training (the recipe's number)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
@@ -50,12 +57,18 @@ def main() -> None:
     recipe = dataclasses.replace(RECIPES[flags.recipe], seed=flags.seed)
     if flags.tokens:
         recipe = dataclasses.replace(recipe, tokens=flags.tokens)
+    if recipe.goes_on and flags.begun_from is None:
+        parser.error(f"--from: none is given; --recipe {flags.recipe} goes on from a model")
     flags.folder.mkdir(parents=True, exist_ok=True)
     text = training_text()
-    tokenizer = tokenizer_of(flags.folder, text, recipe.vocabulary)
+    tokenizer = tokenizer_of(flags.folder, text, recipe.vocabulary, flags.begun_from)
     sequences = Sequences(tokenizer, text, sentences(text))
     device = "cuda" if flags.recipe == "gpu" else "cpu"
-    trainer = Trainer(recipe, tokenizer, sequences, flags.folder, torch.device(device))
+    weights = None if flags.begun_from is None else load(flags.begun_from).model.state_dict()
+    try:
+        trainer = Trainer(recipe, tokenizer, sequences, flags.folder, torch.device(device), weights)
+    except RuntimeError as error:  # PyTorch names the weights and both shapes
+        parser.error(f"--from: {flags.begun_from} is no model of --recipe {flags.recipe}: {error}")
     print(f"train: {sum(p.numel() for p in trainer.model.parameters()):,} parameters", flush=True)
     trainer.run()
     trainer.export(flags.folder / "model")

@@ -20,7 +20,6 @@ from .recipe import Recipe
 
 SAVE_SECONDS = 120
 LOG_SECONDS = 15
-WARM_STEPS = 50
 SMOOTHING = 0.95  # of the share of right answers, which moves the curriculum
 
 
@@ -45,7 +44,9 @@ def check_torch() -> None:
 
 
 class Trainer:
-    """Trains `recipe` in `folder`, from its checkpoint where there is one."""
+    """Trains `recipe` in `folder`, from its checkpoint where there is one, else from `weights` (a
+    state_dict) where they are given, else from scratch.
+    """
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class Trainer:
         sequences: Sequences,
         folder: Path,
         device: torch.device,
+        weights: dict[str, torch.Tensor] | None = None,
     ) -> None:
         check_torch()
         self.recipe, self.tokenizer, self.sequences = recipe, tokenizer, sequences
@@ -64,6 +66,8 @@ class Trainer:
         for layer in self.model.model.layers:  # Until it is trained a layer changes nothing.
             torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
             torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+        if weights is not None:
+            self.model.load_state_dict(weights)
         matrices = [p for n, p in self.model.model.layers.named_parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
         others = [p for p in self.model.parameters() if id(p) not in chosen]
@@ -172,7 +176,7 @@ class Trainer:
         tokens = self.recipe.tokens
         done = min(1.0, self.progress.tokens / (self.recipe.horizon or tokens))
         begun = self.progress.step - self.progress.stage_step
-        scale = min(1.0, (begun + 1) / WARM_STEPS) * (
+        scale = min(1.0, (begun + 1) / self.recipe.warm_steps) * (
             0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2
         )
         if self.recipe.horizon:

@@ -1,8 +1,10 @@
-"""What is trained: model, curriculum, tokens. Two sizes: for one GPU, and for a CPU."""
+"""What is trained: model, curriculum, tokens. Two sizes: for one GPU, and for a CPU, which takes two
+trainings, from scratch and on to longer sequences.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import LlamaConfig
 
@@ -53,6 +55,8 @@ class Recipe:
     stages: tuple[Stage, ...]
     rope_theta: float = 100_000.0
     horizon: int | None = None  # tokens that the rate's cosine is laid out for, if not `tokens`
+    warm_steps: int = 50  # of each stage, in which the rate rises
+    goes_on: bool = False  # from the weights of another training
     workers: int = 0  # processes that make sequences
     seed: int = 1
 
@@ -85,6 +89,14 @@ CPU = Recipe(
         Stage(2048, 2.0, 1.0),
     ),
 )  # fmt: skip
+# From CPU's weights on. A quarter of its rate; two sequences a step, which is what a core has time for.
+CPU_LONG = replace(
+    CPU, span=8192, rate=8e-4, tokens=1_900_000, horizon=None, warm_steps=10, goes_on=True,
+    stages=(
+        Stage(4096, 2.0, 0.30, step_tokens=8192),
+        Stage(8192, 2.0, 1.0, step_tokens=16384),
+    ),
+)  # fmt: skip
 GPU = Recipe(
     layers=24, hidden=256, feed_forward=704, query_heads=8, kv_heads=2, head_dim=32,
     vocabulary=2048, span=8192, step_tokens=131072, rate=2e-3, tokens=300_000_000, workers=8,
@@ -96,4 +108,4 @@ GPU = Recipe(
         Stage(8192, 2.0, 1.0),
     ),
 )  # fmt: skip
-RECIPES = {"cpu": CPU, "gpu": GPU}
+RECIPES = {"cpu": CPU, "cpu-long": CPU_LONG, "gpu": GPU}

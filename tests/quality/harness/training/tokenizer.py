@@ -17,13 +17,19 @@ WORDING = (
 WORDING += " They are. Which words are the most common? " + " ".join(NOISE)
 
 
-def tokenizer_of(folder: Path, text: str, vocabulary: int) -> PreTrainedTokenizerFast:
+def tokenizer_of(
+    folder: Path, text: str, vocabulary: int, begun_from: Path | None = None
+) -> PreTrainedTokenizerFast:
     """The one that a training in `folder` began with, whatever its text has become since; a new one
-    is saved there.
+    is saved there, that of the model in `begun_from` or one of the text.
     """
     saved = folder / "tokenizer"
     if not saved.exists():
-        make_tokenizer(text, vocabulary).save_pretrained(folder / "tokenizer.new")
+        if begun_from is not None:
+            first = PreTrainedTokenizerFast.from_pretrained(begun_from)
+        else:
+            first = make_tokenizer(text, vocabulary)
+        first.save_pretrained(folder / "tokenizer.new")
         (folder / "tokenizer.new").rename(saved)
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(saved)
     return tokenizer
