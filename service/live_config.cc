@@ -45,7 +45,18 @@ void LiveConfig::Reload() {
   }
 }
 
+void LiveConfig::LookAtTls() {
+  const rpc::TlsOptions& tls = config_.server.tls;
+  if (!tls.enabled() || absl::Now() - tls_look_ < absl::Seconds(tls.look_seconds)) return;
+  tls_look_ = absl::Now();
+  const absl::Status status = rpc::CertificateExpiry(tls).status();
+  if (std::string(status.message()) == tls_error_) return;
+  tls_error_ = std::string(status.message());
+  if (!status.ok()) log_->Write("warning", {{"tls", tls_error_}});
+}
+
 void LiveConfig::Look() {
+  LookAtTls();
   if (!config_.watch || config_.file.empty()) return;
   // While a file is being replaced there may be none.
   const std::string version = FileVersion(config_.file);

@@ -25,7 +25,8 @@ class LiveConfig {
   // `reload_refused` with the reason.
   void Reload();
 
-  // To be called often: reloads where the file has changed, if --watch-config says so.
+  // To be called often: reloads where the file has changed, if --watch-config says so. Logs a
+  // `warning` when the files of TLS cannot be taken any more, or for another reason than before.
   void Look();
 
   absl::Duration drain_limit() const { return config_.drain_limit; }
@@ -33,12 +34,15 @@ class LiveConfig {
  private:
   // Gives the names of the options that have changed, with commas.
   absl::StatusOr<std::string> Take();
+  void LookAtTls();
 
   Config config_;
   const std::function<std::variant<Config, EarlyExit>()> parse_;
   Server* const server_;
   rpc::Log* const log_;
   std::string version_;  // of the file that was read
+  absl::Time tls_look_ = absl::InfinitePast();
+  std::string tls_error_;
 };
 
 }  // namespace structkv

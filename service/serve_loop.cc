@@ -16,6 +16,13 @@ constexpr timespec kLook = {0, 250'000'000};
 // How long callers may take to be told that the backend is lost.
 constexpr absl::Duration kTellLimit = absl::Seconds(2);
 
+ServeEnd EndLost(Server* server, const absl::Status& health, rpc::Log* log) {
+  const std::string error(health.message());
+  log->Write("backend_lost", {{"error", error}, {"streams", server->active_streams()}});
+  server->FailAll(health, kTellLimit);
+  return {.exit_code = 1, .at_once = true};
+}
+
 ServeEnd Drain(Server* server, int signal, absl::Duration limit, rpc::Log* log) {
   log->Write("draining", {{"signal", signal == SIGTERM ? "SIGTERM" : "SIGINT"},
                           {"streams", server->active_streams()},
@@ -30,6 +37,9 @@ ServeEnd Drain(Server* server, int signal, absl::Duration limit, rpc::Log* log) 
                                   {"held_caches", left.held_caches},
                                   {"left_ms", absl::ToInt64Milliseconds(left.left)}});
   });
+  if (const absl::Status health = server->sessions().backend().Health(); !health.ok()) {
+    return EndLost(server, health, log);
+  }
   log->Write("stopped", {{"streams_cut", finished ? "none" : "some"},
                          {"held_caches_lost", server->sessions().held_caches().count()},
                          {"log_lines_dropped", log->dropped()}});
@@ -54,11 +64,7 @@ ServeEnd ServeUntilEnd(Server* server, const sigset_t& signals, const ServeOptio
       options.look();
     }
     const absl::Status health = server->sessions().backend().Health();
-    if (health.ok()) continue;
-    const std::string error(health.message());
-    log->Write("backend_lost", {{"error", error}, {"streams", server->active_streams()}});
-    server->FailAll(health, kTellLimit);
-    return {.exit_code = 1, .at_once = true};
+    if (!health.ok()) return EndLost(server, health, log);
   }
 }
 

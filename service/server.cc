@@ -248,6 +248,7 @@ class Server::Impl {
         attaching = false;
         nccl_->StopAttaching(absl::UnavailableError("the server is draining"));
       }
+      if (!sessions_.backend().Health().ok()) return false;
       if ((idle && !held) || DrainLeft() == absl::ZeroDuration()) break;
       const absl::Duration wait = std::min(kDrainLook, DrainLeft());
       if (idle) {

@@ -158,7 +158,7 @@ class Server {
   // may finish, and held caches are fetched, renewed and released as before, until their leases
   // end; what runs then fails as UNAVAILABLE, and caches that are still held are lost. Ends with a
   // shutdown. True where no stream was left. `tell`, where it is set, is called at once and every
-  // second. Once.
+  // second. Once. False at once, and without a shutdown, where the backend is lost: then FailAll().
   bool Drain(absl::Duration limit, const std::function<void(const DrainProgress&)>& tell = nullptr);
   // None while it does not drain.
   std::optional<DrainProgress> drain_progress() const;

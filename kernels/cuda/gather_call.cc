@@ -24,7 +24,7 @@ class GatherCall {
         rotation_(rotation),
         destination_(destination),
         device_(std::max(from.device, to.device)),
-        in_place_(from.on_device() || CanBeReadInPlace(source)),
+        in_place_(from.on_device() || LiesInPinned(source)),
         writes_in_place_(to.on_device()) {
     kept_ = TensorView::Dense(nullptr, source.dtype, Layout::kHeadTokenDim, source.heads,
                               destination.tokens, source.dim);
@@ -140,14 +140,6 @@ absl::Status RunCall(Devices& devices, const TensorView& source, const int32_t* 
 }
 
 }  // namespace
-
-bool CanBeReadInPlace(const TensorView& view) {
-  if (view.paged() && view.block_table != nullptr) return false;
-  const std::byte* const begin = view.Row(0, 0);
-  const std::byte* const end = view.Row(view.heads - 1, view.tokens - 1) +
-                               view.dim * static_cast<int64_t>(DTypeSize(view.dtype));
-  return IsPinned(begin, end - begin);
-}
 
 absl::Status Gather(Devices& devices, const TensorView& source, const int32_t* positions,
                     bool per_head, const MutableTensorView& destination) {

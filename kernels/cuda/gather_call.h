@@ -11,9 +11,6 @@
 
 namespace structkv::cuda {
 
-// Whether a kernel can read every row of a view that lies in the host's memory at its address.
-bool CanBeReadInPlace(const TensorView& view);
-
 // As Backend::Gather and GatherRotated. Of a source in pinned or device memory the kernels read the
 // rows where they are; of any other the host packs them on their way to the device, so that the bus
 // carries nothing that is not kept. A destination in device memory is written by the kernels.

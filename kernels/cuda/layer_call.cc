@@ -67,7 +67,7 @@ class LayerCall {
   bool Take(const LayerPass::Rows& rows, const Place& from, const Place& to) {
     DeviceRows taken = {.rows = &rows, .writes_in_place = to.on_device()};
     taken.are_keys = IsOfKeys(pass_, rows);
-    if (!taken.are_keys && !from.on_device() && !CanBeReadInPlace(rows.source)) return false;
+    if (!taken.are_keys && !from.on_device() && !LiesInPinned(rows.source)) return false;
     taken.table_blocks = taken.are_keys ? 0 : TableBlocks(rows.source);
     taken.table_at = parts_.Add<int32_t>(taken.table_blocks);
     taken.out_at = parts_.Add<std::byte>(to.on_device() ? 0 : VectorBytes(rows.destination));

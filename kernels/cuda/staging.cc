@@ -124,6 +124,14 @@ absl::Status Upload::Flush() {
   return status_;
 }
 
+bool LiesInPinned(const TensorView& view) {
+  if (view.paged() && view.block_table != nullptr) return false;
+  const std::byte* const begin = view.Row(0, 0);
+  const std::byte* const end = view.Row(view.heads - 1, view.tokens - 1) +
+                               view.dim * static_cast<int64_t>(DTypeSize(view.dtype));
+  return IsPinned(begin, end - begin);
+}
+
 absl::Status WaitFor(const Lease& lease) {
   return lease.device().Check(cudaStreamSynchronize(lease.stream()), "cudaStreamSynchronize");
 }
@@ -151,8 +159,15 @@ absl::Status DownloadTensor(const Lease& lease, const void* from, const MutableT
   const int64_t bytes = VectorBytes(to);
   TensorRuns runs(view, layout);
   Run run = runs.Next();
-  if (run.bytes == bytes && bytes >= kDirectBytes && IsPinned(run.data, bytes)) {
-    return Copy(lease, const_cast<std::byte*>(run.data), from, bytes, cudaMemcpyDeviceToHost);
+  if (run.bytes >= kDirectBytes && LiesInPinned(view)) {
+    const auto* at = static_cast<const std::byte*>(from);
+    absl::Status status;
+    for (; status.ok() && run.data != nullptr; run = runs.Next()) {
+      // The runs are those of a writable view.
+      status = Copy(lease, const_cast<std::byte*>(run.data), at, run.bytes, cudaMemcpyDeviceToHost);
+      at += run.bytes;
+    }
+    return status;
   }
   return DownloadPieces(
       lease, static_cast<const std::byte*>(from), bytes, [&](const std::byte* piece, int64_t size) {

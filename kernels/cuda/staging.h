@@ -56,13 +56,16 @@ class Upload {
   int64_t end_ = 0;          // of what is written in the slice
 };
 
+// Whether a view of the host's memory lies in pinned memory, where kernels read it at its address.
+bool LiesInPinned(const TensorView& view);
+
 // Waits for all that was queued on the stream.
 absl::Status WaitFor(const Lease& lease);
 
 // From the device, after what was queued on the stream; returns once it is there.
 absl::Status Download(const Lease& lease, const void* from, int64_t bytes, void* to);
-// Vectors that lie dense in `layout` on the device. Those that go to pinned memory in one run are
-// there once WaitFor() returns, so that several are on the bus behind one another.
+// Vectors that lie dense in `layout` on the device. Those that go to pinned memory in long runs are
+// there once WaitFor() returns, so that several tensors are on the bus behind one another.
 absl::Status DownloadTensor(const Lease& lease, const void* from, const MutableTensorView& to,
                             Layout layout);
 

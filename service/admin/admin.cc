@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "service/admin/status_json.h"
 #include "service/admin/status_page.h"
+#include "service/build_info.h"
 #include "service/rpc/version.h"
 
 namespace structkv::admin {
@@ -84,6 +85,7 @@ Readings Admin::Read() const {
   const session::HeldCaches& held = sessions.held_caches();
   const nccl::HubStats nccl = server_->nccl_stats();
   Readings readings = {.version = rpc::kVersion,
+                       .revision = BuildRevision(),
                        .backend = std::string(sessions.backend().name()),
                        .active_prompts = sessions.active_sessions(),
                        .active_streams = server_->active_streams(),

@@ -212,7 +212,11 @@ void Metrics::CountFetch(const rpc::FetchReport& fetch, const absl::Status& stat
 
 std::string Metrics::Render(const Readings& readings) {
   const std::lock_guard lock(render_mutex_);
-  build_.Add({{"version", readings.version}, {"backend", readings.backend}}).Set(1);
+  build_
+      .Add({{"version", readings.version},
+            {"revision", readings.revision},
+            {"backend", readings.backend}})
+      .Set(1);
   for (const auto& [name, pool] : readings.pools) {
     reserved_bytes_.Add({{"pool", name}}).Set(static_cast<double>(pool.reserved_bytes));
     limit_bytes_.Add({{"pool", name}}).Set(static_cast<double>(pool.limit_bytes));

@@ -29,6 +29,7 @@ namespace structkv::admin {
 // What is read of the server when it is asked for its metrics.
 struct Readings {
   std::string version;
+  std::string revision;
   std::string backend;
   struct Pool {
     int64_t reserved_bytes = 0;

@@ -79,6 +79,7 @@ Json PoolsOf(const Readings& readings) {
 std::string StatusJson(const Status& status) {
   const Readings& readings = status.readings;
   Json json = {{"version", readings.version},
+               {"revision", readings.revision},
                {"backend", readings.backend},
                {"device", status.device},
                {"threads", status.threads},

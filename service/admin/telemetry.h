@@ -29,8 +29,11 @@ class Telemetry final : public rpc::StreamObserver {
     Record(call, status);
   }
   void OnFetchEnd(const rpc::FetchReport& fetch, const absl::Status& status) override {
-    recent_.Add(fetch, status);
-    metrics_.CountFetch(fetch, status);
+    // Of several replicas a client asks each whether it has a cache: that one has not is no error.
+    if (!fetch.info_only || !absl::IsNotFound(status)) {
+      recent_.Add(fetch, status);
+      metrics_.CountFetch(fetch, status);
+    }
     Record(fetch, status);
   }
 

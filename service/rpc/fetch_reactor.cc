@@ -60,6 +60,7 @@ absl::Status FetchReactor::Open(const grpc::ByteBuffer& bytes) {
   if (!reader.status().ok() || !request.ParseFromZeroCopyStream(&reader)) {
     return absl::InvalidArgumentError("the request cannot be parsed");
   }
+  info_only_ = request.info_only();
   const absl::StatusOr<int64_t> longest =
       MaxMessageBytes(request, shared_->limits.Get().max_message_bytes);
   if (!longest.ok()) return longest.status();
@@ -174,6 +175,7 @@ void FetchReactor::TellEnd() const {
   const grpc::Status status = end_status();
   FetchReport report;
   report.micros = (SteadyNanos() - begun_) / 1000;
+  report.info_only = info_only_;
   report.call = labels_;
   if (builder_.has_value()) {
     report.transport = transport::KindName(builder_->transport().kind());

@@ -55,6 +55,7 @@ class FetchReactor final : public WriteStream, public Stream {
   engine::BufferAllowance allowance_;
   std::optional<FetchBuilder> builder_;
   CallLabels labels_;
+  bool info_only_ = false;
 };
 
 }  // namespace structkv::rpc

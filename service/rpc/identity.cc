@@ -187,6 +187,11 @@ absl::StatusOr<std::string> Identity::Find(const grpc::ServerContextBase& contex
                                                    found->second.size(), " bytes long; at most ",
                                                    kMaxTenantBytes, " are allowed"));
   }
+  if (const std::vector<std::string> patterns = names_.Get().tenants;
+      certified && !patterns.empty() && !FitsAny(patterns, View(found->second))) {
+    return absl::PermissionDeniedError(absl::StrCat("the proxy's caller, ", View(found->second),
+                                                    ", is not allowed here (--client-names)"));
+  }
   return absl::StrCat(kind, View(found->second));
 }
 

@@ -35,7 +35,7 @@ struct IdentityOptions {
   std::vector<std::string> certificate_names;
   // Certificates with a name that fits one of these patterns are a proxy's, whose calls are
   // others': each has their name as metadata kTenantKey, or their token where there is a token
-  // file.
+  // file. Such a name must fit a pattern of certificate_names too, where there are any.
   std::vector<std::string> proxy_names;
   // File of lines "TENANT TOKEN"; blank ones and those that begin with '#' are skipped. Calls
   // without a certificate must then have a token, as metadata `authorization: Bearer TOKEN`. Empty:
@@ -70,7 +70,8 @@ class Identity {
 
   // UNAUTHENTICATED   there are tokens, and the call has none that is among them; or it comes by a
   //                   proxy that does not say whose it is
-  // PERMISSION_DENIED no name of the certificate fits, or it is too long
+  // PERMISSION_DENIED no name of the certificate fits, or what the proxy says does not; or it is
+  //                   too long
   // INVALID_ARGUMENT  the metadata's tenant is too long
   // The first two are counted: once a call, please.
   absl::StatusOr<std::string> TenantOf(const grpc::ServerContextBase& context);

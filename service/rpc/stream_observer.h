@@ -50,6 +50,7 @@ struct FetchReport {
   int64_t kv_heads = 0;
   int64_t output_bytes = 0;
   int64_t micros = 0;
+  bool info_only = false;  // asks whether it is here, and what it is
   CallLabels call;
 };
 

@@ -134,7 +134,8 @@ TEST(MetricsTest, StagesOfLayers) {
 // What is read anew each time: gauges follow, counters rise.
 TEST(MetricsTest, Readings) {
   Metrics metrics;
-  Readings readings = {.version = "1.2.3", .backend = "cpu", .active_prompts = 5};
+  Readings readings = {
+      .version = "1.2.3", .revision = "017fc43", .backend = "cpu", .active_prompts = 5};
   readings.pools["prompts"] = {.reserved_bytes = 10, .limit_bytes = 20};
   readings.held_caches_expired = 3;
   readings.ipc_handles = 2;
@@ -146,7 +147,8 @@ TEST(MetricsTest, Readings) {
   readings.cuda_errors["cudaErrorLaunchFailure"] = 1;
   EXPECT_THAT(
       metrics.Render(readings),
-      AllOf(HasSubstr("structkv_build_info{backend=\"cpu\",version=\"1.2.3\"} 1\n"),
+      AllOf(HasSubstr(
+                "structkv_build_info{backend=\"cpu\",revision=\"017fc43\",version=\"1.2.3\"} 1\n"),
             HasSubstr("structkv_sessions_active 5\n"),
             HasSubstr("structkv_memory_reserved_bytes{pool=\"prompts\"} 10\n"),
             HasSubstr("structkv_memory_limit_bytes{pool=\"prompts\"} 20\n"),

@@ -13,6 +13,7 @@
 #include "service/serve_loop.h"
 #include "tests/session/fault_backend.h"
 #include "tests/testing/health.h"
+#include "tests/testing/process.h"
 #include "tests/testing/service_test.h"
 
 namespace structkv::testkit {
@@ -78,6 +79,29 @@ TEST_F(LostBackendTest, TheProcessIsToEnd) {
   ExpectFailure(Run(AllMessages(idle_data)), grpc::StatusCode::UNAVAILABLE, {kCause});
   faults_->OpenAllGates();
   ExpectNothingHeld();
+}
+
+// Streams, and caches that are held, would have the drain last as long as its limit.
+TEST_F(LostBackendTest, ADrainEndsToo) {
+  const PromptData data(SmallOpen(200), 1);
+  Call idle(channel());
+  idle.Send(OpenMessage(data.open()));
+  idle.WaitForOpened();
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigset_t before;
+  pthread_sigmask(SIG_BLOCK, &signals, &before);
+  const pthread_t self = pthread_self();
+  ExpectEndsAsLost(&server(),
+                   [&] {
+                     pthread_kill(self, SIGTERM);
+                     EXPECT_TRUE(Eventually([&] { return server().drain_progress().has_value(); }));
+                     Lose();
+                   },
+                   kCause, {SIGTERM});
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  ExpectFailure(idle.Finish(), grpc::StatusCode::UNAVAILABLE, {kCause});
 }
 
 TEST_F(LostBackendTest, ASignalDrainsAWellOne) {

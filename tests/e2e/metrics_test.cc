@@ -159,7 +159,15 @@ TEST_F(MetricsProcessTest, CountsAreThoseOfTheTraffic) {
                                 fifth.output_bytes() + fetched.bytes.size()));
   EXPECT_THAT(Counted("transport_fallback_total"),
               ElementsAre(Pair("from=\"cuda_ipc\",to=\"inline\"", 1)));
-  EXPECT_THAT(Counted("fetches_total"), ElementsAre(Pair("result=\"ok\"", 1)));
+  // That a cache is elsewhere is no failed fetch.
+  v1::FetchCacheRequest question = FetchRequest(std::string(16, 'x'));
+  question.set_info_only(true);
+  EXPECT_EQ(Fetch(channel_, question).status.error_code(), grpc::StatusCode::NOT_FOUND);
+  EXPECT_EQ(Fetch(channel_, FetchRequest(std::string(16, 'x'))).status.error_code(),
+            grpc::StatusCode::NOT_FOUND);
+  EXPECT_TRUE(Eventually([&] { return Counted("fetches_total").size() == 2; }));
+  EXPECT_THAT(Counted("fetches_total"),
+              ElementsAre(Pair("result=\"not_found\"", 1), Pair("result=\"ok\"", 1)));
   EXPECT_EQ(Series("compression_ratio_count")[""], 5);
   EXPECT_EQ(Series("pivot_depth_ratio_count")[""], 5);
 
@@ -179,8 +187,8 @@ TEST_F(MetricsProcessTest, CountsAreThoseOfTheTraffic) {
     EXPECT_THAT(Series(nothing), ElementsAre(Pair("", 0))) << nothing;
   }
   EXPECT_EQ(Series("build_info").size(), 1U);
-  // A call each, a prompt each, the fetch, and the layers.
-  const double spans = 9 + 9 + 1 + 22;
+  // A call each, a prompt each, the fetches, and the layers.
+  const double spans = 9 + 9 + 3 + 22;
   EXPECT_TRUE(collector_.WaitForSpans(static_cast<size_t>(spans)));
   EXPECT_TRUE(Eventually([&] {
     return Series("trace_spans_total") ==

@@ -1,11 +1,14 @@
 // Who may call: TLS, clients' certificates, tokens, and that what one tenant has is not another's.
+#include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <string>
@@ -14,6 +17,8 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "service/live_config.h"
+#include "service/rpc/tls.h"
 #include "structkv/v1/compression.grpc.pb.h"
 #include "structkv/v1/held_cache.grpc.pb.h"
 #include "structkv/v1/nccl.grpc.pb.h"
@@ -56,6 +61,10 @@ class SecurityTest : public ServiceTest {
     std::ofstream(path + ".new") << text;
     std::filesystem::rename(path + ".new", path);
     return path;
+  }
+  std::string Read(const std::string& name) {
+    std::ifstream file(directory_.Path(name));
+    return {std::istreambuf_iterator<char>(file), {}};
   }
   ServerOptions Tls(const Authority::Pair& pair) {
     ServerOptions options = TestOptions();
@@ -385,6 +394,55 @@ TEST_F(SecurityTest, AProxySpeaksForOthers) {
             grpc::StatusCode::NOT_FOUND);
   EXPECT_TRUE(Release(other, handle).ok());
   ExpectNothingHeld();
+}
+
+TEST_F(SecurityTest, PatternsHoldBehindAProxyToo) {
+  ServerOptions options = MutualTls();
+  options.identity.proxy_names = {"proxy.*"};
+  options.identity.certificate_names = {"prefill*"};
+  StartAlone(options);
+  const auto proxy = As({"DNS:proxy.structkv"});
+  std::string tenant;
+  EXPECT_TRUE(Ask(proxy, &tenant, {{"structkv-tenant", "prefill-3"}}).ok());
+  EXPECT_EQ(tenant, "peer:prefill-3");
+  const grpc::Status refused = Ask(proxy, nullptr, {{"structkv-tenant", "decode"}});
+  EXPECT_EQ(refused.error_code(), grpc::StatusCode::PERMISSION_DENIED);
+  EXPECT_THAT(refused.error_message(), HasSubstr("the proxy's caller, decode, is not allowed"));
+  EXPECT_EQ(server().calls_refused().permission_denied, 1);
+}
+
+// Once, and once more for each other reason; a file that is whole again says nothing.
+TEST_F(SecurityTest, FilesThatCannotBeTakenAreWarnedOf) {
+  Config config;
+  config.server = MutualTls();
+  StartAlone(config.server);
+  const rpc::TlsOptions tls = config.server.tls;
+  int log_pipe[2];
+  ASSERT_EQ(pipe2(log_pipe, O_NONBLOCK), 0);
+  rpc::Log log(rpc::LogFormat::kText, log_pipe[1]);
+  LiveConfig live(std::move(config), nullptr, &server(), &log);
+  std::string text;
+  const auto logged = [&](const std::string& wanted) {
+    return Eventually([&] {
+      live.Look();
+      EXPECT_TRUE(log.Flush(absl::Seconds(30)));
+      char bytes[4096];
+      for (ssize_t count; (count = read(log_pipe[0], bytes, sizeof(bytes))) > 0;) {
+        text.append(bytes, static_cast<size_t>(count));
+      }
+      return text.find(wanted) != std::string::npos;
+    });
+  };
+  const std::string key = Read("key");
+  Write("key", authority_.Sign({"DNS:other"}).key);
+  EXPECT_TRUE(logged("is not the key of the first certificate")) << text;
+  Write("key", key);
+  std::filesystem::remove(tls.client_authorities);
+  EXPECT_TRUE(logged("client-authorities")) << text;
+  EXPECT_FALSE(rpc::CertificateExpiry(tls).ok());
+  EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 2) << text;
+  close(log_pipe[0]);
+  close(log_pipe[1]);
 }
 
 TEST_F(SecurityTest, TokensAreTenants) {

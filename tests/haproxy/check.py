@@ -58,6 +58,13 @@ def check_identities(cluster, _):
     cluster.wait_up(*cluster.HOSTS)
 
 
+def check_metrics(cluster, _):
+    """What the alert rules ask of a proxy."""
+    values = dict(line.rsplit(" ", 1) for line in cluster.proxy_metrics().splitlines() if not line.startswith("#"))
+    assert float(values['haproxy_backend_active_servers{proxy="servers"}']) == 2, values
+    assert abs(time.time() - float(values["haproxy_process_start_time_seconds"])) < 3600, values
+
+
 def check_long_streams(cluster, _):
     """A stream that is silent for longer than any limit on requests stays open."""
     with http2.open_tls(cluster.front_port, PATHS, cluster.authority.certificate,
@@ -231,7 +238,7 @@ def check_paths(cluster, _):
 
 def main():
     binaries = pathlib.Path(sys.argv[1]).resolve()
-    checks = [check_prompts, check_identities, check_paths, check_long_streams, check_connections,
+    checks = [check_prompts, check_metrics, check_identities, check_paths, check_long_streams, check_connections,
               check_slow_handshakes, check_rapid_reset, check_endless_headers, check_a_killed_server, check_a_drain,
               check_a_drain_under_a_prompt]
     direct = bytearray()

@@ -218,10 +218,13 @@ class Cluster:
     def set_addresses(self, *hosts):
         self.dns.addresses = list(hosts)
 
+    def proxy_metrics(self):
+        return urllib.request.urlopen(f"http://127.0.0.1:{self.status_port}/metrics", timeout=5).read().decode()
+
     def up(self):
         """Addresses of the servers that HAProxy sends streams to."""
         try:
-            text = urllib.request.urlopen(f"http://127.0.0.1:{self.status_port}/metrics", timeout=5).read().decode()
+            text = self.proxy_metrics()
         except OSError:
             return -1
         def servers(metric, state):

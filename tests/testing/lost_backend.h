@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "absl/functional/function_ref.h"
 #include "service/server.h"
@@ -9,7 +10,9 @@
 namespace structkv::testkit {
 
 // Fails the test unless ServeUntilEnd, while `lose` runs on a thread of its own, returns within
-// five seconds, at once and with exit code 1, and has logged a line that names `cause`.
-void ExpectEndsAsLost(Server* server, absl::FunctionRef<void()> lose, const std::string& cause);
+// five seconds, at once and with exit code 1, and has logged a line that names `cause`. `signals`:
+// what it waits for.
+void ExpectEndsAsLost(Server* server, absl::FunctionRef<void()> lose, const std::string& cause,
+                      const std::vector<int>& signals = {});
 
 }  // namespace structkv::testkit
