@@ -9,6 +9,7 @@
 #include "absl/strings/strip.h"
 #include "service/config_names.h"
 #include "service/file_version.h"
+#include "service/rpc/stream_set.h"
 #include "service/rpc/tls.h"
 
 namespace structkv {
@@ -47,12 +48,16 @@ void LiveConfig::Reload() {
 
 void LiveConfig::LookAtTls() {
   const rpc::TlsOptions& tls = config_.server.tls;
-  if (!tls.enabled() || absl::Now() - tls_look_ < absl::Seconds(tls.look_seconds)) return;
-  tls_look_ = absl::Now();
-  const absl::Status status = rpc::CertificateExpiry(tls).status();
-  if (std::string(status.message()) == tls_error_) return;
-  tls_error_ = std::string(status.message());
-  if (!status.ok()) log_->Write("warning", {{"tls", tls_error_}});
+  const int64_t now = rpc::SteadyNanos();
+  if (!tls.enabled() || now < next_tls_look_) return;
+  next_tls_look_ = now + tls.look_seconds * int64_t{1'000'000'000};
+  const std::string error(rpc::CertificateExpiry(tls).status().message());
+  // Of files that are being replaced one look may see the old one and the new one.
+  const bool stands = error == seen_tls_error_;
+  seen_tls_error_ = error;
+  if (!stands || error == told_tls_error_) return;
+  told_tls_error_ = error;
+  log_->Write("warning", {{"tls", error.empty() ? "the files can be taken again" : error}});
 }
 
 void LiveConfig::Look() {

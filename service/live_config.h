@@ -26,7 +26,7 @@ class LiveConfig {
   void Reload();
 
   // To be called often: reloads where the file has changed, if --watch-config says so. Logs a
-  // `warning` when the files of TLS cannot be taken any more, or for another reason than before.
+  // `warning` when the files of TLS cannot be taken any more, at two looks, or can again.
   void Look();
 
   absl::Duration drain_limit() const { return config_.drain_limit; }
@@ -40,9 +40,10 @@ class LiveConfig {
   const std::function<std::variant<Config, EarlyExit>()> parse_;
   Server* const server_;
   rpc::Log* const log_;
-  std::string version_;  // of the file that was read
-  absl::Time tls_look_ = absl::InfinitePast();
-  std::string tls_error_;
+  std::string version_;         // of the file that was read
+  int64_t next_tls_look_ = 0;   // of SteadyNanos()
+  std::string seen_tls_error_;  // by the last look; empty: none
+  std::string told_tls_error_;
 };
 
 }  // namespace structkv

@@ -28,9 +28,9 @@ struct ServeOptions {
 
 // Waits for one of `signals`, which the caller has blocked in every thread, and drains the server
 // within its limit (exit code 0), with a line `drain_progress` every second; or until the backend
-// is lost, and fails everything as UNAVAILABLE (exit code 1), within 3 seconds: the supervisor is
-// to start a new process. While it drains, a second signal ends the process, SIGHUP alone does
-// nothing. `log` is not null.
+// is lost, also while it drains, and fails everything as UNAVAILABLE (exit code 1), within 3
+// seconds: the supervisor is to start a new process. While it drains, a second signal ends the
+// process, SIGHUP alone does nothing. `log` is not null.
 ServeEnd ServeUntilEnd(Server* server, const sigset_t& signals, const ServeOptions& options,
                        rpc::Log* log);
 

@@ -63,9 +63,9 @@ absl::StatusOr<FetchedCache> Client::FetchCache(const std::string& handle,
           return internal::FetchCall(replica.channel, replica.transports.get(), pool_.get(), handle,
                                      own);
         };
-        // One of several is asked whether it is the holder, in a part of the time; the holder's
-        // fetch has all.
-        if (options.replica.empty() && replicas_->several()) {
+        // What has a part of the time is to find the holder; that one's fetch has all. Where none
+        // is the holder, the last one's counts as a fetch that failed.
+        if (until < deadline) {
           const absl::Status held = call(until).Describe().status();
           if (!held.ok()) return held;
         }

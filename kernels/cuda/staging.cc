@@ -158,11 +158,19 @@ absl::Status DownloadTensor(const Lease& lease, const void* from, const MutableT
                            to.block_tokens, to.block_stride};
   const int64_t bytes = VectorBytes(to);
   TensorRuns runs(view, layout);
-  Run run = runs.Next();
+  // Runs that lie behind one another are one.
+  auto next = [&runs, ahead = runs.Next()]() mutable {
+    Run run = ahead;
+    while ((ahead = runs.Next()).data != nullptr && ahead.data == run.data + run.bytes) {
+      run.bytes += ahead.bytes;
+    }
+    return run;
+  };
+  Run run = next();
   if (run.bytes >= kDirectBytes && LiesInPinned(view)) {
     const auto* at = static_cast<const std::byte*>(from);
     absl::Status status;
-    for (; status.ok() && run.data != nullptr; run = runs.Next()) {
+    for (; status.ok() && run.data != nullptr; run = next()) {
       // The runs are those of a writable view.
       status = Copy(lease, const_cast<std::byte*>(run.data), at, run.bytes, cudaMemcpyDeviceToHost);
       at += run.bytes;
@@ -172,7 +180,7 @@ absl::Status DownloadTensor(const Lease& lease, const void* from, const MutableT
   return DownloadPieces(
       lease, static_cast<const std::byte*>(from), bytes, [&](const std::byte* piece, int64_t size) {
         while (size > 0) {
-          if (run.bytes == 0) run = runs.Next();
+          if (run.bytes == 0) run = next();
           const int64_t part = std::min(size, run.bytes);
           // The runs are those of a writable view.
           std::memcpy(const_cast<std::byte*>(run.data), piece, static_cast<size_t>(part));

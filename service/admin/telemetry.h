@@ -29,8 +29,8 @@ class Telemetry final : public rpc::StreamObserver {
     Record(call, status);
   }
   void OnFetchEnd(const rpc::FetchReport& fetch, const absl::Status& status) override {
-    // Of several replicas a client asks each whether it has a cache: that one has not is no error.
-    if (!fetch.info_only || !absl::IsNotFound(status)) {
+    // A client asks all replicas but the last whether they have a cache, and fetches from one.
+    if (!fetch.info_only) {
       recent_.Add(fetch, status);
       metrics_.CountFetch(fetch, status);
     }

@@ -35,7 +35,8 @@ absl::StatusOr<KeptRows> KeptRows::Plan(const PromptSpec& spec, const Backend& b
   const auto bytes = static_cast<size_t>(tensor.heads.count * head_bytes);
   KeptRows kept;
   kept.kept_ = tensor.kept;
-  kept.rows_ = room.empty() ? pool.AcquirePinned(bytes) : std::move(room);
+  if (room.empty()) room = spec.held ? pool.Acquire(bytes) : pool.AcquirePinned(bytes);
+  kept.rows_ = std::move(room);
   kept.rows_.Truncate(bytes);
   for (const HeadRange& run : DecodeRuns(spec, tensor.heads)) {
     const absl::StatusOr<MutableTensorView> to = RoomOf(

@@ -79,6 +79,7 @@ struct PromptSpec {
   bool window_lse = false;
   method::MethodSpec method;
   bool plan_only = false;  // positions alone
+  bool held = false;       // kept rows stay here, so that pinning them would gain nothing
   Pull pull = Pull::kNone;
   bool return_saliency = false;
   bool return_centrality = false;

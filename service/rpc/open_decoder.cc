@@ -299,6 +299,7 @@ absl::StatusOr<OpenRequest> DecodeOpen(const v1::Open& open, int64_t max_message
       break;
     case v1::OUTPUT_HOLD:
       request.hold = true;
+      request.spec.held = true;
       break;
     default:
       return Invalid("output", EnumText(open.output()),

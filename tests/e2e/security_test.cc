@@ -411,7 +411,21 @@ TEST_F(SecurityTest, PatternsHoldBehindAProxyToo) {
   EXPECT_EQ(server().calls_refused().permission_denied, 1);
 }
 
-// Once, and once more for each other reason; a file that is whole again says nothing.
+// A token says whose call it is, so that the proxy's word is not asked for.
+TEST_F(SecurityTest, PatternsAreNotOfTokensBehindAProxy) {
+  ServerOptions options = MutualTls();
+  options.identity = Tokens().identity;
+  options.identity.proxy_names = {"proxy.*"};
+  options.identity.certificate_names = {"nobody"};
+  StartAlone(options);
+  Metadata metadata = Bearer(kDecodeToken);
+  metadata.emplace_back("structkv-tenant", "someone");
+  std::string tenant;
+  EXPECT_TRUE(Ask(As({"DNS:proxy.structkv"}), &tenant, metadata).ok());
+  EXPECT_EQ(tenant, "token:decode");
+}
+
+// Once, and once more for each other reason, and when all is well again.
 TEST_F(SecurityTest, FilesThatCannotBeTakenAreWarnedOf) {
   Config config;
   config.server = MutualTls();
@@ -437,10 +451,11 @@ TEST_F(SecurityTest, FilesThatCannotBeTakenAreWarnedOf) {
   Write("key", authority_.Sign({"DNS:other"}).key);
   EXPECT_TRUE(logged("is not the key of the first certificate")) << text;
   Write("key", key);
+  EXPECT_TRUE(logged("can be taken again")) << text;
   std::filesystem::remove(tls.client_authorities);
   EXPECT_TRUE(logged("client-authorities")) << text;
   EXPECT_FALSE(rpc::CertificateExpiry(tls).ok());
-  EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 2) << text;
+  EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 3) << text;
   close(log_pipe[0]);
   close(log_pipe[1]);
 }

@@ -60,9 +60,11 @@ def check_identities(cluster, _):
 
 def check_metrics(cluster, _):
     """What the alert rules ask of a proxy."""
-    values = dict(line.rsplit(" ", 1) for line in cluster.proxy_metrics().splitlines() if not line.startswith("#"))
-    assert float(values['haproxy_backend_active_servers{proxy="servers"}']) == 2, values
-    assert abs(time.time() - float(values["haproxy_process_start_time_seconds"])) < 3600, values
+    def value(name):
+        lines = [line for line in cluster.proxy_metrics().splitlines() if line.startswith(name + " ")]
+        return float(lines[0].split()[1])
+    wait_for("two servers are active", lambda: value('haproxy_backend_active_servers{proxy="servers"}') == 2)
+    assert abs(time.time() - value("haproxy_process_start_time_seconds")) < 3600
 
 
 def check_long_streams(cluster, _):

@@ -24,7 +24,7 @@ CODES = {'ok', 'cancelled', 'unknown', 'invalid_argument', 'deadline_exceeded', 
          'permission_denied', 'resource_exhausted', 'failed_precondition', 'aborted', 'out_of_range', 'unimplemented',
          'internal', 'unavailable', 'data_loss', 'unauthenticated'}
 # Values that a label may have beside those that were seen.
-VALUES = {'result': CODES, 'reason': CODES, 'job': {'haproxy'}}
+VALUES = {'result': CODES, 'reason': CODES, 'job': {'structkv-proxy'}}
 CHOSEN = {'$__rate_interval': '15s', '$namespace': 'structkv'}
 LIMIT_S = 30
 

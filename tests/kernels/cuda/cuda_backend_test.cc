@@ -411,7 +411,7 @@ TEST_F(CudaBackendTest, CallsGoWhereMostMemoryIsFree) {
 // In long runs, wherever these lie; what goes to pageable memory is staged in slices.
 TEST_F(CudaBackendTest, RowsGoToPinnedMemoryByThemselves) {
   Start();
-  constexpr int64_t kKeep = 512;
+  constexpr int64_t kKeep = 384;  // 96 KiB, and 48 for each head
   const testing::Shape shape = {4, 2, 2048, 64, 4};
   const int64_t row_bytes = shape.dim * 2;
   const int64_t bytes = shape.kv_heads * kKeep * row_bytes;
@@ -458,7 +458,7 @@ TEST_F(CudaBackendTest, RowsGoToPinnedMemoryByThemselves) {
     return direct;
   };
   EXPECT_EQ(run(pinned.get(), 1), 2 * bytes);
-  EXPECT_EQ(run(pinned.get(), 2), 2 * bytes) << "heads lie apart";
+  EXPECT_EQ(run(pinned.get(), 2), 0) << "heads lie apart, in short runs";
   EXPECT_EQ(run(pageable.data(), 1), 0);
 }
 
