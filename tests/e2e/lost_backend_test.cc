@@ -21,6 +21,25 @@ namespace {
 
 constexpr char kCause[] = "GPU 0 failed: an illegal memory access was encountered";
 
+// A signal that this thread does not take while the object lives.
+class BlockedSignal {
+ public:
+  explicit BlockedSignal(int signal) {
+    sigemptyset(&set_);
+    sigaddset(&set_, signal);
+    pthread_sigmask(SIG_BLOCK, &set_, &before_);
+  }
+  ~BlockedSignal() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  BlockedSignal(const BlockedSignal&) = delete;
+  BlockedSignal& operator=(const BlockedSignal&) = delete;
+
+  const sigset_t& set() const { return set_; }
+
+ private:
+  sigset_t set_;
+  sigset_t before_;
+};
+
 class LostBackendTest : public ServiceTest {
  protected:
   void SetUp() override {
@@ -87,11 +106,7 @@ TEST_F(LostBackendTest, ADrainEndsToo) {
   Call idle(channel());
   idle.Send(OpenMessage(data.open()));
   idle.WaitForOpened();
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGTERM);
-  sigset_t before;
-  pthread_sigmask(SIG_BLOCK, &signals, &before);
+  const BlockedSignal blocked(SIGTERM);
   const pthread_t self = pthread_self();
   ExpectEndsAsLost(&server(),
                    [&] {
@@ -100,22 +115,16 @@ TEST_F(LostBackendTest, ADrainEndsToo) {
                      Lose();
                    },
                    kCause, {SIGTERM});
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
   ExpectFailure(idle.Finish(), grpc::StatusCode::UNAVAILABLE, {kCause});
 }
 
 TEST_F(LostBackendTest, ASignalDrainsAWellOne) {
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGTERM);
-  sigset_t before;
-  pthread_sigmask(SIG_BLOCK, &signals, &before);
+  const BlockedSignal blocked(SIGTERM);
   const pthread_t self = pthread_self();
   std::thread sender([self] { pthread_kill(self, SIGTERM); });
   rpc::Log log(rpc::LogFormat::kText);
-  const ServeEnd end = ServeUntilEnd(&server(), signals, {}, &log);
+  const ServeEnd end = ServeUntilEnd(&server(), blocked.set(), {}, &log);
   sender.join();
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
   EXPECT_EQ(end.exit_code, 0);
   EXPECT_FALSE(end.at_once);
 }

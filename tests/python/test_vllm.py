@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
 from structkv._vllm_model import Shard  # noqa: E402
+from structkv._vllm_worker import Sender  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
 from vllm_instance import (  # noqa: E402
     BLOCK,
@@ -88,6 +89,18 @@ def compacted(
     return engine.compress(open, source)
 
 
+def ask(decode: Instance, name: str, body: dict[str, Any], **options: Any) -> Any:
+    """Adds what decode_request() made, for five tokens."""
+    return decode.add(
+        name,
+        body["prompt"],
+        5,
+        kv_transfer_params=body["kv_transfer_params"],
+        cache_salt=body["cache_salt"],
+        **options,
+    )
+
+
 def rows_of(result: structkv.Compressed) -> Any:
     """As Instance.rows() has them."""
     layers = [
@@ -149,13 +162,7 @@ def test_from_prefill_to_decode(
         )
         body = bodies[name]
         assert len(body["prompt"]) == -(-len(prompts[name]) // 10) + 1
-        decode.add(
-            name,
-            body["prompt"],
-            5,
-            kv_transfer_params=body["kv_transfer_params"],
-            cache_salt=body["cache_salt"],
-        )
+        ask(decode, name, body)
     decode.step()
     for name in ("a", "b"):
         wanted = compacted(engine, model, prompts[name], message)
@@ -170,13 +177,7 @@ def test_from_prefill_to_decode(
 
     # Once more: the salted blocks are found again; the same tokens without the salt are not.
     body = bodies["b"]
-    again = decode.add(
-        "again",
-        body["prompt"],
-        5,
-        kv_transfer_params=body["kv_transfer_params"],
-        cache_salt=body["cache_salt"],
-    )
+    again = ask(decode, "again", body)
     decode.add("plain", body["prompt"], 1)
     decode.run()
     assert list(again.output_token_ids) == list(decode.requests["b"].output_token_ids)
@@ -205,13 +206,7 @@ def test_tensor_parallel_ranks(
             params = outputs[name].kv_transfer_params
             assert len(set(params[vllm_requests.HELD]["handles"])) == ranks
             body = vllm_requests.decode_request({}, ids, firsts[name], params)
-            decode.add(
-                name,
-                body["prompt"],
-                5,
-                kv_transfer_params=body["kv_transfer_params"],
-                cache_salt=body["cache_salt"],
-            )
+            ask(decode, name, body)
         decode.step()
         for name in prompts:
             kept = wanted[name].summary.kv_length
@@ -325,13 +320,7 @@ def test_the_holder_of_several_is_named(
     # Named, it need not be one of the decode worker's own.
     decode = make("kv_consumer")
     body = vllm_requests.decode_request({}, prompt(), 1, params)
-    decode.add(
-        "a",
-        body["prompt"],
-        5,
-        kv_transfer_params=body["kv_transfer_params"],
-        cache_salt=body["cache_salt"],
-    )
+    ask(decode, "a", body)
     assert str(decode.run()["a"].finish_reason) == "length"
     assert asked == [params[vllm_requests.HELD]["replica"]]
 
@@ -361,13 +350,7 @@ def test_rows_go_through_shared_memory(
     params = prefill.run()["a"].kv_transfer_params
     decode = make("kv_consumer", region_bytes=1 << 20)
     body = vllm_requests.decode_request({}, prompt(), 1, params)
-    decode.add(
-        "a",
-        body["prompt"],
-        5,
-        kv_transfer_params=body["kv_transfer_params"],
-        cache_salt=body["cache_salt"],
-    )
+    ask(decode, "a", body)
     decode.step()
     assert torch.equal(decode.rows("a", wanted.summary.kv_length), rows_of(wanted))
     assert transports == ["shared_memory", "shared_memory"]
@@ -457,14 +440,7 @@ def test_stand_ins_are_not_computed_for_prompt_logprobs(make: Any) -> None:
     body = vllm_requests.decode_request({"echo": True, "prompt_logprobs": 1}, prompt(), 1, params)
     assert "echo" not in body and "prompt_logprobs" not in body
     for name, options in (("with", {"prompt_logprobs": 1}), ("without", {})):
-        decode.add(
-            name,
-            body["prompt"],
-            5,
-            kv_transfer_params=body["kv_transfer_params"],
-            cache_salt=body["cache_salt"],
-            **options,
-        )
+        ask(decode, name, body, **options)
         decode.run()
     kept = params[vllm_requests.HELD]["kv_length"]
     assert decode.cached["with"] == kept
@@ -490,6 +466,28 @@ def test_a_prompt_that_is_preempted_in_its_window(make: Any, client: structkv.Cl
         held.append(client.fetch(bytes.fromhex(handle)))
     for left, right in zip(held[0].layers, held[1].layers):
         assert torch.equal(torch.from_dlpack(left.keys), torch.from_dlpack(right.keys))
+
+
+def test_a_prompt_that_failed_in_an_earlier_step_is_not_opened(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The window, 32, begins in the first step and ends in the second, which opens the prompt."""
+    opened: list[Any] = []
+    tails = iter(["the first step's"])
+    tail = Sender._tail
+
+    def broken_once(self: Any, *arguments: Any) -> Any:
+        if next(tails, None) is not None:
+            raise RuntimeError("the tail is broken")
+        return tail(self, *arguments)
+
+    monkeypatch.setattr(Sender, "_tail", broken_once)
+    monkeypatch.setattr(structkv.Client, "open_prompt", lambda *given: opened.append(given))
+    prefill = make("kv_producer", method="snapkv")
+    asked = {vllm_requests.COMPRESS: True}
+    prefill.add("a", prompt(0, 128 + 4), 2, kv_transfer_params=asked)
+    params = prefill.run()["a"].kv_transfer_params
+    assert params == {vllm_requests.ERROR: "the tail is broken"} and opened == []
 
 
 def test_results_of_a_request_that_was_aborted(make: Any, client: structkv.Client) -> None:

@@ -84,10 +84,12 @@ class Sender:
         """Keys and values go to the service through this memory, in place of messages."""
         self._options = replace(self._options, staging=arena)
 
-    def open(self, prefills: Sequence[Prefill]) -> dict[str, str]:
-        """Before the layers of a step that completes these prompts; why some could not be opened,
-        by request."""
+    def open(self, prefills: Sequence[Prefill]) -> set[str]:
+        """Before the layers of a step that completes these prompts; the requests that failed, now or
+        in an earlier step."""
         for prefill in prefills:
+            if prefill.request in self._errors:
+                continue
             try:
                 open = replace(
                     self._open,
@@ -98,8 +100,7 @@ class Sender:
                 self._sessions[prefill.request] = session
             except Exception as error:
                 self.fail(prefill.request, str(error))
-        errors = ((each.request, self._errors.get(each.request)) for each in prefills)
-        return {request: error for request, error in errors if error is not None}
+        return {each.request for each in prefills if each.request in self._errors}
 
     def fail(self, request: str, error: str) -> None:
         """The prompt is not compressed; the engine goes on."""
@@ -255,12 +256,11 @@ def load(
         _fetch(client, held, holder, heads, len(caches), options)
         for holder, heads in shard.parts(len(held.handles))
     ]
+    device, block_tokens = caches[0].device, caches[0].shape[2]  # alike in all layers
+    place = slots(load.block_ids, block_tokens, load.first, held.kv_length).to(device)
     for layer, cache in enumerate(caches):
         rows = torch.cat([part[layer] for part in parts], 1)
-        place = slots(load.block_ids, cache.shape[2], load.first, held.kv_length).to(cache.device)
-        cache[place // cache.shape[2], :, place % cache.shape[2]] = rows[load.first :].to(
-            cache.device
-        )
+        cache[place // block_tokens, :, place % block_tokens] = rows[load.first :].to(device)
 
 
 def _fetch(

@@ -226,11 +226,11 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
         if isinstance(results, StepResults):
             for request, shards in results.shards.items():
                 ordered = [shards.get(i, "no result came") for i in range(self._shard.ranks)]
-                tokens, _ = self._prompts.get(request, (0, []))
-                held = join(tokens, ordered)
                 if request not in self._prompts:  # aborted, before its results came
                     self._release(ordered)
-                elif isinstance(held, str):
+                    continue
+                held = join(self._prompts[request][0], ordered)
+                if isinstance(held, str):
                     logger.warning("structkv: %s is not compressed: %s", request, held)
                     self._finished[request] = {ERROR: held}
                     self._release(ordered)
@@ -311,14 +311,14 @@ class StructKVConnector(KVConnectorBase_V1, SupportsHMA):
             for request in self._agreed(self._sender.open(complete)):
                 self._sender.fail(request, "another rank could not open it")
 
-    def _agreed(self, errors: dict[str, str]) -> set[str]:
+    def _agreed(self, failed: set[str]) -> set[str]:
         """Requests that this rank has opened and another one has not: ranks that went on alone would
         wait for it in the service, and the engine with them."""
         if self._shard.ranks == 1:
             return set()
         every: list[Any] = [None] * self._shard.ranks
-        torch.distributed.all_gather_object(every, list(errors), get_tp_group().cpu_group)
-        return {request for failed in every for request in failed} - set(errors)
+        torch.distributed.all_gather_object(every, failed, get_tp_group().cpu_group)
+        return set().union(*every) - failed
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         for each in self._step().loads:
