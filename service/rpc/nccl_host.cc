@@ -84,6 +84,7 @@ nccl::HubStats NcclHost::stats() const {
   for (const std::unique_ptr<nccl::Hub>& hub : hubs_) {
     const nccl::HubStats one = hub->stats();
     all.pairs += one.pairs;
+    all.waiting += one.waiting;
     all.communicators.live += one.communicators.live;
     all.communicators.reclaiming += one.communicators.reclaiming;
     all.aborts += one.aborts;

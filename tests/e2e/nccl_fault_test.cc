@@ -254,6 +254,7 @@ TEST_F(NcclTest, AKeyTwice) {
   Call call(channel());
   for (size_t i = 0; i < 2; ++i) call.Send(messages[i]);
   call.WaitForOpened();
+  ASSERT_TRUE(Eventually([&] { return server().nccl_stats().waiting > 0; }));
   ExpectFailure(Run(messages), grpc::StatusCode::ALREADY_EXISTS, {"waits already"});
   // The first one's transfer still waits, and is the first one's.
   for (uint32_t layer = 0; layer < data.layers(); ++layer) prompt.Offer(layer);

@@ -177,7 +177,11 @@ bool Hub::settled() const {
 
 HubStats Hub::stats() const {
   std::lock_guard lock(mutex_);
-  return {static_cast<int>(pairs_.size()), worker_->stats(), worker_->aborts()};
+  HubStats stats = {.pairs = static_cast<int>(pairs_.size()),
+                    .communicators = worker_->stats(),
+                    .aborts = worker_->aborts()};
+  for (const auto& [id, pair] : pairs_) stats.waiting += pair->order.waiting();
+  return stats;
 }
 
 void Hub::Send(Pair& pair, ServiceMessage message) {

@@ -52,6 +52,7 @@ class PairLife {
 
 struct HubStats {
   int pairs = 0;
+  int waiting = 0;  // transfers of the service's, for the client or for their turn
   WorkerStats communicators;
   int64_t aborts = 0;  // of communicators, since the start
 };

@@ -69,6 +69,8 @@ class TransferOrder {
   // Drops an offer of the client's that waits. False where there is none.
   bool DropOffer(const std::string& key);
 
+  // Own transfers that wait.
+  int waiting() const { return static_cast<int>(own_.size()); }
   // Numbers given out so far; the first is 1.
   uint64_t last_sequence() const { return last_sequence_; }
 
