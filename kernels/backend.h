@@ -129,7 +129,8 @@ struct SelectParams {
   int64_t keep = 0;
 };
 
-struct LayerPass;  // kernels/layer_pass.h
+struct LayerPass;       // kernels/layer_pass.h
+class ResidentVectors;  // kernels/resident_vectors.h
 
 // Implementations: reference (scalar double precision, the oracle), cpu (SIMD), cuda (NVIDIA GPUs).
 class Backend {
@@ -220,10 +221,17 @@ class Backend {
 
   // Begins to bring a layer's keys to where a RunLayer with `params` will want them
   // (LayerPass::staged), while another layer is computed; returns at once. Null where that is of no
-  // use, or where there is no room now: that call then does without. Results are the same.
-  virtual std::unique_ptr<StagedLayer> Stage(const SaliencyParams& /*params*/) const {
+  // use, or where there is no room now: that call then does without. Results are the same. `gpu`:
+  // where the prompt's resident vectors lie; -1: nowhere yet, or not on a GPU.
+  virtual std::unique_ptr<StagedLayer> Stage(const SaliencyParams& /*params*/, int /*gpu*/) const {
     return nullptr;
   }
+
+  // Room for vectors of a prompt (kernels/resident_vectors.h), never null: on the GPU that layers
+  // with such `keys`, which may be `staged` (null: they are not), are computed on, where that has
+  // the room now, or else in the host's memory. Results are the same. Waits for nothing.
+  virtual std::unique_ptr<ResidentVectors> Resident(int64_t count, int64_t tokens, const void* keys,
+                                                    const StagedLayer* staged) const;
 
   // Sets `bytes` bytes to zero, of memory that a gather may write to. Errors as of Gather.
   virtual absl::Status Zero(void* to, int64_t bytes) const {

@@ -17,6 +17,7 @@ struct BackendStats {
   struct Gpu {
     int index = 0;  // CUDA's
     Pool calls;     // what operations take for themselves
+    Pool resident;  // what Backend::Resident gives
     Pool apart;     // what Backend::Reserve gives
   };
   std::vector<Gpu> gpus;

@@ -3,9 +3,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "kernels/backend.h"
+#include "kernels/resident_vectors.h"
 
 namespace structkv {
 
@@ -34,6 +36,12 @@ struct LayerPass {
 
   // What Stage of the same backend has begun for `saliency`; good for one call. Null: nothing.
   StagedLayer* staged = nullptr;
+
+  // Where the sum over the heads goes besides, as ResidentVectors::Add would put it there: vectors
+  // of the same backend, on a GPU. Null: nowhere.
+  ResidentVectors* resident = nullptr;
+  int64_t resident_to = 0;
+  std::optional<float> resident_decay;
 
   // Outputs, in the host's memory.
   float* heads = nullptr;        // [kv_heads, tokens]; null: not wanted

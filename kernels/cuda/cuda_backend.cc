@@ -9,6 +9,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cuda/cuda_backend_parts.h"
 #include "kernels/cuda/cuda_error.h"
+#include "kernels/cuda/device_vectors.h"
 #include "kernels/cuda/devices.h"
 #include "kernels/cuda/gather_call.h"
 #include "kernels/cuda/host_pinning.h"
@@ -38,7 +39,7 @@ class CudaBackend final : public Backend {
     std::string text;
     for (const std::unique_ptr<Device>& device : devices_->all()) {
       absl::StrAppend(&text, text.empty() ? "" : "; ", device->name(), ": ", device->model(), ", ",
-                      device->pool_bytes() / kMiB, " MiB");
+                      (device->pool_bytes() + device->resident_bytes()) / kMiB, " MiB");
       const int64_t apart = device->reservable_bytes();
       if (apart > 0) absl::StrAppend(&text, " and ", apart / kMiB, " MiB set apart");
     }
@@ -145,8 +146,20 @@ class CudaBackend final : public Backend {
     return status;
   }
 
-  std::unique_ptr<StagedLayer> Stage(const SaliencyParams& params) const override {
-    return CheckSaliencyParams(params, capabilities_).ok() ? StageKeys(*devices_, params) : nullptr;
+  std::unique_ptr<StagedLayer> Stage(const SaliencyParams& params, int gpu) const override {
+    if (!CheckSaliencyParams(params, capabilities_).ok()) return nullptr;
+    return StageKeys(*devices_, params, gpu);
+  }
+
+  std::unique_ptr<ResidentVectors> Resident(int64_t count, int64_t tokens, const void* keys,
+                                            const StagedLayer* staged) const override {
+    const absl::StatusOr<Place> place = devices_->PlaceOf(keys);
+    const int gpu = staged != nullptr ? static_cast<const Staged*>(staged)->device().index()
+                    : place.ok()      ? place->device
+                                      : -1;
+    std::unique_ptr<ResidentVectors> vectors =
+        cuda::DeviceVectors::TryMake(*devices_, gpu, count, tokens);
+    return vectors != nullptr ? std::move(vectors) : HostVectors(count, tokens, *host_);
   }
 
   absl::Status Zero(void* to, int64_t bytes) const override {
@@ -187,9 +200,11 @@ class CudaBackend final : public Backend {
     BackendStats stats;
     for (const std::unique_ptr<Device>& device : devices_->all()) {
       const int64_t calls = device->pool_bytes();
+      const int64_t resident = device->resident_bytes();
       const int64_t apart = device->apart_bytes();
       stats.gpus.push_back({.index = device->index(),
                             .calls = {calls, calls - device->free_bytes()},
+                            .resident = {resident, resident - device->free_resident_bytes()},
                             .apart = {apart, apart - device->free_apart_bytes()}});
     }
     stats.open_imports = imports_->open();

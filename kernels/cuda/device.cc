@@ -77,7 +77,13 @@ absl::Status Device::Init() {
                      "], what is free of ", total,
                      apart == 0 ? "" : absl::StrCat("; ", apart, " of it are set apart")));
   }
-  absl::StatusOr<std::unique_ptr<DevicePool>> pool = DevicePool::Make(bytes, apart);
+  const auto whole = [](int64_t part) { return part / kPartBytes * kPartBytes; };
+  DevicePool::Sizes sizes = {.apart = whole(apart)};
+  if (options_.resident_share > 0) {
+    sizes.resident = whole((bytes - apart) / options_.resident_share);
+  }
+  sizes.calls = whole(bytes - sizes.apart - sizes.resident);
+  absl::StatusOr<std::shared_ptr<DevicePool>> pool = DevicePool::Make(sizes);
   if (!pool.ok()) {
     return absl::Status(pool.status().code(), absl::StrCat(name_, ": ", pool.status().message()));
   }
@@ -135,8 +141,8 @@ std::optional<Arena::Block> Device::TakeBlock(int64_t bytes, const Staged* own) 
 
 absl::StatusOr<Lease> Device::Acquire(int64_t bytes, Staged* staged) {
   if (!CanHold(bytes)) {
-    return absl::ResourceExhaustedError(absl::StrCat(name_, ": device memory for ", bytes,
-                                                     " bytes, all of it is ", pool_->bytes()));
+    return absl::ResourceExhaustedError(
+        absl::StrCat(name_, ": device memory for ", bytes, " bytes, all of it is ", pool_bytes()));
   }
   std::optional<Arena::Block> block;
   std::vector<std::shared_ptr<CUevent_st>> before;
@@ -166,8 +172,8 @@ absl::StatusOr<Lease> Device::Acquire(int64_t bytes, Staged* staged) {
     if (!block.has_value()) {
       return absl::ResourceExhaustedError(
           absl::StrCat(name_, ": no device memory for ", bytes, " bytes; no call ended within ",
-                       options_.wait_limit.count(), " ms, ", pool_->free_bytes(), " of ",
-                       pool_->bytes(), " are free, ", waiting_.size(), " calls wait"));
+                       options_.wait_limit.count(), " ms, ", free_bytes(), " of ", pool_bytes(),
+                       " are free, ", waiting_.size(), " calls wait"));
     }
     lane = idle_.back();
     idle_.pop_back();
@@ -224,19 +230,14 @@ void Device::GiveBack(Staged* staged) {
 }
 
 absl::StatusOr<std::shared_ptr<std::byte>> Device::Reserve(int64_t bytes) {
-  std::optional<Arena::Block> block = pool_->apart().Take(bytes);
-  if (!block.has_value()) {
-    return absl::ResourceExhaustedError(absl::StrCat(name_, ": no device memory to reserve for ",
-                                                     bytes, " bytes; ", pool_->apart().free_bytes(),
-                                                     " of ", pool_->apart().bytes(), " are free"));
-  }
-  std::byte* const memory = pool_->ApartAt(*block);
-  const auto held = std::make_shared<std::pair<std::shared_ptr<DevicePool>, Arena::Block>>(
-      pool_, *std::move(block));
-  return std::shared_ptr<std::byte>(held, memory);
+  std::shared_ptr<std::byte> memory = pool_->TakeApart(bytes);
+  if (memory != nullptr) return memory;
+  return absl::ResourceExhaustedError(absl::StrCat(name_, ": no device memory to reserve for ",
+                                                   bytes, " bytes; ", free_apart_bytes(), " of ",
+                                                   apart_bytes(), " are free"));
 }
 
-int64_t Device::reservable_bytes() const { return LargestBlock(pool_->apart().bytes()); }
+int64_t Device::reservable_bytes() const { return LargestBlock(apart_bytes()); }
 
 void Device::GiveBack(Lane* lane, Arena::Block block, Staged* staged) {
   const std::lock_guard lock(mutex_);

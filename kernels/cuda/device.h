@@ -40,10 +40,13 @@ class Loss {
 struct DeviceOptions {
   // Of the pool; 0: half of what is free.
   int64_t memory_bytes = 0;
-  // The least that calls can have of it: what short prompts take.
+  // The least of it beside what is set apart: what short prompts take.
   int64_t least_memory_bytes = int64_t{64} << 20;
   // Of the pool, set apart for Reserve; 0: half of it. None: there is nothing to reserve.
   std::optional<int64_t> reserve_bytes;
+  // Of the rest, one part in so many is for resident vectors: 4.4 GiB of an H200's 70 GiB, which
+  // are those of 330 prompts of 131,072 tokens. 0: none.
+  int64_t resident_share = 16;
   // Calls at once. One copies while another computes, on a GPU that copies both ways at a time.
   // Twice as many layers are staged: of the prompts that compute, this one's and the next one's.
   int lanes = 4;
@@ -142,8 +145,14 @@ class Device {
   // kDeviceUuidBytes.
   const std::string& uuid() const { return uuid_; }
   const SelectLimits& limits() const { return limits_; }
-  int64_t pool_bytes() const { return pool_->bytes(); }
-  int64_t free_bytes() const { return pool_->free_bytes(); }
+  // What calls have.
+  int64_t pool_bytes() const { return pool_->calls().bytes(); }
+  int64_t free_bytes() const { return pool_->calls().free_bytes(); }
+  // What resident vectors have.
+  int64_t resident_bytes() const { return pool_->resident().bytes(); }
+  int64_t free_resident_bytes() const { return pool_->resident().free_bytes(); }
+  // Memory of it, until the last share is gone. Null where not so much is free.
+  std::shared_ptr<std::byte> TryResident(int64_t bytes) { return pool_->TakeResident(bytes); }
   // What is set apart.
   int64_t apart_bytes() const { return pool_->apart().bytes(); }
   int64_t free_apart_bytes() const { return pool_->apart().free_bytes(); }
@@ -153,7 +162,7 @@ class Device {
   // The most that Reserve can give at once, when nobody else has any.
   int64_t reservable_bytes() const;
   // Whether the pool has room for so much when nobody else uses it.
-  bool CanHold(int64_t bytes) const { return ArenaSize(bytes) <= pool_->bytes(); }
+  bool CanHold(int64_t bytes) const { return ArenaSize(bytes) <= pool_bytes(); }
 
   // Waits for its turn, for a lane and for `bytes` of the pool, in the order of the calls, and
   // makes this device the thread's current one. RESOURCE_EXHAUSTED where the pool can never hold

@@ -62,10 +62,19 @@ bool IsPinned(const void* data, int64_t bytes) {
   return true;
 }
 
-absl::StatusOr<std::unique_ptr<DevicePool>> DevicePool::Make(int64_t bytes, int64_t apart_bytes) {
-  absl::StatusOr<DeviceBytes> memory = MakeDeviceBytes(bytes);
+absl::StatusOr<std::shared_ptr<DevicePool>> DevicePool::Make(const Sizes& sizes) {
+  absl::StatusOr<DeviceBytes> memory = MakeDeviceBytes(sizes.all());
   if (!memory.ok()) return memory.status();
-  return std::unique_ptr<DevicePool>(new DevicePool(*std::move(memory), bytes, apart_bytes));
+  return std::shared_ptr<DevicePool>(new DevicePool(*std::move(memory), sizes));
+}
+
+std::shared_ptr<std::byte> DevicePool::Share(Arena& arena, int64_t begin, int64_t bytes) {
+  std::optional<Arena::Block> block = arena.Take(bytes);
+  if (!block.has_value()) return nullptr;
+  std::byte* const memory = bytes_.get() + begin + block->offset();
+  const auto held = std::make_shared<std::pair<std::shared_ptr<DevicePool>, Arena::Block>>(
+      shared_from_this(), *std::move(block));
+  return {held, memory};
 }
 
 }  // namespace structkv::cuda

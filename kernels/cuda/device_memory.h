@@ -50,31 +50,47 @@ cudaError_t PlaceOf(const void* data, Place* place);
 // goes on, and read by a kernel at the address that the host uses.
 bool IsPinned(const void* data, int64_t bytes);
 
-// One allocation of the current device, made once, and who has which part of it. The last
-// `apart_bytes` of it are set apart: what is taken of them for long leaves calls their room.
-// Thread-safe.
-class DevicePool {
+// One allocation of the current device, made once, and who has which part of it. What is taken for
+// long has arenas of its own, so that calls have their room. Thread-safe.
+class DevicePool : public std::enable_shared_from_this<DevicePool> {
  public:
-  static absl::StatusOr<std::unique_ptr<DevicePool>> Make(int64_t bytes, int64_t apart_bytes = 0);
+  struct Sizes {
+    int64_t calls = 0;
+    int64_t resident = 0;
+    int64_t apart = 0;
+    int64_t all() const { return calls + resident + apart; }
+  };
+  static absl::StatusOr<std::shared_ptr<DevicePool>> Make(const Sizes& sizes);
 
-  std::optional<Arena::Block> Take(int64_t bytes) { return arena_.Take(bytes); }
+  std::optional<Arena::Block> Take(int64_t bytes) { return calls_.Take(bytes); }
   std::byte* At(const Arena::Block& block) const { return bytes_.get() + block.offset(); }
-  int64_t bytes() const { return arena_.bytes(); }
-  int64_t free_bytes() const { return arena_.free_bytes(); }
+  const Arena& calls() const { return calls_; }
 
-  // The same of what is set apart.
-  Arena& apart() { return apart_; }
-  const Arena& apart() const { return apart_; }
-  std::byte* ApartAt(const Arena::Block& block) const {
-    return bytes_.get() + arena_.bytes() + block.offset();
+  // Of one of the other two; keeps the pool. Null where not so much is free.
+  std::shared_ptr<std::byte> TakeResident(int64_t bytes) {
+    return Share(resident_, sizes_.calls, bytes);
   }
+  std::shared_ptr<std::byte> TakeApart(int64_t bytes) {
+    return Share(apart_, sizes_.calls + sizes_.resident, bytes);
+  }
+  const Arena& resident() const { return resident_; }
+  const Arena& apart() const { return apart_; }
 
  private:
-  DevicePool(DeviceBytes memory, int64_t bytes, int64_t apart_bytes)
-      : bytes_(std::move(memory)), arena_(bytes - apart_bytes), apart_(apart_bytes) {}
+  DevicePool(DeviceBytes memory, const Sizes& sizes)
+      : bytes_(std::move(memory)),
+        sizes_(sizes),
+        calls_(sizes.calls),
+        resident_(sizes.resident),
+        apart_(sizes.apart) {}
+
+  // `begin`: where the arena begins.
+  std::shared_ptr<std::byte> Share(Arena& arena, int64_t begin, int64_t bytes);
 
   const DeviceBytes bytes_;
-  Arena arena_;
+  const Sizes sizes_;  // each a multiple of 256
+  Arena calls_;
+  Arena resident_;
   Arena apart_;
 };
 

@@ -49,7 +49,9 @@ absl::StatusOr<Lease> Devices::Acquire(absl::FunctionRef<int64_t(const Device&)>
   return best.Acquire(bytes(best));
 }
 
-std::unique_ptr<Staged> Devices::TryStage(int64_t bytes) {
+std::unique_ptr<Staged> Devices::TryStage(int64_t bytes, int index) {
+  Device* const device = Find(index);
+  if (device != nullptr) return device->TryStage(bytes);
   return MostFree([bytes](const Device&) { return bytes; }).TryStage(bytes);
 }
 

@@ -32,8 +32,9 @@ class Devices {
   absl::StatusOr<Lease> AcquireOn(int index, int64_t bytes) {
     return AcquireOn(index, [bytes](const Device&) { return bytes; });
   }
-  // As Device::TryStage, on the device with the most free memory.
-  std::unique_ptr<Staged> TryStage(int64_t bytes);
+  // As Device::TryStage, on the device of that index or, with -1, on that with the most free
+  // memory.
+  std::unique_ptr<Staged> TryStage(int64_t bytes, int index);
   // Where a tensor lies. UNAVAILABLE where the backend is lost.
   absl::StatusOr<Place> PlaceOf(const void* data);
   // Whether the one of that index, or with -1 any of them, can ever hold so much.

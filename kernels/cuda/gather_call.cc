@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/device_memory.h"
+#include "kernels/cuda/downloads.h"
 #include "kernels/cuda/gather.h"
 #include "kernels/cuda/staging.h"
 #include "kernels/cuda/tensor_runs.h"
@@ -44,10 +45,11 @@ class GatherCall {
     absl::Status status = Prepare(*lease);
     if (status.ok()) status = Launch(*lease);
     if (!status.ok()) return status;
+    Downloads downloads(*lease);
     if (!writes_in_place_) {
-      status = DownloadTensor(*lease, lease->At<void>(out_at_), destination_, layout());
+      downloads.ReadTensor(lease->At<void>(out_at_), destination_, layout());
     }
-    return status.ok() ? WaitFor(*lease) : status;
+    return downloads.Finish();
   }
 
  private:

@@ -6,16 +6,17 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/cuda/device_vectors.h"
+#include "kernels/cuda/downloads.h"
 #include "kernels/cuda/gather.h"
 #include "kernels/cuda/gather_call.h"
 #include "kernels/cuda/saliency.h"
 #include "kernels/cuda/saliency_inputs.h"
-#include "kernels/cuda/select.h"
 #include "kernels/cuda/staged.h"
 #include "kernels/cuda/staging.h"
-#include "kernels/cuda/statistics.h"
 #include "kernels/cuda/tensor_runs.h"
 #include "kernels/cuda/vector_calls.h"
+#include "kernels/cuda/vector_launches.h"
 
 namespace structkv::cuda {
 namespace {
@@ -77,10 +78,21 @@ class LayerCall {
 
   // `staged`: where the keys lie, on the call's device; null: elsewhere.
   absl::Status Run(Devices& devices, Staged* staged, BadStatistic* bad) {
+    std::vector<float> elsewhere;
+    absl::Status status = RunOnDevice(devices, staged, bad, &elsewhere);
+    if (!status.ok() || elsewhere.empty()) return status;
+    // Without a lease: whoever has one and waits for another may wait for one who does the same.
+    return pass_.resident->Add(pass_.resident_to, pass_.resident_decay, elsewhere.data(),
+                               SerialFor);
+  }
+
+ private:
+  // `elsewhere`: as of Fetch.
+  absl::Status RunOnDevice(Devices& devices, Staged* staged, BadStatistic* bad,
+                           std::vector<float>* elsewhere) {
     const auto bytes = [this](const Device& device) {
       const std::vector<SelectRow> rows = SelectRows([](int64_t) { return nullptr; });
-      return parts_.bytes() +
-             SelectScratchBytes(rows.data(), static_cast<int64_t>(rows.size()), device.limits());
+      return parts_.bytes() + SelectScratch(device, rows.data(), static_cast<int64_t>(rows.size()));
     };
     if (!devices.CanHold(bytes, device_)) {
       return absl::UnimplementedError("a layer is more than a GPU can hold at once");
@@ -93,10 +105,9 @@ class LayerCall {
     if (status.ok()) status = LaunchScores(*lease);
     if (status.ok()) status = LaunchSelection(*lease);
     if (status.ok()) status = LaunchRows(*lease);
-    return status.ok() ? Fetch(*lease, bad) : status;
+    return status.ok() ? Fetch(*lease, bad, elsewhere) : status;
   }
 
- private:
   int64_t heads() const { return pass_.saliency.keys.heads; }
   int64_t tokens() const { return pass_.saliency.keys.tokens; }
   int64_t selections() const { return pass_.per_head ? heads() : 1; }
@@ -119,7 +130,23 @@ class LayerCall {
     if (wants_heads()) request.per_head = lease.At<float>(heads_at_);
     request.saliency = lease.At<float>(sum_at_);
     request.flags = lease.At<SaliencyFlags>(results_at_);
-    return lease.device().Check(LaunchSaliency(request, lease.stream()), "LaunchSaliency");
+    float* const resident = ResidentOn(lease);
+    if (resident != nullptr && pass_.resident_decay.has_value()) {
+      request.centrality = resident;
+      request.decay = *pass_.resident_decay;
+    }
+    absl::Status status =
+        lease.device().Check(LaunchSaliency(request, lease.stream()), "LaunchSaliency");
+    if (!status.ok() || resident == nullptr || pass_.resident_decay.has_value()) return status;
+    return Copy(lease, resident, request.saliency, tokens() * kFloat, cudaMemcpyDefault);
+  }
+
+  // The pass's resident vector; null where there is none, or on another device.
+  float* ResidentOn(const Lease& lease) const {
+    if (pass_.resident == nullptr || pass_.resident->gpu() != lease.device().index()) {
+      return nullptr;
+    }
+    return static_cast<DeviceVectors*>(pass_.resident)->At(pass_.resident_to);
   }
 
   // The rows of the selection, one for each set, and of the sums. `at(offset)`: the address of a
@@ -147,13 +174,10 @@ class LayerCall {
   }
 
   absl::Status LaunchSelection(const Lease& lease) const {
-    Device& device = lease.device();
-    absl::Status status = device.Check(LaunchStatistics({.values = lease.At<float>(sum_at_),
-                                                         .heads = 1,
-                                                         .tokens = tokens(),
-                                                         .parts = lease.At<SumsPart>(tiles_at_)},
-                                                        lease.stream()),
-                                       "LaunchStatistics");
+    absl::Status status = RunStatistics(lease, {.values = lease.At<float>(sum_at_),
+                                                .heads = 1,
+                                                .tokens = tokens(),
+                                                .parts = lease.At<SumsPart>(tiles_at_)});
     if (status.ok() && smooths()) status = LaunchSmoothing(lease);
     if (!status.ok()) return status;
     std::vector<SelectRow> rows =
@@ -163,15 +187,8 @@ class LayerCall {
     }
     rows.back().sums = lease.At<RowSums>(sums_at_);
     rows.back().parts = lease.At<SumsPart>(tiles_at_);
-    const auto count = static_cast<int64_t>(rows.size());
-    return device.Check(
-        LaunchSelect({.rows = rows.data(),
-                      .row_count = count,
-                      .scratch = lease.At<void>(parts_.bytes()),
-                      .scratch_bytes = SelectScratchBytes(rows.data(), count, device.limits()),
-                      .limits = device.limits()},
-                     lease.stream()),
-        "LaunchSelect");
+    return RunSelect(lease, rows.data(), static_cast<int64_t>(rows.size()),
+                     lease.At<void>(parts_.bytes()));
   }
 
   // Smoothing does not see the window, whose tokens stay whatever their scores.
@@ -221,36 +238,40 @@ class LayerCall {
     return job;
   }
 
-  // Positions, sums and what was found to be bad lie together and come in one copy.
-  absl::Status Fetch(const Lease& lease, BadStatistic* bad) const {
+  // `elsewhere`: the sum over the heads, where its resident vector lies on another GPU.
+  absl::Status Fetch(const Lease& lease, BadStatistic* bad, std::vector<float>* elsewhere) const {
+    Downloads downloads(lease);
+    // Positions, sums and what was found to be bad lie together and come in one copy.
     std::vector<std::byte> results(static_cast<size_t>(results_end_ - results_at_));
-    absl::Status status = Download(lease, lease.At<std::byte>(results_at_),
-                                   static_cast<int64_t>(results.size()), results.data());
-    if (!status.ok()) return status;
+    downloads.Read(lease.At<std::byte>(results_at_), static_cast<int64_t>(results.size()),
+                   results.data());
+    const auto* const sum = lease.At<float>(sum_at_);
+    if (pass_.sum != nullptr) downloads.Read(sum, tokens() * kFloat, pass_.sum);
+    if (pass_.resident != nullptr && ResidentOn(lease) == nullptr) {
+      elsewhere->resize(static_cast<size_t>(tokens()));
+      downloads.Read(sum, tokens() * kFloat, elsewhere->data());
+    }
+    if (pass_.heads != nullptr) {
+      downloads.Read(lease.At<float>(heads_at_), heads() * tokens() * kFloat, pass_.heads);
+    }
+    for (const DeviceRows& each : rows_) {
+      if (each.writes_in_place) continue;
+      downloads.ReadTensor(lease.At<void>(each.out_at), each.rows->destination,
+                           LayoutOf(each.rows->destination));
+    }
+    if (absl::Status status = downloads.Finish(); !status.ok()) return status;
     const auto read = [&](int64_t offset, size_t bytes, void* to) {
       std::memcpy(to, results.data() + (offset - results_at_), bytes);
     };
     SaliencyFlags flags;
     read(results_at_, sizeof(flags), &flags);
-    if (status = StatusOf(flags, pass_.saliency, bad); !status.ok()) return status;
+    if (absl::Status status = StatusOf(flags, pass_.saliency, bad); !status.ok()) return status;
     RowSums sums;
     read(sums_at_, sizeof(sums), &sums);
     *pass_.sums = {sums.all.total, sums.all.sum_s_log_s, sums.all.sum_squares, sums.top_mass};
     read(positions_at_, static_cast<size_t>(selections() * pass_.keep) * sizeof(int32_t),
          pass_.positions);
-    if (pass_.sum != nullptr) {
-      status = Download(lease, lease.At<float>(sum_at_), tokens() * kFloat, pass_.sum);
-    }
-    if (status.ok() && pass_.heads != nullptr) {
-      status =
-          Download(lease, lease.At<float>(heads_at_), heads() * tokens() * kFloat, pass_.heads);
-    }
-    for (const DeviceRows& each : rows_) {
-      if (!status.ok() || each.writes_in_place) continue;
-      status = DownloadTensor(lease, lease.At<void>(each.out_at), each.rows->destination,
-                              LayoutOf(each.rows->destination));
-    }
-    return status.ok() ? WaitFor(lease) : status;
+    return absl::OkStatus();
   }
 
   const LayerPass& pass_;
@@ -301,6 +322,7 @@ absl::Status RunPass(Devices& devices, const LayerPass& pass, Staged* staged, Ba
       device = std::max(device, place.device);
     }
   }
+  if (device < 0 && pass.resident != nullptr) device = pass.resident->gpu();
   LayerCall call(pass, *keys_at, device);
   for (size_t i = 0; i < pass.rows.size(); ++i) {
     if (!call.Take(pass.rows[i], places[i].first, places[i].second)) left->push_back(i);

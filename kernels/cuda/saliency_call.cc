@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/device_memory.h"
+#include "kernels/cuda/downloads.h"
 #include "kernels/cuda/saliency.h"
 #include "kernels/cuda/saliency_inputs.h"
 #include "kernels/cuda/staging.h"
@@ -56,10 +57,12 @@ absl::Status RunHeads(Devices& devices, const SaliencyParams& params, const Plac
   if (status.ok()) {
     status = lease->device().Check(LaunchSaliency(request, lease->stream()), "LaunchSaliency");
   }
-  if (status.ok()) status = Download(*lease, request.flags, sizeof(*flags), flags);
-  const int64_t bytes =
-      params.keys.heads * params.keys.tokens * static_cast<int64_t>(sizeof(float));
-  return status.ok() ? Download(*lease, request.per_head, bytes, out) : status;
+  if (!status.ok()) return status;
+  Downloads downloads(*lease);
+  downloads.Read(request.flags, sizeof(*flags), flags);
+  downloads.Read(request.per_head,
+                 params.keys.heads * params.keys.tokens * static_cast<int64_t>(sizeof(float)), out);
+  return downloads.Finish();
 }
 
 // Adds what was found in a group of heads, of which the first is `first` and its first query head

@@ -48,13 +48,13 @@ absl::Status Staged::Finish() {
   return status;
 }
 
-std::unique_ptr<StagedLayer> StageKeys(Devices& devices, const SaliencyParams& params) {
+std::unique_ptr<StagedLayer> StageKeys(Devices& devices, const SaliencyParams& params, int gpu) {
   const TensorView& keys = params.keys;
   const absl::StatusOr<Place> place = devices.PlaceOf(keys.data);
   if (!place.ok() || place->on_device() || !place->pinned || !CanBeCopiedAsTheyLie(keys)) {
     return nullptr;
   }
-  std::unique_ptr<Staged> staged = devices.TryStage(VectorBytes(keys));
+  std::unique_ptr<Staged> staged = devices.TryStage(VectorBytes(keys), gpu);
   if (staged == nullptr) return nullptr;
   // An error that matters is met again by the call.
   TensorRuns runs(keys, LayoutOf(keys));

@@ -50,6 +50,6 @@ class Staged final : public StagedLayer {
 };
 
 // As Backend::Stage: of keys in the host's pinned memory that lie in long runs.
-std::unique_ptr<StagedLayer> StageKeys(Devices& devices, const SaliencyParams& params);
+std::unique_ptr<StagedLayer> StageKeys(Devices& devices, const SaliencyParams& params, int gpu);
 
 }  // namespace structkv::cuda

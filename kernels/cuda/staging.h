@@ -1,7 +1,6 @@
-// Copies between the host and a lease's memory, and to it from other device memory. What is not
-// pinned goes through the lane's two
-// pinned slices in turns, so that the host fills or empties one while the other is on the bus.
-// Errors are those of Device::Check.
+// Copies from the host, and other device memory, to a lease's memory; downloads.h has the way back.
+// What is not pinned goes through the lane's two pinned slices in turns, so that the host fills one
+// while the other is on the bus. Errors are those of Device::Check.
 #pragma once
 
 #include <cstddef>
@@ -62,11 +61,11 @@ bool LiesInPinned(const TensorView& view);
 // Waits for all that was queued on the stream.
 absl::Status WaitFor(const Lease& lease);
 
-// From the device, after what was queued on the stream; returns once it is there.
-absl::Status Download(const Lease& lease, const void* from, int64_t bytes, void* to);
-// Vectors that lie dense in `layout` on the device. Those that go to pinned memory in long runs are
-// there once WaitFor() returns, so that several tensors are on the bus behind one another.
-absl::Status DownloadTensor(const Lease& lease, const void* from, const MutableTensorView& to,
-                            Layout layout);
+// A copy on the lease's stream.
+absl::Status Copy(const Lease& lease, void* to, const void* from, int64_t bytes,
+                  cudaMemcpyKind kind);
+// Of a slice: marks that what is queued so far is the last that uses it; and waits for that, asleep.
+absl::Status Mark(const Lease& lease, PinnedSlice& slice);
+absl::Status WaitFor(const Lease& lease, PinnedSlice& slice);
 
 }  // namespace structkv::cuda

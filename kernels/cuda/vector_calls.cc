@@ -3,36 +3,19 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels/cuda/select.h"
+#include "kernels/cuda/downloads.h"
 #include "kernels/cuda/staging.h"
-#include "kernels/cuda/statistics.h"
+#include "kernels/cuda/vector_launches.h"
 
 namespace structkv::cuda {
 namespace {
 
 constexpr int64_t kFloat = sizeof(float);
 
-absl::Status RunStatistics(const Lease& lease, const StatisticsParams& params) {
-  return lease.device().Check(LaunchStatistics(params, lease.stream()), "LaunchStatistics");
-}
-
 // A lease for a selection of `row`: the parts, and after them its scratch memory.
 absl::StatusOr<Lease> AcquireForSelect(Devices& devices, const SelectRow& row, const Parts& parts) {
-  return devices.Acquire([&](const Device& device) {
-    return parts.bytes() + SelectScratchBytes(&row, 1, device.limits());
-  });
-}
-
-absl::Status RunSelect(const Lease& lease, const SelectRow& row, const Parts& parts) {
-  const SelectLimits& limits = lease.device().limits();
-  const int64_t scratch_bytes = SelectScratchBytes(&row, 1, limits);
-  return lease.device().Check(LaunchSelect({.rows = &row,
-                                            .row_count = 1,
-                                            .scratch = lease.At<void>(parts.bytes()),
-                                            .scratch_bytes = scratch_bytes,
-                                            .limits = limits},
-                                           lease.stream()),
-                              "LaunchSelect");
+  return devices.Acquire(
+      [&](const Device& device) { return parts.bytes() + SelectScratch(device, &row, 1); });
 }
 
 }  // namespace
@@ -138,7 +121,7 @@ absl::StatusOr<SaliencySums> Sums(Devices& devices, const float* scores, int64_t
         *lease,
         {.values = row.scores, .heads = 1, .tokens = tokens, .parts = lease->At<SumsPart>(tiles)});
   }
-  if (status.ok()) status = RunSelect(*lease, row, parts);
+  if (status.ok()) status = RunSelect(*lease, &row, 1, lease->At<void>(parts.bytes()));
   RowSums got;
   if (status.ok()) status = Download(*lease, row.sums, sizeof(got), &got);
   if (!status.ok()) return status;
@@ -182,7 +165,7 @@ absl::Status Select(Devices& devices, const structkv::SelectParams& params, int3
   Upload upload(*lease);
   upload.Write(lease->At<float>(scores), params.scores, params.tokens);
   absl::Status status = upload.Flush();
-  if (status.ok()) status = RunSelect(*lease, row, parts);
+  if (status.ok()) status = RunSelect(*lease, &row, 1, lease->At<void>(parts.bytes()));
   return status.ok() ? Download(*lease, row.positions,
                                 params.keep * static_cast<int64_t>(sizeof(int32_t)), positions)
                      : status;

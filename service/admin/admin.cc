@@ -22,6 +22,8 @@ void AddBackend(const BackendStats& stats, Readings* readings) {
   for (const BackendStats::Gpu& gpu : stats.gpus) {
     const std::string name = absl::StrCat("gpu", gpu.index);
     readings->pools[name] = {gpu.calls.used_bytes, gpu.calls.bytes};
+    readings->pools[absl::StrCat(name, "_resident")] = {gpu.resident.used_bytes,
+                                                        gpu.resident.bytes};
     if (gpu.apart.bytes == 0) continue;
     readings->pools[absl::StrCat(name, "_nccl")] = {gpu.apart.used_bytes, gpu.apart.bytes};
   }

@@ -1,6 +1,7 @@
 #include "service/engine/prompt.h"
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -32,10 +33,6 @@ class Prompt::Impl {
     if (shards_.empty()) part_specs_.push_back(spec_);
     if (spec_.rotary.has_value()) rerotation_.emplace(spec_);
     if (spec_.method.needs_statistics()) metrics_.resize(spec_.geometry.layers);
-    if (!spec_.method.has_centrality()) return;
-    const auto range = method::PossibleCentralities(spec_.geometry.layers, spec_.method.pivot);
-    centrality_ = std::make_unique<method::Centrality>(spec_.method.decay, spec_.prompt_tokens,
-                                                       range.first, range.last, backend);
   }
 
   const PromptSpec& spec() const { return spec_; }
@@ -52,6 +49,7 @@ class Prompt::Impl {
     const int64_t tokens = TokensOf(first);
     whole.layer = first.layer;
     whole.kept_tokens = std::min(spec_.kept_tokens(whole.layer), tokens);
+    if (awaits_pivot_ && centrality_ == nullptr) MakeCentrality(first);
     LayerSaliency saliency;
     Planned planned;
     const StageTimes::Clock::time_point begin = StageTimes::Clock::now();
@@ -82,10 +80,14 @@ class Prompt::Impl {
     }
     answered_[whole.layer] = true;
     ++answered_count_;
-    if (centrality_ != nullptr) {
+    if (awaits_pivot_) {
       const StageTimer timer(&stages_, Stage::kCentrality);
-      centrality_->Add(whole.layer, {saliency.sum_scores(), static_cast<size_t>(tokens)}, parallel);
-      DecideIfKnown(parallel);
+      status =
+          *passed && IsResident()
+              ? centrality_->Came(whole.layer, parallel)
+              : centrality_->Add(whole.layer, {saliency.sum_scores(), static_cast<size_t>(tokens)},
+                                 parallel);
+      if (status.ok()) status = DecideIfKnown(parallel);
     } else if (whole.layer == spec_.method.skeleton_layer()) {
       // GemFilter's choice, which all parts share.
       const StageTimer timer(&stages_, Stage::kSelect);
@@ -95,9 +97,10 @@ class Prompt::Impl {
     if (spec_.return_saliency && spec_.has_input(whole.layer)) {
       ReturnSaliency(std::move(saliency), tokens, outputs);
     }
-    if (absl::Status health = backend_.Health(); !health.ok()) {
+    if (status.ok()) status = backend_.Health();
+    if (!status.ok()) {
       failed_ = true;
-      return health;
+      return status;
     }
     return outputs;
   }
@@ -105,7 +108,7 @@ class Prompt::Impl {
   // Looks at nothing that compressing a layer changes.
   void Stage(LayerInput* input) const {
     if (input->staged != nullptr || !PassOf(input->layer, TokensOf(*input)).has_value()) return;
-    input->staged = backend_.Stage(ScoredLayer(spec_, *input).params());
+    input->staged = backend_.Stage(ScoredLayer(spec_, *input).params(), gpu_.load());
   }
 
   std::optional<PivotResult> TakePivot() { return std::exchange(pivot_, std::nullopt); }
@@ -183,6 +186,23 @@ class Prompt::Impl {
     return policy_->TopScores(SelectionOf(layer, tokens));
   }
 
+  // Where layers go to the backend whole, on the GPU that the first of them is computed on.
+  void MakeCentrality(const LayerInput& input) {
+    const auto range = method::PossibleCentralities(spec_.geometry.layers, spec_.method.pivot);
+    const int64_t count = method::Centrality::MaxVectors(range.last);
+    const int64_t tokens = spec_.prompt_tokens;
+    std::unique_ptr<ResidentVectors> vectors =
+        PassOf(input.layer, TokensOf(input)).has_value()
+            ? backend_.Resident(count, tokens, input.keys.data(), input.staged.get())
+            : HostVectors(count, tokens, backend_);
+    gpu_ = vectors->gpu();
+    centrality_ = std::make_unique<method::Centrality>(spec_.method.decay, range.first, range.last,
+                                                       std::move(vectors));
+  }
+
+  // Whether layers that are computed in one call leave their saliency on a GPU.
+  bool IsResident() const { return awaits_pivot_ && centrality_->resident()->gpu() >= 0; }
+
   // Has the backend compute the layer in one call, where it does that and nothing comes between the
   // steps. False: they are to be taken one by one.
   absl::StatusOr<bool> TryPass(LayerInput& input, int64_t tokens, LayerOutput& whole,
@@ -201,12 +221,21 @@ class Prompt::Impl {
         !status.ok()) {
       return status;
     }
-    const int64_t kv_heads = spec_.geometry.kv_heads;
-    saliency->sum = pool_.Acquire(tokens * sizeof(float));
-    pass.sum = saliency->sum.as<float>();
+    if (IsResident()) {
+      if (const auto place = centrality_->PlaceOf(whole.layer); place.has_value()) {
+        pass.resident = centrality_->resident();
+        pass.resident_to = place->vector;
+        pass.resident_decay = place->decay;
+      }
+    }
+    // What the host wants of the saliency crosses the bus.
+    if ((spec_.return_saliency && !spec_.per_kv_head()) || (awaits_pivot_ && !IsResident())) {
+      saliency->sum = pool_.Acquire(tokens * sizeof(float));
+      pass.sum = saliency->sum.as<float>();
+    }
     if (whole.layer == spec_.method.skeleton_layer() ||
         (spec_.return_saliency && spec_.per_kv_head())) {
-      saliency->per_head = pool_.Acquire(kv_heads * tokens * sizeof(float));
+      saliency->per_head = pool_.Acquire(spec_.geometry.kv_heads * tokens * sizeof(float));
       pass.heads = saliency->per_head.as<float>();
     }
     whole.positions.resize(selection.heads * whole.kept_tokens);
@@ -416,35 +445,41 @@ class Prompt::Impl {
 
   // Asks after each layer of the complete prefix in turn, so that the order of arrival leaves no
   // trace in the answer.
-  void DecideIfKnown(ParallelFor parallel) {
+  absl::Status DecideIfKnown(ParallelFor parallel) {
     const int64_t layers = spec_.geometry.layers;
-    while (complete_prefix_ < layers && answered_[complete_prefix_]) {
+    absl::Status status;
+    while (status.ok() && complete_prefix_ < layers && answered_[complete_prefix_]) {
       ++complete_prefix_;
       std::optional<method::PivotDecision> decision = method::DecideAfter(
           {metrics_.data(), static_cast<size_t>(complete_prefix_)}, layers, spec_.method.pivot);
-      if (decision.has_value()) {
-        Decide(*std::move(decision), parallel);
-        return;
-      }
-      if (online_) centrality_->NotBelow(complete_prefix_, parallel);
+      if (decision.has_value()) return Decide(*std::move(decision), parallel);
+      if (online_) status = centrality_->NotBelow(complete_prefix_, parallel);
     }
+    return status;
   }
 
-  void Decide(method::PivotDecision decision, ParallelFor parallel) {
+  absl::Status Decide(method::PivotDecision decision, ParallelFor parallel) {
     PivotResult result;
     result.decision = std::move(decision);
-    result.centrality = centrality_->Take(result.decision.centrality_layer, parallel);
-    centrality_.reset();
+    absl::Status status = centrality_->Finish(result.decision.centrality_layer, parallel);
+    if (!status.ok()) return status;
     result.skeleton.resize(spec_.skeleton_tokens());
-    backend_.Select({.scores = result.centrality.data(),
-                     .tokens = spec_.prompt_tokens,
-                     .window = spec_.window_rows(),
-                     .keep = spec_.skeleton_tokens()},
-                    result.skeleton.data());
-    if (!spec_.return_centrality) result.centrality = std::vector<float>();
-    ScaleReturned(result.centrality.data(), result.centrality.size());
+    status = centrality_->Select({.tokens = spec_.prompt_tokens,
+                                  .window = spec_.window_rows(),
+                                  .keep = spec_.skeleton_tokens()},
+                                 result.skeleton.data());
+    if (status.ok() && spec_.return_centrality) {
+      result.centrality.resize(static_cast<size_t>(spec_.prompt_tokens));
+      status = centrality_->Read(result.centrality.data());
+      ScaleReturned(result.centrality.data(), result.centrality.size());
+    }
+    if (!status.ok()) return status;
+    awaits_pivot_ = false;
+    centrality_.reset();
+    gpu_ = -1;
     pivot_ = std::move(result);
     AllowSkeletonRows();
+    return absl::OkStatus();
   }
 
   // Later layers may come as the rows of the pivot's skeleton.
@@ -470,7 +505,9 @@ class Prompt::Impl {
   bool failed_ = false;
   StageTimes stages_;  // of the last layer
   std::vector<method::LayerMetrics> metrics_;
-  std::unique_ptr<method::Centrality> centrality_;  // until the pivot is known
+  bool awaits_pivot_ = spec_.method.has_centrality();  // until it is known
+  std::unique_ptr<method::Centrality> centrality_;     // from the first layer until then
+  std::atomic<int> gpu_ = -1;                          // where its vectors lie; read by Stage()
   std::optional<PivotResult> pivot_;
   std::shared_ptr<const Skeleton> skeleton_;  // once the pivot is known
   bool skeleton_came_ = false;                // a layer came as skeleton rows

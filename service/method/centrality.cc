@@ -5,51 +5,78 @@
 
 namespace structkv::method {
 
-Centrality::Centrality(double decay, int64_t tokens, int64_t first, int64_t last,
-                       const Backend* backend)
-    : decay_(static_cast<float>(decay)),
-      tokens_(tokens),
-      first_(first),
-      last_(last),
-      backend_(backend) {}
+Centrality::Centrality(double decay, int64_t first, int64_t last,
+                       std::unique_ptr<ResidentVectors> vectors)
+    : decay_(static_cast<float>(decay)), first_(first), last_(last), vectors_(std::move(vectors)) {
+  for (int64_t vector = MaxVectors(last); vector > 0; --vector) free_.push_back(vector - 1);
+}
 
-void Centrality::Add(int64_t layer, absl::Span<const float> saliency, ParallelFor parallel) {
-  if (layer > last_) return;
-  if (layer == next_ && layer > 0 && layer <= first_) {
-    backend_->Accumulate(decay_, saliency.data(), sum_.data(), tokens_, parallel);
+std::optional<Centrality::Place> Centrality::PlaceOf(int64_t layer) const {
+  if (layer > last_) return std::nullopt;
+  if (GoesToSum(layer)) return Place{*sum_, decay_};
+  return Place{free_.back(), std::nullopt};
+}
+
+absl::Status Centrality::Came(int64_t layer, ParallelFor parallel) {
+  if (layer > last_) return absl::OkStatus();
+  if (GoesToSum(layer)) {
     ++next_;
   } else {
-    wait_.emplace(layer, std::vector<float>(saliency.begin(), saliency.end()));
+    wait_.emplace(layer, free_.back());
+    free_.pop_back();
   }
-  FoldUpTo(first_, parallel);
+  return FoldUpTo(first_, parallel);
 }
 
-void Centrality::NotBelow(int64_t layer, ParallelFor parallel) {
+absl::Status Centrality::Add(int64_t layer, absl::Span<const float> saliency,
+                             ParallelFor parallel) {
+  const std::optional<Place> place = PlaceOf(layer);
+  if (!place.has_value()) return absl::OkStatus();
+  absl::Status status = vectors_->Add(place->vector, place->decay, saliency.data(), parallel);
+  return status.ok() ? Came(layer, parallel) : status;
+}
+
+absl::Status Centrality::NotBelow(int64_t layer, ParallelFor parallel) {
   first_ = std::max(first_, std::min(layer, last_));
-  FoldUpTo(first_, parallel);
+  return FoldUpTo(first_, parallel);
 }
 
-std::vector<float> Centrality::Take(int64_t layer, ParallelFor parallel) {
-  FoldUpTo(layer, parallel);
+absl::Status Centrality::Finish(int64_t layer, ParallelFor parallel) {
+  absl::Status status = FoldUpTo(layer, parallel);
+  for (const auto& [waiting, vector] : wait_) Free(vector);
   wait_.clear();
-  return std::move(sum_);
+  return status;
 }
+
+absl::Status Centrality::Select(const SelectParams& params, int32_t* positions) const {
+  return vectors_->Select(*sum_, params, positions);
+}
+
+absl::Status Centrality::Read(float* values) const { return vectors_->Read(*sum_, values); }
 
 int64_t Centrality::vectors() const {
-  return static_cast<int64_t>(wait_.size()) + (sum_.empty() ? 0 : 1);
+  return static_cast<int64_t>(wait_.size()) + (sum_.has_value() ? 1 : 0);
 }
 
-void Centrality::FoldUpTo(int64_t layer, ParallelFor parallel) {
+absl::Status Centrality::FoldUpTo(int64_t layer, ParallelFor parallel) {
   while (next_ <= layer && !wait_.empty() && wait_.begin()->first == next_) {
-    auto first = wait_.begin();
-    if (next_ == 0) {
-      sum_ = std::move(first->second);
+    const auto first = wait_.begin();
+    if (sum_.has_value()) {
+      absl::Status status = vectors_->Fold(*sum_, decay_, first->second, parallel);
+      if (!status.ok()) return status;
+      Free(first->second);
     } else {
-      backend_->Accumulate(decay_, first->second.data(), sum_.data(), tokens_, parallel);
+      sum_ = first->second;
     }
     wait_.erase(first);
     ++next_;
   }
+  return absl::OkStatus();
+}
+
+void Centrality::Free(int64_t vector) {
+  vectors_->Drop(vector);
+  free_.push_back(vector);
 }
 
 }  // namespace structkv::method

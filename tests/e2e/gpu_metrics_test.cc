@@ -40,10 +40,12 @@ class GpuMetricsTest : public NcclTest {
 
 TEST_F(GpuMetricsTest, PoolsOfEachGpu) {
   auto limits = Series("memory_limit_bytes");
-  EXPECT_EQ(limits["pool=\"gpu0\""], 64 << 20);
+  EXPECT_EQ(limits["pool=\"gpu0\""], 60 << 20);
+  EXPECT_EQ(limits["pool=\"gpu0_resident\""], 4 << 20);
   EXPECT_EQ(limits["pool=\"gpu0_nccl\""], kReserveBytes);
   auto reserved = Series("memory_reserved_bytes");
   EXPECT_EQ(reserved["pool=\"gpu0\""], 0);
+  EXPECT_EQ(reserved["pool=\"gpu0_resident\""], 0);
   EXPECT_EQ(reserved["pool=\"gpu0_nccl\""], 0);
   {
     const auto taken = server().sessions().backend().Reserve(0, 1 << 20);

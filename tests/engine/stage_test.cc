@@ -38,7 +38,7 @@ class StagingBackend final : public testing::ForwardingBackend {
     capabilities_.whole_layers = true;
   }
   const BackendCapabilities& capabilities() const override { return capabilities_; }
-  std::unique_ptr<StagedLayer> Stage(const SaliencyParams& params) const override {
+  std::unique_ptr<StagedLayer> Stage(const SaliencyParams& params, int /*gpu*/) const override {
     return std::make_unique<Keys>(params.keys.data, &alive_);
   }
   absl::Status RunLayer(const LayerPass& pass, BadStatistic* /*bad*/,

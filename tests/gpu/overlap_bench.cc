@@ -197,7 +197,7 @@ class Overlap {
         if (absl::Status status = Fill(keys, prompt.copied.get()); !status.ok()) return status;
         continue;
       }
-      std::unique_ptr<StagedLayer> staged = backend_.Stage(Params(keys.data()));
+      std::unique_ptr<StagedLayer> staged = backend_.Stage(Params(keys.data()), -1);
       if (staged == nullptr) {
         return absl::ResourceExhaustedError(
             absl::StrCat("the keys of ", tokens_, " tokens of ", prompts_.size(),
@@ -225,7 +225,7 @@ class Overlap {
       const int set = layer % kSets;
       std::unique_ptr<StagedLayer> staged = std::move(next);
       if (layer + 1 < options_.layers) {
-        next = backend_.Stage(Params(prompt.keys[(layer + 1) % kSets].data()));
+        next = backend_.Stage(Params(prompt.keys[(layer + 1) % kSets].data()), -1);
       }
       absl::Status status = Run(prompt.keys[set].data(), prompt.values[set].data(), staged.get(),
                                 &prompt.from_host[set], parallel);

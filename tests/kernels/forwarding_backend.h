@@ -9,6 +9,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/imported_memory.h"
+#include "kernels/resident_vectors.h"
 
 namespace structkv::testing {
 
@@ -69,8 +70,12 @@ class ForwardingBackend : public Backend {
                         ParallelFor parallel) const override {
     return real_->RunLayer(pass, bad, parallel);
   }
-  std::unique_ptr<StagedLayer> Stage(const SaliencyParams& params) const override {
-    return real_->Stage(params);
+  std::unique_ptr<StagedLayer> Stage(const SaliencyParams& params, int gpu) const override {
+    return real_->Stage(params, gpu);
+  }
+  std::unique_ptr<ResidentVectors> Resident(int64_t count, int64_t tokens, const void* keys,
+                                            const StagedLayer* staged) const override {
+    return real_->Resident(count, tokens, keys, staged);
   }
   HostPinning host_pinning() const override { return real_->host_pinning(); }
   absl::Status Zero(void* to, int64_t bytes) const override { return real_->Zero(to, bytes); }

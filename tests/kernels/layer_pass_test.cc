@@ -179,6 +179,32 @@ TEST_P(LayerPassTest, TakesBlocksAndSomeHeads) {
   ExpectRows(values, want, kept_values, 1);
 }
 
+// The sum goes to a vector on the GPU, and from there to centrality, and need not come back.
+TEST_P(LayerPassTest, LeavesTheSumWhereItIsComputed) {
+  const SaliencyParams params = inputs_.params();
+  const std::unique_ptr<ResidentVectors> vectors =
+      backend_->Resident(2, kShape.tokens, params.keys.data, nullptr);
+  ASSERT_GE(vectors->gpu(), 0);
+  Outcome got;
+  LayerPass pass = PassOf(params, &got);
+  pass.heads = nullptr;
+  pass.resident = vectors.get();
+  pass.resident_to = 1;
+  ASSERT_EQ(backend_->RunLayer(pass, nullptr, SerialFor), absl::OkStatus());
+  std::vector<float> left(static_cast<size_t>(kShape.tokens));
+  ASSERT_EQ(vectors->Read(1, left.data()), absl::OkStatus());
+  EXPECT_EQ(left, got.sum);
+
+  pass.resident_decay = 0.9F;
+  pass.sum = nullptr;
+  ASSERT_EQ(backend_->RunLayer(pass, nullptr, SerialFor), absl::OkStatus());
+  std::vector<float> centrality = got.sum;
+  backend_->Accumulate(0.9F, got.sum.data(), centrality.data(), kShape.tokens, SerialFor);
+  ASSERT_EQ(vectors->Read(1, left.data()), absl::OkStatus());
+  EXPECT_EQ(left, centrality);
+  EXPECT_EQ(got.positions, StepByStep(params).positions);
+}
+
 TEST_P(LayerPassTest, NamesAValueThatIsNotFinite) {
   Inputs inputs(kShape, types_, layout_, random_);
   inputs.queries.Set(4, 2, 1, std::numeric_limits<float>::quiet_NaN());

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
@@ -18,6 +20,7 @@
 #include "kernels/cuda/devices.h"
 #include "kernels/layer_pass.h"
 #include "kernels/reference/reference_backend.h"
+#include "kernels/resident_vectors.h"
 #include "tests/kernels/cuda/fake_backend.h"
 #include "tests/kernels/cuda/gate.h"
 #include "tests/kernels/random_tensor.h"
@@ -166,8 +169,10 @@ TEST_F(CudaBackendTest, ReservesMemoryApartFromThatOfCalls) {
     const BackendStats stats = backend->stats();
     ASSERT_EQ(stats.gpus.size(), 2U);
     for (const BackendStats::Gpu& gpu : stats.gpus) {
-      EXPECT_EQ(gpu.calls.bytes, 64 * kMiB);
+      EXPECT_EQ(gpu.calls.bytes, 60 * kMiB);
       EXPECT_EQ(gpu.calls.used_bytes, 0);
+      EXPECT_EQ(gpu.resident.bytes, 4 * kMiB);
+      EXPECT_EQ(gpu.resident.used_bytes, 0);
       EXPECT_EQ(gpu.apart.bytes, 32 * kMiB);
       EXPECT_EQ(gpu.apart.used_bytes, gpu.index == 1 ? 256 : 0);
     }
@@ -242,6 +247,138 @@ TEST_F(CudaBackendTest, OutOfMemoryAtALaunchIsThatCallsAlone) {
   EXPECT_EQ(backend_->Health(), absl::OkStatus());
 }
 
+class ResidentTest : public CudaBackendTest {
+ protected:
+  static constexpr int64_t kTokens = 3000;
+
+  std::unique_ptr<ResidentVectors> Make(int64_t count, const void* keys = nullptr) {
+    return backend_->Resident(count, kTokens, keys, nullptr);
+  }
+  BackendStats::Pool Pool(size_t gpu = 0) const { return backend_->stats().gpus[gpu].resident; }
+};
+
+TEST_F(ResidentTest, DoWhatTheHostsDo) {
+  Start();
+  const std::unique_ptr<ResidentVectors> vectors = Make(3);
+  ASSERT_EQ(vectors->gpu(), 0);
+  const std::unique_ptr<ResidentVectors> host = HostVectors(3, kTokens, *reference_);
+  EXPECT_EQ(host->gpu(), -1);
+  const std::vector<float> first = Scores(kTokens);
+  const std::vector<float> second = Scores(kTokens);
+  for (ResidentVectors* each : {vectors.get(), host.get()}) {
+    ASSERT_EQ(each->Add(0, std::nullopt, first.data(), SerialFor), absl::OkStatus());
+    ASSERT_EQ(each->Add(2, std::nullopt, second.data(), SerialFor), absl::OkStatus());
+    ASSERT_EQ(each->Add(0, 0.9F, second.data(), SerialFor), absl::OkStatus());
+    ASSERT_EQ(each->Fold(0, 0.5F, 2, SerialFor), absl::OkStatus());
+    each->Drop(2);
+  }
+  std::vector<float> got(kTokens);
+  std::vector<float> wanted(kTokens);
+  ASSERT_EQ(vectors->Read(0, got.data()), absl::OkStatus());
+  ASSERT_EQ(host->Read(0, wanted.data()), absl::OkStatus());
+  EXPECT_THAT(got, ::testing::Pointwise(::testing::FloatEq(), wanted));
+  std::vector<int32_t> positions(20, -1);
+  ASSERT_EQ(vectors->Select(0, {.tokens = kTokens, .window = 5, .keep = 20}, positions.data()),
+            absl::OkStatus());
+  EXPECT_EQ(positions, Wanted(got));
+}
+
+TEST_F(ResidentTest, LieOnTheGpuOfTheKeysOrOnTheOneWithRoom) {
+  Start({.count = 2});
+  EXPECT_EQ(Make(1)->gpu(), 0);
+  const std::unique_ptr<ResidentVectors> first = Make(1);
+  EXPECT_EQ(first->gpu(), 0);
+  const std::unique_ptr<ResidentVectors> second = Make(1);
+  EXPECT_EQ(second->gpu(), 1) << "the other one has more room";
+  for (const int gpu : {0, 1}) {
+    ASSERT_EQ(cudaSetDevice(gpu), cudaSuccess);
+    const cuda::DeviceBytes keys = *cuda::MakeDeviceBytes(4096);
+    EXPECT_EQ(Make(1, keys.get())->gpu(), gpu);
+  }
+}
+
+TEST_F(ResidentTest, GoToTheHostWhereThereIsNoRoom) {
+  Start();
+  EXPECT_EQ(Pool().bytes, 4 * kMiB);
+  constexpr int64_t kAll = 4 * kMiB / (3008 * 4);
+  {
+    const std::unique_ptr<ResidentVectors> most = Make(kAll * 3 / 4);
+    EXPECT_EQ(most->gpu(), 0);
+    EXPECT_GT(Pool().used_bytes, 2 * kMiB);
+    const std::unique_ptr<ResidentVectors> more = Make(kAll / 2);
+    EXPECT_EQ(more->gpu(), -1);
+    const std::vector<float> scores = Scores(kTokens);
+    std::vector<float> got(kTokens);
+    ASSERT_EQ(more->Add(1, std::nullopt, scores.data(), SerialFor), absl::OkStatus());
+    ASSERT_EQ(more->Read(1, got.data()), absl::OkStatus());
+    EXPECT_EQ(got, scores);
+  }
+  EXPECT_EQ(Pool().used_bytes, 0);
+  EXPECT_EQ(Make(kAll / 2)->gpu(), 0);
+}
+
+TEST_F(ResidentTest, ErrorsAreTold) {
+  Start();
+  const std::unique_ptr<ResidentVectors> vectors = Make(2);
+  const std::vector<float> scores = Scores(kTokens);
+  ASSERT_EQ(vectors->Add(0, std::nullopt, scores.data(), SerialFor), absl::OkStatus());
+  ASSERT_EQ(vectors->Add(1, std::nullopt, scores.data(), SerialFor), absl::OkStatus());
+  std::vector<int32_t> positions(20);
+  for (int what = 0; what < 3; ++what) {
+    FakeCuda::FailLaunch(0, cudaErrorMemoryAllocation);
+    const absl::Status status =
+        what == 0 ? vectors->Add(0, 0.9F, scores.data(), SerialFor)
+        : what == 1
+            ? vectors->Fold(0, 0.9F, 1, SerialFor)
+            : vectors->Select(0, {.tokens = kTokens, .window = 5, .keep = 20}, positions.data());
+    EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << what;
+  }
+  EXPECT_EQ(backend_->Health(), absl::OkStatus());
+}
+
+// Of a prompt whose layers lie on several GPUs.
+TEST_F(ResidentTest, AnotherGpusVectorGetsTheSumByWayOfTheHost) {
+  Start({.count = 2});
+  const SaliencyParams params = inputs_.params();
+  const auto tokens = static_cast<size_t>(kShape.tokens);
+  const auto key_bytes = static_cast<size_t>(kShape.kv_heads * kShape.tokens * kShape.dim * 2);
+  ASSERT_EQ(cudaSetDevice(1), cudaSuccess);
+  const cuda::DeviceBytes keys = *cuda::MakeDeviceBytes(static_cast<int64_t>(key_bytes));
+  const auto stream = *cuda::MakeStream();
+  const cuda::PinnedBytes pinned = *cuda::MakePinnedBytes(static_cast<int64_t>(key_bytes));
+  std::memcpy(pinned.get(), params.keys.data, key_bytes);
+  ASSERT_EQ(
+      cudaMemcpyAsync(keys.get(), pinned.get(), key_bytes, cudaMemcpyHostToDevice, stream.get()),
+      cudaSuccess);
+  ASSERT_EQ(cudaStreamSynchronize(stream.get()), cudaSuccess);
+  for (const int gpu : {0, 1}) {
+    ASSERT_EQ(cudaSetDevice(gpu), cudaSuccess);
+    const cuda::DeviceBytes near = *cuda::MakeDeviceBytes(256);
+    const std::unique_ptr<ResidentVectors> vectors =
+        backend_->Resident(2, kShape.tokens, near.get(), nullptr);
+    ASSERT_EQ(vectors->gpu(), gpu);
+    std::vector<float> sum(tokens);
+    std::vector<int32_t> positions(20);
+    SaliencySums sums;
+    LayerPass pass = {.saliency = params,
+                      .top_count = 9,
+                      .window = kShape.window,
+                      .keep = 20,
+                      .resident = vectors.get(),
+                      .resident_to = 1,
+                      .sum = sum.data(),
+                      .positions = positions.data(),
+                      .sums = &sums};
+    pass.saliency.keys.data = keys.get();
+    ASSERT_EQ(backend_->RunLayer(pass, nullptr, SerialFor), absl::OkStatus());
+    pass.resident_decay = 0.75F;
+    ASSERT_EQ(backend_->RunLayer(pass, nullptr, SerialFor), absl::OkStatus());
+    std::vector<float> got(tokens);
+    ASSERT_EQ(vectors->Read(1, got.data()), absl::OkStatus());
+    for (size_t j = 0; j < tokens; ++j) EXPECT_EQ(got[j], std::fma(0.75F, sum[j], sum[j]));
+  }
+}
+
 // Heads go in groups where a GPU has no room for all, or the kernels for so many.
 TEST_F(CudaBackendTest, HeadsThatDoNotFitGoOneAfterTheOther) {
   const testing::Shape shape = {14, 7, 90, 32, 4};
@@ -250,7 +387,10 @@ TEST_F(CudaBackendTest, HeadsThatDoNotFitGoOneAfterTheOther) {
   std::vector<float> together;
   ASSERT_EQ(SaliencyOf(some.params(), &together), absl::OkStatus());
   backend_.reset();
-  Start({}, {.memory_bytes = 128 << 10, .least_memory_bytes = 1, .slice_bytes = 4096});
+  Start({}, {.memory_bytes = 128 << 10,
+             .least_memory_bytes = 1,
+             .resident_share = 0,
+             .slice_bytes = 4096});
   std::vector<float> apart;
   ASSERT_EQ(SaliencyOf(some.params(), &apart), absl::OkStatus());
   EXPECT_GT(FakeCuda::kernels(0), 1);
@@ -281,7 +421,8 @@ TEST_F(CudaBackendTest, MoreHeadsThanTheKernelsTake) {
 
 TEST_F(CudaBackendTest, WhatCanNeverFitIsRefusedOrDoneByTheCpu) {
   int told = 0;
-  Start({}, {.memory_bytes = 4096, .least_memory_bytes = 1, .slice_bytes = 4096},
+  Start({},
+        {.memory_bytes = 4096, .least_memory_bytes = 1, .resident_share = 0, .slice_bytes = 4096},
         [&](const absl::Status& /*why*/) { ++told; });
   const absl::Status status = Saliency();
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
@@ -299,7 +440,9 @@ TEST_F(CudaBackendTest, SaysBeforehandWhatCanNeverFit) {
   int64_t least = 0;
   for (int64_t bytes = 4096; least == 0; bytes += 256) {
     backend_.reset();
-    Start({}, {.memory_bytes = bytes, .least_memory_bytes = 1, .slice_bytes = 4096});
+    Start(
+        {},
+        {.memory_bytes = bytes, .least_memory_bytes = 1, .resident_share = 0, .slice_bytes = 4096});
     const absl::Status room = backend_->CheckRoom(inputs_.params(), /*keys_on_device=*/false);
     if (room.ok()) {
       least = bytes;
@@ -316,7 +459,10 @@ TEST_F(CudaBackendTest, SaysBeforehandWhatCanNeverFit) {
   EXPECT_GT(least, 4096);
   backend_.reset();
   // Keys that lie in a GPU's memory are not copied there.
-  Start({}, {.memory_bytes = least - 256, .least_memory_bytes = 1, .slice_bytes = 4096});
+  Start({}, {.memory_bytes = least - 256,
+             .least_memory_bytes = 1,
+             .resident_share = 0,
+             .slice_bytes = 4096});
   EXPECT_EQ(backend_->CheckRoom(inputs_.params(), /*keys_on_device=*/true), absl::OkStatus());
   SaliencyParams given = inputs_.params();
   const std::vector<float> lse(static_cast<size_t>(given.queries.heads * given.queries.tokens));
@@ -584,6 +730,7 @@ TEST_F(CudaBackendTest, ManyCallsOnAPoolForOneAllHaveTheirTurn) {
   constexpr auto kCallTime = std::chrono::milliseconds(100);
   const cuda::DeviceOptions options = {.memory_bytes = 48 << 10,
                                        .least_memory_bytes = 1,
+                                       .resident_share = 0,
                                        .lanes = 4,
                                        .slice_bytes = 4096,
                                        .wait_limit = kCalls * kCallTime / 2};

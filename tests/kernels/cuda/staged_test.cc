@@ -180,10 +180,10 @@ TEST_F(StagedTest, OneLayersKeysAreCopiedWhileAnotherIsComputed) {
   Gate gate;
   std::thread computes([&] { first.Run(*backend_, nullptr); });
   ASSERT_TRUE(gate.WaitUntilBlocked());
-  const std::unique_ptr<StagedLayer> staged = backend_->Stage(second.params());
+  const std::unique_ptr<StagedLayer> staged = backend_->Stage(second.params(), -1);
   ASSERT_NE(staged, nullptr);
   // Ends when its copy has ended, which comes after that of the second's.
-  backend_->Stage(third.params()).reset();
+  backend_->Stage(third.params(), -1).reset();
   const std::vector<FakeWork> meanwhile = FakeCuda::TakeLog();
   gate.Open();
   computes.join();
@@ -216,7 +216,7 @@ TEST_F(StagedTest, ResultsAreThoseOfACallThatCopies) {
     for (const bool pinned_values : {true, false}) {
       const Layer layer(4, layout, pinned_values);
       const Outcome wanted = layer.Run(*backend_, nullptr);
-      const std::unique_ptr<StagedLayer> staged = backend_->Stage(layer.params());
+      const std::unique_ptr<StagedLayer> staged = backend_->Stage(layer.params(), -1);
       ASSERT_NE(staged, nullptr);
       EXPECT_EQ(UsedBytes(), cuda::ArenaSize(kKeyBytes));
       const Outcome got = layer.Run(*backend_, staged.get());
@@ -232,23 +232,23 @@ TEST_F(StagedTest, NothingIsStagedThatIsNotWorthIt) {
   const Layer layer(5, Layout::kHeadTokenDim);
   auto random = testing::Random(6);
   const testing::Inputs pageable(kShape, DType::kBF16, Layout::kHeadTokenDim, random);
-  EXPECT_EQ(backend_->Stage(pageable.params()), nullptr);
+  EXPECT_EQ(backend_->Stage(pageable.params(), -1), nullptr);
   SaliencyParams cut = layer.params();
   cut.keys.head_stride = cut.keys.tokens * cut.keys.dim;
   cut.keys.tokens = 500;  // runs of 64,000 bytes
-  EXPECT_EQ(backend_->Stage(cut), nullptr);
+  EXPECT_EQ(backend_->Stage(cut, -1), nullptr);
   SaliencyParams wrong = layer.params();
   wrong.queries.dim = 32;
-  EXPECT_EQ(backend_->Stage(wrong), nullptr);
+  EXPECT_EQ(backend_->Stage(wrong, -1), nullptr);
   // Two for each lane.
   std::vector<std::unique_ptr<StagedLayer>> all;
   for (int i = 0; i < 2 * cuda::DeviceOptions().lanes; ++i) {
-    all.push_back(backend_->Stage(layer.params()));
+    all.push_back(backend_->Stage(layer.params(), -1));
     EXPECT_NE(all.back(), nullptr);
   }
-  EXPECT_EQ(backend_->Stage(layer.params()), nullptr);
+  EXPECT_EQ(backend_->Stage(layer.params(), -1), nullptr);
   all.pop_back();
-  EXPECT_NE(backend_->Stage(layer.params()), nullptr);
+  EXPECT_NE(backend_->Stage(layer.params(), -1), nullptr);
   all.clear();
   EXPECT_EQ(UsedBytes(), 0);
 }
@@ -261,7 +261,7 @@ TEST_F(StagedTest, WhatIsStagedMakesRoomForCalls) {
   const Outcome wanted_first = first.Run(*backend_, nullptr);
   const Outcome wanted_second = second.Run(*backend_, nullptr);
   Start(Pool(LeastPool(second)));
-  const std::unique_ptr<StagedLayer> staged = backend_->Stage(first.params());
+  const std::unique_ptr<StagedLayer> staged = backend_->Stage(first.params(), -1);
   ASSERT_NE(staged, nullptr);
   FakeCuda::TakeLog();
   EXPECT_EQ(second.Run(*backend_, nullptr), wanted_second);
@@ -282,7 +282,7 @@ TEST_F(StagedTest, WhatIsInTheWayOfItsOwnCallGoes) {
   const int64_t least = LeastPool(layer);
   for (const int64_t bytes : {least, least + 8192, 2 * least}) {
     Start(Pool(bytes));
-    const std::unique_ptr<StagedLayer> staged = backend_->Stage(layer.params());
+    const std::unique_ptr<StagedLayer> staged = backend_->Stage(layer.params(), -1);
     EXPECT_EQ(layer.Run(*backend_, staged.get()), wanted) << bytes;
     EXPECT_EQ(UsedBytes(), 0);
   }
@@ -313,7 +313,7 @@ TEST_F(StagedTest, PromptsNeverWaitForWhatIsStaged) {
         std::unique_ptr<StagedLayer> next;
         for (int i = 0; i < kLayers; ++i) {
           const std::unique_ptr<StagedLayer> staged = std::move(next);
-          next = backend_->Stage(layers[(i + 1) % 2]->params());
+          next = backend_->Stage(layers[(i + 1) % 2]->params(), -1);
           if (next != nullptr) ++staged_count;
           EXPECT_EQ(layers[i % 2]->Run(*backend_, staged.get()), wanted[i % 2]);
         }
@@ -331,8 +331,8 @@ TEST_F(StagedTest, KeysGoWhereMostMemoryIsFree) {
   FakeCuda::Reset({.count = 2});
   Start({.memory_bytes = 64 * kMiB, .slice_bytes = 4096});
   const Layer layer(12, Layout::kHeadTokenDim);
-  const std::unique_ptr<StagedLayer> on_first = backend_->Stage(layer.params());
-  const std::unique_ptr<StagedLayer> on_second = backend_->Stage(layer.params());
+  const std::unique_ptr<StagedLayer> on_first = backend_->Stage(layer.params(), -1);
+  const std::unique_ptr<StagedLayer> on_second = backend_->Stage(layer.params(), -1);
   for (const BackendStats::Gpu& gpu : backend_->stats().gpus) {
     EXPECT_EQ(gpu.calls.used_bytes, cuda::ArenaSize(kKeyBytes)) << gpu.index;
   }
@@ -348,7 +348,7 @@ TEST_F(StagedTest, FailuresLeaveNothingBehind) {
   for (int64_t n = 0;; ++n) {
     const int64_t before = FakeCuda::calls();
     FakeCuda::FailCall(n, cudaErrorInvalidValue);
-    std::unique_ptr<StagedLayer> staged = backend_->Stage(layer.params());
+    std::unique_ptr<StagedLayer> staged = backend_->Stage(layer.params(), -1);
     FakeCuda::FailCall(-1, cudaSuccess);
     const bool failed = FakeCuda::calls() - before > n;
     EXPECT_EQ(layer.Run(*backend_, staged.get()), wanted) << n;
@@ -358,12 +358,12 @@ TEST_F(StagedTest, FailuresLeaveNothingBehind) {
     ASSERT_LT(n, 100);
   }
   // A lost backend stages nothing, and what was staged goes.
-  std::unique_ptr<StagedLayer> staged = backend_->Stage(layer.params());
+  std::unique_ptr<StagedLayer> staged = backend_->Stage(layer.params(), -1);
   FakeCuda::FailCall(0, cudaErrorIllegalAddress);
   std::vector<float> out(static_cast<size_t>(kShape.kv_heads * kShape.tokens));
   EXPECT_EQ(backend_->Saliency(layer.params(), out.data(), nullptr, SerialFor).code(),
             absl::StatusCode::kUnavailable);
-  EXPECT_EQ(backend_->Stage(layer.params()), nullptr);
+  EXPECT_EQ(backend_->Stage(layer.params(), -1), nullptr);
   staged.reset();
 }
 
