@@ -161,7 +161,7 @@ TEST_F(CudaServiceTest, WhatTheGpuCanNeverHoldIsRefusedAtOpen) {
       MakeFakeBackend({.memory_bytes = 64 << 10, .least_memory_bytes = 1, .slice_bytes = 4096}));
   const Outcome refused = ServiceTest::Run({OpenMessage(Open(2000))});
   ExpectFailure(refused, grpc::StatusCode::RESOURCE_EXHAUSTED,
-                {"one KV head of a layer needs ", "all that calls have of it is 65536"});
+                {"one KV head of a layer needs ", "all that calls have of it is 61440"});
   EXPECT_THAT(refused.trailers,
               ::testing::Contains(::testing::Pair("grpc-retry-pushback-ms", "-1")));
   EXPECT_EQ(server().sessions().budget().reserved_bytes(), 0);
