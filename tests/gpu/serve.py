@@ -5,11 +5,13 @@
 
 Compresses the capture in the service and, on the CPU, in the client's process, and compares the positions that stay:
 the two round differently, so that a token at the edge of the budget may be another one. Then benchmarks synthetic prompts
-of Llama-3.1-8B over each transport. Prints JSON; exits 1 where something failed. Standard library alone.
+of Llama-3.1-8B over shared memory and, of up to --inline-tokens, inline. Prints JSON, also where it is ended by SIGTERM;
+exits 1 where something failed. Standard library alone.
 """
 import argparse
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -55,7 +57,7 @@ class Server:
                     return line.strip()
             time.sleep(0.05)
         self.__exit__()
-        sys.exit(f"serve.py: the server did not start: {self.lines()}")
+        sys.exit(f"serve.py: the server did not start: {''.join(self.lines()).strip()}")
 
     def lines(self):
         with open(self.log_path, encoding="utf-8") as file:
@@ -87,37 +89,54 @@ def least_overlap(served, local):
     return min(len(served[name] & local[name]) / len(local[name]) for name in local)
 
 
+def transports(tokens, inline_tokens):
+    return ("inline", "shm") if tokens <= inline_tokens else ("shm",)
+
+
+def measure(flags, report):
+    """Into `report`, as it goes. Whether all went well."""
+    command = os.path.join(flags.bin, "structkv")
+    with tempfile.TemporaryDirectory() as directory:
+        server = Server(os.path.join(flags.bin, "structkv-server"), flags.backend, directory)
+        with server as report["ready"]:
+            to_service = ["--server", server.address]
+            files = [os.path.join(directory, name) for name in ("served", "local")]
+            for place, out in ((to_service, files[0]), (["--in-process"], files[1])):
+                if client(command, "compress", *place, flags.capture, "--out", out) is None:
+                    return False
+            report["least_overlap"] = least_overlap(*map(positions, files))
+            well = report["least_overlap"] >= LEAST_OVERLAP
+            if not well:
+                print(f"serve.py: least_overlap {report['least_overlap']}, at least {LEAST_OVERLAP}", file=sys.stderr)
+            report["benchmarks"] = []
+            for tokens in flags.tokens or (8192, 32768, 131072):
+                for transport in transports(tokens, flags.inline_tokens):
+                    result = client(command, "bench", *to_service, "--tokens", str(tokens), "--transport", transport,
+                                    "--prompts", str(flags.prompts))
+                    well = well and result is not None
+                    if result is not None:
+                        report["benchmarks"].append(
+                            {key: result[key] for key in ("backend", "transport", "tokens", "input_bytes_per_second",
+                                                          "layers_per_second", "compute_micros", "layer_seconds")})
+    return well
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bin", required=True)
     parser.add_argument("--backend", default="cuda")
     parser.add_argument("--capture", required=True)
     parser.add_argument("--tokens", type=int, action="append")
-    parser.add_argument("--prompts", type=int, default=3)
+    parser.add_argument("--inline-tokens", type=int, default=32768)
+    parser.add_argument("--prompts", type=int, default=2)
     flags = parser.parse_args()
-    command = os.path.join(flags.bin, "structkv")
-    with tempfile.TemporaryDirectory() as directory:
-        server = Server(os.path.join(flags.bin, "structkv-server"), flags.backend, directory)
-        with server as ready:
-            report = {"ready": ready, "benchmarks": []}
-            to_service = ["--server", server.address]
-            files = [os.path.join(directory, name) for name in ("served", "local")]
-            for place, out in ((to_service, files[0]), (["--in-process"], files[1])):
-                if client(command, "compress", *place, flags.capture, "--out", out) is None:
-                    sys.exit(1)
-            report["least_overlap"] = least_overlap(*map(positions, files))
-            failed = report["least_overlap"] < LEAST_OVERLAP
-            for tokens in flags.tokens or (8192, 32768, 131072):
-                for transport in ("inline", "shm"):
-                    result = client(command, "bench", *to_service, "--tokens", str(tokens), "--transport", transport,
-                                    "--prompts", str(flags.prompts))
-                    failed = failed or result is None
-                    if result is not None:
-                        report["benchmarks"].append(
-                            {key: result[key] for key in ("backend", "transport", "tokens", "input_bytes_per_second",
-                                                          "layers_per_second", "compute_micros", "layer_seconds")})
-    print(json.dumps(report, indent=1))
-    sys.exit(1 if failed else 0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("serve.py: ended by SIGTERM"))
+    report = {}
+    try:
+        well = measure(flags, report)
+    finally:
+        print(json.dumps(report, indent=1))
+    sys.exit(0 if well else 1)
 
 
 if __name__ == "__main__":

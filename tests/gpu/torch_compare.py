@@ -91,8 +91,8 @@ def main():
     flags = parser.parse_args()
     try:
         import torch
-    except ImportError:
-        skip("no torch")
+    except (ImportError, OSError) as error:  # the latter of a library of torch that does not load
+        skip(f"no torch: {error}")
     if not torch.cuda.is_available():
         skip("torch has no CUDA")
     with open(flags.bench) as file:
