@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go: checks, times, and writes a report.
 #
-#   tests/gpu/run.sh [--budget SECONDS] [--limit SECONDS] [OUT]
+#   tests/gpu/run.sh [--budget SECONDS] [--limit SECONDS] [--only PATTERN] [OUT]
 #       on a machine with a GPU. Into OUT (default: gpu-report): report.json, table.md and logs.tar.gz, written anew after
 #       every step, so that a run that is ended leaves what it has. Exit code: 1 where a check failed, 77 where none could
 #       run, else 0
@@ -18,6 +18,7 @@
 # (serve.py), and prompts over each transport beside their floors (structkv_wire_bench); NCCL.
 #   --budget   seconds from the start of this script (default 520): what has not begun then is "skipped: no time left"
 #   --limit    seconds of a step at most, in the place of each one's own limit where that is longer
+#   --only     steps whose name matches: 'benchmark|torch', 'gpu_select_test', 'memcheck'
 # What could not run is in the report as "not run", with the reason. STRUCTKV_NCCL: path of libnccl.so.2, which is else
 # looked for where the loader, Python (PyTorch has one) and the CUDA toolkit have theirs.
 set -euo pipefail
@@ -29,6 +30,7 @@ die() {
 
 budget=520
 limit=inf
+only=
 while [[ ${1:-} == -* ]]; do
   case $1 in
     --help | -h) usage; exit ;;
@@ -38,6 +40,7 @@ while [[ ${1:-} == -* ]]; do
       declare "${1#--}=$2"
       shift 2
       ;;
+    --only) only=${2?run.sh: --only takes a pattern}; shift 2 ;;
     *) usage >&2; die "unknown flag '$1'" ;;
   esac
 done
@@ -97,4 +100,4 @@ if ! command -v python3 >/dev/null; then
   exit
 fi
 python3 tests/gpu/runner --programs "$bin" --missing "$missing" --about "$about" --work "$work/logs" \
-  --seconds $((budget - SECONDS)) --limit "$limit" "$out"
+  --seconds $((budget - SECONDS)) --limit "$limit" --only "$only" "$out"

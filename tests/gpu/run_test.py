@@ -114,7 +114,8 @@ class RunTest(unittest.TestCase):
             os.remove(os.path.join(folder, "structkv_overlap_bench"))
             to = os.path.join(self.root, "bundle")
             os.mkdir(to)
-            subprocess.run(["tar", "-cJf", os.path.join(to, "gpu-bundle.tar.xz"), "-C", folder, "."], check=True)
+            with tarfile.open(os.path.join(to, "gpu-bundle.tar.xz"), "w:xz") as archive:
+                archive.add(folder, ".")
             return to
 
         run = Run(self.root, bundle=pack)
@@ -122,6 +123,18 @@ class RunTest(unittest.TestCase):
         self.assertEqual(run.report["programs"], "a bundle of a test")
         self.assertEqual(run.checks["benchmark"], "passed")
         self.assertEqual(run.checks["overlap"], "not run: no structkv_overlap_bench: not in the bundle")
+
+    def test_without_packages_nvcc_builds_the_benchmark(self):
+        tools = {"cmake": "echo 'CMake Error: no abseil'\nexit 1", "nvcc": stand_ins.NVCC}
+        run = Run(self.root, tools=tools, bundle=lambda folder: "")
+        self.assertEqual(run.code, 0, run.said)
+        self.assertIn("CMake Error: no abseil", run.said)
+        self.assertEqual([name for name, result in run.checks.items() if result == "passed"], ["benchmark"])
+        self.assertEqual(run.checks["gpu_ipc_test, memcheck"], "not run: no gpu_ipc_test: not built by nvcc alone")
+
+    def test_runs_some_steps_alone(self):
+        run = Run(self.root, "--only", "^benchmark|select_test, mem")
+        self.assertEqual(list(run.checks), ["benchmark", "gpu_select_test, memcheck"])
 
     def test_goes_on_after_what_fails_and_hangs(self):
         run = Run(self.root, "--limit", "3", programs={

@@ -1,5 +1,6 @@
 """Programs that print what those of tests/gpu/run.sh do, or fail as they may, for run_test.py."""
 import os
+import shlex
 import stat
 import sys
 
@@ -53,6 +54,10 @@ PROGRAMS = {
     "structkv-server": SERVER,
     "structkv": CLIENT,
 }
+# Compiles anything, and links the benchmark.
+NVCC = f"""for last; do :; done
+while [ "$1" != -o ]; do shift; done
+case $last in *.cu | *.cc) echo >"$2" ;; *) printf '%s' {shlex.quote("#!/bin/sh" + chr(10) + BENCHMARK)} >"$2"; chmod +x "$2" ;; esac"""
 # On the PATH. The loader knows no NCCL.
 TOOLS = {"nvidia-smi": GPU, "compute-sanitizer": SANITIZER, "ldconfig": ":"}
 NO_TORCH = 'raise ImportError("libtorch.so: cannot open \\"shared\\" object file")\n'

@@ -1,6 +1,7 @@
 """Runs what tests/gpu/run.sh has made ready, and writes report.json, table.md and logs.tar.gz. See run.sh --help."""
 import argparse
 import os
+import re
 import sys
 import time
 
@@ -19,6 +20,7 @@ def main():
     parser.add_argument("--work", required=True, help="folder for what is not kept")
     parser.add_argument("--seconds", type=float, required=True, help="that the run may take")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds of a step at most")
+    parser.add_argument("--only", default="", help="steps whose name matches this pattern")
     parser.add_argument("out")
     flags = parser.parse_args()
 
@@ -29,9 +31,8 @@ def main():
     print(f"run.sh: {device}; {flags.about}; NCCL: {nccl or 'none found'}", flush=True)
     plan = Plan(flags.programs, flags.missing, flags.work, Judge(has_gpu), machine.find_sanitizer(), nccl)
     runner = Runner(report, flags.work, begin + flags.seconds, flags.limit)
-    runner.run(plan.timed())
-    runner.run(plan.tests(), at_once=min(8, os.cpu_count() or 1))
-    runner.run(plan.whole_machine())
+    for steps, at_once in ((plan.timed(), 1), (plan.tests(), min(8, os.cpu_count() or 1)), (plan.whole_machine(), 1)):
+        runner.run([step for step in steps if re.search(flags.only, step.name)], at_once)
 
     print(report.tables())
     failed = report.failed()
