@@ -27,7 +27,7 @@ void Downloads::ReadTensor(const void* from, const MutableTensorView& to, Layout
                            to.block_tokens, to.block_stride};
   TensorRuns runs(view, layout);
   // Runs that lie behind one another are one. They are those of a writable view.
-  const auto next = [&runs, ahead = runs.Next()]() mutable {
+  auto take = [&runs, ahead = runs.Next()]() mutable {
     Run run = {const_cast<std::byte*>(ahead.data), ahead.bytes};
     while ((ahead = runs.Next()).data != nullptr && ahead.data == run.to + run.bytes) {
       run.bytes += ahead.bytes;
@@ -35,7 +35,6 @@ void Downloads::ReadTensor(const void* from, const MutableTensorView& to, Layout
     return run;
   };
   const auto* source = static_cast<const std::byte*>(from);
-  auto take = next;
   Run run = take();
   if (run.bytes >= kDirectBytes && LiesInPinned(view)) {
     for (; run.to != nullptr; run = take()) {
