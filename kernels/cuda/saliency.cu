@@ -3,6 +3,7 @@
 
 #include "kernels/cuda/saliency.h"
 #include "kernels/cuda/saliency_scores.cuh"
+#include "kernels/cuda/saliency_weigh.h"
 
 namespace structkv::cuda {
 namespace {

@@ -5,6 +5,7 @@
 #include <random>
 
 #include "kernels/cuda/saliency_steps.h"
+#include "kernels/cuda/saliency_weigh.h"
 #include "kernels/saliency_checks.h"
 #include "tests/kernels/cuda/cuda_kernels.h"
 #include "tests/kernels/cuda/emulated_block.h"
