@@ -11,7 +11,9 @@ namespace {
 constexpr int64_t kMaxTokens = int64_t{1} << 30;
 constexpr int64_t kMaxRows = int64_t{1} << 20;  // of a KV head
 constexpr int kPackBlocks = 1024;               // at most; each goes on with what is left
-constexpr int kBlocksOfMultiprocessor = 2;
+// On a multiprocessor at once.
+constexpr int kScoresBlocks = 2;
+constexpr int kWeighBlocks = 5;  // at most 48 registers
 
 template <DType kQuery>
 __global__ void __launch_bounds__(kSaliencyThreads)
@@ -20,14 +22,14 @@ __global__ void __launch_bounds__(kSaliencyThreads)
   PackQueries<kQuery>(block, plan);
 }
 
-__global__ void __launch_bounds__(kSaliencyThreads)
+__global__ void __launch_bounds__(kCombineThreads)
     CombineKernel(const __grid_constant__ SaliencyPlan plan) {
-  __shared__ Floats2 shared[kSaliencyThreads];
+  __shared__ Floats2 shared[kCombineThreads];
   TensorBlock block;
-  CombineRow(block, plan, shared);
+  CombineRows(block, plan, shared);
 }
 
-__global__ void __launch_bounds__(kSaliencyThreads)
+__global__ void __launch_bounds__(kSaliencyThreads, kWeighBlocks)
     WeighKernel(const __grid_constant__ SaliencyPlan plan) {
   extern __shared__ float shared[];
   TensorBlock block;
@@ -119,7 +121,7 @@ cudaError_t LaunchSaliency(const SaliencyRequest& params, cudaStream_t stream) n
       error != cudaSuccess) {
     return error;
   }
-  const TileLaunch outputs = {std::min(plan.tiles, multiprocessors * kBlocksOfMultiprocessor),
+  const TileLaunch outputs = {std::min(plan.tiles, multiprocessors * kScoresBlocks),
                               plan.kv_heads * plan.tile_tokens() * static_cast<int>(sizeof(float)),
                               stream};
   if (params.lse != nullptr) return LaunchScores(params, plan, /*store=*/false, outputs);
@@ -129,9 +131,12 @@ cudaError_t LaunchSaliency(const SaliencyRequest& params, cudaStream_t stream) n
       error != cudaSuccess) {
     return error;
   }
-  CombineKernel<<<plan.kv_heads * plan.padded_rows(), kSaliencyThreads, 0, stream>>>(plan);
+  CombineKernel<<<plan.kv_heads * plan.padded_rows() / kCombineRows, kCombineThreads, 0, stream>>>(
+      plan);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  return LaunchTiles(&WeighKernel, plan, outputs);
+  TileLaunch weighed = outputs;
+  weighed.blocks = plan.tiles;
+  return LaunchTiles(&WeighKernel, plan, weighed);
 }
 
 }  // namespace structkv::cuda

@@ -12,7 +12,9 @@
 namespace structkv::cuda {
 
 inline constexpr int kSaliencyThreads = 256;
-inline constexpr int kUnitBlocks = 4;  // blocks of 16 tokens that a warp takes one after the other
+inline constexpr int kCombineThreads = 512;
+inline constexpr int kCombineRows = 4;  // of a block: their row sums are a sector of 32 bytes
+inline constexpr int kUnitBlocks = 4;   // blocks of 16 tokens that a warp takes one after the other
 inline constexpr int kUnitTokens = kUnitBlocks * kBlockTokens;
 inline constexpr int kMaxKvHeads = 128;
 
@@ -103,10 +105,11 @@ struct SaliencyPlan {
   bool window_max;  // the largest of a head's rows in place of their sum
 
   // The workspace's parts.
-  Words4* packed;     // [kv_heads, row_chunks, pairs, query parts, kRowTiles, kLanes]
-  float* row_lse;     // [kv_heads, padded rows], over ln 2; infinite for rows that are not there
-  Words4* exps;       // [kv_heads, row_chunks, blocks, 2, kLanes]: a lane's 16 scores
-  Floats2* row_sums;  // [kv_heads, padded rows, blocks]: highest score, sum of exponentials
+  Words4* packed;  // [kv_heads, row_chunks, pairs, query parts, kRowTiles, kLanes]
+  float* row_lse;  // [kv_heads, padded rows], over ln 2; infinite for rows that are not there
+  Words4* exps;    // [kv_heads, row_chunks, blocks, 2, kLanes]: a lane's 16 scores
+  // [kv_heads, row_chunks, blocks, kChunkRows]: highest score, sum of exponentials
+  Floats2* row_sums;
 
   float* per_head;
   float* saliency;
@@ -141,9 +144,10 @@ STRUCTKV_HOST_DEVICE constexpr int64_t ExpsIndex(const SaliencyPlan& plan, int h
   return ((static_cast<int64_t>(head) * plan.row_chunks + chunk) * plan.blocks + block) * 2 *
          kLanes;
 }
-STRUCTKV_HOST_DEVICE inline int64_t RowSumsIndex(const SaliencyPlan& plan, int head, int row,
-                                                 int block) {
-  return (static_cast<int64_t>(head) * plan.padded_rows() + row) * plan.blocks + block;
+STRUCTKV_HOST_DEVICE constexpr int64_t RowSumsIndex(const SaliencyPlan& plan, int head, int chunk,
+                                                    int block) {
+  return ((static_cast<int64_t>(head) * plan.row_chunks + chunk) * plan.blocks + block) *
+         kChunkRows;
 }
 
 // The plan of a request whose shapes make sense.
@@ -193,7 +197,7 @@ inline int64_t LayOutWorkspace(SaliencyPlan* plan, DType query_type, void* base)
   const int64_t packed = PackedIndex(*plan, parts, plan->kv_heads, 0, 0);
   const bool stores = plan->lse == nullptr;
   const int64_t exps = stores ? ExpsIndex(*plan, plan->kv_heads, 0, 0) : 0;
-  const int64_t sums = stores ? padded * plan->blocks : 0;
+  const int64_t sums = stores ? RowSumsIndex(*plan, plan->kv_heads, 0, 0) : 0;
   auto* at = static_cast<unsigned char*>(base);
   const auto place = [&at](auto** part, int64_t count) {
     *part = reinterpret_cast<std::remove_reference_t<decltype(*part)>>(at);

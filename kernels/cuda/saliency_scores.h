@@ -9,7 +9,7 @@ namespace structkv::cuda {
 
 // How a kernel over tiles is launched.
 struct TileLaunch {
-  int blocks;        // that fit on the device at once, or one for each tile if there are fewer
+  int blocks;        // no more than there are tiles
   int shared_bytes;  // [kv_heads, tile tokens] of float
   cudaStream_t stream;
 };

@@ -236,39 +236,58 @@ STRUCTKV_DEVICE void WeighScores(Block& block, const SaliencyPlan& plan, int hea
   sums[1] = Joined<kMax>(sums[1], of_chunk[1]);
 }
 
+// Joins the eight lane groups' values, of which there are eight, and returns the g-th to group g.
+template <bool kMax, class Block>
+STRUCTKV_DEVICE float JoinGroups(Block& block, float (&values)[2 * kRowTiles]) {
+  STRUCTKV_UNROLL
+  for (int half = kRowTiles; half > 0; half /= 2) {
+    const bool upper = (LaneGroup(block.lane()) & half) != 0;
+    STRUCTKV_UNROLL
+    for (int i = 0; i < half; ++i) {
+      const float kept = upper ? values[half + i] : values[i];
+      const float given = upper ? values[i] : values[half + i];
+      values[i] = Joined<kMax>(kept, block.ShuffleXor(given, 4 * half));
+    }
+  }
+  return values[0];
+}
+
 // Stores the exponentials relative to each row's highest score among the 16 tokens, and that and
 // their sum.
 template <class Block>
 STRUCTKV_DEVICE void StoreExps(Block& block, const SaliencyPlan& plan, int head, int chunk,
                                int token_block, const ScoreFragment& scores) {
-  Words4* const to = plan.exps + ExpsIndex(plan, head, chunk, token_block) + block.lane();
-  Floats2* const row_sums =
-      plan.row_sums + RowSumsIndex(plan, head, chunk * kChunkRows, token_block);
-  Words4 halves = {};
+  // Values of a lane's eight rows, tile after tile; the lane's own is that of its group.
+  float values[2 * kRowTiles];
+  STRUCTKV_UNROLL
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    values[i] = fmaxf(scores[i / 2][i % 2], scores[i / 2][2 + i % 2]);
+  }
+  const float own_top = fmaxf(JoinGroups<true>(block, values), kLowestScore);
+  Words4 halves[kRowTiles / 2];
   STRUCTKV_UNROLL
   for (int tile = 0; tile < kRowTiles; ++tile) {
-    uint32_t exps[4];
+    float tops[2];
     STRUCTKV_UNROLL
-    for (int column = 0; column < 2; ++column) {
-      const float low = scores[tile][column];
-      const float high = scores[tile][2 + column];
-      float top = fmaxf(fmaxf(low, high), kLowestScore);
-      STRUCTKV_UNROLL
-      for (int mask = 4; mask < kLanes; mask *= 2) top = fmaxf(top, block.ShuffleXor(top, mask));
-      exps[column] = FloatToHalf(Exp2(low - top));
-      exps[2 + column] = FloatToHalf(Exp2(high - top));
-      float sum = HalfToFloat(exps[column]) + HalfToFloat(exps[2 + column]);
-      STRUCTKV_UNROLL
-      for (int mask = 4; mask < kLanes; mask *= 2) sum += block.ShuffleXor(sum, mask);
-      if (LaneGroup(block.lane()) == 0) {
-        row_sums[(tile * kTileRows + FragmentCRow(block.lane(), column)) * plan.blocks] = {top,
-                                                                                           sum};
-      }
+    for (int i = 0; i < 2; ++i) {
+      tops[i] = block.Shuffle(own_top, (2 * tile + i) * 4 + LaneQuarter(block.lane()));
     }
-    halves.w[tile % 2 * 2] = exps[0] | exps[1] << 16;
-    halves.w[tile % 2 * 2 + 1] = exps[2] | exps[3] << 16;
-    if (tile % 2 == 1) to[tile / 2 * kLanes] = halves;
+    uint32_t* const exps = &halves[tile / 2].w[tile % 2 * 2];
+    STRUCTKV_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      exps[half] = Halves(Exp2(scores[tile][2 * half] - tops[0]),
+                          Exp2(scores[tile][2 * half + 1] - tops[1]));
+    }
+    values[2 * tile] = HalfToFloat(exps[0] & 0xFFFFU) + HalfToFloat(exps[1] & 0xFFFFU);
+    values[2 * tile + 1] = HalfToFloat(exps[0] >> 16) + HalfToFloat(exps[1] >> 16);
   }
+  const float own_sum = JoinGroups<false>(block, values);
+  Words4* const to = plan.exps + ExpsIndex(plan, head, chunk, token_block) + block.lane();
+  STRUCTKV_UNROLL
+  for (int i = 0; i < kRowTiles / 2; ++i) to[i * kLanes] = halves[i];
+  const int group = LaneGroup(block.lane());
+  const int own_row = group / 2 * kTileRows + FragmentCRow(block.lane(), group % 2);
+  plan.row_sums[RowSumsIndex(plan, head, chunk, token_block) + own_row] = {own_top, own_sum};
 }
 
 // Joins the sums of the four lanes that share a token, and leaves them with the head's other

@@ -9,33 +9,49 @@
 
 namespace structkv::cuda {
 
-// Stored tile sums to each row's log-sum-exp over ln 2; one block for each padded row. `shared` is
-// [threads].
+// The row sums of blocks of tokens to each row's log-sum-exp over ln 2; a block of kCombineThreads
+// for each kCombineRows padded rows. `shared` is [threads].
 template <class Block>
-STRUCTKV_DEVICE void CombineRow(Block& block, const SaliencyPlan& plan, Floats2* shared) {
-  const int64_t row = block.index();
-  if (row % plan.padded_rows() >= plan.rows) {
-    if (block.thread() == 0) plan.row_lse[row] = kInfinity;
-    return;
-  }
-  const Floats2* const parts = plan.row_sums + row * plan.blocks;
+STRUCTKV_DEVICE void CombineRows(Block& block, const SaliencyPlan& plan, Floats2* shared) {
+  constexpr int kStep = kCombineThreads / kCombineRows;
+  constexpr int kInFlight = 16;
+  const auto row = static_cast<int>(block.index()) * kCombineRows + block.thread() % kCombineRows;
+  const bool there = row % plan.padded_rows() < plan.rows;
+  const Floats2* const parts =
+      plan.row_sums + int64_t{row / kChunkRows} * plan.blocks * kChunkRows + row % kChunkRows;
   Floats2 all = {kLowestScore, 0.0F};
-  const auto add = [&all](const Floats2& part) {
-    const float top = fmaxf(all.x, part.x);
-    all.y = all.y * Exp2(all.x - top) + part.y * Exp2(part.x - top);
+  for (int first = block.thread() / kCombineRows; there && first < plan.blocks;
+       first += kInFlight * kStep) {
+    const Floats2* const from = parts + int64_t{first} * kChunkRows;
+    Floats2 some[kInFlight];
+    STRUCTKV_UNROLL
+    for (int i = 0; i < kInFlight; ++i) {
+      const bool within = first + i * kStep < plan.blocks;
+      some[i] = within ? from[i * kStep * kChunkRows] : Floats2{kLowestScore, 0.0F};
+    }
+    float top = all.x;
+    STRUCTKV_UNROLL
+    for (int i = 0; i < kInFlight; ++i) top = fmaxf(top, some[i].x);
+    all.y *= Exp2(all.x - top);
     all.x = top;
-  };
-  for (int i = block.thread(); i < plan.blocks; i += block.threads()) add(parts[i]);
+    STRUCTKV_UNROLL
+    for (int i = 0; i < kInFlight; ++i) all.y += some[i].y * Exp2(some[i].x - top);
+  }
   shared[block.thread()] = all;
   block.Sync();
-  for (int half = block.threads() / 2; half > 0; half /= 2) {
+  for (int half = kCombineThreads / 2; half >= kCombineRows; half /= 2) {
     if (block.thread() < half) {
-      add(shared[block.thread() + half]);
+      const Floats2 other = shared[block.thread() + half];
+      const float top = fmaxf(all.x, other.x);
+      all.y = all.y * Exp2(all.x - top) + other.y * Exp2(other.x - top);
+      all.x = top;
       shared[block.thread()] = all;
     }
     block.Sync();
   }
-  if (block.thread() == 0) plan.row_lse[row] = all.x + log2f(all.y);
+  if (block.thread() < kCombineRows) {
+    plan.row_lse[row] = there ? all.x + log2f(all.y) : kInfinity;
+  }
 }
 
 // Stored exponentials of 16 tokens of a head to their sums.
@@ -44,23 +60,30 @@ STRUCTKV_DEVICE void WeighTokens(Block& block, const SaliencyPlan& plan, int hea
                                  int in_tile, float* of_head) {
   float sums[2] = {0.0F, 0.0F};
   for (int chunk = 0; chunk < plan.row_chunks; ++chunk) {
-    const Words4* const from = plan.exps + ExpsIndex(plan, head, chunk, token_block);
-    const Words4 words[2] = {block.Once16(from + block.lane()),
-                             block.Once16(from + kLanes + block.lane())};
+    const Words4* const from = plan.exps + ExpsIndex(plan, head, chunk, token_block) + block.lane();
+    const Words4 words[2] = {block.Once16(from), block.Once16(from + kLanes)};
+    // The lane's rows are two of each tile.
+    const int first_row = FragmentCRow(block.lane(), 0);
+    const Floats2* const row_sums =
+        plan.row_sums + RowSumsIndex(plan, head, chunk, token_block) + first_row;
+    const float* const lse =
+        plan.row_lse + int64_t{head} * plan.padded_rows() + chunk * kChunkRows + first_row;
+    float tops[kRowTiles][2];
+    float lses[kRowTiles][2];
+    STRUCTKV_UNROLL
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      tops[i / 2][i % 2] = row_sums[i / 2 * kTileRows + i % 2].x;
+      lses[i / 2][i % 2] = lse[i / 2 * kTileRows + i % 2];
+    }
+    block.KeepOrder();
     float of_chunk[2] = {0.0F, 0.0F};
     STRUCTKV_UNROLL
-    for (int tile_row = 0; tile_row < kRowTiles; ++tile_row) {
-      float factors[2];
-      STRUCTKV_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int row = chunk * kChunkRows + tile_row * kTileRows + FragmentCRow(block.lane(), i);
-        const float top = plan.row_sums[RowSumsIndex(plan, head, row, token_block)].x;
-        factors[i] =
-            Exp2(top - plan.row_lse[static_cast<int64_t>(head) * plan.padded_rows() + row]);
-      }
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      const float factors[2] = {Exp2(tops[tile][0] - lses[tile][0]),
+                                Exp2(tops[tile][1] - lses[tile][1])};
       STRUCTKV_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const uint32_t exps = words[tile_row / 2].w[tile_row % 2 * 2 + half];
+        const uint32_t exps = words[tile / 2].w[tile % 2 * 2 + half];
         of_chunk[half] = Joined<kMax>(of_chunk[half], HalfToFloat(exps & 0xFFFFU) * factors[0]);
         of_chunk[half] = Joined<kMax>(of_chunk[half], HalfToFloat(exps >> 16) * factors[1]);
       }

@@ -30,7 +30,8 @@ class TensorBlock : public DeviceBlock {
     }
   }
 
-  // Often16 is not moved across it: an assembler that loads everything first runs out of registers.
+  // Loads are not moved across it: an assembler that loads everything first runs out of registers,
+  // and one that puts loads off has less in flight.
   __device__ void KeepOrder() { __syncwarp(); }
 
   // Comes before the first use of what Multiply has made. Here it is there at once.

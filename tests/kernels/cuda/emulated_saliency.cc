@@ -18,10 +18,11 @@ using cuda::SaliencyPlan;
 
 // Runs `kernel` with shared memory of `floats`.
 template <class Kernel>
-void Run(int64_t blocks, int64_t floats, const Kernel& kernel) {
+void Run(int64_t blocks, int64_t floats, const Kernel& kernel,
+         int threads = cuda::kSaliencyThreads) {
   std::mt19937_64 random = Random(5000);
   EmulatedCluster::RunGrid(
-      blocks, cuda::kSaliencyThreads, static_cast<size_t>(floats) * sizeof(float), random,
+      blocks, threads, static_cast<size_t>(floats) * sizeof(float), random,
       [&](EmulatedBlock& block, void* shared) { kernel(block, static_cast<float*>(shared)); });
 }
 
@@ -89,10 +90,12 @@ void EmulateSaliency(const cuda::SaliencyRequest& request, int blocks) {
   RunPack(request.queries.dtype, plan);
   RunScores(request.keys.dtype, request.queries.dtype, plan, blocks);
   if (request.lse != nullptr) return;
-  Run(int64_t{plan.kv_heads} * plan.padded_rows(), 2 * cuda::kSaliencyThreads,
+  Run(
+      int64_t{plan.kv_heads} * plan.padded_rows() / cuda::kCombineRows, 2 * cuda::kCombineThreads,
       [&](EmulatedBlock& block, float* shared) {
-        cuda::CombineRow(block, plan, reinterpret_cast<cuda::Floats2*>(shared));
-      });
+        cuda::CombineRows(block, plan, reinterpret_cast<cuda::Floats2*>(shared));
+      },
+      cuda::kCombineThreads);
   Run(blocks, TileFloats(plan),
       [&](EmulatedBlock& block, float* shared) { cuda::WeighExps(block, plan, shared); });
 }
