@@ -61,6 +61,10 @@ class DeviceBlock {
       return __ldcs(from);
     }
   }
+  // A hint that it will be read from device memory.
+  __device__ void Prefetch(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+  }
 
   // The blocks of a cluster have the same shared memory; Peer is another's. Chips before sm_90 have
   // clusters of one block.

@@ -381,6 +381,17 @@ STRUCTKV_DEVICE void ScoreUnit(Block& block, const SaliencyPlan& plan, int head,
 
 // --- Outputs ---
 
+// Asks for what WriteTile reads of device memory.
+template <class Block>
+STRUCTKV_DEVICE void PrefetchTile(Block& block, const SaliencyPlan& plan, int tile) {
+  constexpr int kSectorTokens = 32 / sizeof(float);
+  const int i = block.thread() * kSectorTokens;
+  const int64_t token = int64_t{tile} * plan.tile_tokens() + i;
+  if (plan.centrality != nullptr && i < plan.tile_tokens() && token < plan.tokens) {
+    block.Prefetch(plan.centrality + token);
+  }
+}
+
 // Writes a tile's outputs from the heads' sums, [kv_heads, tile tokens] in shared memory.
 template <class Block>
 STRUCTKV_DEVICE void WriteTile(Block& block, const SaliencyPlan& plan, int tile,
@@ -388,6 +399,7 @@ STRUCTKV_DEVICE void WriteTile(Block& block, const SaliencyPlan& plan, int tile,
   for (int i = block.thread(); i < plan.tile_tokens(); i += block.threads()) {
     const int64_t token = int64_t{tile} * plan.tile_tokens() + i;
     if (token >= plan.tokens) break;
+    const float before = plan.centrality != nullptr ? plan.centrality[token] : 0.0F;
     float sum = 0.0F;
     for (int head = 0; head < plan.kv_heads; ++head) {
       const float value = shared[head * plan.tile_tokens() + i];
@@ -396,7 +408,7 @@ STRUCTKV_DEVICE void WriteTile(Block& block, const SaliencyPlan& plan, int tile,
     }
     if (plan.saliency != nullptr) plan.saliency[token] = sum;
     if (plan.centrality != nullptr) {
-      plan.centrality[token] = FusedMultiplyAdd(plan.decay, plan.centrality[token], sum);
+      plan.centrality[token] = FusedMultiplyAdd(plan.decay, before, sum);
     }
   }
 }
@@ -412,6 +424,7 @@ STRUCTKV_DEVICE void Scores(Block& block, const SaliencyPlan& plan, float* share
   const int units = plan.kv_heads * plan.tile_units;
   for (int tile = static_cast<int>(block.index()); tile < plan.tiles;
        tile += static_cast<int>(block.blocks())) {
+    if constexpr (!kStore) PrefetchTile(block, plan, tile);
     for (int u = block.warp(); u < units; u += block.warps()) {
       const int head = u % plan.kv_heads;
       ScoreUnit<P, kPairs, kScored>(block, plan, head, tile, u / plan.kv_heads,

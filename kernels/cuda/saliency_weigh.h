@@ -100,6 +100,7 @@ STRUCTKV_DEVICE void WeighExps(Block& block, const SaliencyPlan& plan, float* sh
   const int units = plan.kv_heads * plan.tile_units;
   for (int tile = static_cast<int>(block.index()); tile < plan.tiles;
        tile += static_cast<int>(block.blocks())) {
+    PrefetchTile(block, plan, tile);
     for (int u = block.warp(); u < units * kUnitBlocks; u += block.warps()) {
       const int head = u % plan.kv_heads;
       const int in_tile = u / plan.kv_heads * kBlockTokens;

@@ -75,6 +75,7 @@ class EmulatedBlock {
     Load(from, sizeof(T), &value);
     return value;
   }
+  void Prefetch(const void* /*from*/) {}
   template <class T>
   const T* Peer(const T* shared, int of_rank) {
     return reinterpret_cast<const T*>(
