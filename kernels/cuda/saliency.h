@@ -8,7 +8,9 @@
 //
 // Bytes in flight: a warp asks for 16 keys at once, 4 KB at 128 elements of 16 bits; 16 warps on a
 // multiprocessor make 64 KB, and a third of that, 23 KB, fills an H200 (4.3 TB/s times 700 ns over
-// 132 multiprocessors), so a warp may spend two thirds of its time on arithmetic.
+// 132 multiprocessors), so a warp may spend two thirds of its time on arithmetic. Under a given
+// log-sum-exp, with 64 or 128 elements of 16 bits, it weighs scores while the next keys are on
+// their way.
 //
 // With the caller's log-sum-exp the keys are read once and nothing else of their size. Without it
 // the exponentials of every row, relative to the highest score of 16 tokens, are kept in float16 (2

@@ -110,6 +110,18 @@ STRUCTKV_DEVICE void PackQueries(Block& block, const SaliencyPlan& plan) {
 template <class P>
 using RawKeys = uint32_t[P::kPairsInFlight][2][P::kWords];
 
+// Where a lane's two rows are. What lies behind the last token is read in its place, and masked.
+template <class P, class Block>
+STRUCTKV_DEVICE void FindKeys(Block& block, const SaliencyPlan& plan, int head, int token_block,
+                              const unsigned char* (&rows)[2]) {
+  STRUCTKV_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const int token = token_block * kBlockTokens + FragmentATokens(block.lane(), r);
+    rows[r] = plan.keys +
+              KeyOffset(plan, head, token < plan.tokens ? token : plan.tokens - 1, P::kKeyBytes);
+  }
+}
+
 template <class P, int kPairs, class Block>
 STRUCTKV_DEVICE void LoadKeys(Block& block, const SaliencyPlan& plan,
                               const unsigned char* const (&rows)[2], int first_pair,
@@ -315,23 +327,24 @@ STRUCTKV_DEVICE void ScoreUnit(Block& block, const SaliencyPlan& plan, int head,
   constexpr bool kAtOnce = kPairs != 0 && kPairs <= P::kPairsInFlight;
   float scale = plan.scale_log2;
   if (plan.key_scales != nullptr) scale *= plan.key_scales[head];
+  RawKeys<P> raw;
+  const unsigned char* rows[2];
+  const auto load_at_once = [&](int token_block) {
+    FindKeys<P>(block, plan, head, token_block, rows);
+    LoadKeys<P, kPairs>(block, plan, rows, 0, raw);
+  };
+  // Whether the warp goes on with it after the one before.
+  const auto follows = [&](int token_block) {
+    return token_block % kUnitBlocks != 0 && token_block < plan.blocks;
+  };
+  int token_block = (tile * plan.tile_units + unit) * kUnitBlocks;
+  if (token_block >= plan.blocks) return;
+  if constexpr (kAtOnce) load_at_once(token_block);
   STRUCTKV_ROLLED
-  for (int b = 0; b < kUnitBlocks; ++b) {
-    const int in_tile = unit * kUnitTokens + b * kBlockTokens;
-    const int64_t first = int64_t{tile} * plan.tile_tokens() + in_tile;
-    if (first >= plan.tokens) break;
-    const int first_token = static_cast<int>(first);
+  do {
+    const int first_token = token_block * kBlockTokens;
     const bool masked = first_token + kBlockTokens - 1 > plan.tokens - plan.window;
-    const unsigned char* rows[2];
-    STRUCTKV_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const int token = first_token + FragmentATokens(block.lane(), r);
-      // What lies behind the last token is read in its place, and masked.
-      rows[r] = plan.keys +
-                KeyOffset(plan, head, token < plan.tokens ? token : plan.tokens - 1, P::kKeyBytes);
-    }
-    RawKeys<P> raw;
-    if constexpr (kAtOnce) LoadKeys<P, kPairs>(block, plan, rows, 0, raw);
+    if constexpr (!kAtOnce) FindKeys<P>(block, plan, head, token_block, rows);
     float sums[2] = {0.0F, 0.0F};
     STRUCTKV_ROLLED
     for (int chunk = 0; chunk < plan.row_chunks; ++chunk) {
@@ -339,6 +352,10 @@ STRUCTKV_DEVICE void ScoreUnit(Block& block, const SaliencyPlan& plan, int head,
       ScoreFragment scores = {};
       if constexpr (kAtOnce) {
         MultiplyKeys<P, kPairs>(block, plan, raw, queries, 0, scores);
+        // The next ones come while these scores are weighed.
+        if (chunk + 1 == plan.row_chunks && follows(token_block + 1)) {
+          load_at_once(token_block + 1);
+        }
       } else {
         const int pairs = kPairs != 0 ? kPairs : plan.pairs;
         for (int pair = 0; pair < pairs; pair += P::kPairsInFlight) {
@@ -359,12 +376,13 @@ STRUCTKV_DEVICE void ScoreUnit(Block& block, const SaliencyPlan& plan, int head,
         MaskScores(block, plan, chunk, first_token, scores);
       }
       if constexpr (kScored == Scored::kExps) {
-        StoreExps(block, plan, head, chunk, first_token / kBlockTokens, scores);
+        StoreExps(block, plan, head, chunk, token_block, scores);
       } else {
         WeighScores<kScored == Scored::kMax>(block, plan, head, chunk, scores, sums);
       }
     }
     if constexpr (kScored != Scored::kExps) {
+      const int in_tile = unit * kUnitTokens + token_block % kUnitBlocks * kBlockTokens;
       LeaveSums<kScored == Scored::kMax>(block, plan, sums, in_tile, of_head);
       if (LaneQuarter(block.lane()) == 0) {
         STRUCTKV_UNROLL
@@ -376,7 +394,7 @@ STRUCTKV_DEVICE void ScoreUnit(Block& block, const SaliencyPlan& plan, int head,
         }
       }
     }
-  }
+  } while (follows(++token_block));
 }
 
 // --- Outputs ---
