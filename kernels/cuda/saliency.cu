@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "kernels/cuda/saliency.h"
+#include "kernels/cuda/saliency_pack.h"
 #include "kernels/cuda/saliency_scores.cuh"
 #include "kernels/cuda/saliency_weigh.h"
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "kernels/cuda/fragments.h"
@@ -17,6 +18,8 @@ inline constexpr int kCombineRows = 4;  // of a block: their row sums are a sect
 inline constexpr int kUnitBlocks = 4;   // blocks of 16 tokens that a warp takes one after the other
 inline constexpr int kUnitTokens = kUnitBlocks * kBlockTokens;
 inline constexpr int kMaxKvHeads = 128;
+
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // What was found not to be finite; all ones where nothing was. Written by LaunchSaliency.
 struct SaliencyFlags {

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <random>
 
+#include "kernels/cuda/saliency_pack.h"
 #include "kernels/cuda/saliency_steps.h"
 #include "kernels/cuda/saliency_weigh.h"
 #include "kernels/saliency_checks.h"
