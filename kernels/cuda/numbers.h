@@ -108,8 +108,15 @@ STRUCTKV_HOST_DEVICE inline uint32_t UpperHalves(float low, float high) {
 STRUCTKV_HOST_DEVICE inline float Truncated(float value) {
   return FloatOf(FloatBits(value) & 0xFFFF0000U);
 }
+// Two float16 in a word, ties to even.
 STRUCTKV_HOST_DEVICE inline uint32_t Halves(float low, float high) {
+#ifdef __CUDA_ARCH__
+  uint32_t halves;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(high), "f"(low));
+  return halves;
+#else
   return FloatToHalf(low) | FloatToHalf(high) << 16;
+#endif
 }
 
 // 2^x within 2 units in the last place; results below 2^-126 may be 0.
