@@ -61,7 +61,7 @@ class LayerCall {
         results_end_(parts_.bytes()),
         heads_at_(parts_.Add<float>(wants_heads() ? heads() * tokens() : 0)),
         sum_at_(parts_.Add<float>(tokens())),
-        tiles_at_(parts_.Add<SumsPart>(Tiles(tokens()))),
+        sums_parts_at_(parts_.Add<SumsPart>(SumsParts(tokens()))),
         smoothed_at_(parts_.Add<float>(smooths() ? selections() * tokens() : 0)) {}
 
   // Rows that can be gathered in the call. False: they cannot.
@@ -129,6 +129,7 @@ class LayerCall {
     SaliencyRequest request = inputs_.In(lease);
     if (wants_heads()) request.per_head = lease.At<float>(heads_at_);
     request.saliency = lease.At<float>(sum_at_);
+    request.parts = lease.At<SumsPart>(sums_parts_at_);
     request.flags = lease.At<SaliencyFlags>(results_at_);
     float* const resident = ResidentOn(lease);
     if (resident != nullptr && pass_.resident_decay.has_value()) {
@@ -174,19 +175,16 @@ class LayerCall {
   }
 
   absl::Status LaunchSelection(const Lease& lease) const {
-    absl::Status status = RunStatistics(lease, {.values = lease.At<float>(sum_at_),
-                                                .heads = 1,
-                                                .tokens = tokens(),
-                                                .parts = lease.At<SumsPart>(tiles_at_)});
-    if (status.ok() && smooths()) status = LaunchSmoothing(lease);
-    if (!status.ok()) return status;
+    if (smooths()) {
+      if (absl::Status status = LaunchSmoothing(lease); !status.ok()) return status;
+    }
     std::vector<SelectRow> rows =
         SelectRows([&lease](int64_t offset) { return lease.At<float>(offset); });
     for (int64_t i = 0; i < selections(); ++i) {
       rows[static_cast<size_t>(i)].positions = lease.At<int32_t>(positions_at_) + i * pass_.keep;
     }
     rows.back().sums = lease.At<RowSums>(sums_at_);
-    rows.back().parts = lease.At<SumsPart>(tiles_at_);
+    rows.back().parts = lease.At<SumsPart>(sums_parts_at_);
     return RunSelect(lease, rows.data(), static_cast<int64_t>(rows.size()),
                      lease.At<void>(parts_.bytes()));
   }
@@ -279,7 +277,7 @@ class LayerCall {
   Parts parts_;
   const SaliencyInputs inputs_;
   const int64_t results_at_, sums_at_, positions_at_, results_end_;
-  const int64_t heads_at_, sum_at_, tiles_at_, smoothed_at_;
+  const int64_t heads_at_, sum_at_, sums_parts_at_, smoothed_at_;
   std::vector<DeviceRows> rows_;
 };
 

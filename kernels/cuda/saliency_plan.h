@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/fragments.h"
 #include "kernels/cuda/numbers.h"
+#include "kernels/cuda/sums.h"
 #include "kernels/cuda/token_offset.h"
 #include "kernels/tensor.h"
 
@@ -72,6 +73,8 @@ struct SaliencyRequest {
   // [tokens]: centrality = decay * centrality + saliency; null: not touched.
   float* centrality = nullptr;
   float decay = 0.0F;
+  // [SumsParts(tokens)], of the saliency (kernels/cuda/sums.h); null: not written.
+  SumsPart* parts = nullptr;
 
   SaliencyFlags* flags = nullptr;  // not null
   void* workspace = nullptr;       // 16-byte aligned, of SaliencyWorkspaceBytes
@@ -118,6 +121,7 @@ struct SaliencyPlan {
   float* saliency;
   float* centrality;
   float decay;
+  SumsPart* parts;
   SaliencyFlags* flags;
 
   STRUCTKV_HOST_DEVICE int padded_rows() const { return row_chunks * kChunkRows; }
@@ -189,6 +193,7 @@ inline SaliencyPlan MakeSaliencyPlan(const SaliencyRequest& r) {
   plan.saliency = r.saliency;
   plan.centrality = r.centrality;
   plan.decay = r.decay;
+  plan.parts = r.parts;
   plan.flags = r.flags;
   return plan;
 }

@@ -8,6 +8,7 @@
 #include "kernels/cuda/fused.h"
 #include "kernels/cuda/pieces.h"
 #include "kernels/cuda/saliency_plan.h"
+#include "kernels/cuda/sums.h"
 
 namespace structkv::cuda {
 
@@ -327,24 +328,34 @@ STRUCTKV_DEVICE void PrefetchTile(Block& block, const SaliencyPlan& plan, int ti
   }
 }
 
-// Writes a tile's outputs from the heads' sums, [kv_heads, tile tokens] in shared memory.
+// Writes a tile's outputs from the heads' sums, [kv_heads, tile tokens] in shared memory. A warp
+// takes the tokens of a part of the metrics' sums.
 template <class Block>
 STRUCTKV_DEVICE void WriteTile(Block& block, const SaliencyPlan& plan, int tile,
                                const float* shared) {
-  for (int i = block.thread(); i < plan.tile_tokens(); i += block.threads()) {
-    const int64_t token = int64_t{tile} * plan.tile_tokens() + i;
-    if (token >= plan.tokens) break;
-    const float before = plan.centrality != nullptr ? plan.centrality[token] : 0.0F;
-    float sum = 0.0F;
-    for (int head = 0; head < plan.kv_heads; ++head) {
-      const float value = shared[head * plan.tile_tokens() + i];
-      if (plan.per_head != nullptr) plan.per_head[int64_t{head} * plan.tokens + token] = value;
-      sum = AddRounded(sum, value);
+  static_assert(kUnitTokens % kPartTokens == 0);
+  constexpr int kOfLane = kPartTokens / Block::kLanes;
+  for (int begin = block.warp() * kPartTokens; begin < plan.tile_tokens();
+       begin += block.warps() * kPartTokens) {
+    const int64_t first = int64_t{tile} * plan.tile_tokens() + begin;
+    float sums[kOfLane] = {};
+    STRUCTKV_UNROLL
+    for (int k = 0; k < kOfLane; ++k) {
+      const int i = k * Block::kLanes + block.lane();
+      const int64_t token = first + i;
+      if (token >= plan.tokens) break;
+      const float before = plan.centrality != nullptr ? plan.centrality[token] : 0.0F;
+      for (int head = 0; head < plan.kv_heads; ++head) {
+        const float value = shared[head * plan.tile_tokens() + begin + i];
+        if (plan.per_head != nullptr) plan.per_head[int64_t{head} * plan.tokens + token] = value;
+        sums[k] = AddRounded(sums[k], value);
+      }
+      if (plan.saliency != nullptr) plan.saliency[token] = sums[k];
+      if (plan.centrality != nullptr) {
+        plan.centrality[token] = FusedMultiplyAdd(plan.decay, before, sums[k]);
+      }
     }
-    if (plan.saliency != nullptr) plan.saliency[token] = sum;
-    if (plan.centrality != nullptr) {
-      plan.centrality[token] = FusedMultiplyAdd(plan.decay, before, sum);
-    }
+    if (plan.parts != nullptr) WritePart(block, first, plan.tokens, sums, plan.parts);
   }
 }
 

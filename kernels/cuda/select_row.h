@@ -21,7 +21,8 @@ struct SelectRow {
   // One; null: no sums. Scores are not negative then.
   RowSums* sums = nullptr;
   int64_t top_count = 0;  // 0 .. tokens: of the largest for top_mass
-  // [Tiles(tokens)], what LaunchStatistics has written; null: RowSums::all is left at zero.
+  // [SumsParts(tokens)], what LaunchSaliency or LaunchStatistics has written; null: RowSums::all is
+  // left at zero.
   const SumsPart* parts = nullptr;
 };
 

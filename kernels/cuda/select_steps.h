@@ -239,9 +239,10 @@ STRUCTKV_DEVICE void WriteSums(Block& block, const SelectRow& row, const Cut& cu
   const int64_t tiles = Tiles(row.tokens);
   RowSums sums;
   if (row.parts != nullptr) {
-    sums.all = {SumInOrder(block, tiles, [&](int64_t i) { return row.parts[i].total; }),
-                SumInOrder(block, tiles, [&](int64_t i) { return row.parts[i].sum_s_log_s; }),
-                SumInOrder(block, tiles, [&](int64_t i) { return row.parts[i].sum_squares; })};
+    const int64_t parts = SumsParts(row.tokens);
+    sums.all = {SumInOrder(block, parts, [&](int64_t i) { return row.parts[i].total; }),
+                SumInOrder(block, parts, [&](int64_t i) { return row.parts[i].sum_s_log_s; }),
+                SumInOrder(block, parts, [&](int64_t i) { return row.parts[i].sum_squares; })};
   }
   sums.top_mass = SumInOrder(block, tiles, mass_at);
   // With nothing wanted the threshold has no value.

@@ -64,7 +64,8 @@ absl::Status WaitFor(const Lease& lease);
 // A copy on the lease's stream.
 absl::Status Copy(const Lease& lease, void* to, const void* from, int64_t bytes,
                   cudaMemcpyKind kind);
-// Of a slice: marks that what is queued so far is the last that uses it; and waits for that, asleep.
+// Of a slice: marks that what is queued so far is the last that uses it; and waits for that,
+// asleep.
 absl::Status Mark(const Lease& lease, PinnedSlice& slice);
 absl::Status WaitFor(const Lease& lease, PinnedSlice& slice);
 

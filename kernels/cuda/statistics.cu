@@ -12,9 +12,8 @@ constexpr int64_t kMaxPoolRows = 65535;  // of a grid's second axis
 
 __global__ void __launch_bounds__(kStatisticsThreads)
     Statistics(const __grid_constant__ StatisticsParams params) {
-  __shared__ StatisticsShared shared;
   DeviceBlock block;
-  TileStatistics(block, params, shared);
+  TileStatistics(block, params);
 }
 
 __global__ void __launch_bounds__(kPoolThreads) Pool(const __grid_constant__ PoolParams params) {

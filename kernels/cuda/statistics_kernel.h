@@ -1,5 +1,5 @@
-// One pass over a layer's saliency: sums over its heads, what is wrong with it, centrality, and the
-// sums of each tile; and smoothing.
+// One pass over a layer's saliency that others have computed: sums over its heads, what is wrong
+// with it, centrality, and the parts of its sums; and smoothing.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct StatisticsParams {
   float* sum = nullptr;           // [tokens], device; null: not wanted. May not overlap `values`
   float* centrality = nullptr;    // [tokens], device; becomes decay * centrality + sum; may be null
   float decay = 0;
-  SumsPart* parts = nullptr;  // [Tiles(tokens)], device; of the sum; may be null
+  SumsPart* parts = nullptr;  // [SumsParts(tokens)], device; of the sum; may be null
   // One, device; becomes the least of itself and BadPlace of the values that are NaN, infinite or
   // negative; the caller sets it to kNoBad before. Null: not looked for.
   uint64_t* bad = nullptr;
@@ -37,50 +37,47 @@ STRUCTKV_HOST_DEVICE constexpr bool IsBad(float value) {
   return !(value >= 0 && value <= 3.402823466e38F);
 }
 
-// A block takes one tile, a thread four of its tokens.
+// A block takes one tile, a warp two parts of it.
 inline constexpr int kStatisticsThreads = 128;
-inline constexpr int kStatisticsTokens = kTileTokens / kStatisticsThreads;
-
-struct StatisticsShared {
-  SumsPart warp_sums[kStatisticsThreads / 32];
-};
+inline constexpr int kStatisticsParts = kTileTokens / kPartTokens / (kStatisticsThreads / 32);
 
 template <class Block>
-STRUCTKV_DEVICE void TileStatistics(Block& block, const StatisticsParams& params,
-                                    StatisticsShared& shared) {
-  const int64_t tile = block.index();
-  const int64_t first = tile * kTileTokens + block.thread();
-  float sums[kStatisticsTokens] = {};
+STRUCTKV_DEVICE void TileStatistics(Block& block, const StatisticsParams& params) {
+  constexpr int kOfLane = kPartTokens / Block::kLanes;
+  const int64_t warps_first =
+      block.index() * kTileTokens + block.warp() * kStatisticsParts * kPartTokens;
+  float sums[kStatisticsParts][kOfLane] = {};
   uint64_t bad = kNoBad;
+  const auto token_of = [&](int part, int i) {
+    return warps_first + part * kPartTokens + i * Block::kLanes + block.lane();
+  };
   for (int64_t head = 0; head < params.heads; ++head) {
     const float* row = params.values + head * params.tokens;
     STRUCTKV_UNROLL
-    for (int k = 0; k < kStatisticsTokens; ++k) {
-      const int64_t token = first + k * kStatisticsThreads;
+    for (int k = 0; k < kStatisticsParts * kOfLane; ++k) {
+      const int64_t token = token_of(k / kOfLane, k % kOfLane);
+      float& sum = sums[k / kOfLane][k % kOfLane];
       const float value = token < params.tokens ? row[token] : 0.0F;
-      sums[k] = head == 0 ? value : sums[k] + value;
+      sum = head == 0 ? value : sum + value;
       if (IsBad(value)) bad = bad < BadPlace(head, token) ? bad : BadPlace(head, token);
     }
   }
   if (params.bad != nullptr && bad != kNoBad) block.Min(params.bad, bad);
-  SumsPart part;
   STRUCTKV_UNROLL
-  for (int k = 0; k < kStatisticsTokens; ++k) {
-    const int64_t token = first + k * kStatisticsThreads;
+  for (int k = 0; k < kStatisticsParts * kOfLane; ++k) {
+    const int64_t token = token_of(k / kOfLane, k % kOfLane);
+    const float sum = sums[k / kOfLane][k % kOfLane];
     if (token >= params.tokens) continue;
-    if (params.sum != nullptr) params.sum[token] = sums[k];
+    if (params.sum != nullptr) params.sum[token] = sum;
     if (params.centrality != nullptr) {
-      params.centrality[token] = FusedMultiplyAdd(params.decay, params.centrality[token], sums[k]);
+      params.centrality[token] = FusedMultiplyAdd(params.decay, params.centrality[token], sum);
     }
-    if (params.parts != nullptr) Add(sums[k], &part);
   }
   if (params.parts == nullptr) return;
-  part = SumLanes(block, part);
-  if (block.lane() == 0) shared.warp_sums[block.warp()] = part;
-  block.Sync();
-  if (block.thread() != 0) return;
-  for (int w = 1; w < block.warps(); ++w) part = Plus(part, shared.warp_sums[w]);
-  params.parts[tile] = part;
+  STRUCTKV_UNROLL
+  for (int part = 0; part < kStatisticsParts; ++part) {
+    WritePart(block, warps_first + part * kPartTokens, params.tokens, sums[part], params.parts);
+  }
 }
 
 enum class Smoothing : uint8_t { kNone, kMean, kMaximum };

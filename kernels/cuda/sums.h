@@ -10,14 +10,20 @@
 
 namespace structkv::cuda {
 
-// Of one tile of kTileTokens tokens (kernels/cuda/radix.h); see SaliencySums of kernels/backend.h.
+// Of kPartTokens tokens; see SaliencySums of kernels/backend.h.
 struct SumsPart {
   double total = 0;
   double sum_s_log_s = 0;
   double sum_squares = 0;
 };
 
-// Of a row: its parts in the order of the tiles, and the mass of the largest.
+// So few that one warp has the tokens at hand where their saliency is computed.
+inline constexpr int kPartTokens = 64;
+STRUCTKV_HOST_DEVICE constexpr int64_t SumsParts(int64_t tokens) {
+  return (tokens + kPartTokens - 1) / kPartTokens;
+}
+
+// Of a row: its parts, in their order, and the mass of the largest.
 struct RowSums {
   SumsPart all;
   double top_mass = 0;
@@ -38,6 +44,21 @@ template <class Block>
 STRUCTKV_DEVICE SumsPart SumLanes(Block& block, const SumsPart& part) {
   return {SumLanes(block, part.total), SumLanes(block, part.sum_s_log_s),
           SumLanes(block, part.sum_squares)};
+}
+
+// Writes the part that begins at token `first`, of which a lane has every kLanes-th token's
+// saliency from first + lane on. Called by a whole warp.
+template <class Block>
+STRUCTKV_DEVICE void WritePart(Block& block, int64_t first, int64_t tokens,
+                               const float (&saliency)[kPartTokens / Block::kLanes],
+                               SumsPart* parts) {
+  SumsPart part;
+  STRUCTKV_UNROLL
+  for (int i = 0; i < kPartTokens / Block::kLanes; ++i) {
+    if (first + i * Block::kLanes + block.lane() < tokens) Add(saliency[i], &part);
+  }
+  part = SumLanes(block, part);
+  if (block.lane() == 0 && first < tokens) parts[first / kPartTokens] = part;
 }
 
 // The sum of at(0) .. at(count - 1), in an order that `count` alone fixes. Called by a whole warp.

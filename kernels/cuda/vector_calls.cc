@@ -105,7 +105,7 @@ absl::StatusOr<SaliencySums> Sums(Devices& devices, const float* scores, int64_t
                                   int64_t top_count) {
   Parts parts;
   const int64_t values = parts.Add<float>(tokens);
-  const int64_t tiles = parts.Add<SumsPart>(Tiles(tokens));
+  const int64_t tiles = parts.Add<SumsPart>(SumsParts(tokens));
   const int64_t sums = parts.Add<RowSums>(1);
   SelectRow row = {.tokens = tokens, .top_count = std::clamp<int64_t>(top_count, 0, tokens)};
   absl::StatusOr<Lease> lease = AcquireForSelect(devices, row, parts);

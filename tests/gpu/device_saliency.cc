@@ -21,6 +21,7 @@ CudaSaliency RunCudaSaliency(const SaliencyParams& params, int /*blocks*/,
   out.saliency.resize(static_cast<size_t>(tokens));
   out.centrality = std::move(centrality);
   out.centrality.resize(static_cast<size_t>(tokens), 0.0F);
+  out.parts.resize(static_cast<size_t>(cuda::SumsParts(tokens)));
 
   Mirror mirror(Mirror::Where::kDevice);
   cuda::SaliencyRequest request;
@@ -39,6 +40,7 @@ CudaSaliency RunCudaSaliency(const SaliencyParams& params, int /*blocks*/,
   request.saliency = mirror.InOut(out.saliency.data(), tokens);
   request.centrality = mirror.InOut(out.centrality.data(), tokens);
   request.decay = decay;
+  request.parts = mirror.InOut(out.parts.data(), cuda::SumsParts(tokens));
   request.flags = mirror.InOut(&out.flags);
   const gpu::DeviceBytes workspace(static_cast<size_t>(cuda::SaliencyWorkspaceBytes(request)));
   // What is not written is NaN of every type.

@@ -16,7 +16,7 @@ void RunCudaSelect(const SelectWay& way, const std::vector<cuda::SelectRow>& row
     out.scores = mirror.In(row.scores, row.tokens);
     out.positions = mirror.InOut(row.positions, row.keep);
     out.sums = mirror.InOut(row.sums);
-    out.parts = mirror.In(row.parts, cuda::Tiles(row.tokens));
+    out.parts = mirror.In(row.parts, cuda::SumsParts(row.tokens));
     mirrored.push_back(out);
   }
   int device = 0;
@@ -44,7 +44,7 @@ void RunCudaStatistics(const cuda::StatisticsParams& params) {
   mirrored.values = mirror.In(params.values, params.heads * params.tokens);
   mirrored.sum = mirror.InOut(params.sum, params.tokens);
   mirrored.centrality = mirror.InOut(params.centrality, params.tokens);
-  mirrored.parts = mirror.InOut(params.parts, cuda::Tiles(params.tokens));
+  mirrored.parts = mirror.InOut(params.parts, cuda::SumsParts(params.tokens));
   mirrored.bad = mirror.InOut(params.bad);
   OrDie(cuda::LaunchStatistics(mirrored, nullptr), "LaunchStatistics");
   mirror.CopyBack();

@@ -80,7 +80,7 @@ LayerBench::Lane::Lane(int64_t tokens, int64_t kept)
       saliency(Floats(tokens)),
       centrality(Upload(std::vector<float>(static_cast<size_t>(tokens)))),
       flags(sizeof(cuda::SaliencyFlags)),
-      parts(static_cast<size_t>(cuda::Tiles(tokens)) * sizeof(cuda::SumsPart)),
+      parts(static_cast<size_t>(cuda::SumsParts(tokens)) * sizeof(cuda::SumsPart)),
       sums(sizeof(cuda::RowSums)),
       positions(Floats(kept)),
       kept_keys(static_cast<size_t>(kKvHeads * kept * kDim * 2)),
@@ -137,6 +137,7 @@ cuda::SaliencyRequest LayerBench::Request(const Layer& layer, const Lane& lane, 
   request.saliency = lane.saliency.as<float>();
   request.centrality = lane.centrality.as<float>();
   request.decay = 0.9F;
+  request.parts = lane.parts.as<cuda::SumsPart>();
   request.flags = lane.flags.as<cuda::SaliencyFlags>();
   if (!lane.workspace.empty()) {
     request.workspace = lane.workspace[0].as<void>();
@@ -175,12 +176,6 @@ void LayerBench::Saliency(const Layer& layer, const Lane& lane, bool with_lse,
 }
 
 void LayerBench::Select(const Lane& lane) const {
-  OrDie(cuda::LaunchStatistics({.values = lane.saliency.as<float>(),
-                                .heads = 1,
-                                .tokens = tokens_,
-                                .parts = lane.parts.as<cuda::SumsPart>()},
-                               lane.stream),
-        "LaunchStatistics");
   const cuda::SelectRow row = SelectRow(lane);
   OrDie(cuda::LaunchSelect({.rows = &row,
                             .row_count = 1,
@@ -253,20 +248,21 @@ std::vector<Row> LayerBench::Measure(Events* events) {
   const double keys = tokens * kKvHeads * kDim * 2;
   // Read, and the window's kept rows written; of keys and of values.
   const double gathered = 4.0 * static_cast<double>(kept_) * kKvHeads * kDim * 2;
-  // Saliency in, centrality in and out.
-  const double selected = 3 * tokens * sizeof(float);
+  // Saliency, out and in, and the centrality, in and out.
+  const double selected = tokens * sizeof(float);
+  const double summed = 3 * tokens * sizeof(float);
   const int turns = std::max(4, static_cast<int>(layers_.size()));
   const Lane& lane = lanes_[0];
   std::vector<Row> rows;
   for (const bool with_lse : {true, false}) {
     // Saliency of each head, of all and the centrality (in and out) beside the keys.
     rows.push_back({with_lse ? "saliency, lse given" : "saliency", tokens_,
-                    keys + (kKvHeads + 3) * tokens * sizeof(float),
+                    keys + kKvHeads * tokens * sizeof(float) + summed,
                     Micros(events, turns, [&](const Layer& layer) {
                       Saliency(layer, lane, with_lse, /*per_head=*/true);
                     })});
   }
-  rows.push_back({"metrics and selection", tokens_, selected,
+  rows.push_back({"selection", tokens_, selected,
                   Micros(events, turns, [&](const Layer& /*layer*/) { Select(lane); })});
   rows.push_back({"gather", tokens_, gathered, Micros(events, turns, [&](const Layer& layer) {
                     Gather(layer, lane, /*in_blocks=*/false);
@@ -279,7 +275,7 @@ std::vector<Row> LayerBench::Measure(Events* events) {
   for (const bool with_lse : {true, false}) {
     const double bar = tokens_ != kBarTokens ? 0 : with_lse ? kBarMicros : kBarMicrosWithoutLse;
     const std::string lse = with_lse ? ", lse given" : "";
-    const double bytes = keys + selected + gathered;
+    const double bytes = keys + summed + selected + gathered;
     rows.push_back(
         {"32 layers" + lse, tokens_, bytes,
          Micros(events, kLayers, [&](const Layer& layer) { All(layer, lane, with_lse); }), bar});

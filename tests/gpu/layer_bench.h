@@ -8,7 +8,6 @@
 #include "kernels/cuda/gather.h"
 #include "kernels/cuda/saliency.h"
 #include "kernels/cuda/select.h"
-#include "kernels/cuda/statistics.h"
 #include "tests/gpu/bench_timing.h"
 #include "tests/gpu/device_data.h"
 

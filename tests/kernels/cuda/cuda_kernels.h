@@ -21,6 +21,7 @@ struct CudaSaliency {
   std::vector<float> per_head;  // [kv_heads, tokens]
   std::vector<float> saliency;  // [tokens]
   std::vector<float> centrality;
+  std::vector<cuda::SumsPart> parts;  // of the saliency
   cuda::SaliencyFlags flags;
 };
 

@@ -111,6 +111,7 @@ CudaSaliency RunCudaSaliency(const SaliencyParams& params, int blocks,
   out.saliency.resize(tokens);
   out.centrality = std::move(centrality);
   out.centrality.resize(tokens, 0.0F);
+  out.parts.resize(static_cast<size_t>(cuda::SumsParts(params.keys.tokens)));
   cuda::SaliencyRequest request;
   request.queries = params.queries;
   request.keys = params.keys;
@@ -122,6 +123,7 @@ CudaSaliency RunCudaSaliency(const SaliencyParams& params, int blocks,
   request.saliency = out.saliency.data();
   request.centrality = out.centrality.data();
   request.decay = decay;
+  request.parts = out.parts.data();
   request.flags = &out.flags;
   const int64_t bytes = cuda::SaliencyWorkspaceBytes(request);
   // What is not written is NaN of every type.

@@ -60,10 +60,8 @@ void RunCudaSelect(const SelectWay& way, const std::vector<SelectRow>& rows) {
 void RunCudaStatistics(const cuda::StatisticsParams& params) {
   thread_local std::mt19937_64 random = Random(5002);
   EmulatedCluster::RunGrid(
-      cuda::Tiles(params.tokens), cuda::kStatisticsThreads, sizeof(cuda::StatisticsShared), random,
-      [&](EmulatedBlock& block, void* shared) {
-        cuda::TileStatistics(block, params, *static_cast<cuda::StatisticsShared*>(shared));
-      });
+      cuda::Tiles(params.tokens), cuda::kStatisticsThreads, /*shared_bytes=*/0, random,
+      [&](EmulatedBlock& block, void* /*shared*/) { cuda::TileStatistics(block, params); });
 }
 
 void RunCudaPool(const cuda::PoolParams& params) {

@@ -142,6 +142,17 @@ TEST_F(CudaSaliencyInputTest, SumsHeadsInOrderAndAccumulates) {
       EXPECT_EQ(out.saliency[j], sum);
       EXPECT_EQ(out.centrality[j], std::fma(0.9F, before[j], sum));
     }
+    // The parts of its sums are those that are made of it later.
+    std::vector<cuda::SumsPart> parts(static_cast<size_t>(cuda::SumsParts(210)));
+    testing::RunCudaStatistics(
+        {.values = out.saliency.data(), .heads = 1, .tokens = 210, .parts = parts.data()});
+    ASSERT_EQ(out.parts.size(), parts.size());
+    for (size_t i = 0; i < parts.size(); ++i) {
+      EXPECT_GT(parts[i].total, 0.0);
+      EXPECT_EQ(out.parts[i].total, parts[i].total);
+      EXPECT_EQ(out.parts[i].sum_s_log_s, parts[i].sum_s_log_s);
+      EXPECT_EQ(out.parts[i].sum_squares, parts[i].sum_squares);
+    }
   }
 }
 

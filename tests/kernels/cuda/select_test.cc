@@ -202,7 +202,7 @@ TEST_F(CudaSelectTest, SumsAreTheReferencesAndTheSameEachWay) {
     std::vector<float> scores = Scores(tokens, 4200 + static_cast<uint64_t>(tokens));
     scores[static_cast<size_t>(tokens) / 2] = 0.0F;
     if (tokens > 600) scores[600] = scores[100];
-    std::vector<SumsPart> parts(static_cast<size_t>(Tiles(tokens)));
+    std::vector<SumsPart> parts(static_cast<size_t>(SumsParts(tokens)));
     RunCudaStatistics(
         {.values = scores.data(), .heads = 1, .tokens = tokens, .parts = parts.data()});
     for (const int64_t top : {int64_t{0}, int64_t{1}, tokens / 10, tokens}) {
