@@ -49,12 +49,15 @@ __global__ void __launch_bounds__(kGlobalThreads)
   RunGlobal(rows, states, [](auto& selector) { selector.Write(); });
 }
 
-cudaError_t LaunchCluster(const Rows& rows, const SelectRun& run, cudaStream_t stream) {
-  const int64_t tiles = SliceOf(run.tokens, 0, run.cluster_blocks).tiles;
-  const auto shared_bytes = static_cast<size_t>(ClusterSharedBytes(tiles));
-  cudaError_t error = cudaFuncSetAttribute(
-      SelectInCluster, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+cudaError_t LaunchCluster(const Rows& rows, const SelectRun& run, const SelectLimits& limits,
+                          cudaStream_t stream) {
+  // The attribute is the kernel's on the device, shared by threads that launch at once. All set it
+  // to the same value, that of the device, so that none lowers it before another's launch.
+  const cudaError_t error =
+      cudaFuncSetAttribute(SelectInCluster, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(limits.shared_bytes));
   if (error != cudaSuccess) return error;
+  const int64_t tiles = SliceOf(run.tokens, 0, run.cluster_blocks).tiles;
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = static_cast<unsigned>(run.cluster_blocks);
@@ -63,7 +66,7 @@ cudaError_t LaunchCluster(const Rows& rows, const SelectRun& run, cudaStream_t s
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(run.cluster_blocks), static_cast<unsigned>(run.rows));
   config.blockDim = dim3(kClusterThreads);
-  config.dynamicSmemBytes = shared_bytes;
+  config.dynamicSmemBytes = static_cast<size_t>(ClusterSharedBytes(tiles));
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = run.cluster_blocks > 1 ? 1 : 0;
@@ -128,8 +131,9 @@ cudaError_t LaunchSelect(const SelectParams& params, cudaStream_t stream) noexce
     const SelectRun run = NextRun(params.rows + r, params.row_count - r, params.limits);
     Rows rows;
     std::copy_n(params.rows + r, run.rows, rows.row);
-    const cudaError_t error = run.cluster_blocks > 0 ? LaunchCluster(rows, run, stream)
-                                                     : LaunchGlobal(rows, run, params, stream);
+    const cudaError_t error = run.cluster_blocks > 0
+                                  ? LaunchCluster(rows, run, params.limits, stream)
+                                  : LaunchGlobal(rows, run, params, stream);
     if (error != cudaSuccess) return error;
     r += run.rows;
   }
