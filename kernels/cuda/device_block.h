@@ -75,7 +75,16 @@ class DeviceBlock {
   __device__ int ranks() const {
     return static_cast<int>(cooperative_groups::this_cluster().num_blocks());
   }
-  __device__ void SyncCluster() { cooperative_groups::this_cluster().sync(); }
+  // What threads have written to their own block's shared memory before is seen by the whole
+  // cluster after it. Device memory is left out: to order that too, as cooperative_groups' barrier
+  // does, takes a trip to the L2 cache.
+  __device__ void SyncCluster() {
+    asm volatile(
+        "fence.release.sync_restrict::shared::cta.cluster;\n"
+        "barrier.cluster.arrive.relaxed.aligned;\n"
+        "barrier.cluster.wait.acquire.aligned;" ::
+            : "memory");
+  }
   template <class T>
   __device__ const T* Peer(const T* shared, int of_rank) {
     return cooperative_groups::this_cluster().map_shared_rank(const_cast<T*>(shared), of_rank);
