@@ -12,12 +12,14 @@
 #define STRUCTKV_DEVICE
 #endif
 
-// Before a loop that has to be unrolled, so that arrays that it indexes stay in registers, or must
-// not be, for want of them.
+// Before a loop that has to be unrolled, so that arrays that it indexes stay in registers, or only
+// four rounds at a time, or must not be, for want of them.
 #ifdef __CUDA_ARCH__
 #define STRUCTKV_UNROLL _Pragma("unroll")
+#define STRUCTKV_UNROLL_4 _Pragma("unroll 4")
 #define STRUCTKV_ROLLED _Pragma("unroll 1")
 #else
 #define STRUCTKV_UNROLL
+#define STRUCTKV_UNROLL_4
 #define STRUCTKV_ROLLED
 #endif

@@ -25,14 +25,15 @@ STRUCTKV_HOST_DEVICE constexpr uint32_t DigitOf(uint32_t key, int digit) {
 
 // Whether a key's digits before `digit` are those of `prefix`.
 STRUCTKV_HOST_DEVICE constexpr bool HasPrefix(uint32_t key, uint32_t prefix, int digit) {
-  return digit == 0 || (key ^ prefix) >> DigitShift(digit - 1) == 0;
+  const uint32_t mask = digit == 0 ? 0 : ~0U << DigitShift(digit - 1);
+  return ((key ^ prefix) & mask) == 0;
 }
 
 // Unsigned keys in the order of the values; both zeros have one key, as they compare equal.
 STRUCTKV_HOST_DEVICE inline uint32_t OrderedKey(float value) {
-  uint32_t bits = FloatBits(value);
-  if (bits == 0x80000000U) bits = 0;
-  return (bits & 0x80000000U) != 0 ? ~bits : bits | 0x80000000U;
+  const uint32_t bits = FloatBits(value + 0.0F);  // the sum of -0 and 0 is 0
+  const auto signs = static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31);
+  return bits ^ (signs | 0x80000000U);
 }
 
 // The value of a key.
@@ -47,7 +48,10 @@ struct Cut {
   uint32_t ties = 0;
 };
 
-// The cut of nothing: no finite value has this key.
+// Where there is no token: below the keys of all finite values, and so is its first digit.
+inline constexpr uint32_t kNoKey = 0;
+
+// The cut of nothing: no finite value has this key, nor its first digit.
 STRUCTKV_HOST_DEVICE constexpr Cut CutOfNothing() { return {0xFFFFFFFFU, 0}; }
 
 // Tokens before one that are kept: those above the cut, and of those equal to it the first.

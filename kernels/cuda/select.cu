@@ -16,19 +16,29 @@ struct States {
   int64_t offset[kSelectRows];
 };
 
+// Has the number of a warp from a shuffle, of which the compiler knows that it gives all lanes the
+// same: what depends on it does not divide a warp, and needs no code for one that is divided.
+class SelectBlock : public DeviceBlock {
+ public:
+  __device__ int warp() const { return warp_; }
+
+ private:
+  const int warp_ = Shuffle(DeviceBlock::warp(), 0);
+};
+
 __global__ void __launch_bounds__(kClusterThreads)
     SelectInCluster(const __grid_constant__ Rows rows) {
   extern __shared__ __align__(16) unsigned char shared[];
-  DeviceBlock block;
-  ClusterSelector<DeviceBlock>(block, rows.row[blockIdx.y], shared).Run();
+  SelectBlock block;
+  ClusterSelector<SelectBlock>(block, rows.row[blockIdx.y], shared).Run();
 }
 
 // Grid: blocks of a row, rows.
 template <class Step>
 __device__ void RunGlobal(const Rows& rows, const States& states, const Step& step) {
   __shared__ GlobalShared shared;
-  DeviceBlock block;
-  GlobalSelector<DeviceBlock> selector(block, rows.row[blockIdx.y],
+  SelectBlock block;
+  GlobalSelector<SelectBlock> selector(block, rows.row[blockIdx.y],
                                        states.begin + states.offset[blockIdx.y], shared);
   step(selector);
 }

@@ -3,8 +3,8 @@
 // A row of up to 350,000 tokens, where a block can have 227 KB of shared memory, is one cluster of
 // at most 8 blocks, and all rows together are one launch: of 131,072 tokens 0.5 MB are read once,
 // and then each block passes five times over the 64 KB in its shared memory, with five barriers of
-// the cluster. Designed for 5 microseconds, for one row as for 16; not yet measured. Longer rows,
-// and most of those of chips without clusters, take five launches.
+// the cluster. By its instructions that takes 10 microseconds on an H200, for one row as for 16;
+// not yet measured. Longer rows, and most of those of chips without clusters, take five launches.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -33,7 +33,9 @@ inline constexpr int64_t kClusterTileBytes =
 static_assert(sizeof(ClusterShared) % alignof(double) == 0);
 
 STRUCTKV_HOST_DEVICE constexpr int64_t ClusterSharedBytes(int64_t tiles) {
-  return static_cast<int64_t>(sizeof(ClusterShared)) + tiles * kClusterTileBytes;
+  // The counts have one more, of the whole slice.
+  return static_cast<int64_t>(sizeof(ClusterShared) + sizeof(TileCount)) +
+         tiles * kClusterTileBytes;
 }
 
 // Blocks of the cluster for a row of so many tiles, where a block's shared memory has room for
@@ -53,12 +55,12 @@ class ClusterSelector {
   STRUCTKV_DEVICE ClusterSelector(Block& block, const SelectRow& row, void* shared)
       : block_(block),
         row_(row),
+        most_(SliceOf(row.tokens, 0, block.ranks()).tiles),
         slice_(SliceOf(row.tokens, block.rank(), block.ranks())),
         shared_(*static_cast<ClusterShared*>(shared)) {
-    const int64_t most = SliceOf(row.tokens, 0, block.ranks()).tiles;
     tiles_.masses = reinterpret_cast<double*>(&shared_ + 1);
-    tiles_.counts = reinterpret_cast<TileCount*>(tiles_.masses + most);
-    tiles_.keys = reinterpret_cast<ClusterTile*>(tiles_.counts + most);
+    tiles_.counts = reinterpret_cast<TileCount*>(tiles_.masses + most_);
+    tiles_.keys = reinterpret_cast<ClusterTile*>(tiles_.counts + most_ + 1);
   }
 
   STRUCTKV_DEVICE void Run() {
@@ -66,40 +68,56 @@ class ClusterSelector {
     if (block_.thread() < kQuestions) {
       shared_.cuts[block_.thread()] = FirstCut(row_, block_.thread());
     }
-    LoadKeys();
+    StoreKeys();
     block_.Sync();
+    STRUCTKV_ROLLED
     for (int digit = 0; digit < kDigits; ++digit) FindDigit(digit);
     MeasureTiles();
-    WriteTiles();
     if (block_.rank() == 0 && block_.warp() == 0) {
-      const int64_t each = SliceOf(row_.tokens, 0, block_.ranks()).tiles;
-      WriteSums(block_, row_, shared_.cuts[kLargest], [&](int64_t tile) {
-        return block_.Peer(tiles_.masses, static_cast<int>(tile / each))[tile % each];
+      WriteTopMass(block_, row_, shared_.cuts[kLargest], [&](int tile) {
+        return block_.Peer(tiles_.masses, tile / most_)[tile % most_];
       });
     }
+    WriteTiles();
     // Others read this block's shared memory up to here.
     block_.SyncCluster();
   }
 
  private:
-  // The tiles of this warp.
+  // The tiles of this warp. Each lane reads what it has stored.
   template <class Body>
   STRUCTKV_DEVICE void ForEachTile(const Body& body) const {
-    for (int64_t i = block_.warp(); i < slice_.tiles; i += block_.warps()) {
+    STRUCTKV_ROLLED
+    for (int i = block_.warp(); i < slice_.tiles; i += block_.warps()) {
       const uint32_t* keys = tiles_.keys[i].keys;
       body(i, [keys](int place) { return keys[place]; });
     }
   }
 
-  STRUCTKV_DEVICE void LoadKeys() {
-    for (int64_t i = block_.warp(); i < slice_.tiles; i += block_.warps()) {
-      const int64_t begin = (slice_.first_tile + i) * kTileTokens;
+  STRUCTKV_DEVICE void StoreKeys() {
+    constexpr int kStep = Block::kLanes;
+    STRUCTKV_ROLLED
+    for (int i = block_.warp(); i < slice_.tiles; i += block_.warps()) {
+      const int tile = slice_.first_tile + i;
+      const auto first = static_cast<uint32_t>(tile) * kTileTokens + block_.lane();
+      const auto last = static_cast<uint32_t>(row_.tokens - 1);
+      // Many are read before the first is used, as they come from far. Past the end the last is
+      // read again.
+      float scores[kTileTokens / kStep];
       STRUCTKV_UNROLL
-      for (int step = 0; step < kTileTokens; step += Block::kLanes) {
-        const int place = step + block_.lane();
-        if (begin + place < row_.tokens) {
-          tiles_.keys[i].keys[place] = OrderedKey(row_.scores[begin + place]);
-        }
+      for (int k = 0; k < kTileTokens / kStep; ++k) {
+        const uint32_t token = first + k * kStep;
+        scores[k] = row_.scores[token < last ? token : last];
+      }
+      uint32_t* keys = tiles_.keys[i].keys;
+      STRUCTKV_UNROLL
+      for (int k = 0; k < kTileTokens / kStep; ++k) {
+        keys[k * kStep + block_.lane()] = OrderedKey(scores[k]);
+      }
+      const int tokens = InTile(row_.tokens, tile);
+      STRUCTKV_ROLLED
+      for (int place = kTileTokens - kStep + block_.lane(); place >= tokens; place -= kStep) {
+        keys[place] = kNoKey;
       }
     }
   }
@@ -107,45 +125,45 @@ class ClusterSelector {
   STRUCTKV_DEVICE void FindDigit(int digit) {
     Histogram& mine = shared_.histograms[digit];
     const Cut cuts[kQuestions] = {shared_.cuts[kBest], shared_.cuts[kLargest]};
-    ForEachTile([&](int64_t i, const auto& key_of) {
+    ForEachTile([&](int i, const auto& key_of) {
       CountTileDigit(block_, row_, slice_.first_tile + i, digit, cuts, key_of, mine);
     });
     block_.Sync();
-    SumGroups(block_, mine);
+    SumGroups(block_, digit, cuts, mine);
     block_.SyncCluster();
     // A warp for each question; a block of one warp has both.
+    STRUCTKV_ROLLED
     for (int question = block_.warp(); question < kQuestions; question += block_.warps()) {
-      const auto count = [&](const auto& of) {
-        // Unrolled, so that no read waits for another.
-        uint32_t parts[kMaxClusterBlocks];
-        STRUCTKV_UNROLL
-        for (int r = 0; r < kMaxClusterBlocks; ++r) {
-          parts[r] = 0;
-          if (r >= block_.ranks()) continue;
-          const Histogram& theirs = *block_.Peer(&mine, r);
-          parts[r] = CountFor(question, digit, of(theirs, kBest), of(theirs, kLargest));
-        }
-        uint32_t sum = 0;
-        STRUCTKV_UNROLL
-        for (const uint32_t part : parts) sum += part;
-        return sum;
-      };
       const Cut next = NextCut(
           block_, shared_.cuts[question], digit,
-          [&](int bin) {
-            return count([bin](const Histogram& h, int q) { return h.bins[q][bin]; });
-          },
-          [&](int group) {
-            return count([group](const Histogram& h, int q) { return h.groups[q][group]; });
-          });
+          [&](int bin) { return SumOfBlocks(&mine.bins[question][bin]); },
+          [&](int group) { return SumOfBlocks(&mine.groups[question][group]); });
       if (block_.lane() == 0) shared_.cuts[question] = next;
+    }
+    // Another warp uses the time.
+    if (digit == 0 && block_.rank() == 0 && block_.warp() == block_.warps() - 1) {
+      WriteAll(block_, row_);
     }
     block_.Sync();
   }
 
+  // Of a count that each block has.
+  STRUCTKV_DEVICE uint32_t SumOfBlocks(const uint32_t* count) {
+    // Unrolled, so that no read waits for another.
+    uint32_t counts[kMaxClusterBlocks];
+    STRUCTKV_UNROLL
+    for (int r = 0; r < kMaxClusterBlocks; ++r) {
+      counts[r] = r < block_.ranks() ? *block_.Peer(count, r) : 0;
+    }
+    uint32_t sum = 0;
+    STRUCTKV_UNROLL
+    for (const uint32_t each : counts) sum += each;
+    return sum;
+  }
+
   STRUCTKV_DEVICE void MeasureTiles() {
     const Cut cuts[kQuestions] = {shared_.cuts[kBest], shared_.cuts[kLargest]};
-    ForEachTile([&](int64_t i, const auto& key_of) {
+    ForEachTile([&](int i, const auto& key_of) {
       const TileResult result = MeasureTile(block_, row_, slice_.first_tile + i, cuts, key_of);
       if (block_.lane() == 0) {
         tiles_.counts[i] = result.count;
@@ -154,24 +172,21 @@ class ClusterSelector {
     });
     block_.Sync();
     const TileCount total = ScanTiles(
-        block_, slice_.tiles, [&](int64_t i) { return tiles_.counts[i]; }, tiles_.counts,
+        block_, slice_.tiles, [&](int i) { return tiles_.counts[i]; }, tiles_.counts,
         shared_.warp_counts);
     if (block_.thread() == 0) shared_.total = total;
     block_.SyncCluster();
   }
 
   STRUCTKV_DEVICE void WriteTiles() {
+    // Lane l has block l's.
     TileCount before;
-    for (int r = 0; r < block_.rank(); ++r) {
-      const TileCount& theirs = *block_.Peer(&shared_.total, r);
-      before.above += theirs.above;
-      before.equal += theirs.equal;
-    }
+    if (block_.lane() < block_.rank()) before = *block_.Peer(&shared_.total, block_.lane());
+    before = {block_.SumWarp(before.above), block_.SumWarp(before.equal)};
     const Cut cut = shared_.cuts[kBest];
-    ForEachTile([&](int64_t i, const auto& key_of) {
-      const TileCount& in_slice = tiles_.counts[i];
-      WriteTile(block_, row_, slice_.first_tile + i, cut,
-                {before.above + in_slice.above, before.equal + in_slice.equal}, key_of);
+    ForEachTile([&](int i, const auto& key_of) {
+      WriteTile(block_, row_, slice_.first_tile + i, cut, Plus(before, tiles_.counts[i]),
+                Plus(before, tiles_.counts[i + 1]), key_of);
     });
     WriteWindow(row_, block_.rank() * int64_t{block_.threads()} + block_.thread(),
                 block_.ranks() * int64_t{block_.threads()});
@@ -179,6 +194,7 @@ class ClusterSelector {
 
   Block& block_;
   const SelectRow& row_;
+  const int most_;  // tiles of the first block, of which no other has more
   const Slice slice_;
   ClusterShared& shared_;
   ClusterTiles tiles_;

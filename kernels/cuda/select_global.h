@@ -29,7 +29,8 @@ struct GlobalShared {
 // Bytes that one row takes.
 STRUCTKV_HOST_DEVICE constexpr int64_t GlobalStateBytes(int64_t tokens) {
   constexpr int64_t kAlign = 256;
-  const int64_t bytes = static_cast<int64_t>(sizeof(GlobalState)) +
+  // The counts have one more, of the whole row.
+  const int64_t bytes = static_cast<int64_t>(sizeof(GlobalState) + sizeof(TileCount)) +
                         Tiles(tokens) * static_cast<int64_t>(sizeof(double) + sizeof(TileCount));
   return (bytes + kAlign - 1) / kAlign * kAlign;
 }
@@ -42,7 +43,7 @@ class GlobalSelector {
                                  GlobalShared& shared)
       : block_(block),
         row_(row),
-        tiles_(Tiles(row.tokens)),
+        tiles_(static_cast<int>(Tiles(row.tokens))),
         state_(*static_cast<GlobalState*>(state)),
         masses_(reinterpret_cast<double*>(&state_ + 1)),
         counts_(reinterpret_cast<TileCount*>(masses_ + tiles_)),
@@ -67,16 +68,13 @@ class GlobalSelector {
       mine[i] = block_.Fresh(all + i);
     }
     block_.Sync();
-    SumGroups(block_, shared_.histogram);
+    SumGroups(block_, digit, cuts, shared_.histogram);
     block_.Sync();
     const Histogram& h = shared_.histogram;
     for (int question = block_.warp(); question < kQuestions; question += block_.warps()) {
       const Cut next = NextCut(
-          block_, shared_.cuts[question], digit,
-          [&](int b) { return CountFor(question, digit, h.bins[kBest][b], h.bins[kLargest][b]); },
-          [&](int g) {
-            return CountFor(question, digit, h.groups[kBest][g], h.groups[kLargest][g]);
-          });
+          block_, shared_.cuts[question], digit, [&](int bin) { return h.bins[question][bin]; },
+          [&](int group) { return h.groups[question][group]; });
       if (block_.lane() == 0) state_.cuts[digit][question] = next;
     }
   }
@@ -94,20 +92,22 @@ class GlobalSelector {
     if (!IsLast(kDigits)) return;
     ScanTiles(
         block_, tiles_,
-        [&](int64_t i) {
+        [&](int i) {
           return TileCount{block_.Fresh(&counts_[i].above), block_.Fresh(&counts_[i].equal)};
         },
         counts_, shared_.warp_counts);
+    // A warp for each; a block of one warp does both.
     if (block_.warp() == 0) {
-      WriteSums(block_, row_, cuts[kLargest], [&](int64_t i) { return block_.Fresh(masses_ + i); });
+      WriteTopMass(block_, row_, cuts[kLargest], [&](int i) { return block_.Fresh(masses_ + i); });
     }
+    if (block_.warp() == block_.warps() - 1) WriteAll(block_, row_);
   }
 
   STRUCTKV_DEVICE void Write() {
     ReadCuts(kDigits - 1);
     const Cut cut = shared_.cuts[kBest];
     ForEachTile([&](int64_t tile, const auto& key_of) {
-      WriteTile(block_, row_, tile, cut, counts_[tile], key_of);
+      WriteTile(block_, row_, tile, cut, counts_[tile], counts_[tile + 1], key_of);
     });
     WriteWindow(row_, block_.index() * block_.threads() + block_.thread(),
                 block_.blocks() * block_.threads());
@@ -118,9 +118,11 @@ class GlobalSelector {
   template <class Body>
   STRUCTKV_DEVICE void ForEachTile(const Body& body) const {
     const int64_t first = block_.index() * block_.warps() + block_.warp();
+    STRUCTKV_ROLLED
     for (int64_t tile = first; tile < tiles_; tile += block_.blocks() * block_.warps()) {
       const float* scores = row_.scores + tile * kTileTokens;
-      body(tile, [scores](int place) { return OrderedKey(scores[place]); });
+      const int valid = InTile(row_.tokens, tile);
+      body(tile, [=](int place) { return place < valid ? OrderedKey(scores[place]) : kNoKey; });
     }
   }
 
@@ -148,7 +150,7 @@ class GlobalSelector {
 
   Block& block_;
   const SelectRow& row_;
-  const int64_t tiles_;
+  const int tiles_;
   GlobalState& state_;
   double* masses_;
   TileCount* counts_;

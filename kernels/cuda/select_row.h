@@ -54,17 +54,30 @@ struct TileCount {
   uint32_t above = 0;
   uint32_t equal = 0;
 };
+STRUCTKV_HOST_DEVICE constexpr TileCount Plus(const TileCount& a, const TileCount& b) {
+  return {a.above + b.above, a.equal + b.equal};
+}
+STRUCTKV_HOST_DEVICE constexpr TileCount Minus(const TileCount& a, const TileCount& b) {
+  return {a.above - b.above, a.equal - b.equal};
+}
+
+// Of a row's first `tokens`, how many are in a tile.
+STRUCTKV_HOST_DEVICE constexpr int InTile(int64_t tokens, int64_t tile) {
+  const int left = static_cast<int>(tokens) - static_cast<int>(tile) * kTileTokens;
+  return left <= 0 ? 0 : left >= kTileTokens ? kTileTokens : left;
+}
 
 // Tiles of a row that block `rank` of `ranks` takes.
 struct Slice {
-  int64_t first_tile = 0;
-  int64_t tiles = 0;
+  int first_tile = 0;
+  int tiles = 0;
 };
 
 STRUCTKV_HOST_DEVICE constexpr Slice SliceOf(int64_t tokens, int rank, int ranks) {
-  const int64_t each = (Tiles(tokens) + ranks - 1) / ranks;
-  const int64_t first = rank * each < Tiles(tokens) ? rank * each : Tiles(tokens);
-  const int64_t end = first + each < Tiles(tokens) ? first + each : Tiles(tokens);
+  const int tiles = static_cast<int>(Tiles(tokens));
+  const int each = (tiles + ranks - 1) / ranks;
+  const int first = rank * each < tiles ? rank * each : tiles;
+  const int end = first + each < tiles ? first + each : tiles;
   return {first, end - first};
 }
 

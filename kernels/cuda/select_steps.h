@@ -11,77 +11,81 @@
 
 namespace structkv::cuda {
 
-// A block's histograms. At the first digit, where every token counts, kLargest has those of the
-// window alone: the others are counted once for both.
+// A block's histograms.
 struct Histogram {
   uint32_t bins[kQuestions][kBins];
   uint32_t groups[kQuestions][kGroups];
 };
 
-// Adds one to `bin` for each lane that is `in`. Lanes that agree with the first count at once:
-// scores are all alike often enough, and equal addresses wait for each other.
-template <class Block>
-STRUCTKV_DEVICE void CountBin(Block& block, uint32_t* bins, uint32_t bin, bool in) {
-  const uint32_t lanes = block.Ballot(in);
-  if (lanes == 0) return;
-  const int first = LowestLane(lanes);
-  const uint32_t first_bin = block.Shuffle(bin, first);
-  const bool same = in && bin == first_bin;
-  const uint32_t alike = block.Ballot(same);
-  if (block.lane() == first) {
-    block.Add(bins + bin, CountLanes(alike));
-  } else if (in && !same) {
-    block.Add(bins + bin, 1U);
+// Calls body(place, key_of(place), whether it is before the window) for each place of a tile that
+// is this lane's. Several keys are read before the first is used, so that reads do not wait for
+// what is done with others.
+template <class Block, class KeyOf, class Body>
+STRUCTKV_DEVICE void ForEachKey(Block& block, const SelectRow& row, int64_t tile,
+                                const KeyOf& key_of, const Body& body) {
+  constexpr int kAtOnce = 4;
+  const int others = InTile(Others(row), tile);
+  STRUCTKV_ROLLED
+  for (int step = 0; step < kTileTokens; step += kAtOnce * Block::kLanes) {
+    const int first = step + block.lane();
+    uint32_t keys[kAtOnce];
+    STRUCTKV_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) keys[k] = key_of(first + k * Block::kLanes);
+    STRUCTKV_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int place = k * Block::kLanes;
+      body(first + place, keys[k], place < others - first);
+    }
   }
 }
 
-// Counts one digit of a tile's keys. `key_of(i)` is called for the tile's tokens alone; `cuts` are
-// what is known so far.
+// Counts one digit of a tile's keys; `cuts` are what is known so far. `key_of(place)` is the key of
+// a token of the tile, kNoKey past the row's end. A key is counted once: for kBest where it can,
+// else for kLargest. Scores are all alike often enough, and then so are bins: the hardware adds for
+// all lanes of a warp at once where each adds the constant one and does not ask what was there.
 template <class Block, class KeyOf>
 STRUCTKV_DEVICE void CountTileDigit(Block& block, const SelectRow& row, int64_t tile, int digit,
                                     const Cut (&cuts)[kQuestions], const KeyOf& key_of,
                                     Histogram& histogram) {
-  const int64_t begin = tile * kTileTokens;
-  const int64_t others = Others(row);
-  const bool best = cuts[kBest].ties != 0;
-  const bool largest = cuts[kLargest].ties != 0;
-  for (int step = 0; step < kTileTokens; step += Block::kLanes) {
-    const int place = step + block.lane();
-    const int64_t token = begin + place;
-    const bool valid = token < row.tokens;
-    const uint32_t key = valid ? key_of(place) : 0;
-    const uint32_t bin = DigitOf(key, digit);
-    if (digit == 0) {
-      CountBin(block, histogram.bins[kBest], bin, token < others);
-      if (largest) CountBin(block, histogram.bins[kLargest], bin, valid && token >= others);
-    } else {
-      if (best) {
-        CountBin(block, histogram.bins[kBest], bin,
-                 token < others && HasPrefix(key, cuts[kBest].threshold, digit));
-      }
-      if (largest) {
-        CountBin(block, histogram.bins[kLargest], bin,
-                 valid && HasPrefix(key, cuts[kLargest].threshold, digit));
-      }
+  uint32_t* bins = histogram.bins[kBest];
+  ForEachKey(block, row, tile, key_of, [&](int /*place*/, uint32_t key, bool other) {
+    // && and || would be branches.
+    const bool best = other & HasPrefix(key, cuts[kBest].threshold, digit);
+    const bool largest = HasPrefix(key, cuts[kLargest].threshold, digit);
+    if (best | largest) {
+      uint32_t bin = DigitOf(key, digit);
+      if (!best) bin += kBins;
+      block.Add(bins + bin, 1U);
     }
-  }
+  });
 }
 
 template <class Block>
 STRUCTKV_DEVICE void ClearHistogram(Block& block, Histogram& histogram) {
   uint32_t* words = &histogram.bins[0][0];
+  STRUCTKV_ROLLED
   for (int i = block.thread(); i < kQuestions * kBins; i += block.threads()) words[i] = 0;
 }
 
-// Adds up the bins of each group. All threads; the bins are complete before and the groups are
-// after the caller's barriers.
+// Adds what was counted for kBest to kLargest where it counts for both, and adds up the bins of
+// each group. All threads; the bins are complete before, and these and the groups are after, the
+// caller's barriers.
 template <class Block>
-STRUCTKV_DEVICE void SumGroups(Block& block, Histogram& histogram) {
-  for (int g = block.warp(); g < kQuestions * kGroups; g += block.warps()) {
-    const int question = g / kGroups;
-    const int group = g % kGroups;
-    const uint32_t sum = block.SumWarp(histogram.bins[question][group * kGroupBins + block.lane()]);
-    if (block.lane() == 0) histogram.groups[question][group] = sum;
+STRUCTKV_DEVICE void SumGroups(Block& block, int digit, const Cut (&cuts)[kQuestions],
+                               Histogram& histogram) {
+  // It does where one prefix is asked for: a key has no other.
+  const bool both = HasPrefix(cuts[kBest].threshold, cuts[kLargest].threshold, digit);
+  for (int group = block.warp(); group < DigitBins(digit) / kGroupBins; group += block.warps()) {
+    const int bin = group * kGroupBins + block.lane();
+    const uint32_t best = histogram.bins[kBest][bin];
+    uint32_t largest = histogram.bins[kLargest][bin];
+    if (both) histogram.bins[kLargest][bin] = largest += best;
+    const uint32_t best_sum = block.SumWarp(best);
+    const uint32_t largest_sum = block.SumWarp(largest);
+    if (block.lane() == 0) {
+      histogram.groups[kBest][group] = best_sum;
+      histogram.groups[kLargest][group] = largest_sum;
+    }
   }
 }
 
@@ -124,12 +128,6 @@ STRUCTKV_DEVICE Cut NextCut(Block& block, Cut cut, int digit, const BinCount& bi
   return cut;
 }
 
-// A question's count of a bin or group, from counts of both questions.
-STRUCTKV_HOST_DEVICE constexpr uint32_t CountFor(int question, int digit, uint32_t best,
-                                                 uint32_t largest) {
-  return question == kBest ? best : digit == 0 ? best + largest : largest;
-}
-
 // What a tile has above the cut and at it: of the tokens before the window for kBest, and the sum
 // above it for kLargest. Called by a whole warp; all lanes get it.
 struct TileResult {
@@ -139,117 +137,125 @@ struct TileResult {
 template <class Block, class KeyOf>
 STRUCTKV_DEVICE TileResult MeasureTile(Block& block, const SelectRow& row, int64_t tile,
                                        const Cut (&cuts)[kQuestions], const KeyOf& key_of) {
-  const int64_t begin = tile * kTileTokens;
-  const int64_t others = Others(row);
-  TileResult result;
+  TileCount count;
   double mass = 0;
-  for (int step = 0; step < kTileTokens; step += Block::kLanes) {
-    const int place = step + block.lane();
-    const int64_t token = begin + place;
-    const bool valid = token < row.tokens;
-    const uint32_t key = valid ? key_of(place) : 0;
-    const bool other = token < others;
-    result.count.above += CountLanes(block.Ballot(other && key > cuts[kBest].threshold));
-    result.count.equal += CountLanes(block.Ballot(other && key == cuts[kBest].threshold));
-    if (valid && key > cuts[kLargest].threshold) mass += static_cast<double>(KeyValue(key));
-  }
-  result.mass = row.sums != nullptr ? SumLanes(block, mass) : 0.0;
-  return result;
+  ForEachKey(block, row, tile, key_of, [&](int /*place*/, uint32_t key, bool other) {
+    if (other && key > cuts[kBest].threshold) ++count.above;
+    if (other && key == cuts[kBest].threshold) ++count.equal;
+    if (key > cuts[kLargest].threshold) mass += static_cast<double>(KeyValue(key));
+  });
+  return {{block.SumWarp(count.above), block.SumWarp(count.equal)},
+          row.sums != nullptr ? SumLanes(block, mass) : 0.0};
 }
 
-// Replaces each count by the sum of those before it; returns the sum of all to every thread. All
-// threads; `warp_counts` has one entry a warp; ends with a barrier. `fresh(i)` reads counts[i].
+template <class Block>
+STRUCTKV_DEVICE TileCount SumUpTo(Block& block, const TileCount& count) {
+  return {SumUpTo(block, count.above), SumUpTo(block, count.equal)};
+}
+template <class Block>
+STRUCTKV_DEVICE TileCount Shuffle(Block& block, const TileCount& count, int from_lane) {
+  return {block.Shuffle(count.above, from_lane), block.Shuffle(count.equal, from_lane)};
+}
+
+// Replaces each count by the sum of those before it, and counts[tiles] by the sum of all, which
+// every thread gets. All threads; `warp_counts` has one entry a warp; ends with a barrier.
+// `fresh(i)` reads counts[i].
 template <class Block, class Fresh>
-STRUCTKV_DEVICE TileCount ScanTiles(Block& block, int64_t tiles, const Fresh& fresh,
-                                    TileCount* counts, TileCount* warp_counts) {
-  const int64_t each = (tiles + block.warps() - 1) / block.warps();
-  const int64_t begin = block.warp() * each;
-  const int64_t end = begin + each < tiles ? begin + each : tiles;
+STRUCTKV_DEVICE TileCount ScanTiles(Block& block, int tiles, const Fresh& fresh, TileCount* counts,
+                                    TileCount* warp_counts) {
+  const int each = (tiles + block.warps() - 1) / block.warps();
+  const int begin = block.warp() * each;
+  const int end = begin + each < tiles ? begin + each : tiles;
   TileCount sum;
-  for (int64_t i = begin + block.lane(); i < end; i += Block::kLanes) {
-    const TileCount count = fresh(i);
-    sum.above += count.above;
-    sum.equal += count.equal;
-  }
+  for (int i = begin + block.lane(); i < end; i += Block::kLanes) sum = Plus(sum, fresh(i));
   sum = {block.SumWarp(sum.above), block.SumWarp(sum.equal)};
   if (block.lane() == 0) warp_counts[block.warp()] = sum;
   block.Sync();
-  TileCount before;
-  TileCount total;
-  for (int w = 0; w < block.warps(); ++w) {
-    if (w == block.warp()) before = total;
-    total.above += warp_counts[w].above;
-    total.equal += warp_counts[w].equal;
-  }
-  for (int64_t first = begin; first < end; first += Block::kLanes) {
-    const int64_t i = first + block.lane();
+  // Lane l has warp l's.
+  const TileCount of_warp = block.lane() < block.warps() ? warp_counts[block.lane()] : TileCount();
+  const TileCount up_to_warp = SumUpTo(block, of_warp);
+  const TileCount total = Shuffle(block, up_to_warp, Block::kLanes - 1);
+  TileCount before = Shuffle(block, Minus(up_to_warp, of_warp), block.warp());
+  STRUCTKV_ROLLED
+  for (int first = begin; first < end; first += Block::kLanes) {
+    const int i = first + block.lane();
     const TileCount count = i < end ? fresh(i) : TileCount();
-    const TileCount up_to = {SumUpTo(block, count.above), SumUpTo(block, count.equal)};
-    if (i < end) {
-      counts[i] = {before.above + up_to.above - count.above,
-                   before.equal + up_to.equal - count.equal};
-    }
-    before.above += block.Shuffle(up_to.above, Block::kLanes - 1);
-    before.equal += block.Shuffle(up_to.equal, Block::kLanes - 1);
+    const TileCount up_to = Plus(before, SumUpTo(block, count));
+    if (i < end) counts[i] = Minus(up_to, count);
+    before = Shuffle(block, up_to, Block::kLanes - 1);
   }
+  if (block.thread() == 0) counts[tiles] = total;
   block.Sync();
   return total;
 }
 
-// Writes the positions of a tile that are kept; `before` counts the row's tokens before the tile.
-// Called by a whole warp.
+// Writes the positions of a tile that are kept; `before` and `after` count the row's tokens before
+// the tile and before the next. Called by a whole warp.
 template <class Block, class KeyOf>
 STRUCTKV_DEVICE void WriteTile(Block& block, const SelectRow& row, int64_t tile, const Cut& cut,
-                               TileCount before, const KeyOf& key_of) {
-  const int64_t begin = tile * kTileTokens;
-  const int64_t others = Others(row);
+                               const TileCount& before, const TileCount& after,
+                               const KeyOf& key_of) {
+  const auto first = static_cast<int32_t>(tile * kTileTokens);
   const uint32_t lower_lanes = (1U << block.lane()) - 1;
-  for (int step = 0; step < kTileTokens; step += Block::kLanes) {
-    const int place = step + block.lane();
-    const int64_t token = begin + place;
-    const bool other = token < others;
-    const uint32_t key = other ? key_of(place) : 0;
-    const bool is_above = other && key > cut.threshold;
-    const bool is_equal = other && key == cut.threshold;
-    const uint32_t above = block.Ballot(is_above);
-    const uint32_t equal = block.Ballot(is_equal);
-    const uint32_t my_above = before.above + CountLanes(above & lower_lanes);
-    const uint32_t my_equal = before.equal + CountLanes(equal & lower_lanes);
-    if (is_above || (is_equal && my_equal < cut.ties)) {
-      row.positions[KeptBefore(my_above, my_equal, cut.ties)] = static_cast<int32_t>(token);
-    }
-    before.above += CountLanes(above);
-    before.equal += CountLanes(equal);
+  int32_t* const positions = row.positions;
+  uint32_t at = KeptBefore(before.above, before.equal, cut.ties);
+  const auto write = [&](const auto& is_kept_of) {
+    ForEachKey(block, row, tile, key_of, [&](int place, uint32_t key, bool other) {
+      const bool is_kept = is_kept_of(key, other);
+      const uint32_t kept = block.Ballot(is_kept);
+      if (is_kept) positions[at + CountLanes(kept & lower_lanes)] = first + place;
+      at += CountLanes(kept);
+    });
+  };
+  if (before.equal < cut.ties && cut.ties < after.equal) {
+    // The first of the tile's ties are kept.
+    uint32_t ties = before.equal;
+    write([&](uint32_t key, bool other) {
+      const bool is_tie = other && key == cut.threshold;
+      const uint32_t lanes = block.Ballot(is_tie);
+      const uint32_t earlier = ties + CountLanes(lanes & lower_lanes);
+      ties += CountLanes(lanes);
+      return is_tie ? earlier < cut.ties : other && key > cut.threshold;
+    });
+  } else {
+    // All of them are, or none.
+    const uint32_t below = before.equal < cut.ties ? cut.threshold - 1 : cut.threshold;
+    write([&](uint32_t key, bool other) { return other && key > below; });
   }
 }
 
 // Writes the window's positions. Thread `first` of `step` that share in it.
 STRUCTKV_HOST_DEVICE inline void WriteWindow(const SelectRow& row, int64_t first, int64_t step) {
   if (row.positions == nullptr) return;
+  STRUCTKV_ROLLED
   for (int64_t i = first; i < row.window; i += step) {
     row.positions[row.keep - row.window + i] = static_cast<int32_t>(Others(row) + i);
   }
 }
 
-// The sums of a row whose tiles' masses are `mass_at`. Called by a whole warp.
-template <class Block, class MassAt>
-STRUCTKV_DEVICE void WriteSums(Block& block, const SelectRow& row, const Cut& cut,
-                               const MassAt& mass_at) {
+// RowSums::all. Called by a whole warp.
+template <class Block>
+STRUCTKV_DEVICE void WriteAll(Block& block, const SelectRow& row) {
   if (row.sums == nullptr) return;
-  const int64_t tiles = Tiles(row.tokens);
-  RowSums sums;
+  SumsPart all;
   if (row.parts != nullptr) {
-    const int64_t parts = SumsParts(row.tokens);
-    sums.all = {SumInOrder(block, parts, [&](int64_t i) { return row.parts[i].total; }),
-                SumInOrder(block, parts, [&](int64_t i) { return row.parts[i].sum_s_log_s; }),
-                SumInOrder(block, parts, [&](int64_t i) { return row.parts[i].sum_squares; })};
+    all = SumInOrder(block, static_cast<int>(SumsParts(row.tokens)),
+                     [&](int part) { return row.parts[part]; });
   }
-  sums.top_mass = SumInOrder(block, tiles, mass_at);
+  if (block.lane() == 0) row.sums->all = all;
+}
+
+// RowSums::top_mass, where the tiles' masses are `mass_at`. Called by a whole warp.
+template <class Block, class MassAt>
+STRUCTKV_DEVICE void WriteTopMass(Block& block, const SelectRow& row, const Cut& cut,
+                                  const MassAt& mass_at) {
+  if (row.sums == nullptr) return;
+  double mass = SumInOrder(block, static_cast<int>(Tiles(row.tokens)), mass_at);
   // With nothing wanted the threshold has no value.
   if (cut.ties != 0) {
-    sums.top_mass += static_cast<double>(cut.ties) * static_cast<double>(KeyValue(cut.threshold));
+    mass += static_cast<double>(cut.ties) * static_cast<double>(KeyValue(cut.threshold));
   }
-  if (block.lane() == 0) *row.sums = sums;
+  if (block.lane() == 0) row.sums->top_mass = mass;
 }
 
 }  // namespace structkv::cuda

@@ -36,6 +36,7 @@ STRUCTKV_HOST_DEVICE inline void Add(float saliency, SumsPart* part) {
   part->sum_squares = FusedMultiplyAdd(s, s, part->sum_squares);
 }
 
+STRUCTKV_HOST_DEVICE constexpr double Plus(double a, double b) { return a + b; }
 STRUCTKV_HOST_DEVICE constexpr SumsPart Plus(const SumsPart& a, const SumsPart& b) {
   return {a.total + b.total, a.sum_s_log_s + b.sum_s_log_s, a.sum_squares + b.sum_squares};
 }
@@ -63,9 +64,10 @@ STRUCTKV_DEVICE void WritePart(Block& block, int64_t first, int64_t tokens,
 
 // The sum of at(0) .. at(count - 1), in an order that `count` alone fixes. Called by a whole warp.
 template <class Block, class At>
-STRUCTKV_DEVICE double SumInOrder(Block& block, int64_t count, const At& at) {
-  double sum = 0;
-  for (int64_t i = block.lane(); i < count; i += Block::kLanes) sum += at(i);
+STRUCTKV_DEVICE auto SumInOrder(Block& block, int count, const At& at) {
+  decltype(at(0)) sum = {};
+  STRUCTKV_UNROLL_4
+  for (int i = block.lane(); i < count; i += Block::kLanes) sum = Plus(sum, at(i));
   return SumLanes(block, sum);
 }
 

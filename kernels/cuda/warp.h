@@ -7,11 +7,11 @@
 
 namespace structkv::cuda {
 
-STRUCTKV_HOST_DEVICE inline int CountLanes(uint32_t lanes) {
+STRUCTKV_HOST_DEVICE inline uint32_t CountLanes(uint32_t lanes) {
 #ifdef __CUDA_ARCH__
-  return __popc(lanes);
+  return static_cast<uint32_t>(__popc(lanes));
 #else
-  return __builtin_popcount(lanes);
+  return static_cast<uint32_t>(__builtin_popcount(lanes));
 #endif
 }
 

@@ -77,6 +77,52 @@ class CudaSelectTest : public ::testing::Test {
     }
   }
 
+  // Positions and sums of scores that are not negative, both and alone.
+  void ExpectSums(const std::vector<float>& scores) {
+    const auto tokens = static_cast<int64_t>(scores.size());
+    std::vector<SumsPart> parts(static_cast<size_t>(SumsParts(tokens)));
+    RunCudaStatistics(
+        {.values = scores.data(), .heads = 1, .tokens = tokens, .parts = parts.data()});
+    const int64_t window = std::min<int64_t>(tokens, 8);
+    const int64_t keep = std::max(window, tokens / 3);
+    std::vector<int32_t> want_positions(static_cast<size_t>(keep));
+    reference_->Select({scores.data(), tokens, window, keep}, want_positions.data());
+    for (const int64_t top : {int64_t{0}, int64_t{1}, tokens / 10, keep - window, keep, tokens}) {
+      const SaliencySums want = reference_->Sums(scores.data(), tokens, top, SerialFor);
+      std::vector<RowSums> all;
+      for (const SelectWay& way : Ways()) {
+        std::vector<int32_t> positions(static_cast<size_t>(keep));
+        RowSums got;
+        RunCudaSelect(way, {{.scores = scores.data(),
+                             .tokens = tokens,
+                             .positions = positions.data(),
+                             .window = window,
+                             .keep = keep,
+                             .sums = &got,
+                             .top_count = top,
+                             .parts = parts.data()}});
+        EXPECT_TRUE(positions == want_positions) << way.Text() << ", " << tokens << ", top " << top;
+        RowSums alone;
+        RunCudaSelect(way, {{.scores = scores.data(),
+                             .tokens = tokens,
+                             .sums = &alone,
+                             .top_count = top,
+                             .parts = parts.data()}});
+        all.push_back(got);
+        all.push_back(alone);
+        const std::string what =
+            way.Text() + ": " + std::to_string(tokens) + " tokens, top " + std::to_string(top);
+        EXPECT_NEAR(got.all.total, want.total, 1e-12 * want.total) << what;
+        EXPECT_NEAR(got.all.sum_squares, want.sum_squares, 1e-12 * want.sum_squares) << what;
+        EXPECT_NEAR(got.top_mass, want.top_mass, 1e-12 * want.total) << what;
+        EXPECT_NEAR(got.all.sum_s_log_s, want.sum_s_log_s,
+                    1e-12 * (std::fabs(want.sum_s_log_s) + want.total))
+            << what;
+      }
+      for (const RowSums& each : all) EXPECT_EQ(std::memcmp(&each, &all[0], sizeof(each)), 0);
+    }
+  }
+
   const std::unique_ptr<Backend> reference_ = reference::CreateReferenceBackend();
   std::mt19937_64 random_ = testing::Random(4000);
 };
@@ -202,47 +248,19 @@ TEST_F(CudaSelectTest, SumsAreTheReferencesAndTheSameEachWay) {
     std::vector<float> scores = Scores(tokens, 4200 + static_cast<uint64_t>(tokens));
     scores[static_cast<size_t>(tokens) / 2] = 0.0F;
     if (tokens > 600) scores[600] = scores[100];
-    std::vector<SumsPart> parts(static_cast<size_t>(SumsParts(tokens)));
-    RunCudaStatistics(
-        {.values = scores.data(), .heads = 1, .tokens = tokens, .parts = parts.data()});
-    for (const int64_t top : {int64_t{0}, int64_t{1}, tokens / 10, tokens}) {
-      const SaliencySums want = reference_->Sums(scores.data(), tokens, top, SerialFor);
-      std::vector<RowSums> all;
-      for (const SelectWay& way : Ways()) {
-        const int64_t window = std::min<int64_t>(tokens, 8);
-        const int64_t keep = std::max(window, tokens / 3);
-        std::vector<int32_t> positions(static_cast<size_t>(keep));
-        std::vector<int32_t> want_positions(static_cast<size_t>(keep));
-        RowSums got;
-        RunCudaSelect(way, {{.scores = scores.data(),
-                             .tokens = tokens,
-                             .positions = positions.data(),
-                             .window = window,
-                             .keep = keep,
-                             .sums = &got,
-                             .top_count = top,
-                             .parts = parts.data()}});
-        reference_->Select({scores.data(), tokens, window, keep}, want_positions.data());
-        EXPECT_TRUE(positions == want_positions) << way.Text() << ", " << tokens << ", top " << top;
-        RowSums alone;
-        RunCudaSelect(way, {{.scores = scores.data(),
-                             .tokens = tokens,
-                             .sums = &alone,
-                             .top_count = top,
-                             .parts = parts.data()}});
-        all.push_back(got);
-        all.push_back(alone);
-        const std::string what =
-            way.Text() + ": " + std::to_string(tokens) + " tokens, top " + std::to_string(top);
-        EXPECT_NEAR(got.all.total, want.total, 1e-12 * want.total) << what;
-        EXPECT_NEAR(got.all.sum_squares, want.sum_squares, 1e-12 * want.sum_squares) << what;
-        EXPECT_NEAR(got.top_mass, want.top_mass, 1e-12 * want.total) << what;
-        EXPECT_NEAR(got.all.sum_s_log_s, want.sum_s_log_s,
-                    1e-12 * (std::fabs(want.sum_s_log_s) + want.total))
-            << what;
-      }
-      for (const RowSums& each : all) EXPECT_EQ(std::memcmp(&each, &all[0], sizeof(each)), 0);
-    }
+    ExpectSums(scores);
+  }
+}
+
+// The two cuts share digits, all or some.
+TEST_F(CudaSelectTest, SumsOfScoresThatAreAlike) {
+  constexpr int64_t kTokens = 1500;
+  ExpectSums(std::vector<float>(kTokens, 0.25F));
+  ExpectSums(std::vector<float>(kTokens, 0.0F));
+  for (const auto values : {uint64_t{3}, uint64_t{4096}}) {
+    std::vector<float> scores(kTokens);
+    for (float& s : scores) s = 1.0F + 0x1p-20F * static_cast<float>(random_() % values);
+    ExpectSums(scores);
   }
 }
 
