@@ -14,7 +14,7 @@ constexpr int64_t kMaxRows = int64_t{1} << 20;  // of a KV head
 constexpr int kPackBlocks = 1024;               // at most; each goes on with what is left
 // On a multiprocessor at once.
 constexpr int kScoresBlocks = 2;
-constexpr int kWeighBlocks = 5;  // at most 48 registers
+constexpr int kWeighBlocks = 4;  // at most 64 registers
 
 template <DType kQuery>
 __global__ void __launch_bounds__(kSaliencyThreads)

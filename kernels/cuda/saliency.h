@@ -16,8 +16,8 @@
 // the exponentials of every row, relative to the highest score of 16 tokens, are kept in float16 (2
 // bytes for each row and token, and 8 bytes for each row and 16 tokens), and weighed by a third
 // kernel, under what a second makes of the 8 bytes. The weighing has a warp ask for 16 tokens'
-// exponentials under 32 rows and their highest scores at once, 1.25 KB; 40 warps on a
-// multiprocessor make 50 KB. Their rounding is 2^-11 of a weight, once in it and once in the row's
+// exponentials under 32 rows and their highest scores at once, 1.25 KB; 32 warps on a
+// multiprocessor make 40 KB. Their rounding is 2^-11 of a weight, once in it and once in the row's
 // sum, and where a weight is below 2^-14 of the highest within its 16 tokens, 2^-25 of that
 // highest.
 #pragma once

@@ -328,34 +328,35 @@ STRUCTKV_DEVICE void PrefetchTile(Block& block, const SaliencyPlan& plan, int ti
   }
 }
 
-// Writes a tile's outputs from the heads' sums, [kv_heads, tile tokens] in shared memory. A warp
-// takes the tokens of a part of the metrics' sums.
+// Writes a tile's outputs from the heads' sums, [kv_heads, tile tokens] in shared memory, of which
+// the first head's are overwritten.
 template <class Block>
-STRUCTKV_DEVICE void WriteTile(Block& block, const SaliencyPlan& plan, int tile,
-                               const float* shared) {
-  static_assert(kUnitTokens % kPartTokens == 0);
-  constexpr int kOfLane = kPartTokens / Block::kLanes;
-  for (int begin = block.warp() * kPartTokens; begin < plan.tile_tokens();
-       begin += block.warps() * kPartTokens) {
-    const int64_t first = int64_t{tile} * plan.tile_tokens() + begin;
-    float sums[kOfLane] = {};
-    STRUCTKV_UNROLL
-    for (int k = 0; k < kOfLane; ++k) {
-      const int i = k * Block::kLanes + block.lane();
-      const int64_t token = first + i;
-      if (token >= plan.tokens) break;
-      const float before = plan.centrality != nullptr ? plan.centrality[token] : 0.0F;
-      for (int head = 0; head < plan.kv_heads; ++head) {
-        const float value = shared[head * plan.tile_tokens() + begin + i];
-        if (plan.per_head != nullptr) plan.per_head[int64_t{head} * plan.tokens + token] = value;
-        sums[k] = AddRounded(sums[k], value);
-      }
-      if (plan.saliency != nullptr) plan.saliency[token] = sums[k];
-      if (plan.centrality != nullptr) {
-        plan.centrality[token] = FusedMultiplyAdd(plan.decay, before, sums[k]);
-      }
+STRUCTKV_DEVICE void WriteTile(Block& block, const SaliencyPlan& plan, int tile, float* shared) {
+  const int first = tile * plan.tile_tokens();
+  STRUCTKV_ROLLED
+  for (int i = block.thread(); i < plan.tile_tokens(); i += block.threads()) {
+    const int token = first + i;
+    if (token >= plan.tokens) break;
+    const float before = plan.centrality != nullptr ? plan.centrality[token] : 0.0F;
+    float sum = 0.0F;
+    STRUCTKV_UNROLL_4
+    for (int head = 0; head < plan.kv_heads; ++head) {
+      const float value = shared[head * plan.tile_tokens() + i];
+      if (plan.per_head != nullptr) plan.per_head[int64_t{head} * plan.tokens + token] = value;
+      sum = AddRounded(sum, value);
     }
-    if (plan.parts != nullptr) WritePart(block, first, plan.tokens, sums, plan.parts);
+    if (plan.saliency != nullptr) plan.saliency[token] = sum;
+    if (plan.centrality != nullptr) {
+      plan.centrality[token] = FusedMultiplyAdd(plan.decay, before, sum);
+    }
+    shared[i] = sum;
+  }
+  if (plan.parts == nullptr) return;
+  // In a loop of its own, which takes fewer registers. Each thread reads what it has written.
+  static_assert(kUnitTokens % kPartTokens == 0);
+  STRUCTKV_ROLLED
+  for (int i = block.thread(); i < plan.tile_tokens(); i += block.threads()) {
+    WritePart(block, first + i, plan.tokens, shared[i], plan.parts);
   }
 }
 

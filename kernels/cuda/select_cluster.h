@@ -24,13 +24,13 @@ struct ClusterTile {
 };
 struct ClusterTiles {
   ClusterTile* keys = nullptr;
-  double* masses = nullptr;
+  RowSums* sums = nullptr;
   TileCount* counts = nullptr;
 };
 
 inline constexpr int64_t kClusterTileBytes =
-    sizeof(ClusterTile) + sizeof(double) + sizeof(TileCount);
-static_assert(sizeof(ClusterShared) % alignof(double) == 0);
+    sizeof(ClusterTile) + sizeof(RowSums) + sizeof(TileCount);
+static_assert(sizeof(ClusterShared) % alignof(RowSums) == 0);
 
 STRUCTKV_HOST_DEVICE constexpr int64_t ClusterSharedBytes(int64_t tiles) {
   // The counts have one more, of the whole slice.
@@ -58,8 +58,8 @@ class ClusterSelector {
         most_(SliceOf(row.tokens, 0, block.ranks()).tiles),
         slice_(SliceOf(row.tokens, block.rank(), block.ranks())),
         shared_(*static_cast<ClusterShared*>(shared)) {
-    tiles_.masses = reinterpret_cast<double*>(&shared_ + 1);
-    tiles_.counts = reinterpret_cast<TileCount*>(tiles_.masses + most_);
+    tiles_.sums = reinterpret_cast<RowSums*>(&shared_ + 1);
+    tiles_.counts = reinterpret_cast<TileCount*>(tiles_.sums + most_);
     tiles_.keys = reinterpret_cast<ClusterTile*>(tiles_.counts + most_ + 1);
   }
 
@@ -68,15 +68,14 @@ class ClusterSelector {
     if (block_.thread() < kQuestions) {
       shared_.cuts[block_.thread()] = FirstCut(row_, block_.thread());
     }
-    StoreKeys();
+    TakeTiles();
     block_.Sync();
     STRUCTKV_ROLLED
     for (int digit = 0; digit < kDigits; ++digit) FindDigit(digit);
     MeasureTiles();
     if (block_.rank() == 0 && block_.warp() == 0) {
-      WriteTopMass(block_, row_, shared_.cuts[kLargest], [&](int tile) {
-        return block_.Peer(tiles_.masses, tile / most_)[tile % most_];
-      });
+      WriteSums(block_, row_, shared_.cuts[kLargest],
+                [&](int tile) { return block_.Peer(tiles_.sums, tile / most_)[tile % most_]; });
     }
     WriteTiles();
     // Others read this block's shared memory up to here.
@@ -94,7 +93,7 @@ class ClusterSelector {
     }
   }
 
-  STRUCTKV_DEVICE void StoreKeys() {
+  STRUCTKV_DEVICE void TakeTiles() {
     constexpr int kStep = Block::kLanes;
     STRUCTKV_ROLLED
     for (int i = block_.warp(); i < slice_.tiles; i += block_.warps()) {
@@ -119,6 +118,8 @@ class ClusterSelector {
       for (int place = kTileTokens - kStep + block_.lane(); place >= tokens; place -= kStep) {
         keys[place] = kNoKey;
       }
+      const SumsPart all = SumTile(block_, row_, tile);
+      if (block_.lane() == 0) tiles_.sums[i].all = all;
     }
   }
 
@@ -139,10 +140,6 @@ class ClusterSelector {
           [&](int bin) { return SumOfBlocks(&mine.bins[question][bin]); },
           [&](int group) { return SumOfBlocks(&mine.groups[question][group]); });
       if (block_.lane() == 0) shared_.cuts[question] = next;
-    }
-    // Another warp uses the time.
-    if (digit == 0 && block_.rank() == 0 && block_.warp() == block_.warps() - 1) {
-      WriteAll(block_, row_);
     }
     block_.Sync();
   }
@@ -167,7 +164,7 @@ class ClusterSelector {
       const TileResult result = MeasureTile(block_, row_, slice_.first_tile + i, cuts, key_of);
       if (block_.lane() == 0) {
         tiles_.counts[i] = result.count;
-        tiles_.masses[i] = result.mass;
+        tiles_.sums[i].top_mass = result.mass;
       }
     });
     block_.Sync();

@@ -31,10 +31,10 @@ STRUCTKV_HOST_DEVICE constexpr int64_t GlobalStateBytes(int64_t tokens) {
   constexpr int64_t kAlign = 256;
   // The counts have one more, of the whole row.
   const int64_t bytes = static_cast<int64_t>(sizeof(GlobalState) + sizeof(TileCount)) +
-                        Tiles(tokens) * static_cast<int64_t>(sizeof(double) + sizeof(TileCount));
+                        Tiles(tokens) * static_cast<int64_t>(sizeof(RowSums) + sizeof(TileCount));
   return (bytes + kAlign - 1) / kAlign * kAlign;
 }
-static_assert(sizeof(GlobalState) % alignof(double) == 0);
+static_assert(sizeof(GlobalState) % alignof(RowSums) == 0);
 
 template <class Block>
 class GlobalSelector {
@@ -45,8 +45,8 @@ class GlobalSelector {
         row_(row),
         tiles_(static_cast<int>(Tiles(row.tokens))),
         state_(*static_cast<GlobalState*>(state)),
-        masses_(reinterpret_cast<double*>(&state_ + 1)),
-        counts_(reinterpret_cast<TileCount*>(masses_ + tiles_)),
+        sums_(reinterpret_cast<RowSums*>(&state_ + 1)),
+        counts_(reinterpret_cast<TileCount*>(sums_ + tiles_)),
         shared_(shared) {}
 
   // The launches, in their order. Blocks 0 .. block.blocks() - 1 share the row.
@@ -84,9 +84,10 @@ class GlobalSelector {
     const Cut cuts[kQuestions] = {shared_.cuts[kBest], shared_.cuts[kLargest]};
     ForEachTile([&](int64_t tile, const auto& key_of) {
       const TileResult result = MeasureTile(block_, row_, tile, cuts, key_of);
+      const SumsPart all = SumTile(block_, row_, static_cast<int>(tile));
       if (block_.lane() == 0) {
         counts_[tile] = result.count;
-        masses_[tile] = result.mass;
+        sums_[tile] = {all, result.mass};
       }
     });
     if (!IsLast(kDigits)) return;
@@ -96,11 +97,13 @@ class GlobalSelector {
           return TileCount{block_.Fresh(&counts_[i].above), block_.Fresh(&counts_[i].equal)};
         },
         counts_, shared_.warp_counts);
-    // A warp for each; a block of one warp does both.
-    if (block_.warp() == 0) {
-      WriteTopMass(block_, row_, cuts[kLargest], [&](int i) { return block_.Fresh(masses_ + i); });
-    }
-    if (block_.warp() == block_.warps() - 1) WriteAll(block_, row_);
+    if (block_.warp() != 0) return;
+    WriteSums(block_, row_, cuts[kLargest], [&](int i) {
+      const RowSums& tile = sums_[i];
+      return RowSums{{block_.Fresh(&tile.all.total), block_.Fresh(&tile.all.sum_s_log_s),
+                      block_.Fresh(&tile.all.sum_squares)},
+                     block_.Fresh(&tile.top_mass)};
+    });
   }
 
   STRUCTKV_DEVICE void Write() {
@@ -152,7 +155,7 @@ class GlobalSelector {
   const SelectRow& row_;
   const int tiles_;
   GlobalState& state_;
-  double* masses_;
+  RowSums* sums_;
   TileCount* counts_;
   GlobalShared& shared_;
 };

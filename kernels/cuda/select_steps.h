@@ -233,29 +233,29 @@ STRUCTKV_HOST_DEVICE inline void WriteWindow(const SelectRow& row, int64_t first
   }
 }
 
-// RowSums::all. Called by a whole warp.
+// RowSums::all of a tile. Called by a whole warp; all lanes get it.
 template <class Block>
-STRUCTKV_DEVICE void WriteAll(Block& block, const SelectRow& row) {
-  if (row.sums == nullptr) return;
-  SumsPart all;
-  if (row.parts != nullptr) {
-    all = SumInOrder(block, static_cast<int>(SumsParts(row.tokens)),
-                     [&](int part) { return row.parts[part]; });
-  }
-  if (block.lane() == 0) row.sums->all = all;
+STRUCTKV_DEVICE SumsPart SumTile(Block& block, const SelectRow& row, int tile) {
+  constexpr int kParts = kTileTokens / kPartTokens;
+  static_assert(kParts <= Block::kLanes);
+  if (row.sums == nullptr || row.parts == nullptr) return {};
+  const int64_t part = int64_t{tile} * kParts + block.lane();
+  SumsPart mine;
+  if (block.lane() < kParts && part < SumsParts(row.tokens)) mine = row.parts[part];
+  return SumLanes(block, mine);
 }
 
-// RowSums::top_mass, where the tiles' masses are `mass_at`. Called by a whole warp.
-template <class Block, class MassAt>
-STRUCTKV_DEVICE void WriteTopMass(Block& block, const SelectRow& row, const Cut& cut,
-                                  const MassAt& mass_at) {
+// The row's sums from its tiles'. Called by a whole warp.
+template <class Block, class SumsAt>
+STRUCTKV_DEVICE void WriteSums(Block& block, const SelectRow& row, const Cut& cut,
+                               const SumsAt& sums_at) {
   if (row.sums == nullptr) return;
-  double mass = SumInOrder(block, static_cast<int>(Tiles(row.tokens)), mass_at);
+  RowSums sums = SumInOrder(block, static_cast<int>(Tiles(row.tokens)), sums_at);
   // With nothing wanted the threshold has no value.
   if (cut.ties != 0) {
-    mass += static_cast<double>(cut.ties) * static_cast<double>(KeyValue(cut.threshold));
+    sums.top_mass += static_cast<double>(cut.ties) * static_cast<double>(KeyValue(cut.threshold));
   }
-  if (block.lane() == 0) row.sums->top_mass = mass;
+  if (block.lane() == 0) *row.sums = sums;
 }
 
 }  // namespace structkv::cuda

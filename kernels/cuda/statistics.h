@@ -1,4 +1,5 @@
-// What follows from a layer's saliency at each token, before selection (kernels/cuda/select.h).
+// What follows from a layer's saliency at each token, before selection (kernels/cuda/select.h), for
+// saliency that LaunchSaliency has not computed, or computed in several calls.
 //
 // 131,072 tokens of 8 heads are 4.2 MB in and 1.0 MB out for the sum and centrality: 1.2
 // microseconds at 4.3 TB/s, if they were not in the L2 cache already, as they are right after they

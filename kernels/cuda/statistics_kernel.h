@@ -37,46 +37,34 @@ STRUCTKV_HOST_DEVICE constexpr bool IsBad(float value) {
   return !(value >= 0 && value <= 3.402823466e38F);
 }
 
-// A block takes one tile, a warp two parts of it.
+// A block takes one tile, a thread four of its tokens.
 inline constexpr int kStatisticsThreads = 128;
-inline constexpr int kStatisticsParts = kTileTokens / kPartTokens / (kStatisticsThreads / 32);
+inline constexpr int kStatisticsTokens = kTileTokens / kStatisticsThreads;
 
 template <class Block>
 STRUCTKV_DEVICE void TileStatistics(Block& block, const StatisticsParams& params) {
-  constexpr int kOfLane = kPartTokens / Block::kLanes;
-  const int64_t warps_first =
-      block.index() * kTileTokens + block.warp() * kStatisticsParts * kPartTokens;
-  float sums[kStatisticsParts][kOfLane] = {};
+  const int64_t first = block.index() * kTileTokens + block.thread();
+  float sums[kStatisticsTokens] = {};
   uint64_t bad = kNoBad;
-  const auto token_of = [&](int part, int i) {
-    return warps_first + part * kPartTokens + i * Block::kLanes + block.lane();
-  };
   for (int64_t head = 0; head < params.heads; ++head) {
     const float* row = params.values + head * params.tokens;
     STRUCTKV_UNROLL
-    for (int k = 0; k < kStatisticsParts * kOfLane; ++k) {
-      const int64_t token = token_of(k / kOfLane, k % kOfLane);
-      float& sum = sums[k / kOfLane][k % kOfLane];
+    for (int k = 0; k < kStatisticsTokens; ++k) {
+      const int64_t token = first + k * kStatisticsThreads;
       const float value = token < params.tokens ? row[token] : 0.0F;
-      sum = head == 0 ? value : sum + value;
+      sums[k] = head == 0 ? value : sums[k] + value;
       if (IsBad(value)) bad = bad < BadPlace(head, token) ? bad : BadPlace(head, token);
     }
   }
   if (params.bad != nullptr && bad != kNoBad) block.Min(params.bad, bad);
   STRUCTKV_UNROLL
-  for (int k = 0; k < kStatisticsParts * kOfLane; ++k) {
-    const int64_t token = token_of(k / kOfLane, k % kOfLane);
-    const float sum = sums[k / kOfLane][k % kOfLane];
-    if (token >= params.tokens) continue;
-    if (params.sum != nullptr) params.sum[token] = sum;
-    if (params.centrality != nullptr) {
-      params.centrality[token] = FusedMultiplyAdd(params.decay, params.centrality[token], sum);
+  for (int k = 0; k < kStatisticsTokens; ++k) {
+    const int64_t token = first + k * kStatisticsThreads;
+    if (token < params.tokens && params.sum != nullptr) params.sum[token] = sums[k];
+    if (token < params.tokens && params.centrality != nullptr) {
+      params.centrality[token] = FusedMultiplyAdd(params.decay, params.centrality[token], sums[k]);
     }
-  }
-  if (params.parts == nullptr) return;
-  STRUCTKV_UNROLL
-  for (int part = 0; part < kStatisticsParts; ++part) {
-    WritePart(block, warps_first + part * kPartTokens, params.tokens, sums[part], params.parts);
+    if (params.parts != nullptr) WritePart(block, token, params.tokens, sums[k], params.parts);
   }
 }
 

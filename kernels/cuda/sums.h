@@ -17,13 +17,13 @@ struct SumsPart {
   double sum_squares = 0;
 };
 
-// So few that one warp has the tokens at hand where their saliency is computed.
-inline constexpr int kPartTokens = 64;
+// Each lane of a warp has one of the tokens at hand where their saliency is computed.
+inline constexpr int kPartTokens = 32;
 STRUCTKV_HOST_DEVICE constexpr int64_t SumsParts(int64_t tokens) {
   return (tokens + kPartTokens - 1) / kPartTokens;
 }
 
-// Of a row: its parts, in their order, and the mass of the largest.
+// Of a row, or of a tile of one: all of it, and the mass of the largest.
 struct RowSums {
   SumsPart all;
   double top_mass = 0;
@@ -36,7 +36,6 @@ STRUCTKV_HOST_DEVICE inline void Add(float saliency, SumsPart* part) {
   part->sum_squares = FusedMultiplyAdd(s, s, part->sum_squares);
 }
 
-STRUCTKV_HOST_DEVICE constexpr double Plus(double a, double b) { return a + b; }
 STRUCTKV_HOST_DEVICE constexpr SumsPart Plus(const SumsPart& a, const SumsPart& b) {
   return {a.total + b.total, a.sum_s_log_s + b.sum_s_log_s, a.sum_squares + b.sum_squares};
 }
@@ -47,19 +46,25 @@ STRUCTKV_DEVICE SumsPart SumLanes(Block& block, const SumsPart& part) {
           SumLanes(block, part.sum_squares)};
 }
 
-// Writes the part that begins at token `first`, of which a lane has every kLanes-th token's
-// saliency from first + lane on. Called by a whole warp.
+STRUCTKV_HOST_DEVICE constexpr RowSums Plus(const RowSums& a, const RowSums& b) {
+  return {Plus(a.all, b.all), a.top_mass + b.top_mass};
+}
+
 template <class Block>
-STRUCTKV_DEVICE void WritePart(Block& block, int64_t first, int64_t tokens,
-                               const float (&saliency)[kPartTokens / Block::kLanes],
+STRUCTKV_DEVICE RowSums SumLanes(Block& block, const RowSums& sums) {
+  return {SumLanes(block, sums.all), SumLanes(block, sums.top_mass)};
+}
+
+// Writes the part of which a lane has `token` and its saliency, where there is such a token. Called
+// by a whole warp.
+template <class Block>
+STRUCTKV_DEVICE void WritePart(Block& block, int64_t token, int64_t tokens, float saliency,
                                SumsPart* parts) {
+  static_assert(kPartTokens == Block::kLanes);
   SumsPart part;
-  STRUCTKV_UNROLL
-  for (int i = 0; i < kPartTokens / Block::kLanes; ++i) {
-    if (first + i * Block::kLanes + block.lane() < tokens) Add(saliency[i], &part);
-  }
+  if (token < tokens) Add(saliency, &part);
   part = SumLanes(block, part);
-  if (block.lane() == 0 && first < tokens) parts[first / kPartTokens] = part;
+  if (block.lane() == 0 && token < tokens) parts[token / kPartTokens] = part;
 }
 
 // The sum of at(0) .. at(count - 1), in an order that `count` alone fixes. Called by a whole warp.
