@@ -119,8 +119,7 @@ class OnDeviceBackend final : public ForwardingBackend {
     return status;
   }
   // The copies of the keys are made by the call itself.
-  std::unique_ptr<StagedLayer> Stage(const SaliencyParams& /*params*/,
-                                     int /*gpu*/) const override {
+  std::unique_ptr<StagedLayer> Stage(const SaliencyParams& /*params*/, int /*gpu*/) const override {
     return nullptr;
   }
   absl::Status Zero(void* to, int64_t bytes) const override {
