@@ -22,8 +22,12 @@ class Vectors final : public ResidentVectors {
     }
     return absl::OkStatus();
   }
-  absl::Status Fold(int64_t to, float decay, int64_t from, ParallelFor parallel) override {
-    return Add(to, decay, At(from).data(), parallel);
+  absl::Status Fold(int64_t to, float decay, absl::Span<const int64_t> from,
+                    ParallelFor parallel) override {
+    for (const int64_t each : from) {
+      backend_.Accumulate(decay, At(each).data(), At(to).data(), tokens_, parallel);
+    }
+    return absl::OkStatus();
   }
   absl::Status Select(int64_t vector, const SelectParams& params,
                       int32_t* positions) const override {

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "absl/status/status.h"
+#include "absl/types/span.h"
 #include "kernels/backend.h"
 
 namespace structkv {
@@ -25,8 +26,9 @@ class ResidentVectors {
   // Vector `to` becomes `values`, or decay * it + values. `values` is [tokens], the host's.
   virtual absl::Status Add(int64_t to, std::optional<float> decay, const float* values,
                            ParallelFor parallel) = 0;
-  // Vector `to` becomes decay * it + vector `from`.
-  virtual absl::Status Fold(int64_t to, float decay, int64_t from, ParallelFor parallel) = 0;
+  // Vector `to` becomes decay * it + vector `each`, for each of `from` in turn.
+  virtual absl::Status Fold(int64_t to, float decay, absl::Span<const int64_t> from,
+                            ParallelFor parallel) = 0;
   // Backend::Select of a vector's scores; the params have none.
   virtual absl::Status Select(int64_t vector, const SelectParams& params,
                               int32_t* positions) const = 0;

@@ -45,7 +45,7 @@ struct DeviceOptions {
   // Of the pool, set apart for Reserve; 0: half of it. None: there is nothing to reserve.
   std::optional<int64_t> reserve_bytes;
   // Of the rest, one part in so many is for resident vectors: 4.4 GiB of an H200's 70 GiB, which
-  // are those of 330 prompts of 131,072 tokens. 0: none.
+  // are those of 340 prompts of 131,072 tokens. 0: none.
   int64_t resident_share = 16;
   // Calls at once. One copies while another computes, on a GPU that copies both ways at a time.
   // Twice as many layers are staged: of the prompts that compute, this one's and the next one's.

@@ -76,7 +76,8 @@ class DeviceBlock {
     return static_cast<int>(cooperative_groups::this_cluster().num_blocks());
   }
   // What threads have written to their own block's shared memory before is seen by the whole
-  // cluster after it. Device memory is left out: to order that too, as cooperative_groups' barrier
+  // cluster after it, and what they have read of others' and used was read before. Device memory is
+  // left out: to order that too, as cooperative_groups' barrier
   // does, takes a trip to the L2 cache.
   __device__ void SyncCluster() {
     asm volatile(

@@ -49,13 +49,17 @@ absl::Status DeviceVectors::Add(int64_t to, std::optional<float> decay, const fl
   return status.ok() ? WaitFor(*lease) : status;
 }
 
-absl::Status DeviceVectors::Fold(int64_t to, float decay, int64_t from, ParallelFor /*parallel*/) {
+absl::Status DeviceVectors::Fold(int64_t to, float decay, absl::Span<const int64_t> from,
+                                 ParallelFor /*parallel*/) {
   absl::StatusOr<Lease> lease = device_.Acquire(0);
   if (!lease.ok()) return lease.status();
-  absl::Status status = RunStatistics(
-      *lease,
-      {.values = At(from), .heads = 1, .tokens = tokens_, .centrality = At(to), .decay = decay});
-  return status.ok() ? WaitFor(*lease) : status;
+  for (const int64_t each : from) {
+    absl::Status status = RunStatistics(
+        *lease,
+        {.values = At(each), .heads = 1, .tokens = tokens_, .centrality = At(to), .decay = decay});
+    if (!status.ok()) return status;
+  }
+  return WaitFor(*lease);
 }
 
 absl::Status DeviceVectors::Select(int64_t vector, const structkv::SelectParams& params,

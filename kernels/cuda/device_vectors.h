@@ -21,7 +21,8 @@ class DeviceVectors final : public ResidentVectors {
   int gpu() const override { return device_.index(); }
   absl::Status Add(int64_t to, std::optional<float> decay, const float* values,
                    ParallelFor parallel) override;
-  absl::Status Fold(int64_t to, float decay, int64_t from, ParallelFor parallel) override;
+  absl::Status Fold(int64_t to, float decay, absl::Span<const int64_t> from,
+                    ParallelFor parallel) override;
   absl::Status Select(int64_t vector, const structkv::SelectParams& params,
                       int32_t* positions) const override;
   absl::Status Read(int64_t vector, float* values) const override;

@@ -14,7 +14,7 @@ void Downloads::Read(const void* from, int64_t bytes, void* to) {
     Direct(source, bytes, target);
     return;
   }
-  Staged(source, bytes, [&target](int64_t most) {
+  BySlices(source, bytes, [&target](int64_t most) {
     const Run run = {target, most};
     target += most;
     return run;
@@ -43,7 +43,7 @@ void Downloads::ReadTensor(const void* from, const MutableTensorView& to, Layout
     }
     return;
   }
-  Staged(source, VectorBytes(to), [&](int64_t most) {
+  BySlices(source, VectorBytes(to), [&](int64_t most) {
     if (run.bytes == 0) run = take();
     const Run part = {run.to, std::min(most, run.bytes)};
     run = {run.to + part.bytes, run.bytes - part.bytes};
@@ -55,7 +55,7 @@ void Downloads::Direct(const std::byte* from, int64_t bytes, std::byte* to) {
   if (status_.ok()) status_ = Copy(lease_, to, from, bytes, cudaMemcpyDeviceToHost);
 }
 
-void Downloads::Staged(const std::byte* from, int64_t bytes, NextRun next) {
+void Downloads::BySlices(const std::byte* from, int64_t bytes, NextRun next) {
   Lane& lane = lease_.lane();
   while (bytes > 0 && status_.ok()) {
     if (used_ == lane.slice_bytes) Turn();

@@ -43,7 +43,7 @@ class Downloads {
   using NextRun = absl::FunctionRef<Run(int64_t most)>;
 
   void Direct(const std::byte* from, int64_t bytes, std::byte* to);
-  void Staged(const std::byte* from, int64_t bytes, NextRun next);
+  void BySlices(const std::byte* from, int64_t bytes, NextRun next);
   // Marks the copies to the slice, and goes on with the other one.
   void Turn();
   // Waits for the copies to a slice, and hands out what came.

@@ -105,7 +105,7 @@ class Prompt::Impl {
     return outputs;
   }
 
-  // Looks at nothing that compressing a layer changes.
+  // Looks at nothing that compressing a layer changes, but for `gpu_`.
   void Stage(LayerInput* input) const {
     if (input->staged != nullptr || !PassOf(input->layer, TokensOf(*input)).has_value()) return;
     input->staged = backend_.Stage(ScoredLayer(spec_, *input).params(), gpu_.load());

@@ -59,19 +59,20 @@ int64_t Centrality::vectors() const {
 }
 
 absl::Status Centrality::FoldUpTo(int64_t layer, ParallelFor parallel) {
-  while (next_ <= layer && !wait_.empty() && wait_.begin()->first == next_) {
-    const auto first = wait_.begin();
+  std::vector<int64_t> folded;
+  for (; next_ <= layer && !wait_.empty() && wait_.begin()->first == next_; ++next_) {
+    const int64_t vector = wait_.begin()->second;
+    wait_.erase(wait_.begin());
     if (sum_.has_value()) {
-      absl::Status status = vectors_->Fold(*sum_, decay_, first->second, parallel);
-      if (!status.ok()) return status;
-      Free(first->second);
+      folded.push_back(vector);
     } else {
-      sum_ = first->second;
+      sum_ = vector;
     }
-    wait_.erase(first);
-    ++next_;
   }
-  return absl::OkStatus();
+  if (folded.empty()) return absl::OkStatus();
+  absl::Status status = vectors_->Fold(*sum_, decay_, folded, parallel);
+  for (const int64_t vector : folded) Free(vector);
+  return status;
 }
 
 void Centrality::Free(int64_t vector) {

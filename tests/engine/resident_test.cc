@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "tests/kernels/cuda/fake_backend.h"
@@ -53,6 +54,43 @@ TEST_P(ResidentTest, AnswersAreThoseOfVectorsInTheHostsMemory) {
     ASSERT_TRUE(wanted.ok()) << wanted.status();
     ASSERT_TRUE(got.ok()) << got.status();
     EXPECT_TRUE(testkit::ResultBytes(*got) == testkit::ResultBytes(*wanted));
+  }
+}
+
+// Whichever launch has no memory: the layer fails, so does all that follows, and nothing is kept.
+TEST(ResidentPromptTest, AFailureIsThatOfThePrompt) {
+  const PromptData data(testkit::SmallOpen(), 24);
+  for (const bool backwards : {false, true}) {
+    std::vector<uint32_t> order = testkit::InOrder(data.layers());
+    if (backwards) std::reverse(order.begin(), order.end());
+    for (int64_t n = 0;; ++n) {
+      FakeCuda::Reset({});
+      const auto backend = MakeFakeBackend({.memory_bytes = kMemoryBytes});
+      BufferPool pool(0);
+      std::optional<Prompt> prompt;
+      prompt.emplace(testkit::SpecOf(data.open()), backend.get(), &pool);
+      FakeCuda::FailLaunch(n, cudaErrorMemoryAllocation);
+      absl::Status status;
+      for (const uint32_t layer : order) {
+        const auto output = prompt->CompressLayer(testkit::InputOf(data, layer, &pool), SerialFor);
+        if (status.ok()) {
+          status = output.status();
+        } else {
+          EXPECT_EQ(output.status().code(), absl::StatusCode::kFailedPrecondition);
+        }
+      }
+      if (status.ok()) {
+        EXPECT_GT(n, 3 * static_cast<int64_t>(order.size())) << "launches of all layers";
+        EXPECT_TRUE(prompt->TakePivot().has_value());
+      } else {
+        EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
+        EXPECT_FALSE(prompt->TakePivot().has_value());
+      }
+      prompt.reset();
+      EXPECT_EQ(backend->stats().gpus[0].resident.used_bytes, 0);
+      EXPECT_EQ(backend->stats().gpus[0].calls.used_bytes, 0);
+      if (status.ok()) break;
+    }
   }
 }
 

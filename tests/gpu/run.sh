@@ -12,7 +12,7 @@
 # Programs come from the first of these that there is:
 #   a bundle   STRUCTKV_GPU_BUNDLE: the folder DIR, the file in it, or a folder of programs. Nothing is built
 #   CMake      where the packages are, the programs are built from this tree; that is no part of the budget
-#   nvcc       alone builds the kernels and their benchmark, not the tests, which need abseil and GoogleTest
+#   nvcc       (12.8 or newer) alone builds the kernels and their benchmark, not the tests, which need abseil and GoogleTest
 # In this order run (tests/gpu/runner/plan.py): the benchmark of the kernels, PyTorch beside it, and copies beside computation,
 # each alone; the tests, several at once, and some cases of each under compute-sanitizer; the server and the client
 # (serve.py), and prompts over each transport beside their floors (structkv_wire_bench); NCCL.
@@ -96,7 +96,7 @@ fi
 
 if ! command -v python3 >/dev/null; then
   echo "run.sh: no python3, which runs the steps and writes report.json; the benchmark alone" >&2
-  timeout $((budget - SECONDS)) "$bin/structkv_gpu_bench" --table "$out/table.md" >"$out/bench.json"
+  timeout $((budget > SECONDS ? budget - SECONDS : 1)) "$bin/structkv_gpu_bench" --table "$out/table.md" >"$out/bench.json"
   exit
 fi
 python3 tests/gpu/runner --programs "$bin" --missing "$missing" --about "$about" --work "$work/logs" \

@@ -269,7 +269,7 @@ TEST_F(ResidentTest, DoWhatTheHostsDo) {
     ASSERT_EQ(each->Add(0, std::nullopt, first.data(), SerialFor), absl::OkStatus());
     ASSERT_EQ(each->Add(2, std::nullopt, second.data(), SerialFor), absl::OkStatus());
     ASSERT_EQ(each->Add(0, 0.9F, second.data(), SerialFor), absl::OkStatus());
-    ASSERT_EQ(each->Fold(0, 0.5F, 2, SerialFor), absl::OkStatus());
+    ASSERT_EQ(each->Fold(0, 0.5F, {2, 2}, SerialFor), absl::OkStatus());
     each->Drop(2);
   }
   std::vector<float> got(kTokens);
@@ -329,7 +329,7 @@ TEST_F(ResidentTest, ErrorsAreTold) {
     const absl::Status status =
         what == 0 ? vectors->Add(0, 0.9F, scores.data(), SerialFor)
         : what == 1
-            ? vectors->Fold(0, 0.9F, 1, SerialFor)
+            ? vectors->Fold(0, 0.9F, {1}, SerialFor)
             : vectors->Select(0, {.tokens = kTokens, .window = 5, .keep = 20}, positions.data());
     EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << what;
   }
@@ -377,6 +377,36 @@ TEST_F(ResidentTest, AnotherGpusVectorGetsTheSumByWayOfTheHost) {
     ASSERT_EQ(vectors->Read(1, got.data()), absl::OkStatus());
     for (size_t j = 0; j < tokens; ++j) EXPECT_EQ(got[j], std::fma(0.75F, sum[j], sum[j]));
   }
+}
+
+// Keys of the host's go to the GPU of the prompt's vectors, and its sum crosses no bus.
+TEST_F(ResidentTest, CallsOfHostTensorsGoToTheVectors) {
+  Start({.count = 2});
+  ASSERT_EQ(cudaSetDevice(1), cudaSuccess);
+  const cuda::DeviceBytes near = *cuda::MakeDeviceBytes(256);
+  const std::unique_ptr<ResidentVectors> vectors =
+      backend_->Resident(1, kShape.tokens, near.get(), nullptr);
+  ASSERT_EQ(vectors->gpu(), 1);
+  std::vector<int32_t> positions(6);
+  SaliencySums sums;
+  FakeCuda::TakeLog();
+  ASSERT_EQ(backend_->RunLayer({.saliency = inputs_.params(),
+                                .top_count = 9,
+                                .window = kShape.window,
+                                .keep = 6,
+                                .resident = vectors.get(),
+                                .positions = positions.data(),
+                                .sums = &sums},
+                               nullptr, SerialFor),
+            absl::OkStatus());
+  EXPECT_GT(FakeCuda::kernels(1), 0);
+  EXPECT_EQ(FakeCuda::kernels(0), 0);
+  int64_t bytes_back = 0;
+  for (const FakeWork& work : FakeCuda::TakeLog()) {
+    if (work.kind == FakeWork::Kind::kFromDevice) bytes_back += work.bytes;
+  }
+  EXPECT_GT(bytes_back, 0);
+  EXPECT_LE(bytes_back, 3 * cuda::kPartBytes) << "flags, sums and positions";
 }
 
 // Heads go in groups where a GPU has no room for all, or the kernels for so many.

@@ -130,6 +130,13 @@ TEST_F(CudaSaliencyInputTest, DependsOnNoLayoutPagesOrBlocks) {
   }
 }
 
+// So many blocks of 16 tokens that the threads which combine their row sums take several rounds.
+TEST_F(CudaSaliencyInputTest, CombinesManyBlocks) {
+  const Shape shape = {1, 1, 70'001, 32, 1};
+  const Inputs inputs(shape, {DType::kBF16, DType::kBF16}, Layout::kHeadTokenDim, random_);
+  ExpectNear(RunCudaSaliency(inputs.params()), Expected(inputs.params()), inputs.params());
+}
+
 TEST_F(CudaSaliencyInputTest, SumsHeadsInOrderAndAccumulates) {
   std::vector<float> before;
   for (int j = 0; j < 210; ++j) before.push_back(0.01F * static_cast<float>(j));

@@ -341,6 +341,20 @@ TEST_F(StagedTest, KeysGoWhereMostMemoryIsFree) {
   EXPECT_EQ(FakeCuda::kernels(0), 0) << "the call goes where its keys are";
 }
 
+TEST_F(StagedTest, KeysGoToTheGpuThatIsAskedFor) {
+  backend_.reset();
+  FakeCuda::Reset({.count = 2});
+  Start({.memory_bytes = 64 * kMiB, .slice_bytes = 4096});
+  const Layer layer(12, Layout::kHeadTokenDim);
+  std::vector<std::unique_ptr<StagedLayer>> staged;
+  for (int64_t i = 1; i <= 2; ++i) {
+    staged.push_back(backend_->Stage(layer.params(), 1));
+    EXPECT_NE(staged.back(), nullptr);
+    EXPECT_EQ(backend_->stats().gpus[0].calls.used_bytes, 0);
+    EXPECT_EQ(backend_->stats().gpus[1].calls.used_bytes, i * cuda::ArenaSize(kKeyBytes));
+  }
+}
+
 // Whichever call of the runtime fails, the layer's own call succeeds or says so, and nothing leaks.
 TEST_F(StagedTest, FailuresLeaveNothingBehind) {
   const Layer layer(13, Layout::kHeadTokenDim);
