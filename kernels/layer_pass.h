@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -40,8 +39,7 @@ struct LayerPass {
   // Where the sum over the heads goes besides, as ResidentVectors::Add would put it there: vectors
   // of the same backend, on a GPU. Null: nowhere.
   ResidentVectors* resident = nullptr;
-  int64_t resident_to = 0;
-  std::optional<float> resident_decay;
+  ResidentPlace resident_to;
 
   // Outputs, in the host's memory.
   float* heads = nullptr;        // [kv_heads, tokens]; null: not wanted

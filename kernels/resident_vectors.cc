@@ -13,12 +13,11 @@ class Vectors final : public ResidentVectors {
 
   int gpu() const override { return -1; }
 
-  absl::Status Add(int64_t to, std::optional<float> decay, const float* values,
-                   ParallelFor parallel) override {
-    if (decay.has_value()) {
-      backend_.Accumulate(*decay, values, At(to).data(), tokens_, parallel);
+  absl::Status Add(const ResidentPlace& to, const float* values, ParallelFor parallel) override {
+    if (to.decay.has_value()) {
+      backend_.Accumulate(*to.decay, values, At(to.vector).data(), tokens_, parallel);
     } else {
-      At(to).assign(values, values + tokens_);
+      At(to.vector).assign(values, values + tokens_);
     }
     return absl::OkStatus();
   }

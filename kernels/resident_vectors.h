@@ -12,6 +12,13 @@
 
 namespace structkv {
 
+// A vector, and what becomes of it where values go there: the values or, with a decay, decay * it +
+// the values.
+struct ResidentPlace {
+  int64_t vector = 0;
+  std::optional<float> decay;
+};
+
 // `count` vectors of [tokens] float32, by index; what one holds is unspecified until it was written
 // without a decay, and after Drop(). For one thread at a time; does not outlive its backend, which
 // made it (Backend::Resident). Errors are those of Backend, and leave the vectors unspecified.
@@ -23,9 +30,8 @@ class ResidentVectors {
   // memory.
   virtual int gpu() const = 0;
 
-  // Vector `to` becomes `values`, or decay * it + values. `values` is [tokens], the host's.
-  virtual absl::Status Add(int64_t to, std::optional<float> decay, const float* values,
-                           ParallelFor parallel) = 0;
+  // `values` is [tokens], the host's.
+  virtual absl::Status Add(const ResidentPlace& to, const float* values, ParallelFor parallel) = 0;
   // Vector `to` becomes decay * it + vector `each`, for each of `from` in turn.
   virtual absl::Status Fold(int64_t to, float decay, absl::Span<const int64_t> from,
                             ParallelFor parallel) = 0;

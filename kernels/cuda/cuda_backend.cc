@@ -199,13 +199,14 @@ class CudaBackend final : public Backend {
   BackendStats stats() const override {
     BackendStats stats;
     for (const std::unique_ptr<Device>& device : devices_->all()) {
-      const int64_t calls = device->pool_bytes();
-      const int64_t resident = device->resident_bytes();
-      const int64_t apart = device->apart_bytes();
-      stats.gpus.push_back({.index = device->index(),
-                            .calls = {calls, calls - device->free_bytes()},
-                            .resident = {resident, resident - device->free_resident_bytes()},
-                            .apart = {apart, apart - device->free_apart_bytes()}});
+      const auto pool = [](int64_t bytes, int64_t free) {
+        return BackendStats::Pool{bytes, bytes - free};
+      };
+      stats.gpus.push_back(
+          {.index = device->index(),
+           .calls = pool(device->pool_bytes(), device->free_bytes()),
+           .resident = pool(device->resident_bytes(), device->free_resident_bytes()),
+           .apart = pool(device->apart_bytes(), device->free_apart_bytes())});
     }
     stats.open_imports = imports_->open();
     stats.errors = CountedErrors();

@@ -77,8 +77,7 @@ class DeviceBlock {
   }
   // What threads have written to their own block's shared memory before is seen by the whole
   // cluster after it, and what they have read of others' and used was read before. Device memory is
-  // left out: to order that too, as cooperative_groups' barrier
-  // does, takes a trip to the L2 cache.
+  // left out: to order that too, as cooperative_groups' barrier does, takes a trip to the L2 cache.
   __device__ void SyncCluster() {
     asm volatile(
         "fence.release.sync_restrict::shared::cta.cluster;\n"

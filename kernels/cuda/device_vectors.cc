@@ -31,20 +31,18 @@ std::unique_ptr<DeviceVectors> DeviceVectors::TryMake(const Devices& devices, in
       new DeviceVectors(*best, std::move(memory), tokens, one.bytes()));
 }
 
-absl::Status DeviceVectors::Add(int64_t to, std::optional<float> decay, const float* values,
+absl::Status DeviceVectors::Add(const ResidentPlace& to, const float* values,
                                 ParallelFor /*parallel*/) {
   Parts parts;
-  const int64_t added = parts.Add<float>(decay.has_value() ? tokens_ : 0);
+  const int64_t added = parts.Add<float>(to.decay.has_value() ? tokens_ : 0);
   absl::StatusOr<Lease> lease = device_.Acquire(parts.bytes());
   if (!lease.ok()) return lease.status();
-  float* const from = decay.has_value() ? lease->At<float>(added) : At(to);
+  float* const from = to.decay.has_value() ? lease->At<float>(added) : At(to.vector);
   Upload upload(*lease);
   upload.Write(from, values, tokens_);
   absl::Status status = upload.Flush();
-  if (status.ok() && decay.has_value()) {
-    status = RunStatistics(
-        *lease,
-        {.values = from, .heads = 1, .tokens = tokens_, .centrality = At(to), .decay = *decay});
+  if (status.ok() && to.decay.has_value()) {
+    status = RunAccumulate(*lease, *to.decay, from, At(to.vector), tokens_);
   }
   return status.ok() ? WaitFor(*lease) : status;
 }
@@ -54,9 +52,7 @@ absl::Status DeviceVectors::Fold(int64_t to, float decay, absl::Span<const int64
   absl::StatusOr<Lease> lease = device_.Acquire(0);
   if (!lease.ok()) return lease.status();
   for (const int64_t each : from) {
-    absl::Status status = RunStatistics(
-        *lease,
-        {.values = At(each), .heads = 1, .tokens = tokens_, .centrality = At(to), .decay = decay});
+    absl::Status status = RunAccumulate(*lease, decay, At(each), At(to), tokens_);
     if (!status.ok()) return status;
   }
   return WaitFor(*lease);
@@ -72,10 +68,7 @@ absl::Status DeviceVectors::Select(int64_t vector, const structkv::SelectParams&
   absl::StatusOr<Lease> lease = device_.Acquire(parts.bytes() + SelectScratch(device_, &row, 1));
   if (!lease.ok()) return lease.status();
   row.positions = lease->At<int32_t>(kept);
-  absl::Status status = RunSelect(*lease, &row, 1, lease->At<void>(parts.bytes()));
-  return status.ok() ? Download(*lease, row.positions,
-                                params.keep * static_cast<int64_t>(sizeof(int32_t)), positions)
-                     : status;
+  return SelectToHost(*lease, row, lease->At<void>(parts.bytes()), positions);
 }
 
 absl::Status DeviceVectors::Read(int64_t vector, float* values) const {

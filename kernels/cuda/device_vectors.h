@@ -19,8 +19,7 @@ class DeviceVectors final : public ResidentVectors {
                                                 int64_t tokens);
 
   int gpu() const override { return device_.index(); }
-  absl::Status Add(int64_t to, std::optional<float> decay, const float* values,
-                   ParallelFor parallel) override;
+  absl::Status Add(const ResidentPlace& to, const float* values, ParallelFor parallel) override;
   absl::Status Fold(int64_t to, float decay, absl::Span<const int64_t> from,
                     ParallelFor parallel) override;
   absl::Status Select(int64_t vector, const structkv::SelectParams& params,

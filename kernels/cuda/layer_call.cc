@@ -82,8 +82,7 @@ class LayerCall {
     absl::Status status = RunOnDevice(devices, staged, bad, &elsewhere);
     if (!status.ok() || elsewhere.empty()) return status;
     // Without a lease: whoever has one and waits for another may wait for one who does the same.
-    return pass_.resident->Add(pass_.resident_to, pass_.resident_decay, elsewhere.data(),
-                               SerialFor);
+    return pass_.resident->Add(pass_.resident_to, elsewhere.data(), SerialFor);
   }
 
  private:
@@ -132,13 +131,13 @@ class LayerCall {
     request.parts = lease.At<SumsPart>(sums_parts_at_);
     request.flags = lease.At<SaliencyFlags>(results_at_);
     float* const resident = ResidentOn(lease);
-    if (resident != nullptr && pass_.resident_decay.has_value()) {
+    if (resident != nullptr && pass_.resident_to.decay.has_value()) {
       request.centrality = resident;
-      request.decay = *pass_.resident_decay;
+      request.decay = *pass_.resident_to.decay;
     }
     absl::Status status =
         lease.device().Check(LaunchSaliency(request, lease.stream()), "LaunchSaliency");
-    if (!status.ok() || resident == nullptr || pass_.resident_decay.has_value()) return status;
+    if (!status.ok() || resident == nullptr || pass_.resident_to.decay.has_value()) return status;
     return Copy(lease, resident, request.saliency, tokens() * kFloat, cudaMemcpyDefault);
   }
 
@@ -147,7 +146,7 @@ class LayerCall {
     if (pass_.resident == nullptr || pass_.resident->gpu() != lease.device().index()) {
       return nullptr;
     }
-    return static_cast<DeviceVectors*>(pass_.resident)->At(pass_.resident_to);
+    return static_cast<DeviceVectors*>(pass_.resident)->At(pass_.resident_to.vector);
   }
 
   // The rows of the selection, one for each set, and of the sums. `at(offset)`: the address of a

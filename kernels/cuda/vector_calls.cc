@@ -140,11 +140,7 @@ absl::Status Accumulate(Devices& devices, float decay, const float* saliency, fl
   upload.Write<float>(lease->At<float>(sum), centrality, tokens);
   absl::Status status = upload.Flush();
   if (status.ok()) {
-    status = RunStatistics(*lease, {.values = lease->At<float>(values),
-                                    .heads = 1,
-                                    .tokens = tokens,
-                                    .centrality = lease->At<float>(sum),
-                                    .decay = decay});
+    status = RunAccumulate(*lease, decay, lease->At<float>(values), lease->At<float>(sum), tokens);
   }
   // Whoever does it instead finds `centrality` as it was.
   std::vector<float> whole(static_cast<size_t>(tokens));
@@ -164,11 +160,8 @@ absl::Status Select(Devices& devices, const structkv::SelectParams& params, int3
   row.positions = lease->At<int32_t>(kept);
   Upload upload(*lease);
   upload.Write(lease->At<float>(scores), params.scores, params.tokens);
-  absl::Status status = upload.Flush();
-  if (status.ok()) status = RunSelect(*lease, &row, 1, lease->At<void>(parts.bytes()));
-  return status.ok() ? Download(*lease, row.positions,
-                                params.keep * static_cast<int64_t>(sizeof(int32_t)), positions)
-                     : status;
+  if (absl::Status status = upload.Flush(); !status.ok()) return status;
+  return SelectToHost(*lease, row, lease->At<void>(parts.bytes()), positions);
 }
 
 }  // namespace structkv::cuda

@@ -4,6 +4,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/cuda/devices.h"
+#include "kernels/cuda/downloads.h"
 #include "kernels/cuda/select.h"
 #include "kernels/cuda/statistics.h"
 
@@ -11,6 +12,14 @@ namespace structkv::cuda {
 
 inline absl::Status RunStatistics(const Lease& lease, const StatisticsParams& params) {
   return lease.device().Check(LaunchStatistics(params, lease.stream()), "LaunchStatistics");
+}
+
+// `centrality` becomes decay * it + `saliency`, both [tokens].
+inline absl::Status RunAccumulate(const Lease& lease, float decay, const float* saliency,
+                                  float* centrality, int64_t tokens) {
+  return RunStatistics(
+      lease,
+      {.values = saliency, .heads = 1, .tokens = tokens, .centrality = centrality, .decay = decay});
 }
 
 // Scratch memory that the selection of some rows needs on a device.
@@ -28,6 +37,14 @@ inline absl::Status RunSelect(const Lease& lease, const SelectRow* rows, int64_t
                                             .limits = device.limits()},
                                            lease.stream()),
                               "LaunchSelect");
+}
+// Of one row, and brings its positions to the host's `positions`.
+inline absl::Status SelectToHost(const Lease& lease, const SelectRow& row, void* scratch,
+                                 int32_t* positions) {
+  absl::Status status = RunSelect(lease, &row, 1, scratch);
+  if (!status.ok()) return status;
+  return Download(lease, row.positions, row.keep * static_cast<int64_t>(sizeof(int32_t)),
+                  positions);
 }
 
 }  // namespace structkv::cuda

@@ -224,8 +224,7 @@ class Prompt::Impl {
     if (IsResident()) {
       if (const auto place = centrality_->PlaceOf(whole.layer); place.has_value()) {
         pass.resident = centrality_->resident();
-        pass.resident_to = place->vector;
-        pass.resident_decay = place->decay;
+        pass.resident_to = *place;
       }
     }
     // What the host wants of the saliency crosses the bus.

@@ -11,10 +11,10 @@ Centrality::Centrality(double decay, int64_t first, int64_t last,
   for (int64_t vector = MaxVectors(last); vector > 0; --vector) free_.push_back(vector - 1);
 }
 
-std::optional<Centrality::Place> Centrality::PlaceOf(int64_t layer) const {
+std::optional<ResidentPlace> Centrality::PlaceOf(int64_t layer) const {
   if (layer > last_) return std::nullopt;
-  if (GoesToSum(layer)) return Place{*sum_, decay_};
-  return Place{free_.back(), std::nullopt};
+  if (GoesToSum(layer)) return ResidentPlace{*sum_, decay_};
+  return ResidentPlace{free_.back(), std::nullopt};
 }
 
 absl::Status Centrality::Came(int64_t layer, ParallelFor parallel) {
@@ -30,9 +30,9 @@ absl::Status Centrality::Came(int64_t layer, ParallelFor parallel) {
 
 absl::Status Centrality::Add(int64_t layer, absl::Span<const float> saliency,
                              ParallelFor parallel) {
-  const std::optional<Place> place = PlaceOf(layer);
+  const std::optional<ResidentPlace> place = PlaceOf(layer);
   if (!place.has_value()) return absl::OkStatus();
-  absl::Status status = vectors_->Add(place->vector, place->decay, saliency.data(), parallel);
+  absl::Status status = vectors_->Add(*place, saliency.data(), parallel);
   return status.ok() ? Came(layer, parallel) : status;
 }
 

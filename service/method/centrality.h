@@ -24,13 +24,9 @@ class Centrality {
   // of the prompt's tokens.
   Centrality(double decay, int64_t first, int64_t last, std::unique_ptr<ResidentVectors> vectors);
 
-  // Where a layer's saliency goes, as ResidentVectors::Add takes it.
-  struct Place {
-    int64_t vector = 0;
-    std::optional<float> decay;
-  };
-  // Of a layer that did not come yet; none: it is past `last`, and does not count.
-  std::optional<Place> PlaceOf(int64_t layer) const;
+  // Where the saliency of a layer that did not come yet goes; none: it is past `last`, and does not
+  // count.
+  std::optional<ResidentPlace> PlaceOf(int64_t layer) const;
   // What PlaceOf(layer) says was done since the last layer came, by whatever computes the saliency.
   absl::Status Came(int64_t layer, ParallelFor parallel);
   // Does it, and that: `saliency` is [tokens], the host's.

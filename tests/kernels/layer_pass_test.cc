@@ -189,13 +189,13 @@ TEST_P(LayerPassTest, LeavesTheSumWhereItIsComputed) {
   LayerPass pass = PassOf(params, &got);
   pass.heads = nullptr;
   pass.resident = vectors.get();
-  pass.resident_to = 1;
+  pass.resident_to = {.vector = 1};
   ASSERT_EQ(backend_->RunLayer(pass, nullptr, SerialFor), absl::OkStatus());
   std::vector<float> left(static_cast<size_t>(kShape.tokens));
   ASSERT_EQ(vectors->Read(1, left.data()), absl::OkStatus());
   EXPECT_EQ(left, got.sum);
 
-  pass.resident_decay = 0.9F;
+  pass.resident_to.decay = 0.9F;
   pass.sum = nullptr;
   ASSERT_EQ(backend_->RunLayer(pass, nullptr, SerialFor), absl::OkStatus());
   std::vector<float> centrality = got.sum;

@@ -266,9 +266,9 @@ TEST_F(ResidentTest, DoWhatTheHostsDo) {
   const std::vector<float> first = Scores(kTokens);
   const std::vector<float> second = Scores(kTokens);
   for (ResidentVectors* each : {vectors.get(), host.get()}) {
-    ASSERT_EQ(each->Add(0, std::nullopt, first.data(), SerialFor), absl::OkStatus());
-    ASSERT_EQ(each->Add(2, std::nullopt, second.data(), SerialFor), absl::OkStatus());
-    ASSERT_EQ(each->Add(0, 0.9F, second.data(), SerialFor), absl::OkStatus());
+    ASSERT_EQ(each->Add({0, std::nullopt}, first.data(), SerialFor), absl::OkStatus());
+    ASSERT_EQ(each->Add({2, std::nullopt}, second.data(), SerialFor), absl::OkStatus());
+    ASSERT_EQ(each->Add({0, 0.9F}, second.data(), SerialFor), absl::OkStatus());
     ASSERT_EQ(each->Fold(0, 0.5F, {2, 2}, SerialFor), absl::OkStatus());
     each->Drop(2);
   }
@@ -309,7 +309,7 @@ TEST_F(ResidentTest, GoToTheHostWhereThereIsNoRoom) {
     EXPECT_EQ(more->gpu(), -1);
     const std::vector<float> scores = Scores(kTokens);
     std::vector<float> got(kTokens);
-    ASSERT_EQ(more->Add(1, std::nullopt, scores.data(), SerialFor), absl::OkStatus());
+    ASSERT_EQ(more->Add({1, std::nullopt}, scores.data(), SerialFor), absl::OkStatus());
     ASSERT_EQ(more->Read(1, got.data()), absl::OkStatus());
     EXPECT_EQ(got, scores);
   }
@@ -321,13 +321,13 @@ TEST_F(ResidentTest, ErrorsAreTold) {
   Start();
   const std::unique_ptr<ResidentVectors> vectors = Make(2);
   const std::vector<float> scores = Scores(kTokens);
-  ASSERT_EQ(vectors->Add(0, std::nullopt, scores.data(), SerialFor), absl::OkStatus());
-  ASSERT_EQ(vectors->Add(1, std::nullopt, scores.data(), SerialFor), absl::OkStatus());
+  ASSERT_EQ(vectors->Add({0, std::nullopt}, scores.data(), SerialFor), absl::OkStatus());
+  ASSERT_EQ(vectors->Add({1, std::nullopt}, scores.data(), SerialFor), absl::OkStatus());
   std::vector<int32_t> positions(20);
   for (int what = 0; what < 3; ++what) {
     FakeCuda::FailLaunch(0, cudaErrorMemoryAllocation);
     const absl::Status status =
-        what == 0 ? vectors->Add(0, 0.9F, scores.data(), SerialFor)
+        what == 0 ? vectors->Add({0, 0.9F}, scores.data(), SerialFor)
         : what == 1
             ? vectors->Fold(0, 0.9F, {1}, SerialFor)
             : vectors->Select(0, {.tokens = kTokens, .window = 5, .keep = 20}, positions.data());
@@ -365,13 +365,13 @@ TEST_F(ResidentTest, AnotherGpusVectorGetsTheSumByWayOfTheHost) {
                       .window = kShape.window,
                       .keep = 20,
                       .resident = vectors.get(),
-                      .resident_to = 1,
+                      .resident_to = {.vector = 1},
                       .sum = sum.data(),
                       .positions = positions.data(),
                       .sums = &sums};
     pass.saliency.keys.data = keys.get();
     ASSERT_EQ(backend_->RunLayer(pass, nullptr, SerialFor), absl::OkStatus());
-    pass.resident_decay = 0.75F;
+    pass.resident_to.decay = 0.75F;
     ASSERT_EQ(backend_->RunLayer(pass, nullptr, SerialFor), absl::OkStatus());
     std::vector<float> got(tokens);
     ASSERT_EQ(vectors->Read(1, got.data()), absl::OkStatus());
