@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cmath>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
@@ -19,17 +17,14 @@
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/devices.h"
 #include "kernels/layer_pass.h"
-#include "kernels/reference/reference_backend.h"
-#include "kernels/resident_vectors.h"
-#include "tests/kernels/cuda/fake_backend.h"
+#include "tests/kernels/cuda/cuda_backend_fixture.h"
 #include "tests/kernels/cuda/gate.h"
-#include "tests/kernels/random_tensor.h"
-#include "tests/kernels/saliency_inputs.h"
 
 namespace structkv {
 namespace {
 
 using ::testing::AllOf;
+using testing::CudaBackendTest;
 using ::testing::ElementsAre;
 using testing::FakeCuda;
 using testing::FakeGpus;
@@ -38,65 +33,8 @@ using testing::FakeWork;
 using testing::Gate;
 using ::testing::HasSubstr;
 using testing::Inputs;
+using testing::kMiB;
 using testing::MakeFakeBackend;
-
-constexpr int64_t kMiB = int64_t{1} << 20;
-const testing::Shape kShape = {4, 2, 90, 32, 4};
-
-class CudaBackendTest : public ::testing::Test {
- protected:
-  void SetUp() override { FakeCuda::Reset({}); }
-  void TearDown() override {
-    backend_.reset();
-    EXPECT_EQ(FakeCuda::held(), FakeHeld());
-  }
-
-  void Start(const FakeGpus& gpus = {},
-             cuda::DeviceOptions options = {.memory_bytes = 64 * kMiB, .slice_bytes = 4096},
-             std::function<void(const absl::Status&)> fell_back = nullptr) {
-    FakeCuda::Reset(gpus);
-    backend_ = MakeFakeBackend(options, {.fell_back = std::move(fell_back)});
-  }
-
-  absl::Status Saliency(std::vector<float>* out = nullptr) const {
-    return SaliencyOf(inputs_.params(), out);
-  }
-  absl::Status SaliencyOf(const SaliencyParams& params, std::vector<float>* out = nullptr) const {
-    std::vector<float> local;
-    std::vector<float>& result = out != nullptr ? *out : local;
-    result.assign(static_cast<size_t>(params.keys.heads * params.keys.tokens), -1.0F);
-    return backend_->Saliency(params, result.data(), nullptr, SerialFor);
-  }
-  void ExpectWorks() const {
-    std::vector<float> out;
-    ASSERT_EQ(Saliency(&out), absl::OkStatus());
-    testing::ExpectNear(out, testing::Expected(inputs_.params()), inputs_.params(),
-                        /*half=*/true);
-  }
-
-  std::vector<float> Scores(int64_t tokens) {
-    std::vector<float> scores(static_cast<size_t>(tokens));
-    std::uniform_real_distribution<float> uniform(0.0F, 1.0F);
-    for (float& s : scores) s = uniform(random_);
-    return scores;
-  }
-  std::vector<int32_t> Selected(const std::vector<float>& scores) const {
-    std::vector<int32_t> positions(20, -1);
-    backend_->Select({scores.data(), static_cast<int64_t>(scores.size()), 5, 20}, positions.data());
-    return positions;
-  }
-  std::vector<int32_t> Wanted(const std::vector<float>& scores) const {
-    std::vector<int32_t> positions(20, -1);
-    reference_->Select({scores.data(), static_cast<int64_t>(scores.size()), 5, 20},
-                       positions.data());
-    return positions;
-  }
-
-  std::mt19937_64 random_ = testing::Random(7000);
-  const Inputs inputs_{kShape, DType::kBF16, Layout::kHeadTokenDim, random_};
-  const std::unique_ptr<Backend> reference_ = reference::CreateReferenceBackend();
-  std::unique_ptr<Backend> backend_;
-};
 
 TEST_F(CudaBackendTest, SaysWhatItHas) {
   Start({.count = 2});
@@ -245,168 +183,6 @@ TEST_F(CudaBackendTest, OutOfMemoryAtALaunchIsThatCallsAlone) {
   EXPECT_EQ(told, 1);
   EXPECT_EQ(Selected(scores), Wanted(scores));
   EXPECT_EQ(backend_->Health(), absl::OkStatus());
-}
-
-class ResidentTest : public CudaBackendTest {
- protected:
-  static constexpr int64_t kTokens = 3000;
-
-  std::unique_ptr<ResidentVectors> Make(int64_t count, const void* keys = nullptr) {
-    return backend_->Resident(count, kTokens, keys, nullptr);
-  }
-  BackendStats::Pool Pool(size_t gpu = 0) const { return backend_->stats().gpus[gpu].resident; }
-};
-
-TEST_F(ResidentTest, DoWhatTheHostsDo) {
-  Start();
-  const std::unique_ptr<ResidentVectors> vectors = Make(3);
-  ASSERT_EQ(vectors->gpu(), 0);
-  const std::unique_ptr<ResidentVectors> host = HostVectors(3, kTokens, *reference_);
-  EXPECT_EQ(host->gpu(), -1);
-  const std::vector<float> first = Scores(kTokens);
-  const std::vector<float> second = Scores(kTokens);
-  for (ResidentVectors* each : {vectors.get(), host.get()}) {
-    ASSERT_EQ(each->Add({0, std::nullopt}, first.data(), SerialFor), absl::OkStatus());
-    ASSERT_EQ(each->Add({2, std::nullopt}, second.data(), SerialFor), absl::OkStatus());
-    ASSERT_EQ(each->Add({0, 0.9F}, second.data(), SerialFor), absl::OkStatus());
-    ASSERT_EQ(each->Fold(0, 0.5F, {2, 2}, SerialFor), absl::OkStatus());
-    each->Drop(2);
-  }
-  std::vector<float> got(kTokens);
-  std::vector<float> wanted(kTokens);
-  ASSERT_EQ(vectors->Read(0, got.data()), absl::OkStatus());
-  ASSERT_EQ(host->Read(0, wanted.data()), absl::OkStatus());
-  EXPECT_THAT(got, ::testing::Pointwise(::testing::FloatEq(), wanted));
-  std::vector<int32_t> positions(20, -1);
-  ASSERT_EQ(vectors->Select(0, {.tokens = kTokens, .window = 5, .keep = 20}, positions.data()),
-            absl::OkStatus());
-  EXPECT_EQ(positions, Wanted(got));
-}
-
-TEST_F(ResidentTest, LieOnTheGpuOfTheKeysOrOnTheOneWithRoom) {
-  Start({.count = 2});
-  EXPECT_EQ(Make(1)->gpu(), 0);
-  const std::unique_ptr<ResidentVectors> first = Make(1);
-  EXPECT_EQ(first->gpu(), 0);
-  const std::unique_ptr<ResidentVectors> second = Make(1);
-  EXPECT_EQ(second->gpu(), 1) << "the other one has more room";
-  for (const int gpu : {0, 1}) {
-    ASSERT_EQ(cudaSetDevice(gpu), cudaSuccess);
-    const cuda::DeviceBytes keys = *cuda::MakeDeviceBytes(4096);
-    EXPECT_EQ(Make(1, keys.get())->gpu(), gpu);
-  }
-}
-
-TEST_F(ResidentTest, GoToTheHostWhereThereIsNoRoom) {
-  Start();
-  EXPECT_EQ(Pool().bytes, 4 * kMiB);
-  constexpr int64_t kAll = 4 * kMiB / (3008 * 4);
-  {
-    const std::unique_ptr<ResidentVectors> most = Make(kAll * 3 / 4);
-    EXPECT_EQ(most->gpu(), 0);
-    EXPECT_GT(Pool().used_bytes, 2 * kMiB);
-    const std::unique_ptr<ResidentVectors> more = Make(kAll / 2);
-    EXPECT_EQ(more->gpu(), -1);
-    const std::vector<float> scores = Scores(kTokens);
-    std::vector<float> got(kTokens);
-    ASSERT_EQ(more->Add({1, std::nullopt}, scores.data(), SerialFor), absl::OkStatus());
-    ASSERT_EQ(more->Read(1, got.data()), absl::OkStatus());
-    EXPECT_EQ(got, scores);
-  }
-  EXPECT_EQ(Pool().used_bytes, 0);
-  EXPECT_EQ(Make(kAll / 2)->gpu(), 0);
-}
-
-TEST_F(ResidentTest, ErrorsAreTold) {
-  Start();
-  const std::unique_ptr<ResidentVectors> vectors = Make(2);
-  const std::vector<float> scores = Scores(kTokens);
-  ASSERT_EQ(vectors->Add({0, std::nullopt}, scores.data(), SerialFor), absl::OkStatus());
-  ASSERT_EQ(vectors->Add({1, std::nullopt}, scores.data(), SerialFor), absl::OkStatus());
-  std::vector<int32_t> positions(20);
-  for (int what = 0; what < 3; ++what) {
-    FakeCuda::FailLaunch(0, cudaErrorMemoryAllocation);
-    const absl::Status status =
-        what == 0 ? vectors->Add({0, 0.9F}, scores.data(), SerialFor)
-        : what == 1
-            ? vectors->Fold(0, 0.9F, {1}, SerialFor)
-            : vectors->Select(0, {.tokens = kTokens, .window = 5, .keep = 20}, positions.data());
-    EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << what;
-  }
-  EXPECT_EQ(backend_->Health(), absl::OkStatus());
-}
-
-// Of a prompt whose layers lie on several GPUs.
-TEST_F(ResidentTest, AnotherGpusVectorGetsTheSumByWayOfTheHost) {
-  Start({.count = 2});
-  const SaliencyParams params = inputs_.params();
-  const auto tokens = static_cast<size_t>(kShape.tokens);
-  const auto key_bytes = static_cast<size_t>(kShape.kv_heads * kShape.tokens * kShape.dim * 2);
-  ASSERT_EQ(cudaSetDevice(1), cudaSuccess);
-  const cuda::DeviceBytes keys = *cuda::MakeDeviceBytes(static_cast<int64_t>(key_bytes));
-  const auto stream = *cuda::MakeStream();
-  const cuda::PinnedBytes pinned = *cuda::MakePinnedBytes(static_cast<int64_t>(key_bytes));
-  std::memcpy(pinned.get(), params.keys.data, key_bytes);
-  ASSERT_EQ(
-      cudaMemcpyAsync(keys.get(), pinned.get(), key_bytes, cudaMemcpyHostToDevice, stream.get()),
-      cudaSuccess);
-  ASSERT_EQ(cudaStreamSynchronize(stream.get()), cudaSuccess);
-  for (const int gpu : {0, 1}) {
-    ASSERT_EQ(cudaSetDevice(gpu), cudaSuccess);
-    const cuda::DeviceBytes near = *cuda::MakeDeviceBytes(256);
-    const std::unique_ptr<ResidentVectors> vectors =
-        backend_->Resident(2, kShape.tokens, near.get(), nullptr);
-    ASSERT_EQ(vectors->gpu(), gpu);
-    std::vector<float> sum(tokens);
-    std::vector<int32_t> positions(20);
-    SaliencySums sums;
-    LayerPass pass = {.saliency = params,
-                      .top_count = 9,
-                      .window = kShape.window,
-                      .keep = 20,
-                      .resident = vectors.get(),
-                      .resident_to = {.vector = 1},
-                      .sum = sum.data(),
-                      .positions = positions.data(),
-                      .sums = &sums};
-    pass.saliency.keys.data = keys.get();
-    ASSERT_EQ(backend_->RunLayer(pass, nullptr, SerialFor), absl::OkStatus());
-    pass.resident_to.decay = 0.75F;
-    ASSERT_EQ(backend_->RunLayer(pass, nullptr, SerialFor), absl::OkStatus());
-    std::vector<float> got(tokens);
-    ASSERT_EQ(vectors->Read(1, got.data()), absl::OkStatus());
-    for (size_t j = 0; j < tokens; ++j) EXPECT_EQ(got[j], std::fma(0.75F, sum[j], sum[j]));
-  }
-}
-
-// Keys of the host's go to the GPU of the prompt's vectors, and its sum crosses no bus.
-TEST_F(ResidentTest, CallsOfHostTensorsGoToTheVectors) {
-  Start({.count = 2});
-  ASSERT_EQ(cudaSetDevice(1), cudaSuccess);
-  const cuda::DeviceBytes near = *cuda::MakeDeviceBytes(256);
-  const std::unique_ptr<ResidentVectors> vectors =
-      backend_->Resident(1, kShape.tokens, near.get(), nullptr);
-  ASSERT_EQ(vectors->gpu(), 1);
-  std::vector<int32_t> positions(6);
-  SaliencySums sums;
-  FakeCuda::TakeLog();
-  ASSERT_EQ(backend_->RunLayer({.saliency = inputs_.params(),
-                                .top_count = 9,
-                                .window = kShape.window,
-                                .keep = 6,
-                                .resident = vectors.get(),
-                                .positions = positions.data(),
-                                .sums = &sums},
-                               nullptr, SerialFor),
-            absl::OkStatus());
-  EXPECT_GT(FakeCuda::kernels(1), 0);
-  EXPECT_EQ(FakeCuda::kernels(0), 0);
-  int64_t bytes_back = 0;
-  for (const FakeWork& work : FakeCuda::TakeLog()) {
-    if (work.kind == FakeWork::Kind::kFromDevice) bytes_back += work.bytes;
-  }
-  EXPECT_GT(bytes_back, 0);
-  EXPECT_LE(bytes_back, 3 * cuda::kPartBytes) << "flags, sums and positions";
 }
 
 // Heads go in groups where a GPU has no room for all, or the kernels for so many.

@@ -19,7 +19,7 @@ set_target_properties(fake_cuda PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${CMAKE_RUNT
 
 structkv_test(kernels_cuda_arena_test SOURCES cuda/arena_test.cc
   LIBS structkv_cuda_backend structkv_kernels_tools LABELS thread)
-structkv_test(kernels_cuda_backend_test SOURCES cuda/cuda_backend_test.cc cuda/fake_runtime_test.cc
+structkv_test(kernels_cuda_backend_test SOURCES cuda/cuda_backend_test.cc cuda/device_vectors_test.cc cuda/fake_runtime_test.cc
   LIBS structkv_cuda_fake)
 structkv_test(kernels_cuda_staged_test SOURCES cuda/staged_test.cc LIBS structkv_cuda_fake)
 structkv_test(kernels_cuda_host_pinning_test SOURCES cuda/host_pinning_test.cc LIBS structkv_cuda_fake structkv_engine)
